@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0
+// Block shapes of the depthwise convolution: shared by the kernels, their launchers and the op entries (which allocate
+// partial sums by them). They follow from the sizes alone, never from the device or the strides, so that sums have one
+// order everywhere.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace gm {
+
+constexpr int kConvVec = 4;      // channels of a thread: 8 bytes of a 16-bit type, 16 of float
+constexpr int kConvColumns = 2;  // adjacent columns of a thread: 3x3 weights, sums and a row fit about 100 registers
+constexpr int kConvTaps = 9;
+
+constexpr int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Halves the rows of a strip until there are `wanted` strips in all, down to `least` rows.
+inline int strip_rows(int height, int64_t strips_at_full_height, int64_t wanted, int least) {
+    int rows = std::max(height, 1);
+    while (rows > least && strips_at_full_height * div_up(height, rows) < wanted) rows = (rows + 1) / 2;
+    return rows;
+}
+
+// Forward: `lanes` neighbouring threads hold adjacent channels of one walker. A walker owns kConvColumns columns and goes
+// down one strip of rows; walkers are numbered with the column pair first, then the strip, then the image.
+constexpr int kConvFwdThreads = 128;
+constexpr int kConvFwdLanes = 32;
+
+struct ConvFwdPlan {
+    int lanes, chunks;       // threads of a walker; blocks that share a token's channels
+    int walkers, threads;    // of a block
+    int pairs;               // columns of an image / kConvColumns
+    int rows, strips;        // of a strip; of an image
+    int64_t walker_blocks;   // of a group
+};
+
+inline ConvFwdPlan conv_fwd_plan(int64_t batch, int height, int width, int groups, int dim) {
+    ConvFwdPlan p{};
+    const int64_t vecs = div_up(dim, kConvVec);
+    p.chunks = static_cast<int>(div_up(vecs, kConvFwdLanes));
+    p.lanes = static_cast<int>(div_up(vecs, p.chunks));
+    p.pairs = static_cast<int>(div_up(width, kConvColumns));
+    // A strip reads two rows beyond its own. With less than some six waves of threads strips of 14 rows balance the load;
+    // with less than one, latency counts and strips go down to 2 rows.
+    constexpr int64_t kManyThreads = 1 << 19, kFewThreads = 1 << 16;
+    const int64_t threads = p.pairs * batch * groups * p.chunks * p.lanes;
+    const int balanced = strip_rows(height, threads, kManyThreads, 14);
+    p.rows = std::min(balanced, strip_rows(height, threads, kFewThreads, 2));
+    p.strips = static_cast<int>(div_up(height, p.rows));
+    const int64_t walkers = static_cast<int64_t>(p.pairs) * p.strips * batch;
+    p.walkers = static_cast<int>(std::min<int64_t>(kConvFwdThreads / p.lanes, walkers));
+    p.threads = p.walkers * p.lanes;
+    p.walker_blocks = p.walkers > 0 ? div_up(walkers, p.walkers) : 0;
+    return p;
+}
+
+// Backward: a block owns a tile of columns and `lanes` * kConvVec channels, goes down one strip of rows of one image, then
+// of the next one. Its threads exchange the columns between them through shared memory, so a tile that does not end at
+// the image's edge computes two columns on that side which its neighbour owns.
+constexpr int kConvBwdThreads = 128;
+constexpr int kConvBwdHalo = 2;
+
+struct ConvBwdPlan {
+    int lanes, chunks;
+    int pairs, threads;    // column pairs of a tile; threads = lanes * pairs
+    int tiles;             // of a row
+    int rows, strips;
+    int images;            // that a block walks one after the other
+    int64_t segments;      // runs of `images` images
+    int64_t partial_rows;  // segments * strips * tiles
+    int tile_step() const { return pairs * kConvColumns - 2 * kConvBwdHalo; }  // between the first columns of two tiles
+};
+
+inline ConvBwdPlan conv_bwd_plan(int64_t batch, int height, int width, int groups, int dim) {
+    ConvBwdPlan p{};
+    const int64_t vecs = div_up(dim, kConvVec);
+    const int least_lanes = static_cast<int>(std::min<int64_t>(vecs, 8));  // 64 bytes of a 16-bit type
+    p.pairs = static_cast<int>(div_up(width, kConvColumns));
+    p.tiles = 1;
+    if (static_cast<int64_t>(p.pairs) * least_lanes > kConvBwdThreads) {
+        const int widest = kConvBwdThreads / least_lanes * kConvColumns;
+        p.tiles = static_cast<int>(div_up(width - 2 * kConvBwdHalo, widest - 2 * kConvBwdHalo));
+        p.pairs = static_cast<int>(div_up(div_up(width - 2 * kConvBwdHalo, p.tiles) + 2 * kConvBwdHalo, kConvColumns));
+    }
+    p.chunks = static_cast<int>(div_up(vecs, kConvBwdThreads / p.pairs));
+    p.lanes = static_cast<int>(div_up(vecs, p.chunks));
+    p.threads = p.lanes * p.pairs;
+    // A block leaves 10 floats a channel: small images share a block while there are blocks for three waves; few blocks
+    // are split by rows.
+    constexpr int64_t kEnoughBlocks = 768, kFewBlocks = 512, kEnoughTokens = 384;
+    const int64_t blocks = batch * groups * p.tiles * p.chunks;
+    const int64_t tokens = std::max<int64_t>(static_cast<int64_t>(height) * width, 1);
+    p.images = static_cast<int>(std::clamp<int64_t>(std::min(blocks / kEnoughBlocks, div_up(kEnoughTokens, tokens)), 1,
+                                                    std::max<int64_t>(batch, 1)));
+    p.rows = strip_rows(height, blocks, kFewBlocks, 7);
+    p.strips = static_cast<int>(div_up(height, p.rows));
+    p.segments = div_up(batch, p.images);
+    p.partial_rows = p.segments * p.strips * p.tiles;
+    return p;
+}
+
+}  // namespace gm

@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: Apache-2.0
+// The launchers: what the op entries call, one a kernel. Each queues its kernel and returns what the runtime says.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "cuda/params.h"
+
+namespace gm {
+
+cudaError_t launch_grouped_scan_fwd(const ScanFwdArgs& args, DType dtype, cudaStream_t stream);
+cudaError_t launch_grouped_scan_bwd(const ScanBwdArgs& args, DType dtype, cudaStream_t stream);
+cudaError_t launch_scan_reduce(const ScanReduceArgs& args, DType dtype, cudaStream_t stream);
+cudaError_t launch_depthwise_conv_fwd(const ConvFwdArgs& args, DType dtype, cudaStream_t stream);
+cudaError_t launch_depthwise_conv_bwd(const ConvBwdArgs& args, DType dtype, cudaStream_t stream);
+
+}  // namespace gm

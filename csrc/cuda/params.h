@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the op entries hand to the launchers: plain structs, no torch. Strides in elements; channels are adjacent.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cuda/conv_plan.h"
+
+namespace gm {
+
+enum class DType : int { kFloat, kHalf, kBFloat16 };
+
+struct ImageArg {  // (batch, token, group, channel) by strides; ptr null where absent
+    void* ptr = nullptr;
+    int64_t batch = 0, token = 0, group = 0;
+};
+
+struct ParamArg {  // contiguous; dtype of the images, or float32
+    const void* ptr = nullptr;
+    bool is_float = false;
+};
+
+// See csrc/schemas.cpp for what the codes mean: bit 0 reverses the path, bit 1 makes it column-major.
+constexpr int kMaxGroups = 4096;  // two bits each in the kernel's parameters
+
+struct ScanShape {
+    int64_t batch;
+    int height, width, groups, dim, states, rank;  // rank 0: dt holds the step itself
+    int lanes;                                     // lanes that share a token, a power of two up to 32
+    int threads;                                   // threads of a block
+    bool softplus;
+    bool aligned;  // every image-sized tensor allows aligned 4-channel accesses, and D is a multiple of 4
+    float norm_eps;
+    uint32_t directions[kMaxGroups / 16];
+};
+
+struct ParamOut {  // contiguous gradient of a parameter; ptr null where absent
+    void* ptr = nullptr;
+    bool is_float = false;
+};
+
+struct ScanFwdArgs {
+    ScanShape shape;
+    ImageArg u, dt, B, C, z, y;
+    ParamArg A, D, dt_weight, dt_bias, norm_weight, norm_bias, gate;
+    float* states = nullptr;  // (batch, G, num_chunks, N, D), or null
+    float* carry = nullptr;   // (batch, G, 2, N, D) scratch, needed for N > 1 without states
+    int chunk = 0;            // tokens between saved states
+    int64_t num_chunks = 0;
+};
+
+struct ScanBwdArgs {
+    ScanShape shape;
+    ImageArg dy, u, dt, B, C, z;     // inputs
+    ImageArg du, ddt, dB, dC, dz;    // gradients
+    ParamArg A, D, dt_weight, dt_bias, norm_weight, norm_bias, gate;
+    const float* states = nullptr;
+    float* carry = nullptr;     // (batch, G, 2, N, D) scratch for N > 1
+    float* partials = nullptr;  // (batch, warps, G, rows, D); rows: ScanPartialRow
+    int chunk = 0;
+    int64_t num_chunks = 0;
+};
+
+// Second stage of the backward's parameter sums.
+struct ScanReduceArgs {
+    const float* partials = nullptr;  // (batch, warps, G, rows, D), see ScanPartialRow
+    int64_t batch = 0;
+    int warps = 0, groups = 0, dim = 0, states = 0, rank = 0;
+    ParamArg norm_weight, norm_bias, gate;
+    ParamOut dA, dD, ddt_bias, ddt_weight, dnorm_weight, dnorm_bias, dgate;
+};
+
+// depthwise_conv3x3; plans in conv_plan.h.
+enum class Activation : int { kNone, kSilu, kGelu };  // codes of csrc/schemas.cpp
+
+struct ConvShape {
+    int64_t batch;
+    int height, width, groups, dim;
+    Activation activation;
+    bool aligned;  // every image allows aligned 4-channel accesses, and D is a multiple of 4
+};
+
+struct ConvFwdArgs {
+    ConvShape shape;
+    ConvFwdPlan plan;
+    ImageArg x, y;
+    ParamArg weight, bias;  // (G, D, 3, 3), (G, D)
+};
+
+struct ConvBwdArgs {
+    ConvShape shape;
+    ConvBwdPlan plan;
+    ImageArg dy, x, dx;
+    ParamArg weight, bias;
+    float* partials = nullptr;  // (plan.partial_rows, G * D * 10): dweight (G, D, 3, 3), then dbias (G, D)
+};
+
+}  // namespace gm

@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+// The constants and block shapes of the scan kernels: shared by the kernels, their launchers, the op entries (which
+// allocate by them) and the introspection of `_C`.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace gm {
+
+constexpr int kVec = 4;             // channels of a thread: 8 bytes of a 16-bit type, 16 of float
+constexpr int kMaxScanDim = 32 * kVec;  // one warp holds all channels of a token
+constexpr int kMaxStates = 256;
+constexpr int kMaxStagedRank = 64;  // dt_weight is staged in shared memory up to here: 32 KB at 128 channels
+
+// Tokens of a thread. 7 divides the planes of the field (56, 28, 14, 7) and keeps 16-bit kernels with one state within
+// 128 (forward, 2 blocks of 256 threads an SM) and 255 registers (backward, 2 blocks of 128) without a spill. The
+// backward's other kernels hold more an element: 4 tokens, and as many threads as give the same slab.
+constexpr int kFwdTokens = 7;
+constexpr int kFwdThreads = 256;
+constexpr int kBwdSlab = 7 * 128;  // tokens * lanes of the backward's slab: states are saved once a slab
+constexpr int kMaxScanWarps = kFwdThreads / 32;
+
+constexpr int bwd_tokens(bool single_state, int element_size) { return single_state && element_size == 2 ? 7 : 4; }
+
+// Lanes that share a token: the least power of two whose lanes hold all channels.
+inline int scan_lanes(int dim) {
+    int lanes = 1;
+    while (lanes * kVec < dim) lanes *= 2;
+    return lanes;
+}
+
+// Whole warps, no more than the tokens need.
+inline int scan_threads(int full, int tokens_per_thread, int lanes, int64_t tokens) {
+    const int64_t needed = (tokens + tokens_per_thread - 1) / tokens_per_thread * lanes;
+    return static_cast<int>(std::min<int64_t>(full, (needed + 31) / 32 * 32));
+}
+
+inline int scan_fwd_threads(int lanes, int64_t tokens) { return scan_threads(kFwdThreads, kFwdTokens, lanes, tokens); }
+
+inline int scan_bwd_threads(int lanes, int64_t tokens, bool single_state, int element_size) {
+    const int per_thread = bwd_tokens(single_state, element_size);
+    return scan_threads(kBwdSlab / per_thread, per_thread, lanes, tokens);
+}
+
+// Rows of the backward's partial sums for one (batch, warp, group), D floats each: A[N], skip, step bias, sum of the
+// gated gradient times the norm's output, sum of the gated gradient, dt_weight[R].
+enum ScanPartialRow { kRowSkip, kRowBias, kRowProduct, kRowSum, kFixedRows };
+
+}  // namespace gm

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+// The grouped scan's inputs as both devices' entries see them: sizes, and checks that repeat the Python layer's.
+#pragma once
+
+#include "host/tensor.h"
+
+namespace gm {
+
+struct ScanSizes {
+    int64_t batch, height, width, groups, dim, states, rank;  // rank 0: dt holds the step itself
+    int64_t tokens() const { return height * width; }
+};
+
+inline ScanSizes check_scan(const Tensor& u, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
+                            const OptTensor& D, const OptTensor& dt_weight, const OptTensor& dt_bias,
+                            const OptTensor& z, const OptTensor& norm_weight, const OptTensor& norm_bias,
+                            const OptTensor& gate, const std::vector<int64_t>& directions, int64_t chunk) {
+    GM_CHECK(u.dim() == 5, "u must be (batch, H, W, G, D), got ", show(shape_of(u)));
+    GM_CHECK(A.dim() == 3, "A must be (G, D, N), got ", show(shape_of(A)));
+    GM_CHECK(!dt_weight || dt_weight->dim() == 3, "dt_weight must be (G, D, R)");
+    const ScanSizes s{u.size(0), u.size(1), u.size(2), u.size(3), u.size(4), A.size(2), dt_weight ? dt_weight->size(2) : 0};
+    GM_CHECK(s.states >= 1 && s.states <= 256, "A must have 1 to 256 states, got ", s.states);
+    GM_CHECK(s.groups >= 1 && s.dim >= 1, "u must have at least one group and one channel, got ", show(shape_of(u)));
+    GM_CHECK(!dt_weight || s.rank >= 1, "dt_weight must have a rank of at least 1");
+    GM_CHECK(s.tokens() <= INT32_MAX, "H * W must be below 2^31, got ", s.tokens());
+    GM_CHECK(chunk >= 1, "chunk must be positive, got ", chunk);
+    GM_CHECK(static_cast<int64_t>(directions.size()) == s.groups, "directions must name one direction a group (", s.groups,
+             "), got ", directions.size());
+    for (const int64_t code : directions) GM_CHECK(code >= 0 && code <= 3, "a direction must be 0 to 3, got ", code);
+    const Shape per_channel{s.groups, s.dim}, image = shape_of(u);
+    Shape tokens(image.begin(), image.end() - 1);
+    const auto with = [&](int64_t last) {
+        Shape shape = tokens;
+        shape.push_back(last);
+        return shape;
+    };
+    check_image(dt, "dt", with(dt_weight ? s.rank : s.dim), u);
+    check_image(B, "B", with(s.states), u);
+    check_image(C, "C", with(s.states), u);
+    if (z) check_image(*z, "z", image, u);
+    check_parameter(A, "A", {s.groups, s.dim, s.states}, u);
+    check_parameter(D, "D", per_channel, u);
+    check_parameter(dt_weight, "dt_weight", {s.groups, s.dim, s.rank}, u);
+    check_parameter(dt_bias, "dt_bias", per_channel, u);
+    check_parameter(norm_weight, "norm_weight", per_channel, u);
+    check_parameter(norm_bias, "norm_bias", per_channel, u);
+    GM_CHECK(!norm_bias || norm_weight, "norm_bias needs norm_weight");
+    check_parameter(gate, "gate", {s.batch, s.groups, s.dim}, u);
+    return s;
+}
+
+inline Shape states_shape(const ScanSizes& s, int64_t chunk) {
+    return {s.batch, s.groups, (s.tokens() + chunk - 1) / chunk, s.states, s.dim};
+}
+
+}  // namespace gm

@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+// The current CUDA stream and device through the stable ABI.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "host/tensor.h"
+
+// CPU builds of torch do not export this symbol; weak, so that one library loads under both.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                   void** ret_stream);
+
+namespace gm {
+
+// Makes the tensor's device current for its lifetime and holds torch's current stream on it.
+class CudaContext {
+public:
+    explicit CudaContext(const Tensor& t) : guard_(t.get_device_index()) {
+        GM_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch is a CPU build and has no CUDA streams");
+        void* stream = nullptr;
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+        stream_ = static_cast<cudaStream_t>(stream);
+    }
+    cudaStream_t stream() const { return stream_; }
+
+private:
+    torch::stable::accelerator::DeviceGuard guard_;
+    cudaStream_t stream_ = nullptr;
+};
+
+inline void check_cuda(cudaError_t error, const char* what) {
+    GM_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
+}
+
+}  // namespace gm

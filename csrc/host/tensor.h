@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: Apache-2.0
+// What an op entry needs of LibTorch, all of it stable ABI: tensor alias, checks that print values, allocation.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace gm {
+
+using Tensor = torch::stable::Tensor;
+using OptTensor = std::optional<Tensor>;
+using ScalarType = torch::headeronly::ScalarType;
+using Shape = std::vector<int64_t>;
+
+template <class... Parts>
+std::string message(const Parts&... parts) {
+    std::ostringstream out;
+    (out << ... << parts);
+    return out.str();
+}
+
+// GM_CHECK(n > 0, "n must be positive, got ", n): raised in Python as RuntimeError. The Python layer has already turned
+// what a user can get wrong into a TypeError or ValueError; these repeat the invariant for callers of the raw op.
+#define GM_CHECK(condition, ...)                                                       \
+    do {                                                                               \
+        if (!(condition)) throw std::runtime_error("groupmamba: " + ::gm::message(__VA_ARGS__)); \
+    } while (0)
+
+inline Shape shape_of(const Tensor& t) {
+    Shape shape(t.dim());
+    for (int64_t i = 0; i < t.dim(); ++i) shape[i] = t.size(i);
+    return shape;
+}
+
+inline std::string show(const Shape& shape) {
+    std::string text = "(";
+    for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
+    return text + ")";
+}
+
+inline void check_shape(const Tensor& t, const char* name, const Shape& expected) {
+    GM_CHECK(shape_of(t) == expected, name, " must have shape ", show(expected), ", got ", show(shape_of(t)));
+}
+
+// A parameter: dtype of the image tensors or float32, same device.
+inline void check_parameter(const OptTensor& t, const char* name, const Shape& expected, const Tensor& image) {
+    if (!t) return;
+    check_shape(*t, name, expected);
+    GM_CHECK(t->scalar_type() == image.scalar_type() || t->scalar_type() == ScalarType::Float, name,
+             " must have the dtype of the image tensors or float32");
+    GM_CHECK(t->device() == image.device(), name, " is on another device");
+}
+
+inline void check_image(const Tensor& t, const char* name, const Shape& expected, const Tensor& image) {
+    check_shape(t, name, expected);
+    GM_CHECK(t.scalar_type() == image.scalar_type(), name, " has another dtype than the first image tensor");
+    GM_CHECK(t.device() == image.device(), name, " is on another device");
+}
+
+inline Tensor empty_strided(const Shape& sizes, const Shape& strides, ScalarType dtype, const Tensor& device_of) {
+    AtenTensorHandle handle = nullptr;
+    int32_t device_type = 0, device_index = 0, dtype_code = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(device_of.get(), &device_type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(device_of.get(), &device_index));
+    dtype_code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                           strides.data(), dtype_code, device_type, device_index,
+                                                           &handle));
+    return Tensor(handle);
+}
+
+inline Shape contiguous_strides(const Shape& sizes) {
+    Shape strides(sizes.size());
+    int64_t step = 1;
+    for (size_t i = sizes.size(); i-- > 0; step *= std::max<int64_t>(sizes[i], 1)) strides[i] = step;
+    return strides;
+}
+
+inline Tensor empty(const Shape& sizes, ScalarType dtype, const Tensor& device_of) {
+    return empty_strided(sizes, contiguous_strides(sizes), dtype, device_of);
+}
+
+// The gradient of an optional input that was not given.
+inline Tensor empty_absent(ScalarType dtype, const Tensor& device_of) { return empty({0}, dtype, device_of); }
+
+inline Tensor empty_like_or_absent(const OptTensor& t, const Tensor& image) {
+    return t ? empty(shape_of(*t), t->scalar_type(), image) : empty_absent(image.scalar_type(), image);
+}
+
+// State, step, norm and partial sums: float32, or float64 for float64.
+inline ScalarType accumulate_type(ScalarType dtype) {
+    return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// True when `t` (batch, H, W, G, D) stores each group's image as a whole: (G, batch, H, W, D) in memory.
+inline bool is_group_major(const Tensor& t) {
+    return t.dim() == 5 && t.size(3) > 1 && t.stride(3) > t.stride(2) && (t.size(0) <= 1 || t.stride(3) > t.stride(0));
+}
+
+// (batch, H, W, G, D) or (batch, H, W, C) with its last size replaced by `channels`, in the order of dimensions of
+// `like`: group-major in, group-major out.
+inline Tensor empty_image(const Tensor& like, int64_t channels) {
+    Shape sizes = shape_of(like);
+    sizes.back() = channels;
+    if (!is_group_major(like)) return empty(sizes, like.scalar_type(), like);
+    const Shape s = contiguous_strides({sizes[3], sizes[0], sizes[1], sizes[2], sizes[4]});
+    return empty_strided(sizes, {s[1], s[2], s[3], s[0], s[4]}, like.scalar_type(), like);
+}
+
+inline Tensor empty_image_like(const Tensor& like) { return empty_image(like, like.size(like.dim() - 1)); }
+
+// True when one stride (of W) walks all tokens of an image in row-major order and channels are adjacent.
+inline bool is_canonical_image(const Tensor& t) {
+    const int64_t last = t.dim() - 1;
+    const bool channels_adjacent = t.size(last) <= 1 || t.stride(last) == 1;
+    const bool rows_collapse = t.size(1) <= 1 || t.size(2) <= 1 || t.stride(1) == t.size(2) * t.stride(2);
+    return channels_adjacent && rows_collapse;
+}
+
+// An image tensor whose tokens are walked by `token_stride`; a copy only where the strides do not allow that.
+inline Tensor canonical_image(const Tensor& t) {
+    if (is_canonical_image(t)) return t;
+    Tensor copy = empty_image_like(t);
+    torch::stable::copy_(copy, t);
+    return copy;
+}
+
+struct ImageStrides {  // in elements
+    int64_t batch = 0, token = 0, group = 0;
+};
+
+inline ImageStrides image_strides(const Tensor& t) {
+    // With one column the token stride is that of H; with one token it does not matter.
+    const int64_t token = t.size(2) > 1 ? t.stride(2) : t.stride(1);
+    return {t.stride(0), token, t.dim() == 5 ? t.stride(3) : 0};
+}
+
+}  // namespace gm

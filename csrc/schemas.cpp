@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every op's schema, and nothing else. Image tensors are channels-last with the group as the last dimension but one;
+// any strides are accepted. An absent optional input has a gradient of shape (0,).
+//
+//   G groups, D channels a group, N states, R low-rank step features, S = ceil(H * W / chunk)
+//   u, z, y, x, o     (batch, H, W, G, D)      B, C           (batch, H, W, G, N)
+//   dt                (batch, H, W, G, R) with dt_weight (G, D, R), else (batch, H, W, G, D)
+//   A                 (G, D, N)                D, dt_bias, norm_weight, norm_bias     (G, D)
+//   gate              (batch, G, D)            states (batch, G, S, N, D): h before path token s * chunk
+//   directions        one code a group: 0 lr (row-major), 1 rl (its reverse), 2 tb (column-major), 3 bt (its reverse)
+//   activation        0 none, 1 SiLU, 2 GELU (erf)
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(groupmamba, m) {
+    m.def(
+        "grouped_selective_scan_fwd(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, "
+        "Tensor? dt_weight, Tensor? dt_bias, Tensor? z, Tensor? norm_weight, Tensor? norm_bias, Tensor? gate, "
+        "int[] directions, bool softplus, float norm_eps, int chunk, bool save_states) "
+        "-> (Tensor y, Tensor states)");
+    m.def(
+        "grouped_selective_scan_bwd(Tensor dy, Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, "
+        "Tensor? dt_weight, Tensor? dt_bias, Tensor? z, Tensor? norm_weight, Tensor? norm_bias, Tensor? gate, "
+        "Tensor states, int[] directions, bool softplus, float norm_eps, int chunk) "
+        "-> (Tensor du, Tensor ddt, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor ddt_weight, "
+        "Tensor ddt_bias, Tensor dz, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dgate)");
+
+    // weight (G, D, 3, 3), bias (G, D); zero padding of one pixel, cross-correlation
+    m.def("depthwise_conv3x3_fwd(Tensor x, Tensor weight, Tensor? bias, int activation) -> Tensor");
+    m.def(
+        "depthwise_conv3x3_bwd(Tensor dy, Tensor x, Tensor weight, Tensor? bias, int activation) "
+        "-> (Tensor dx, Tensor dweight, Tensor dbias)");
+
+    // x, xn (batch, H, W, C); weight, bias (C,); pooled (batch, C): mean of xn over H and W, float32 or wider
+    m.def("layer_norm_pool_fwd(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor xn, Tensor pooled)");
+    m.def(
+        "layer_norm_pool_bwd(Tensor dxn, Tensor dpooled, Tensor x, Tensor weight, float eps) "
+        "-> (Tensor dx, Tensor dweight, Tensor dbias)");
+
+    // LayerNorm over all G * D channels of o * scale * x * gate; x, y (batch, H, W, G * D); scale (1,);
+    // gate (batch, G * D); weight, bias (G * D,)
+    m.def(
+        "modulated_layer_norm_fwd(Tensor o, Tensor x, Tensor scale, Tensor? gate, Tensor weight, Tensor bias, "
+        "float eps) -> Tensor");
+    m.def(
+        "modulated_layer_norm_bwd(Tensor dy, Tensor o, Tensor x, Tensor scale, Tensor? gate, Tensor weight, "
+        "float eps) -> (Tensor do, Tensor dx, Tensor dscale, Tensor dgate, Tensor dweight, Tensor dbias)");
+}

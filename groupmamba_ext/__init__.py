@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fused ops for visual state-space models: the grouped selective scan of GroupMamba and its neighbours.
+
+Needs torch alone. Importing works without a GPU and without the compiled library; the first call that needs what is
+missing says so and names the cure.
+"""
+
+from groupmamba_ext import _load, reference
+from groupmamba_ext._load import build_info
+from groupmamba_ext._version import __version__
+from groupmamba_ext.backend import backend
+from groupmamba_ext.ops import (
+    DIRECTIONS,
+    depthwise_conv3x3,
+    grouped_selective_scan,
+    layer_norm_pool,
+    modulated_layer_norm,
+)
+
+__all__ = [
+    "DIRECTIONS",
+    "__version__",
+    "backend",
+    "build_info",
+    "depthwise_conv3x3",
+    "grouped_selective_scan",
+    "layer_norm_pool",
+    "modulated_layer_norm",
+    "reference",
+]
+
+if _load.native_available():
+    from groupmamba_ext import autograd, flops
+
+    autograd.register()
+    flops.register()

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds and loads the two compiled libraries: ``libgroupmamba.so`` (the ops) and ``_C`` (what was built).
+
+They lie beside this file. When this folder is a source tree whose libraries were installed elsewhere (``pip install .``
+and then ``pytest`` from the repository root), the installed ones are used, provided that they have this version.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.machinery
+import importlib.util
+import re
+import sys
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from groupmamba_ext._version import __version__
+
+OLDEST_TORCH = (2, 10)
+LIBRARY = "libgroupmamba.so"
+CURE = "run `pip install .` (or `pip install -e .`) in the root of the groupmamba sources"
+
+_HERE = Path(__file__).resolve().parent
+_loaded = False
+
+
+def _module_path(folder: Path) -> Path | None:
+    """The ``_C`` module for this Python in ``folder``, where both libraries are there."""
+    paths = [folder / f"_C{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    return next((path for path in paths if path.is_file() and (folder / LIBRARY).is_file()), None)
+
+
+def _import_module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("groupmamba_ext._C", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def _find() -> tuple[Path, ModuleType]:
+    """Folder of the libraries and the loaded ``_C``; RuntimeError, naming the cure, where there are none."""
+    roots = [*sys.path, sysconfig.get_path("platlib"), sysconfig.get_path("purelib")]
+    folders = dict.fromkeys([_HERE, *((Path(root) / "groupmamba_ext").resolve() for root in roots)])
+    others = []
+    for path in filter(None, map(_module_path, folders)):
+        module = _import_module(path)
+        built = module.build_info()["version"]
+        if built == __version__:
+            return path.parent, module
+        others.append(f"{path.parent} holds version {built}")
+    python = "Python {}.{}".format(*sys.version_info)
+    found = "; ".join(others) or f"there is no {LIBRARY} with a _C module for {python} in {_HERE} or on sys.path"
+    raise RuntimeError(f"the compiled ops of groupmamba {__version__} are not installed: {found}. To cure it, {CURE}.")
+
+
+def library_path() -> Path:
+    """Where the op library lies; it needs no Python, so a C++ program can load it too."""
+    return _find()[0] / LIBRARY
+
+
+def _check_torch() -> None:
+    version = re.match(r"(\d+)\.(\d+)", torch.__version__)
+    if version is None or tuple(map(int, version.groups())) < OLDEST_TORCH:
+        raise RuntimeError(
+            f"groupmamba {__version__} needs torch >= 2.10, and this is torch {torch.__version__}: "
+            "pip install --upgrade 'torch>=2.10'"
+        )
+
+
+def load_ops() -> None:
+    """Load ``libgroupmamba.so``, after which ``torch.ops.groupmamba`` has the ops; later calls do nothing.
+
+    Raises:
+        RuntimeError: torch is too old, the library is missing or of another version, or it cannot be loaded; the
+            message names the cure.
+    """
+    global _loaded
+    if _loaded:
+        return
+    _check_torch()
+    path = library_path()
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise RuntimeError(f"{path} cannot be loaded ({error}). To cure it, {CURE}.") from error
+    _loaded = True
+
+
+@functools.cache
+def load_error() -> str | None:
+    """Why the compiled ops cannot be used, None where they can."""
+    try:
+        load_ops()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def native_available() -> bool:
+    """Whether the compiled ops can be used."""
+    return load_error() is None
+
+
+def build_info() -> dict[str, Any]:
+    """What the libraries were built for.
+
+    Returns:
+        A new dict: ``version`` (str), ``torch_target`` (the oldest torch they run under, str), ``cuda`` (True when the
+        CUDA half was built), ``cuda_version`` (str or None), ``cuda_archs`` (list of str in the notation of
+        TORCH_CUDA_ARCH_LIST), ``cpu_capability`` (the instruction set in use on this machine, str), ``kernel_count``
+        (CUDA kernels per architecture, int).
+
+    Raises:
+        RuntimeError: the libraries are not installed; the message names the cure.
+    """
+    return _find()[1].build_info()
+
+
+def scan_launch_plan(dim: int, tokens: int, states: int = 1, element_size: int = 2) -> dict[str, int]:
+    """Block shapes of the scan's CUDA kernels for images of ``tokens`` tokens and ``dim`` channels a group.
+
+    Raises:
+        ValueError: sizes that the kernels do not take.
+        RuntimeError: the libraries are not installed; the message names the cure.
+    """
+    return _find()[1].grouped_selective_scan_plan(dim, tokens, states, element_size)
+
+
+def runs_on(architectures: list[str], major: int, minor: int) -> bool:
+    """Whether code for ``architectures`` runs on a GPU of compute capability ``major.minor``.
+
+    Machine code runs within its major version from its own minor upwards; with suffix ``a`` on its own capability
+    only; with suffix ``f`` within its family (the same major version). PTX runs from its own capability upwards.
+    """
+    for entry in architectures:
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
+        built, suffix, ptx = (int(match[1]), int(match[2])), match[3], match[4]
+        if suffix == "a":
+            if built == (major, minor):
+                return True
+        elif (built[0] == major and built[1] <= minor) or (ptx and not suffix and built <= (major, minor)):
+            return True
+    return False
+
+
+@functools.cache
+def check_device_supported(index: int) -> None:
+    """Raise unless the build has code for CUDA device ``index``.
+
+    Raises:
+        RuntimeError: the CUDA half was not built, or for other GPUs; the message names both sides and the cure.
+    """
+    info = build_info()
+    major, minor = torch.cuda.get_device_capability(index)
+    gpu = f"{torch.cuda.get_device_name(index)} (compute capability {major}.{minor})"
+    if not info["cuda"]:
+        raise RuntimeError(
+            f"groupmamba was built without its CUDA half, since there was no nvcc, and cannot run on cuda:{index}, "
+            f"{gpu}. Install the CUDA toolkit, then {CURE}."
+        )
+    if not runs_on(info["cuda_archs"], major, minor):
+        raise RuntimeError(
+            f"groupmamba was built for the GPU architectures {', '.join(info['cuda_archs'])} and has no code for "
+            f"cuda:{index}, {gpu}. To cure it, with TORCH_CUDA_ARCH_LIST={major}.{minor} set, {CURE}."
+        )

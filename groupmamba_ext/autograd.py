@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fake kernels and gradients of the compiled ops. `register()` runs once, after the library is loaded."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_ops = torch.ops.groupmamba
+
+
+def _empty_image(like: Tensor) -> Tensor:
+    """What csrc/host/tensor.h's empty_image_like allocates: group-major in, group-major out."""
+    sizes = like.shape
+    if (
+        like.dim() == 5
+        and sizes[3] > 1
+        and like.stride(3) > like.stride(2)
+        and (sizes[0] <= 1 or like.stride(3) > like.stride(0))
+    ):
+        return like.new_empty((sizes[3], sizes[0], sizes[1], sizes[2], sizes[4])).permute(1, 2, 3, 0, 4)
+    return like.new_empty(sizes)
+
+
+def _empty(like: Tensor) -> Tensor:
+    return like.new_empty(like.shape)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _same_device(op: str, *tensors: Tensor | None) -> None:
+    devices = {t.device for t in tensors if t is not None}
+    if len(devices) > 1:
+        raise ValueError(f"{op}: all tensors must be on one device, got {sorted(map(str, devices))}")
+
+
+# grouped_selective_scan ------------------------------------------------------------------------------------------------
+
+
+def _scan_fake(
+    u, dt, A, B, C, D, dt_weight, dt_bias, z, norm_weight, norm_bias, gate, directions, softplus, norm_eps, chunk, save
+):
+    _same_device("grouped_selective_scan", u, dt, A, B, C, D, dt_weight, dt_bias, z, norm_weight, norm_bias, gate)
+    batch, height, width, groups, dim = u.shape
+    shape = (batch, groups, (height * width + chunk - 1) // chunk, A.shape[2], dim) if save else (0,)
+    return _empty_image(u), u.new_empty(shape, dtype=_wide(u.dtype))
+
+
+def _scan_bwd_fake(
+    dy, u, dt, A, B, C, D, dt_weight, dt_bias, z, norm_weight, norm_bias, gate, states, directions, softplus, norm_eps,
+    chunk,
+):  # fmt: skip
+    _same_device("grouped_selective_scan", dy, u, dt, A, B, C, D, dt_weight, dt_bias, z, norm_weight, norm_bias, gate)
+
+    def image(t):
+        return u.new_empty((0,)) if t is None else _empty_image(t)
+
+    def parameter(t):
+        return u.new_empty((0,)) if t is None else _empty(t)
+
+    return (
+        image(u), image(dt), parameter(A), image(B), image(C), parameter(D), parameter(dt_weight), parameter(dt_bias),
+        image(z), parameter(norm_weight), parameter(norm_bias), parameter(gate),
+    )  # fmt: skip
+
+
+def _scan_setup(ctx, inputs, output):
+    *tensors, directions, softplus, norm_eps, chunk, save_states = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.scalars = (directions, softplus, norm_eps, chunk)
+    ctx.saved_states = save_states
+
+
+def _scan_backward(ctx, dy, _dstates):
+    if dy is None:
+        return (None,) * 17
+    if not ctx.saved_states:
+        raise RuntimeError("grouped_selective_scan: backward needs a forward run with save_states=True")
+    *tensors, states = ctx.saved_tensors
+    grads = _ops.grouped_selective_scan_bwd(dy, *tensors, states, *ctx.scalars)
+    return (*(g if t is not None else None for g, t in zip(grads, tensors)), None, None, None, None, None)
+
+
+# depthwise_conv3x3 -----------------------------------------------------------------------------------------------------
+
+
+def _conv_fake(x, weight, bias, activation):
+    _same_device("depthwise_conv3x3", x, weight, bias)
+    return _empty_image(x)
+
+
+def _conv_bwd_fake(dy, x, weight, bias, activation):
+    _same_device("depthwise_conv3x3", dy, x, weight, bias)
+    return _empty_image(x), _empty(weight), x.new_empty((0,)) if bias is None else _empty(bias)
+
+
+def _conv_setup(ctx, inputs, output):
+    x, weight, bias, ctx.activation = inputs
+    ctx.save_for_backward(x, weight, bias)
+
+
+def _conv_backward(ctx, dy):
+    x, weight, bias = ctx.saved_tensors
+    dx, dweight, dbias = _ops.depthwise_conv3x3_bwd(dy, x, weight, bias, ctx.activation)
+    return dx, dweight, None if bias is None else dbias, None
+
+
+# layer_norm_pool -------------------------------------------------------------------------------------------------------
+
+
+def _pool_fake(x, weight, bias, eps):
+    _same_device("layer_norm_pool", x, weight, bias)
+    return _empty(x), x.new_empty((x.shape[0], x.shape[3]), dtype=_wide(x.dtype))
+
+
+def _pool_bwd_fake(dxn, dpooled, x, weight, eps):
+    _same_device("layer_norm_pool", dxn, dpooled, x, weight)
+    return _empty(x), _empty(weight), _empty(weight)
+
+
+def _pool_setup(ctx, inputs, output):
+    x, weight, bias, ctx.eps = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.bias_dtype = bias.dtype
+
+
+def _pool_backward(ctx, dxn, dpooled):
+    x, weight = ctx.saved_tensors
+    dx, dweight, dbias = _ops.layer_norm_pool_bwd(dxn, dpooled, x, weight, ctx.eps)
+    return dx, dweight, dbias.to(ctx.bias_dtype), None
+
+
+# modulated_layer_norm --------------------------------------------------------------------------------------------------
+
+
+def _modulated_fake(o, x, scale, gate, weight, bias, eps):
+    _same_device("modulated_layer_norm", o, x, scale, gate, weight, bias)
+    return _empty(x)
+
+
+def _modulated_bwd_fake(dy, o, x, scale, gate, weight, eps):
+    _same_device("modulated_layer_norm", dy, o, x, scale, gate, weight)
+    dgate = x.new_empty((0,)) if gate is None else _empty(gate)
+    return _empty_image(o), _empty(x), _empty(scale), dgate, _empty(weight), _empty(weight)
+
+
+def _modulated_setup(ctx, inputs, output):
+    o, x, scale, gate, weight, bias, ctx.eps = inputs
+    ctx.save_for_backward(o, x, scale, gate, weight)
+    ctx.bias_dtype = bias.dtype
+
+
+def _modulated_backward(ctx, dy):
+    o, x, scale, gate, weight = ctx.saved_tensors
+    do, dx, dscale, dgate, dweight, dbias = _ops.modulated_layer_norm_bwd(dy, o, x, scale, gate, weight, ctx.eps)
+    return do, dx, dscale, None if gate is None else dgate, dweight, dbias.to(ctx.bias_dtype), None
+
+
+# registration ----------------------------------------------------------------------------------------------------------
+
+
+def _no_double_backward(name: str):
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            f"groupmamba_ext.{name}: second derivatives are not implemented by the compiled op; "
+            "use `with groupmamba_ext.backend('reference')` for them"
+        )
+
+    return backward
+
+
+_OPS = {
+    "grouped_selective_scan": (_scan_fake, _scan_setup, _scan_backward, _scan_bwd_fake),
+    "depthwise_conv3x3": (_conv_fake, _conv_setup, _conv_backward, _conv_bwd_fake),
+    "layer_norm_pool": (_pool_fake, _pool_setup, _pool_backward, _pool_bwd_fake),
+    "modulated_layer_norm": (_modulated_fake, _modulated_setup, _modulated_backward, _modulated_bwd_fake),
+}
+
+
+def register() -> None:
+    """Registers fakes and gradients with torch.library. A second derivative raises: torch alone would only warn."""
+    for name, (fake, setup, backward, backward_fake) in _OPS.items():
+        forward_op, backward_op = f"groupmamba::{name}_fwd", f"groupmamba::{name}_bwd"
+        torch.library.register_fake(forward_op, fake)
+        torch.library.register_fake(backward_op, backward_fake)
+        torch.library.register_autograd(forward_op, backward, setup_context=setup)
+        torch.library.register_autograd(backward_op, _no_double_backward(name))

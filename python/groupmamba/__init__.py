@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GroupMamba: the modulated group Mamba layer and its parts. Needs torch alone; extras are named where needed."""
+
+from groupmamba.checkpoints import convert_released_state_dict
+from groupmamba.layers import ChannelAffinity, GroupedMamba2d, VSSSBlock
+
+__all__ = ["ChannelAffinity", "GroupedMamba2d", "VSSSBlock", "convert_released_state_dict"]

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of the authors' released code under this project's parameter names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+GROUPS = 4
+
+# Entry of one released group -> stacked entry of GroupCore and the released dimension of size 1 that it drops.
+_GROUP_ENTRIES = {
+    "in_proj.weight": ("in_proj_weight", None),
+    "conv2d.weight": ("conv_weight", 1),
+    "conv2d.bias": ("conv_bias", None),
+    "x_proj_weight": ("x_proj_weight", 0),
+    "dt_projs_weight": ("dt_weight", 0),
+    "dt_projs_bias": ("dt_bias", 0),
+    "A_logs": ("A_log", None),
+    "Ds": ("D", None),
+    "out_norm.weight": ("out_norm_weight", None),
+    "out_norm.bias": ("out_norm_bias", None),
+    "out_proj.weight": ("out_proj_weight", None),
+}
+_LAYER_ENTRIES = {
+    "skip_scale": "skip_scale",
+    "norm.weight": "norm.weight",
+    "norm.bias": "norm.bias",
+    "fc1.weight": "affinity.fc1.weight",
+    "fc1.bias": "affinity.fc1.bias",
+    "fc2.weight": "affinity.fc2.weight",
+    "fc2.bias": "affinity.fc2.bias",
+    "proj.weight": "proj.weight",
+    "proj.bias": "proj.bias",
+}
+_GROUP_NAME = re.compile(r"(?P<layer>(?:.*\.)?)mamba_g(?P<group>\d+)\.(?P<entry>.+)")
+
+
+def convert_released_state_dict(sd: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Renames and stacks the entries of the authors' released code to those of ``GroupedMamba2d(variant="released")``.
+
+    Entries are renamed, lose a dimension of size 1, or are stacked over the four groups, and nothing else: no
+    arithmetic, cast or reordering. So it holds for anything with one tensor a parameter: weights, gradients, optimizer
+    moments, moving averages. Entries outside the group Mamba layers pass unchanged. Tensors that are not stacked are
+    the ones given, not copies.
+
+    Args:
+        sd: released names to tensors, of one ``GroupMambaLayer`` or of any model around such layers. Entries may be
+            missing (frozen parameters have no gradient), but not for some of the four groups only.
+
+    Returns:
+        New names to tensors; loads with ``strict=True``. The directions are the released order, which is the default of
+        ``variant="released"``: (lr, tb, rl, bt).
+
+    Raises:
+        TypeError: ``sd`` is no mapping of names to tensors, or the groups differ in dtype.
+        ValueError: there is no released layer in it, a group's entry is missing, an entry of a layer is unknown, or
+            shapes do not fit.
+    """
+    if not isinstance(sd, Mapping):
+        raise TypeError(f"sd must be a mapping of names to tensors, got {type(sd).__name__}")
+    for name, value in sd.items():
+        if not isinstance(value, Tensor):
+            hint = ", pass it instead of the checkpoint around it" if isinstance(value, Mapping) else ""
+            raise TypeError(f"sd[{name!r}] must be a torch.Tensor, got {type(value).__name__}{hint}")
+    matches = {name: _GROUP_NAME.fullmatch(name) for name in sd}
+    layers = {match["layer"] for match in matches.values() if match}
+    if not layers:
+        raise ValueError(f"sd has no entry of a released layer ('mamba_g1.in_proj.weight'), got {list(sd)[:3]}")
+
+    out: dict[str, Tensor] = {}
+    for name, value in sd.items():
+        match = matches[name]
+        if match is None:
+            new = _rename_layer_entry(name, layers)
+        else:
+            if match["entry"] not in _GROUP_ENTRIES or not 1 <= int(match["group"]) <= GROUPS:
+                raise ValueError(f"sd[{name!r}] is no entry of a released group Mamba layer")
+            new = f"{match['layer']}mamba.{_GROUP_ENTRIES[match['entry']][0]}"
+            if new in out:
+                continue  # the first of the four brought all
+            value = _stack_groups(sd, match["layer"], match["entry"])
+        if new in out:
+            raise ValueError(f"sd[{name!r}] and another entry both become {new!r}")
+        out[new] = value
+    return out
+
+
+def _rename_layer_entry(name: str, layers: set[str]) -> str:
+    """The new name of an entry that belongs to no group."""
+    for layer in layers:
+        if name.startswith(layer):
+            entry = name[len(layer) :]
+            if entry not in _LAYER_ENTRIES:
+                raise ValueError(f"sd[{name!r}] is no entry of a released group Mamba layer")
+            return layer + _LAYER_ENTRIES[entry]
+    return name
+
+
+def _stack_groups(sd: Mapping[str, Tensor], layer: str, entry: str) -> Tensor:
+    """One entry of all four groups, stacked, without the released dimension of size 1."""
+    names = [f"{layer}mamba_g{group}.{entry}" for group in range(1, GROUPS + 1)]
+    missing = [name for name in names if name not in sd]
+    if missing:
+        raise ValueError(f"sd lacks {', '.join(map(repr, missing))}; the other groups have this entry")
+    tensors = [sd[name] for name in names]
+    first = tensors[0]
+    for name, tensor in zip(names, tensors, strict=True):
+        if tensor.shape != first.shape:
+            raise ValueError(f"sd[{name!r}] must be {tuple(first.shape)} like group 1's, got {tuple(tensor.shape)}")
+        if tensor.dtype != first.dtype:
+            raise TypeError(f"sd[{name!r}] must be {first.dtype} like group 1's, got {tensor.dtype}")
+    single = _GROUP_ENTRIES[entry][1]
+    if single is not None:
+        if first.dim() <= single or first.shape[single] != 1:
+            raise ValueError(f"sd[{names[0]!r}] must have size 1 in dimension {single}, got {tuple(first.shape)}")
+        tensors = [tensor.squeeze(single) for tensor in tensors]
+    return torch.stack(tensors)

@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The modulated group Mamba layer and its parts."""
+
+from groupmamba.layers.channel_affinity import ChannelAffinity
+from groupmamba.layers.grouped_mamba import GroupedMamba2d
+from groupmamba.layers.vsss import VSSSBlock
+
+__all__ = ["ChannelAffinity", "GroupedMamba2d", "VSSSBlock"]

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Channel affinity modulation: weights for all channels from the pooled image (GroupMamba, arXiv 2407.13772)."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from groupmamba.layers._checks import image_input, positive_int
+
+
+class ChannelAffinity(nn.Module):
+    r"""``sigmoid(fc2(relu(fc1(mean over H, W of x))))``: one weight in (0, 1) a channel, which every group can see.
+
+    Pooling, both products and the sigmoid are done in float32 (float64 for a float64 input), also in half precision
+    modules and under autocast.
+
+    Args:
+        dim: channels of the input.
+        reduction: the hidden width is ``dim // reduction``, at least 1. (The released code makes it 0 for dims below
+            ``reduction``, so that the input has no influence.)
+        out_dim: number of weights, ``dim`` by default.
+        device, dtype: of the parameters.
+
+    State: ``fc1.weight`` (hidden, dim), ``fc1.bias``, ``fc2.weight`` (out_dim, hidden), ``fc2.bias``.
+
+    Raises:
+        TypeError, ValueError: ``dim``, ``reduction`` or ``out_dim`` is not a positive int.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        reduction: int = 16,
+        *,
+        out_dim: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.dim = positive_int("dim", dim)
+        self.out_dim = dim if out_dim is None else positive_int("out_dim", out_dim)
+        hidden = max(dim // positive_int("reduction", reduction), 1)
+        self.fc1 = nn.Linear(dim, hidden, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden, self.out_dim, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights from a normal distribution of deviation 0.02 cut at +-2, biases 0."""
+        for layer in (self.fc1, self.fc2):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def from_pooled(self, pooled: Tensor) -> Tensor:
+        """Weights (batch, out_dim) from the pooled image (batch, dim), in the dtype of ``pooled``."""
+        kind = pooled.device.type
+        low = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        with torch.autocast(kind, enabled=False) if low else contextlib.nullcontext():
+            dtype = pooled.dtype
+            hidden = F.relu(F.linear(pooled, self.fc1.weight.to(dtype), self.fc1.bias.to(dtype)))
+            return torch.sigmoid(F.linear(hidden, self.fc2.weight.to(dtype), self.fc2.bias.to(dtype)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Weights (batch, out_dim) for an image (batch, dim, H, W), or (out_dim,) for (dim, H, W), in float32."""
+        image_input(x, self.dim, self.fc1.weight)
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return self.from_pooled(x.sum((-2, -1), dtype=wide) / max(x.shape[-2] * x.shape[-1], 1))

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The modulated group Mamba layer: four channel groups, each scanned along its own direction, and channel affinity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+import groupmamba_ext as ext
+from groupmamba.layers._checks import direction_names, image_input, positive_int
+from groupmamba.layers.channel_affinity import ChannelAffinity
+from groupmamba.layers.group_core import GroupCore
+from groupmamba.layers.vsss import GroupedVSSS
+
+GROUPS = 4
+PAPER_ORDER = ("lr", "rl", "tb", "bt")
+RELEASED_ORDER = ("lr", "tb", "rl", "bt")
+VARIANT_DIRECTIONS = {"released": RELEASED_ORDER, "fused": PAPER_ORDER, "paper": PAPER_ORDER}
+
+
+class GroupedMamba2d(nn.Module):
+    r"""Modulated group Mamba layer (Shaker et al., GroupMamba, CVPR 2025, arXiv 2407.13772).
+
+    The channels are split into four groups, each with its own Mamba (:class:`~groupmamba.layers.group_core.GroupCore`)
+    and scan direction; channel affinity modulation (:class:`ChannelAffinity`) connects the groups. Variants:
+
+    .. code-block:: text
+
+        "released", as the authors' code computes it
+            xn = LayerNorm(x; norm);  gate = affinity(xn);  o = Mamba of each group of xn
+            out = proj(LayerNorm(o * skip_scale * xn * gate; norm again))
+        "fused", one pass from scan to affinity
+            xn, gate and the Mambas as above but without out_proj, the gate applied with the scan
+            out = proj(y)
+        "paper", the paper's equations
+            out = VSSS block of each group of x * affinity(x)
+
+    Args:
+        dim: channels, a multiple of 4.
+        variant: ``"released"``, ``"fused"`` or ``"paper"``.
+        scan: ``"grouped"``: one direction a group.
+        affinity: False drops the channel affinity (the paper's ablation).
+        d_state: states a channel.
+        d_conv: 3, or 1 for no depthwise convolution before the scan.
+        expand: scanned channels over channels.
+        dt_rank: step features a group, ``"auto"`` for ceil(dim / 64).
+        directions: four of ``"lr"`` (row-major path over the image), ``"rl"`` (its reverse), ``"tb"`` (column-major),
+            ``"bt"`` (its reverse). By default the variant's own: released (lr, tb, rl, bt), as weights of the authors'
+            code need it; fused and paper (lr, rl, tb, bt).
+        reduction: the affinity's hidden width is ``dim // reduction``.
+        device, dtype: of the parameters.
+
+    Shape:
+        (batch, dim, H, W) or (dim, H, W), and the same out, stored channels-last. ``torch.channels_last`` inputs are
+        used without a copy. Sizes of 0 are allowed.
+
+    The input has the dtype of the parameters, or any that autocast converts. Norms, steps, states and gates are
+    computed in float32 (float64 for float64).
+
+    State: ``mamba.*`` (see :class:`~groupmamba.layers.group_core.GroupCore`; no ``out_proj_weight`` in the fused
+    variant), ``norm.weight``, ``norm.bias`` (dim,), ``affinity.fc1.*``, ``affinity.fc2.*``, ``proj.weight``
+    (dim, dim), ``proj.bias`` and, released only, ``skip_scale`` (1,). The paper variant has ``vsss.*`` (see
+    :class:`~groupmamba.layers.vsss.GroupedVSSS`) and ``affinity.*``. Weights of the authors' code are converted by
+    :func:`groupmamba.convert_released_state_dict`.
+
+    Raises:
+        TypeError: an argument or the input has a wrong type or dtype.
+        ValueError: an argument or the input's shape is wrong.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        variant: str = "released",
+        scan: str = "grouped",
+        affinity: bool = True,
+        d_state: int = 1,
+        d_conv: int = 3,
+        expand: float = 1.0,
+        dt_rank: int | str = "auto",
+        directions: Sequence[str] | None = None,
+        reduction: int = 16,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if positive_int("dim", dim) % GROUPS:
+            raise ValueError(f"dim must be a multiple of {GROUPS}, got {dim}")
+        if variant not in VARIANT_DIRECTIONS:
+            raise ValueError(f"variant must be one of {tuple(VARIANT_DIRECTIONS)}, got {variant!r}")
+        if scan == "cross":
+            raise ValueError(
+                "scan='cross' needs groupmamba_ext.cross_selective_scan, which this version does not have; "
+                "use scan='grouped'"
+            )
+        if scan != "grouped":
+            raise ValueError(f"scan must be 'grouped', got {scan!r}")
+        self.dim = dim
+        self.variant = variant
+        self.scan = scan
+        self.directions = direction_names(VARIANT_DIRECTIONS[variant] if directions is None else directions, GROUPS)
+        place = {"device": device, "dtype": dtype}
+        options = {
+            "directions": self.directions,
+            "d_state": d_state,
+            "d_conv": d_conv,
+            "expand": expand,
+            "dt_rank": dt_rank,
+            **place,
+        }
+        if variant == "paper":
+            self.vsss = GroupedVSSS(GROUPS, dim // GROUPS, **options)
+            gates = dim
+        else:
+            self.norm = nn.LayerNorm(dim, **place)
+            self.mamba = GroupCore(GROUPS, dim // GROUPS, out_proj=variant == "released", **options)
+            gates = dim if variant == "released" else GROUPS * self.mamba.inner_dim
+            self.proj = nn.Linear(gates, dim, **place)
+            self.skip_scale = nn.Parameter(torch.empty(1, **place)) if variant == "released" else None
+        self.affinity = ChannelAffinity(dim, reduction, out_dim=gates, **place) if affinity else None
+        self._reset_own_parameters()
+
+    def _reset_own_parameters(self) -> None:
+        if self.variant == "paper":
+            return
+        self.norm.reset_parameters()
+        nn.init.trunc_normal_(self.proj.weight, std=0.02)
+        nn.init.zeros_(self.proj.bias)
+        if self.skip_scale is not None:
+            nn.init.ones_(self.skip_scale)
+
+    def reset_parameters(self) -> None:
+        """The released initialisation; also gives a module made on the meta device its values after ``to_empty``."""
+        (self.vsss if self.variant == "paper" else self.mamba).reset_parameters()
+        if self.affinity is not None:
+            self.affinity.reset_parameters()
+        self._reset_own_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        image_input(x, self.dim, next(self.parameters()))
+        if self.variant == "paper":
+            y = self.vsss(x)
+            return y if self.affinity is None else y * self.affinity(x).to(y.dtype)[..., None, None]
+        image = (x if x.dim() == 4 else x.unsqueeze(0)).permute(0, 2, 3, 1).contiguous()
+        y = self.proj(self._mix(image)).permute(0, 3, 1, 2)
+        return y if x.dim() == 4 else y.squeeze(0)
+
+    def _mix(self, x: Tensor) -> Tensor:
+        """What goes into proj, (batch, H, W, dim or 4 E), from the image (batch, H, W, dim)."""
+        xn, pooled = ext.layer_norm_pool(x, self.norm.weight, self.norm.bias, self.norm.eps)
+        gate = None if self.affinity is None else self.affinity.from_pooled(pooled)
+        groups = xn.unflatten(-1, (GROUPS, self.dim // GROUPS))
+        if self.variant == "fused":
+            return self.mamba(groups, None if gate is None else gate.unflatten(-1, (GROUPS, -1))).flatten(-2)
+        o = self.mamba(groups)
+        # A view of the groups made after o: its token-major gradient is the first to arrive there, so that the sum with
+        # o's group-major one is token-major and goes on to the norm without a copy.
+        xn = groups.flatten(-2)
+        norm = self.norm
+        return ext.modulated_layer_norm(o, xn, self.skip_scale, norm.weight, norm.bias, gate=gate, eps=norm.eps)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, variant={self.variant!r}, scan={self.scan!r}, directions={self.directions}"

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs, ground truth and the comparison shared by the op tests.
+
+Tolerances are measured, not chosen: an op's error against the float64 reference may be at most twice the error that
+plain PyTorch makes in the same dtype on the same inputs.
+"""
+
+import torch
+
+# Below this relative error two results agree to the rounding of the storage dtype, whatever PyTorch itself makes of it.
+FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """||actual - expected|| / ||expected||; NaN or a wrong shape never passes."""
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
+    if expected.numel() == 0:
+        return 0.0
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    assert torch.isfinite(actual).all(), "not finite"
+    scale = expected.norm().item()
+    error = (actual - expected).norm().item()
+    return error if scale == 0 else error / scale
+
+
+def worst(actual: torch.Tensor, expected: torch.Tensor) -> str:
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    flat = (actual - expected).abs().flatten().argmax().item()
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), expected.shape))
+    return f"worst at {index}: {actual[index].item():.8g} instead of {expected[index].item():.8g}"
+
+
+def run(function, tensors: dict, options: dict, grad: torch.Tensor, probe=None) -> dict[str, torch.Tensor]:
+    """Output and every gradient of ``function(**tensors, **options)`` for the output gradient ``grad``."""
+    leaves = {k: v.detach().requires_grad_() for k, v in tensors.items() if v is not None}
+    out = function(**{k: leaves.get(k) for k in tensors}, **options)
+    first = out if probe is None else probe(out)
+    gradients = torch.autograd.grad(first, list(leaves.values()), grad.to(first.dtype))
+    return {"out": first, **{f"d{name}": g for name, g in zip(leaves, gradients)}}
+
+
+def check(native, reference, tensors: dict, options: dict, *, factor: float = 2.0, probe=None) -> dict[str, float]:
+    """Compares ``native`` with ``reference`` in float64; returns the errors."""
+    dtype = next(v.dtype for v in tensors.values() if v is not None and v.dim() >= 4)
+    wide = {k: None if v is None else v.detach().double().cpu() for k, v in tensors.items()}
+    shape_probe = native(**tensors, **options)
+    shape_probe = shape_probe if probe is None else probe(shape_probe)
+    grad = torch.randn(shape_probe.shape, dtype=torch.float64).to(dtype)
+    expected = run(reference, wide, options, grad.double(), probe)
+    actual = run(native, tensors, options, grad.to(shape_probe.device), probe)
+    plain = {} if dtype == torch.float64 else run(reference, {k: None if v is None else v.cpu() for k, v in tensors.items()}, options, grad, probe)  # fmt: skip
+    errors = {}
+    for name, truth in expected.items():
+        got = actual[name]
+        if name != "out":
+            source = tensors[name[1:]]
+            assert got.dtype == source.dtype, f"{name} has dtype {got.dtype} instead of {source.dtype}"
+        errors[name] = error = relative_error(got, truth)
+        allowed = FLOOR[dtype]
+        if plain:
+            own = plain[name].detach().double()
+            allowed = max(allowed, factor * relative_error(own, truth)) if torch.isfinite(own).all() else allowed
+        assert error <= allowed, f"{name}: relative error {error:.3e}, allowed {allowed:.3e}; {worst(got, truth)}"
+    return errors
+
+
+def group_major(x: torch.Tensor) -> torch.Tensor:
+    """The same (batch, H, W, G, D) tensor stored as (G, batch, H, W, D)."""
+    return x.permute(3, 0, 1, 2, 4).contiguous().permute(1, 2, 3, 0, 4)
+
+
+def unaligned(x: torch.Tensor) -> torch.Tensor:
+    """The same values in a buffer that starts one element off alignment."""
+    buffer = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
+    return buffer[1:].view(x.shape).copy_(x)
+
+
+def padded_channels(x: torch.Tensor, pad: int = 3) -> torch.Tensor:
+    """The same values as a view of a buffer whose rows are ``pad`` elements longer, filled with NaN."""
+    buffer = torch.full((*x.shape[:-1], x.shape[-1] + pad), float("nan"), dtype=x.dtype, device=x.device)
+    buffer[..., : x.shape[-1]] = x
+    return buffer[..., : x.shape[-1]]
