@@ -34,9 +34,7 @@ class Arguments:
 
     def _place(self, name: str, tensor: Tensor, shape: Sequence[int], layout: str) -> None:
         if tuple(tensor.shape) != tuple(shape):
-            raise ValueError(
-                f"{self.op}: {name} must be {layout} = {tuple(shape)}, got shape {tuple(tensor.shape)}"
-            )
+            raise ValueError(f"{self.op}: {name} must be {layout} = {tuple(shape)}, got shape {tuple(tensor.shape)}")
         if tensor.device != self.image.device:
             raise ValueError(
                 f"{self.op}: {name} must be on {self.image.device} like {self.first}, got device {tensor.device}"

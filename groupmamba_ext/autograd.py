@@ -36,7 +36,7 @@ def _same_device(op: str, *tensors: Tensor | None) -> None:
         raise ValueError(f"{op}: all tensors must be on one device, got {sorted(map(str, devices))}")
 
 
-# grouped_selective_scan ------------------------------------------------------------------------------------------------
+# grouped_selective_scan --------------------------------------------------------------------
 
 
 def _scan_fake(
@@ -82,10 +82,10 @@ def _scan_backward(ctx, dy, _dstates):
         raise RuntimeError("grouped_selective_scan: backward needs a forward run with save_states=True")
     *tensors, states = ctx.saved_tensors
     grads = _ops.grouped_selective_scan_bwd(dy, *tensors, states, *ctx.scalars)
-    return (*(g if t is not None else None for g, t in zip(grads, tensors)), None, None, None, None, None)
+    return (*(g if t is not None else None for g, t in zip(grads, tensors, strict=True)), None, None, None, None, None)
 
 
-# depthwise_conv3x3 -----------------------------------------------------------------------------------------------------
+# depthwise_conv3x3 -------------------------------------------------------------------------
 
 
 def _conv_fake(x, weight, bias, activation):
@@ -109,7 +109,7 @@ def _conv_backward(ctx, dy):
     return dx, dweight, None if bias is None else dbias, None
 
 
-# layer_norm_pool -------------------------------------------------------------------------------------------------------
+# layer_norm_pool ---------------------------------------------------------------------------
 
 
 def _pool_fake(x, weight, bias, eps):
@@ -134,7 +134,7 @@ def _pool_backward(ctx, dxn, dpooled):
     return dx, dweight, dbias.to(ctx.bias_dtype), None
 
 
-# modulated_layer_norm --------------------------------------------------------------------------------------------------
+# modulated_layer_norm ----------------------------------------------------------------------
 
 
 def _modulated_fake(o, x, scale, gate, weight, bias, eps):
@@ -160,7 +160,7 @@ def _modulated_backward(ctx, dy):
     return do, dx, dscale, None if gate is None else dgate, dweight, dbias.to(ctx.bias_dtype), None
 
 
-# registration ----------------------------------------------------------------------------------------------------------
+# registration ------------------------------------------------------------------------------
 
 
 def _no_double_backward(name: str):

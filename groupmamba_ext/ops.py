@@ -295,7 +295,8 @@ def modulated_layer_norm(
     """LayerNorm over all channels of ``o * scale * x * gate``: how the released layer merges its groups.
 
     Args:
-        o: the groups' outputs, (batch, H, W, G, D) with G * D = C, or (batch, H, W, C); strided views are read in place.
+        o: the groups' outputs, (batch, H, W, G, D) with G * D = C, or (batch, H, W, C); strided views are read in
+            place.
         x: the layer's normalised input, (batch, H, W, C), of the same dtype.
         scale: ``skip_scale``, (1,).
         weight, bias: (C,), dtype of ``x`` or float32.

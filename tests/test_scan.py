@@ -3,21 +3,25 @@
 
 import pytest
 import torch
-from common import FLOOR, check, group_major, padded_channels, relative_error, unaligned
 
 import groupmamba_ext as ext
+from common import FLOOR, check, group_major, padded_channels, relative_error, unaligned
+from groupmamba_ext.ops import chunk_tokens
 
 IMAGES = ("u", "dt", "B", "C", "z")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MIXED = ("lr", "rl", "tb", "bt")
+SIZES = [(1, 1), (1, 7), (7, 1), (2, 3), (7, 7), (14, 14), (13, 29), (28, 28), (31, 37), (1, 500), (500, 1)]
+ORDER = ("u", "dt", "A", "B", "C", "D", "dt_weight", "dt_bias", "z", "norm_weight", "norm_bias", "gate")
 
 
-def inputs(device, dtype=torch.float32, *, batch=2, h=5, w=7, groups=4, dim=16, n=1, rank=1, param=torch.float32, drop=()):
+def inputs(
+    device, dtype=torch.float32, *, batch=2, h=5, w=7, groups=4, dim=16, n=1, rank=1, param=torch.float32, drop=()
+):
     def image(*last, scale=1.0):
         return (scale * torch.randn(batch, h, w, groups, *last, dtype=torch.float64)).to(device, dtype)
 
-    if dtype == torch.float64:
-        param = dtype
+    param = torch.float64 if dtype == torch.float64 else torch.float32
 
     def parameter(*shape, scale=1.0, mean=0.0):
         return (mean + scale * torch.randn(*shape, dtype=torch.float64)).to(device, param)
@@ -60,7 +64,7 @@ def test_widths(device, dtype, dim):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("h, w", [(1, 1), (1, 7), (7, 1), (2, 3), (7, 7), (14, 14), (13, 29), (28, 28), (31, 37), (1, 500), (500, 1)])
+@pytest.mark.parametrize("h, w", SIZES)
 def test_sizes(device, dtype, h, w):
     compare(inputs(device, dtype, h=h, w=w, dim=32))
 
@@ -261,7 +265,7 @@ def test_bitwise_repeatable(device, dtype, n):
     tensors = inputs(device, dtype, batch=5, h=20, w=19, n=n, dim=24)
     first = once()
     for _ in range(3):
-        assert all(torch.equal(a, b) for a, b in zip(first, once()))
+        assert all(torch.equal(a, b) for a, b in zip(first, once(), strict=True))
 
 
 def test_autocast(device):
@@ -274,10 +278,12 @@ def test_autocast(device):
 
 
 def test_gradcheck():
-    tensors = {k: v.requires_grad_() for k, v in inputs("cpu", torch.float64, batch=1, h=2, w=3, dim=3, n=2, rank=2).items()}
+    tensors = {
+        k: v.requires_grad_() for k, v in inputs("cpu", torch.float64, batch=1, h=2, w=3, dim=3, n=2, rank=2).items()
+    }
     names = list(tensors)
     assert torch.autograd.gradcheck(
-        lambda *values: ext.grouped_selective_scan(**dict(zip(names, values))), tuple(tensors.values())
+        lambda *values: ext.grouped_selective_scan(**dict(zip(names, values, strict=True))), tuple(tensors.values())
     )
 
 
@@ -337,16 +343,14 @@ def test_more_than_two_to_the_31_elements():
 
 def test_opcheck(device):
     tensors = {k: v.requires_grad_() for k, v in inputs(device, h=3, w=4, dim=8).items()}
-    from groupmamba_ext.ops import chunk_tokens
-
-    arguments = (*tensors.values(),)
-    order = ["u", "dt", "A", "B", "C", "D", "dt_weight", "dt_bias", "z", "norm_weight", "norm_bias", "gate"]
-    arguments = tuple(tensors[k] for k in order)
+    arguments = tuple(tensors[k] for k in ORDER)
     chunk = chunk_tokens(8, device)
     torch.library.opcheck(
         torch.ops.groupmamba.grouped_selective_scan_fwd, (*arguments, [0, 1, 2, 3], True, 1e-5, chunk, True)
     )
-    layout = tuple(group_major(t.detach()) if k in IMAGES else t.detach() for k, t in zip(order, arguments))
+    layout = tuple(
+        group_major(t.detach()) if k in IMAGES else t.detach() for k, t in zip(ORDER, arguments, strict=True)
+    )
     y, states = torch.ops.groupmamba.grouped_selective_scan_fwd(*layout, [0, 1, 2, 3], True, 1e-5, chunk, True)
     torch.library.opcheck(
         torch.ops.groupmamba.grouped_selective_scan_bwd,
@@ -365,7 +369,7 @@ def test_compile_fullgraph(device):
     y, z = compiled(tensors), f(tensors)
     assert torch.equal(y, z)
     grads = [torch.autograd.grad(out.sum(), list(tensors.values())) for out in (y, z)]
-    assert all(torch.equal(a, b) for a, b in zip(*grads))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_flops(device):
@@ -394,7 +398,7 @@ BAD = {
     "D shape": ({"D": torch.zeros(64)}, ValueError, r"D must be \(G, D\) = \(4, 16\), got shape \(64,\)"),
     "gate dtype": ({"gate": torch.zeros(2, 4, 16).double()}, TypeError, r"gate must be float32, got torch.float64"),
     "norm_bias alone": ({"norm_weight": None}, ValueError, r"norm_bias needs norm_weight"),
-    "device": ({"z": torch.zeros(2, 5, 7, 4, 16, device="meta")}, ValueError, r"z must be on cpu like u, got device meta"),
+    "device": ({"z": torch.zeros(2, 5, 7, 4, 16, device="meta")}, ValueError, r"z must be on cpu .* meta"),
     "directions count": ({"directions": ("lr", "rl")}, ValueError, r"one direction a group \(4\), got \('lr', 'rl'\)"),
     "directions name": ({"directions": ("lr", "rl", "tb", "up")}, ValueError, r"directions must be from .* got 'up'"),
     "directions type": ({"directions": "lr"}, TypeError, r"directions must be a sequence .* got 'lr'"),
@@ -421,4 +425,6 @@ def test_mixed_devices_raise_under_fake_tensors():
             ext.grouped_selective_scan(**fake)
         order = ["u", "dt", "A", "B", "C", "D", "dt_weight", "dt_bias", "z", "norm_weight", "norm_bias", "gate"]
         with pytest.raises(Exception, match="device"):
-            torch.ops.groupmamba.grouped_selective_scan_fwd(*(fake[k] for k in order), [0, 1, 2, 3], True, 1e-5, 64, True)
+            torch.ops.groupmamba.grouped_selective_scan_fwd(
+                *(fake[k] for k in order), [0, 1, 2, 3], True, 1e-5, 64, True
+            )

@@ -14,7 +14,7 @@ Capability capability();
 const char* cpu_capability();
 
 #if defined(__x86_64__)
-#define GM_CPU_KERNEL(name)                                                                      \
+#define GM_CPU_KERNEL(name) \
     ::gm::cpu::choose(&::gm::cpu::baseline::name, &::gm::cpu::avx2::name, &::gm::cpu::avx512::name)
 #else
 #define GM_CPU_KERNEL(name) (&::gm::cpu::baseline::name)

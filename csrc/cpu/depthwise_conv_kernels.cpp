@@ -56,26 +56,27 @@ GM_INLINE void convolve(const Pixels<const T>& in, int64_t y0, int64_t y1, const
         for (int64_t x = 0; x < in.width; x += kCols) {
             const Tile<const T, kRows + 2, kCols + 2> pixels(in, y - 1, x - 1);
             const auto emit = start(y, x);
-            for_vectors<A>(channels, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-                Vec<A> w[9], sum[kRows * kCols];
-                for (int k = 0; k < 9; ++k) w[k] = load(weight + (kFlip ? 8 - k : k) * pitch + i);
-                for (Vec<A>& v : sum) v = bias == nullptr ? Vec<A>{} : load(bias + i);
+            for_vectors<A>(
+                channels, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+                    Vec<A> w[9], sum[kRows * kCols];
+                    for (int k = 0; k < 9; ++k) w[k] = load(weight + (kFlip ? 8 - k : k) * pitch + i);
+                    for (Vec<A>& v : sum) v = bias == nullptr ? Vec<A>{} : load(bias + i);
 #pragma GCC unroll 8
-                for (int r = 0; r < kRows + 2; ++r) {
+                    for (int r = 0; r < kRows + 2; ++r) {
 #pragma GCC unroll 8
-                    for (int c = 0; c < kCols + 2; ++c) {
-                        const Vec<A> v = load(pixels.at[r][c] + i, lanes);
+                        for (int c = 0; c < kCols + 2; ++c) {
+                            const Vec<A> v = load(pixels.at[r][c] + i, lanes);
 #pragma GCC unroll 9
-                        for (int k = 0; k < 9; ++k) {
-                            const int to_row = r - k / 3, to_col = c - k % 3;
-                            if (to_row >= 0 && to_row < kRows && to_col >= 0 && to_col < kCols) {
-                                sum[to_row * kCols + to_col] += v * w[k];
+                            for (int k = 0; k < 9; ++k) {
+                                const int to_row = r - k / 3, to_col = c - k % 3;
+                                if (to_row >= 0 && to_row < kRows && to_col >= 0 && to_col < kCols) {
+                                    sum[to_row * kCols + to_col] += v * w[k];
+                                }
                             }
                         }
                     }
-                }
-                emit(i, lanes, sum);
-            });
+                    emit(i, lanes, sum);
+                });
         }
     }
 }
@@ -85,7 +86,7 @@ template <class T, class F>
 GM_INLINE auto store_tiles(const Pixels<T>& out, const F& f) {
     return [&out, f](int64_t y, int64_t x) {
         const Tile<T, kRows, kCols> to(out, y, x);
-        return [to, f](int64_t i, auto lanes, auto& sum) __attribute__((always_inline)) {
+        return [ to, f ](int64_t i, auto lanes, auto& sum) __attribute__((always_inline)) {
             f(sum);
 #pragma GCC unroll 8
             for (int k = 0; k < kRows * kCols; ++k) store(to.at[k / kCols][k % kCols] + i, sum[k], lanes);
@@ -112,8 +113,8 @@ GM_INLINE V activation_slope(V v) {
 }
 
 template <class T, Activation kActivation>
-void forward_rows(const ConvParams& p, const Image& y, int64_t batch, int64_t group, int64_t first_row,
-                  int64_t end_row, void* memory) {
+void forward_rows(const ConvParams& p, const Image& y, int64_t batch, int64_t group, int64_t first_row, int64_t end_row,
+                  void* memory) {
     using A = Accumulate<T>;
     Scratch arena(memory);
     T *zeros = arena.take<T>(p.padded), *unused = arena.take<T>(p.padded);
@@ -143,34 +144,35 @@ struct BackwardScratch {
 
 // sums[k] = sum over the pixels of row y of g * x shifted by tap k; sums[9] = sum of g.
 template <class A, class T>
-void row_sums(const Pixels<const T>& x, const Pixels<const A>& g, int64_t y, int64_t g_row, int64_t channels, int64_t pitch,
-              A* sums) {
+void row_sums(const Pixels<const T>& x, const Pixels<const A>& g, int64_t y, int64_t g_row, int64_t channels,
+              int64_t pitch, A* sums) {
     for (int64_t i = 0; i < 10 * pitch; ++i) sums[i] = 0;
     for (int64_t col = 0; col < x.width; col += kSumCols) {
         const Tile<const T, 3, kSumCols + 2> pixels(x, y - 1, col - 1);
         const Tile<const A, 1, kSumCols> gradients(g, g_row, col);
-        for_vectors<A>(channels, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-            Vec<A> sum[9], gradient[kSumCols], total = load(sums + 9 * pitch + i);
+        for_vectors<A>(
+            channels, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+                Vec<A> sum[9], gradient[kSumCols], total = load(sums + 9 * pitch + i);
 #pragma GCC unroll 8
-            for (int c = 0; c < kSumCols; ++c) {
-                gradient[c] = load(gradients.at[0][c] + i);
-                total += gradient[c];
-            }
-            store(sums + 9 * pitch + i, total);
-            for (int k = 0; k < 9; ++k) sum[k] = load(sums + k * pitch + i);
+                for (int c = 0; c < kSumCols; ++c) {
+                    gradient[c] = load(gradients.at[0][c] + i);
+                    total += gradient[c];
+                }
+                store(sums + 9 * pitch + i, total);
+                for (int k = 0; k < 9; ++k) sum[k] = load(sums + k * pitch + i);
 #pragma GCC unroll 3
-            for (int r = 0; r < 3; ++r) {
+                for (int r = 0; r < 3; ++r) {
 #pragma GCC unroll 10
-                for (int c = 0; c < kSumCols + 2; ++c) {
-                    const Vec<A> v = load(pixels.at[r][c] + i, lanes);
+                    for (int c = 0; c < kSumCols + 2; ++c) {
+                        const Vec<A> v = load(pixels.at[r][c] + i, lanes);
 #pragma GCC unroll 3
-                    for (int k = 0; k < 3; ++k) {
-                        if (c - k >= 0 && c - k < kSumCols) sum[r * 3 + k] += v * gradient[c - k];
+                        for (int k = 0; k < 3; ++k) {
+                            if (c - k >= 0 && c - k < kSumCols) sum[r * 3 + k] += v * gradient[c - k];
+                        }
                     }
                 }
-            }
-            for (int k = 0; k < 9; ++k) store(sums + k * pitch + i, sum[k]);
-        });
+                for (int k = 0; k < 9; ++k) store(sums + k * pitch + i, sum[k]);
+            });
     }
 }
 
@@ -208,11 +210,11 @@ void backward_tile(const ConvParams& p, const ConvGradients& grads, int64_t batc
         const auto times_slope = [&](int64_t row, int64_t col) {
             const Tile<const T, kRows, kCols> from(dy, row, col);
             const Tile<A, kRows, kCols> to(g, row - g0, col);
-            return [from, to](int64_t i, auto lanes, Vec<A>(&sum)[kRows * kCols]) __attribute__((always_inline)) {
+            return [ from, to ](int64_t i, auto lanes, Vec<A>(&sum)[kRows * kCols]) __attribute__((always_inline)) {
 #pragma GCC unroll 8
                 for (int k = 0; k < kRows * kCols; ++k) {
-                    store(to.at[k / kCols][k % kCols] + i, load(from.at[k / kCols][k % kCols] + i, lanes) *
-                                                               activation_slope<kActivation>(sum[k]));
+                    store(to.at[k / kCols][k % kCols] + i,
+                          load(from.at[k / kCols][k % kCols] + i, lanes) * activation_slope<kActivation>(sum[k]));
                 }
             };
         };
@@ -282,11 +284,11 @@ int64_t depthwise_conv_bwd_scratch(const ConvParams& p, const ConvGradients& gra
     return arena.used();
 }
 
-void depthwise_conv_bwd(const ConvParams& p, const ConvGradients& grads, int64_t batch, int64_t group,
-                        int64_t row_tile, int64_t channel_tile, void* scratch) {
+void depthwise_conv_bwd(const ConvParams& p, const ConvGradients& grads, int64_t batch, int64_t group, int64_t row_tile,
+                        int64_t channel_tile, void* scratch) {
     dispatch(p, [&](auto element, auto activation) {
         backward_tile<decltype(element), decltype(activation)::value>(p, grads, batch, group, row_tile, channel_tile,
-                                                                       scratch);
+                                                                      scratch);
     });
 }
 

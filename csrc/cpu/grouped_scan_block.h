@@ -41,8 +41,8 @@ inline void gather_rows(const T* rows, int64_t stride, const int64_t* tokens, in
 
 // rows[tokens[t] * stride + i] = from[t * pitch + i]; reads of `from` may pass `size` by less than a vector.
 template <class T>
-inline void scatter_rows(const Accumulate<T>* from, int64_t pitch, const int64_t* tokens, int64_t count,
-                         int64_t size, int64_t stride, T* rows) {
+inline void scatter_rows(const Accumulate<T>* from, int64_t pitch, const int64_t* tokens, int64_t count, int64_t size,
+                         int64_t stride, T* rows) {
     for (int64_t t = 0; t < count; ++t) {
         T* row = rows + tokens[t] * stride;
         const Accumulate<T>* in = from + t * pitch;
@@ -142,8 +142,7 @@ template <class T, bool kDerivative>
 inline void load_block(const ScanParams& p, const Slice& s, const SliceParameters<Accumulate<T>>& w, int64_t first,
                        int64_t count, const Block<Accumulate<T>>& block, Accumulate<T>* derivative) {
     path_tokens(p, p.directions[s.group], first, count, block.tokens);
-    const auto gather = [&](const ConstImage& image, int64_t offset, int64_t size, int64_t pitch,
-                            Accumulate<T>* out) {
+    const auto gather = [&](const ConstImage& image, int64_t offset, int64_t size, int64_t pitch, Accumulate<T>* out) {
         gather_rows<T>(rows_of<T>(image, s.batch, s.group) + offset, image.token, block.tokens, count, size, pitch,
                        out);
     };

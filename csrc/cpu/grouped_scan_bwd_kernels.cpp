@@ -2,6 +2,10 @@
 // Backward of the grouped scan: chunks in reverse, each from the state saved before it. With gh_t the gradient of h_t,
 //   gh_t = C_t gy_t + exp(step_{t+1} A) gh_{t+1},   gy the gradient of y_t = C_t . h_t + D u_t,
 // everything else is local to a token. Sums over tokens are float within a chunk and double across chunks.
+#include <initializer_list>
+
+#include <initializer_list>
+
 #include "cpu/grouped_scan.h"
 #include "cpu/grouped_scan_block.h"
 
@@ -36,8 +40,8 @@ struct BackwardScratch {
     Block<A> block;
     // (tokens, padded); `before` is the state before each token, `du` takes the place of y
     A *slope, *y, *gy, *factor, *before, *du, *dstep;
-    A *carry;           // (states, padded): exp(step A) gh of the token after the chunk
-    A *dt, *dB, *dC;    // gradients of the rows of `block`
+    A* carry;              // (states, padded): exp(step A) gh of the token after the chunk
+    A *dt, *dB, *dC;       // gradients of the rows of `block`
     A *lanes_B, *lanes_C;  // (tokens, lanes): sums over channels, not yet over lanes
     A* sums;
 
@@ -128,7 +132,7 @@ void output_gradient(const ScanParams& p, const ScanGradients& grads, const Slic
 
 // out[t * stride] = the sum of row t's lanes.
 template <class A>
-GM_INLINE void sum_lanes(const A* lanes, int64_t count, A* out, int64_t stride) {
+GM_INLINE void sum_rows(const A* lanes, int64_t count, A* out, int64_t stride) {
     for (int64_t t = 0; t < count; ++t) out[t * stride] = sum(load(lanes + t * kLanes<A>));
 }
 
@@ -163,8 +167,8 @@ void reverse_state(const ScanParams& p, const Slice& s, const SliceParameters<A>
         add_to(sums.decay + n * p.padded + i, decay_sum);
         if constexpr (kFirst) add_to(sums.skip + i, skip_sum);
     }
-    sum_lanes(scratch.lanes_B, count, scratch.dB + n, p.states);
-    sum_lanes(scratch.lanes_C, count, scratch.dC + n, p.states);
+    sum_rows(scratch.lanes_B, count, scratch.dB + n, p.states);
+    sum_rows(scratch.lanes_C, count, scratch.dC + n, p.states);
 }
 
 // Through softplus and the low-rank projection: `dstep` becomes the gradient before the softplus, then ddt.
@@ -194,7 +198,7 @@ void step_gradient(const ScanParams& p, const Slice& s, const SliceParameters<A>
             }
             add_to(sums.dt_weight + r * p.padded + i, total);
         }
-        sum_lanes(scratch.lanes_B, count, scratch.dt + r, p.rank);
+        sum_rows(scratch.lanes_B, count, scratch.dt + r, p.rank);
     }
 }
 
@@ -208,7 +212,8 @@ void scan_group(const ScanParams& p, const ScanGradients& grads, const Slice& s,
     double* partials = grads.partials + image * sum_size;
     for (int64_t i = 0; i < sum_size; ++i) partials[i] = 0;
     for (int64_t i = 0; i < p.states * p.padded; ++i) scratch.carry[i] = 0;
-    for (A* rows : {scratch.before, scratch.factor, scratch.y}) clear_padding(rows, scratch.capacity, s.channels, s.pitch);
+    for (A* rows : {scratch.before, scratch.factor, scratch.y})
+        clear_padding(rows, scratch.capacity, s.channels, s.pitch);
 
     const int64_t length = p.height * p.width;
     for (int64_t chunk = p.chunks; chunk-- > 0;) {

@@ -46,9 +46,8 @@ void advance_state(const ScanParams& p, const Slice& s, const SliceParameters<A>
 }
 
 template <class T>
-void store_outputs(const ScanParams& p, const ScanOutputs& out, const Slice& s,
-                   const SliceParameters<Accumulate<T>>& w, int64_t count,
-                   const ForwardScratch<Accumulate<T>>& scratch) {
+void store_outputs(const ScanParams& p, const ScanOutputs& out, const Slice& s, const SliceParameters<Accumulate<T>>& w,
+                   int64_t count, const ForwardScratch<Accumulate<T>>& scratch) {
     using A = Accumulate<T>;
     const A eps = static_cast<A>(p.norm_eps);
     T* y_rows = rows_of<T>(out.y, s.batch, s.group) + s.first_channel;
@@ -119,8 +118,8 @@ int64_t grouped_scan_fwd_scratch(const ScanParams& p, int64_t channels) {
     return arena.used();
 }
 
-void grouped_scan_fwd(const ScanParams& p, const ScanOutputs& out, int64_t batch, int64_t group,
-                      int64_t first_channel, int64_t channels, void* memory) {
+void grouped_scan_fwd(const ScanParams& p, const ScanOutputs& out, int64_t batch, int64_t group, int64_t first_channel,
+                      int64_t channels, void* memory) {
     const Slice slice{batch, group, first_channel, channels, round_up(channels, kRowUnit)};
     switch (p.dtype) {
         case DType::kFloat: return scan_slice<float>(p, out, slice, memory);

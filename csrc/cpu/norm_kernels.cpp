@@ -3,6 +3,10 @@
 // scratch once; with unit = (row - mean) rstd and g the gradient of unit, that of the row is
 //   (g - mean(g) - unit mean(g unit)) rstd.
 // Sums over tokens are float within a block and double across blocks.
+#include <initializer_list>
+
+#include <initializer_list>
+
 #include "cpu/norm.h"
 #include "cpu/rows.h"
 #include "cpu/scratch.h"
@@ -12,7 +16,7 @@ namespace {
 
 template <class A>
 struct NormScratch {
-    A *row, *g;                    // a vector longer than padded: groups are written one after another
+    A *row, *g;  // a vector longer than padded: groups are written one after another
     A *weight_sum, *bias_sum, *gate_sum;
 
     NormScratch(Scratch& scratch, int64_t padded) {
@@ -110,9 +114,8 @@ void pool_backward(const NormPoolParams& p, const NormPoolGradients& grads, int6
             store(scratch.g + i, load(dxn + t * grads.dxn.token + i, lanes) + load(dpooled + i) * share);
         });
         norm_gradient(scratch, weight, p.dim, shift, rstd);
-        for_vectors<A>(p.dim, [&](int64_t i, auto lanes) {
-            store(dx + t * grads.dx.token + i, load(scratch.g + i), lanes);
-        });
+        for_vectors<A>(p.dim,
+                       [&](int64_t i, auto lanes) { store(dx + t * grads.dx.token + i, load(scratch.g + i), lanes); });
     }
     double* partials = grads.partials + (batch * p.blocks + block) * 2 * p.padded;
     store_partial(scratch.weight_sum, p.padded, partials);
@@ -162,8 +165,8 @@ void modulated_forward(const ModulatedNormParams& p, const Image& y, int64_t bat
 }
 
 template <class T>
-void modulated_backward(const ModulatedNormParams& p, const ModulatedNormGradients& grads, int64_t batch,
-                        int64_t block, void* memory) {
+void modulated_backward(const ModulatedNormParams& p, const ModulatedNormGradients& grads, int64_t batch, int64_t block,
+                        void* memory) {
     using A = Accumulate<T>;
     Scratch arena(memory);
     const NormScratch<A> scratch(arena, p.padded);
@@ -214,8 +217,8 @@ int64_t norm_scratch(DType dtype, int64_t padded) {
     return arena.used();
 }
 
-#define GM_DISPATCH(kernel, ...)                                       \
-    switch (p.dtype) {                                                 \
+#define GM_DISPATCH(kernel, ...)                                        \
+    switch (p.dtype) {                                                  \
         case DType::kFloat: return kernel<float>(p, __VA_ARGS__);       \
         case DType::kDouble: return kernel<double>(p, __VA_ARGS__);     \
         case DType::kHalf: return kernel<Half>(p, __VA_ARGS__);         \

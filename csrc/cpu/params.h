@@ -32,9 +32,9 @@ struct ScanParams {
     double norm_eps;
     int64_t chunk, chunks;  // tokens between saved states; number of saved states
     ConstImage u, dt, B, C, z;
-    const void *A, *dt_weight;                        // wide (groups, states, padded), (groups, rank, padded)
+    const void *A, *dt_weight;                          // wide (groups, states, padded), (groups, rank, padded)
     const void *D, *dt_bias, *norm_weight, *norm_bias;  // wide (groups, padded)
-    const void* gate;                                 // wide (batch, groups, padded)
+    const void* gate;                                   // wide (batch, groups, padded)
 };
 
 struct ScanOutputs {

@@ -19,9 +19,9 @@ GM_INLINE T* rows_of(const Image& image, int64_t batch, int64_t group) {
     return static_cast<T*>(image.data) + batch * image.batch + group * image.group;
 }
 
-// Subtracts from a row a first estimate of its mean, so that (row - shift) * rstd is the row normalised: `shift` is what
-// the estimate's rounding left, which shows where the mean is large against the deviations. Beyond `size` the row is
-// zero to a whole vector, before and after.
+// Subtracts from a row a first estimate of its mean, so that (row - shift) * rstd is the row normalised: `shift` is
+// what the estimate's rounding left, which shows where the mean is large against the deviations. Beyond `size` the row
+// is zero to a whole vector, before and after.
 template <class A>
 GM_INLINE void center_row(A* row, int64_t size, A eps, A& shift, A& rstd) {
     Vec<A> total{}, rest{}, squares{};

@@ -7,7 +7,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <utility>
 
 #if defined(__AVX2__) || defined(__F16C__)
 #include <immintrin.h>
@@ -99,9 +98,7 @@ GM_INLINE void store(double* p, Vec<double> v, All) { store(p, v); }
 // Lanes that do not exist are read as zero and never written.
 #if defined(GM_AVX512)
 GM_INLINE __mmask16 lane_mask(First f) { return static_cast<__mmask16>((1u << f.n) - 1); }
-GM_INLINE Vec<float> load(const float* p, First f) {
-    return (Vec<float>)_mm512_maskz_loadu_ps(lane_mask(f), p);
-}
+GM_INLINE Vec<float> load(const float* p, First f) { return (Vec<float>)_mm512_maskz_loadu_ps(lane_mask(f), p); }
 GM_INLINE Vec<double> load(const double* p, First f) {
     return (Vec<double>)_mm512_maskz_loadu_pd(static_cast<__mmask8>(lane_mask(f)), p);
 }
@@ -222,9 +219,7 @@ GM_INLINE void store(BFloat16* p, Vec<float> v, Lanes lanes) {
 GM_INLINE Vec<float> keep(Vec<float> v, All) { return v; }
 GM_INLINE Vec<double> keep(Vec<double> v, All) { return v; }
 #if defined(GM_AVX512)
-GM_INLINE Vec<float> keep(Vec<float> v, First f) {
-    return (Vec<float>)_mm512_maskz_mov_ps(lane_mask(f), (__m512)v);
-}
+GM_INLINE Vec<float> keep(Vec<float> v, First f) { return (Vec<float>)_mm512_maskz_mov_ps(lane_mask(f), (__m512)v); }
 #elif defined(GM_AVX2)
 GM_INLINE Vec<float> keep(Vec<float> v, First f) {
     return (Vec<float>)_mm256_and_ps((__m256)v, (__m256)lane_mask32(f));
@@ -240,23 +235,33 @@ GM_INLINE Vec<double> keep(Vec<double> v, First f) {
     return v;
 }
 
-template <class T, int kCount, int... kLow>
-GM_INLINE T sum_of_lanes(typename VectorType<T, kCount * sizeof(T)>::type v, std::integer_sequence<int, kLow...>) {
-    if constexpr (kCount == 2) {
-        return v[0] + v[1];
-    } else {
-        constexpr int kHalf = kCount / 2;
-        return sum_of_lanes<T, kHalf>(
-            __builtin_shufflevector(v, v, kLow...) + __builtin_shufflevector(v, v, (kLow + kHalf)...),
-            std::make_integer_sequence<int, kHalf / 2>{});
-    }
+// Sums over lanes, halves first.
+#if defined(GM_AVX512) || defined(GM_AVX2)
+GM_INLINE float sum_lanes(__m256 v) {
+    __m128 q = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
 }
-
+GM_INLINE double sum_lanes(__m256d v) {
+    const __m128d q = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(q, _mm_unpackhi_pd(q, q)));
+}
+#endif
+#if defined(GM_AVX512)
 GM_INLINE float sum(Vec<float> v) {
-    return sum_of_lanes<float, kLanes<float>>(v, std::make_integer_sequence<int, kLanes<float> / 2>{});
+    const __m256 high = _mm512_maskz_extractf32x8_ps(static_cast<__mmask8>(-1), (__m512)v, 1);
+    return sum_lanes(_mm256_add_ps(_mm512_castps512_ps256((__m512)v), high));
 }
 GM_INLINE double sum(Vec<double> v) {
-    return sum_of_lanes<double, kLanes<double>>(v, std::make_integer_sequence<int, kLanes<double> / 2>{});
+    const __m256d high = _mm512_maskz_extractf64x4_pd(static_cast<__mmask8>(-1), (__m512d)v, 1);
+    return sum_lanes(_mm256_add_pd(_mm512_castpd512_pd256((__m512d)v), high));
 }
+#elif defined(GM_AVX2)
+GM_INLINE float sum(Vec<float> v) { return sum_lanes((__m256)v); }
+GM_INLINE double sum(Vec<double> v) { return sum_lanes((__m256d)v); }
+#else
+GM_INLINE float sum(Vec<float> v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+GM_INLINE double sum(Vec<double> v) { return v[0] + v[1]; }
+#endif
 
 }  // namespace gm::cpu::GM_CPU_CAPABILITY

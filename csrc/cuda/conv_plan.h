@@ -59,17 +59,17 @@ inline ConvFwdPlan conv_fwd_plan(int64_t batch, int height, int width, int group
 // of the next one. Its threads exchange the columns between them through shared memory, so a tile that does not end at
 // the image's edge computes two columns on that side which its neighbour owns.
 constexpr int kConvBwdThreads = 128;
+constexpr int kConvBwdLanes = 32;
 constexpr int kConvBwdHalo = 2;
 
 struct ConvBwdPlan {
     int lanes, chunks;
     int pairs, threads;    // column pairs of a tile; threads = lanes * pairs
-    int tiles;             // of a row
+    int tiles, tile_step;  // of a row; between the first columns of two
     int rows, strips;
     int images;            // that a block walks one after the other
     int64_t segments;      // runs of `images` images
     int64_t partial_rows;  // segments * strips * tiles
-    int tile_step() const { return pairs * kConvColumns - 2 * kConvBwdHalo; }  // between the first columns of two tiles
 };
 
 inline ConvBwdPlan conv_bwd_plan(int64_t batch, int height, int width, int groups, int dim) {
@@ -83,7 +83,8 @@ inline ConvBwdPlan conv_bwd_plan(int64_t batch, int height, int width, int group
         p.tiles = static_cast<int>(div_up(width - 2 * kConvBwdHalo, widest - 2 * kConvBwdHalo));
         p.pairs = static_cast<int>(div_up(div_up(width - 2 * kConvBwdHalo, p.tiles) + 2 * kConvBwdHalo, kConvColumns));
     }
-    p.chunks = static_cast<int>(div_up(vecs, kConvBwdThreads / p.pairs));
+    p.tile_step = p.pairs * kConvColumns - 2 * kConvBwdHalo;
+    p.chunks = static_cast<int>(div_up(vecs, std::min(kConvBwdThreads / p.pairs, kConvBwdLanes)));
     p.lanes = static_cast<int>(div_up(vecs, p.chunks));
     p.threads = p.lanes * p.pairs;
     // A block leaves 10 floats a channel: small images share a block while there are blocks for three waves; few blocks

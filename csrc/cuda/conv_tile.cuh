@@ -2,39 +2,10 @@
 // What the depthwise convolution's kernels share: a thread's channels, their loads and stores, weights in shared memory.
 #pragma once
 
-#include <cstring>
-#include <type_traits>
-
 #include "cuda/conv_plan.h"
-#include "cuda/math.cuh"
+#include "cuda/packed.cuh"
 
 namespace gm {
-
-// Four channels as they came from memory: as whole words, since the compiler would keep 16-bit elements one a register.
-template <class T>
-struct Packed {
-    uint32_t words[sizeof(T) * kConvVec / 4];
-};
-
-__device__ __forceinline__ void widen(const Packed<float>& in, float (&out)[kConvVec]) {
-#pragma unroll
-    for (int j = 0; j < kConvVec; ++j) out[j] = __uint_as_float(in.words[j]);
-}
-__device__ __forceinline__ void widen(const Packed<__nv_bfloat16>& in, float (&out)[kConvVec]) {
-#pragma unroll
-    for (int i = 0; i < kConvVec / 2; ++i) {
-        out[2 * i] = __uint_as_float(in.words[i] << 16);
-        out[2 * i + 1] = __uint_as_float(in.words[i] & 0xffff0000u);
-    }
-}
-__device__ __forceinline__ void widen(const Packed<__half>& in, float (&out)[kConvVec]) {
-#pragma unroll
-    for (int i = 0; i < kConvVec / 2; ++i) {
-        const float2 v = __half22float2(*reinterpret_cast<const __half2*>(&in.words[i]));
-        out[2 * i] = v.x;
-        out[2 * i + 1] = v.y;
-    }
-}
 
 // A thread's channels out of the lanes * kConvVec that its block holds from `block_first` on. Aligned images: adjacent
 // ones, moved in one access. Otherwise `lanes` apart, so that neighbouring threads still access neighbouring elements.
@@ -51,30 +22,24 @@ struct Channels {
     }
     __device__ __forceinline__ int at(int j) const { return local + j * step; }
 
-    // `p` points at the first channel. Zero where `in` is false.
+    // `p` points at the first channel. Zero where `in` is false; where aligned, `in` must be false if none is valid.
     template <class T>
-    __device__ __forceinline__ Packed<T> load(const T* p, bool in) const {
-        Packed<T> out = {};
+    __device__ __forceinline__ Packed<T, kConvVec> load(const T* p, bool in) const {
         if constexpr (kAligned) {
-            using Words = std::conditional_t<sizeof(T) == 2, uint2, uint4>;
-            Words words = {};
-            if (in && valid > 0) words = *reinterpret_cast<const Words*>(p);
-            memcpy(&out, &words, sizeof(out));
+            return load_packed<kConvVec>(p, in);
         } else {
             T elements[kConvVec];
 #pragma unroll
             for (int j = 0; j < kConvVec; ++j) elements[j] = in && j < valid ? p[j * step] : from_float<T>(0.f);
+            Packed<T, kConvVec> out;
             memcpy(&out, elements, sizeof(out));
+            return out;
         }
-        return out;
     }
     template <class T>
     __device__ __forceinline__ void store(T* p, const float* x, bool in) const {
         if constexpr (kAligned) {
-            Vec4<T> out;
-#pragma unroll
-            for (int j = 0; j < kConvVec; ++j) out.v[j] = from_float<T>(x[j]);
-            if (in && valid > 0) *reinterpret_cast<Vec4<T>*>(p) = out;
+            store_packed<kConvVec>(p, x, in);
         } else {
 #pragma unroll
             for (int j = 0; j < kConvVec; ++j)
@@ -100,13 +65,8 @@ struct alignas(16) ConvTable {
     }
     template <bool kAligned>
     __device__ __forceinline__ void get(int row, const Channels<kAligned>& channels, float (&out)[kConvVec]) const {
-        if constexpr (kAligned) {
-            const float4 v = *reinterpret_cast<const float4*>(&rows[row][channels.local]);
-            out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
-        } else {
 #pragma unroll
-            for (int j = 0; j < kConvVec; ++j) out[j] = rows[row][channels.at(j)];
-        }
+        for (int j = 0; j < kConvVec; ++j) out[j] = rows[row][channels.at(j)];
     }
 };
 

@@ -17,9 +17,8 @@ namespace {
 
 constexpr int kWindow = kConvColumns + 2;
 
-// 5 blocks of 128 threads an SM allow 102 registers, of which float storage needs a few more for the row on its way.
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(kConvFwdThreads, 4)
+__global__ void __launch_bounds__(kConvFwdThreads, kAligned ? 4 : 3)
     depthwise_conv_fwd_kernel(const __grid_constant__ ConvFwdArgs args) {
     __shared__ ConvTable<kConvFwdLanes * kConvVec> table;
     const ConvShape& s = args.shape;
@@ -58,27 +57,27 @@ __global__ void __launch_bounds__(kConvFwdThreads, 4)
 #pragma unroll
     for (int k = 0; k < kWindow; ++k) inside[k] = column - 1 + k >= 0 && column - 1 + k < s.width;
 
-    Packed<T> ahead[kWindow];
-#pragma unroll
-    for (int k = 0; k < kWindow; ++k) ahead[k] = channels.load(x[k], inside[k]);
     float above[kConvColumns][kConvVec], level[kConvColumns][kConvVec];  // sums of the output rows above and level with `row`
 #pragma unroll
     for (int c = 0; c < kConvColumns; ++c)
 #pragma unroll
         for (int j = 0; j < kConvVec; ++j) above[c][j] = level[c][j] = bias[j];
-
-    for (int row = start; row <= end; ++row) {
-        float in[kWindow][kConvVec];
+    using Row = Packed<T, kConvVec>[kWindow];
+    Row even, odd;
 #pragma unroll
-        for (int k = 0; k < kWindow; ++k) widen(ahead[k], in[k]);
+    for (int k = 0; k < kWindow; ++k) even[k] = channels.load(x[k], inside[k]);
+
+    int row = start;
+    const auto step = [&](const Row& now, Row& ahead) {
         const bool more = row < end && row + 1 < s.height;
 #pragma unroll
         for (int k = 0; k < kWindow; ++k) {
             x[k] += x_row;
             ahead[k] = channels.load(x[k], more && inside[k]);
         }
-
-        float out[kConvColumns * kConvVec];
+        float in[kWindow][kConvVec], out[kConvColumns * kConvVec];
+#pragma unroll
+        for (int k = 0; k < kWindow; ++k) now[k].widen(in[k]);
 #pragma unroll
         for (int c = 0; c < kConvColumns; ++c)
 #pragma unroll
@@ -94,11 +93,15 @@ __global__ void __launch_bounds__(kConvFwdThreads, 4)
                 above[c][j] = next;
                 level[c][j] = fresh;
             }
-        if (row <= first) continue;
-        activate<T>(s.activation, out);
+        if (row > first) {
+            activate<T>(s.activation, out);
 #pragma unroll
-        for (int c = 0; c < kConvColumns; ++c) channels.store(y + c * y_token, out + c * kConvVec, inside[c + 1]);
-        y += y_row;
+            for (int c = 0; c < kConvColumns; ++c) channels.store(y + c * y_token, out + c * kConvVec, inside[c + 1]);
+            y += y_row;
+        }
+        return ++row <= end;
+    };
+    while (step(even, odd) && step(odd, even)) {
     }
 }
 

@@ -13,5 +13,10 @@ cudaError_t launch_grouped_scan_bwd(const ScanBwdArgs& args, DType dtype, cudaSt
 cudaError_t launch_scan_reduce(const ScanReduceArgs& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_depthwise_conv_fwd(const ConvFwdArgs& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_depthwise_conv_bwd(const ConvBwdArgs& args, DType dtype, cudaStream_t stream);
+cudaError_t launch_layer_norm_pool_fwd(const PoolFwdArgs& args, DType dtype, cudaStream_t stream);
+cudaError_t launch_layer_norm_pool_bwd(const PoolBwdArgs& args, DType dtype, cudaStream_t stream);
+cudaError_t launch_modulated_layer_norm_fwd(const ModulatedFwdArgs& args, DType dtype, cudaStream_t stream);
+cudaError_t launch_modulated_layer_norm_bwd(const ModulatedBwdArgs& args, DType dtype, cudaStream_t stream);
+cudaError_t launch_reduce_columns(const ReduceArgs& args, DType dtype, cudaStream_t stream);
 
 }  // namespace gm

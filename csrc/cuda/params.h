@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "cuda/conv_plan.h"
+#include "cuda/norm_plan.h"
 
 namespace gm {
 
@@ -95,6 +96,59 @@ struct ConvBwdArgs {
     ImageArg dy, x, dx;
     ParamArg weight, bias;
     float* partials = nullptr;  // (plan.partial_rows, G * D * 10): dweight (G, D, 3, 3), then dbias (G, D)
+};
+
+// layer_norm_pool and modulated_layer_norm; plan in norm_plan.h.
+struct NormShape {
+    int64_t batch, tokens;
+    int dim;          // channels of a token
+    bool aligned;     // every (batch, token, dim) image allows aligned 4-channel accesses, and dim is a multiple of 4
+    bool o_aligned;   // the same of o and its gradient, with the channels of a group
+    int group_dim;    // channels of a group of o
+    float eps;
+};
+
+struct PoolFwdArgs {
+    NormShape shape;
+    NormPlan plan;
+    ImageArg x, xn;
+    ParamArg weight, bias;
+    float* partials = nullptr;  // (batch, plan.strips, dim): sums of xn
+};
+
+struct PoolBwdArgs {
+    NormShape shape;
+    NormPlan plan;
+    ImageArg dxn, x, dx;
+    const float* dpooled = nullptr;  // (batch, dim)
+    ParamArg weight;
+    float* partials = nullptr;  // (batch, plan.strips, 2 * dim): dweight, dbias
+};
+
+struct ModulatedFwdArgs {
+    NormShape shape;
+    NormPlan plan;
+    ImageArg o, x, y;
+    ParamArg scale, gate, weight, bias;  // gate (batch, dim)
+};
+
+struct ModulatedBwdArgs {
+    NormShape shape;
+    NormPlan plan;
+    ImageArg dy, o, x, d_o, dx;
+    ParamArg scale, gate, weight;
+    float* partials = nullptr;  // (batch, plan.strips, 3 * dim + 1): dweight, dbias, dscale, dgate
+};
+
+// Sums over the rows of partial sums, segment by segment. The columns are, in this order, those of the targets: target i
+// is (segments, counts[i]).
+constexpr int kReduceTargets = 3;
+struct ReduceArgs {
+    const float* partials = nullptr;  // (segments, rows, row_stride)
+    int64_t segments = 1, rows = 0, row_stride = 0, columns = 0;
+    float factor = 1.f;
+    ParamOut targets[kReduceTargets];
+    int64_t counts[kReduceTargets] = {};
 };
 
 }  // namespace gm

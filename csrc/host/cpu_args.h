@@ -63,7 +63,8 @@ private:
     void* data_;
 };
 
-// Parameters as rows that vectors of any width can read: float (double for double images), zeros after the last channel.
+// Parameters as rows that vectors of any width can read: float (double for double images), zeros after the last
+// channel.
 class ParameterRows {
 public:
     explicit ParameterRows(const Tensor& image) : wide_(dtype_of(image) == DType::kDouble) {}

@@ -39,8 +39,7 @@ Tensor depthwise_conv3x3_fwd(Tensor x, Tensor weight, OptTensor bias, int64_t ac
     if (y.numel() == 0) return y;
     x = canonical_image(x);
     cpu::ParameterRows rows(x);
-    const cpu::ConvParams p =
-        conv_params(x, weight, bias, activation, groups_adjacent(x) && groups_adjacent(y), rows);
+    const cpu::ConvParams p = conv_params(x, weight, bias, activation, groups_adjacent(x) && groups_adjacent(y), rows);
     const cpu::Image out = cpu::image(y);
 
     constexpr int64_t kItemElements = 32768;
@@ -77,9 +76,8 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv3x3_bwd(Tensor dy, Tensor x, Te
     if (dweight.numel() == 0) return {dx, dweight, dbias};
     x = canonical_image(x), dy = canonical_image(dy);
     cpu::ParameterRows rows(x);
-    const cpu::ConvParams p =
-        conv_params(x, weight, bias, activation,
-                    groups_adjacent(x) && groups_adjacent(dy) && groups_adjacent(dx), rows);
+    const cpu::ConvParams p = conv_params(x, weight, bias, activation,
+                                          groups_adjacent(x) && groups_adjacent(dy) && groups_adjacent(dx), rows);
     cpu::ConvGradients grads{};
     choose_tiles(p, grads);
     const bool empty_image = dx.numel() == 0;

@@ -19,7 +19,10 @@ struct ScanInputs {
                const Tensor& C_in, const OptTensor& D, const OptTensor& dt_weight, const OptTensor& dt_bias,
                const OptTensor& z_in, const OptTensor& norm_weight, const OptTensor& norm_bias, const OptTensor& gate,
                const std::vector<int64_t>& directions, bool softplus, double norm_eps, int64_t chunk)
-        : u(canonical_image(u_in)), dt(canonical_image(dt_in)), B(canonical_image(B_in)), C(canonical_image(C_in)),
+        : u(canonical_image(u_in)),
+          dt(canonical_image(dt_in)),
+          B(canonical_image(B_in)),
+          C(canonical_image(C_in)),
           rows(u_in) {
         if (z_in) z = canonical_image(*z_in);
         cpu::ScanParams& p = params;
@@ -100,8 +103,14 @@ grouped_selective_scan_bwd(Tensor dy, Tensor u, Tensor dt, Tensor A, Tensor B, T
         dy = canonical_image(dy);
         const ScanInputs in(s, u, dt, A, B, C, D, dt_weight, dt_bias, z, norm_weight, norm_bias, gate, directions,
                             softplus, norm_eps, chunk);
-        cpu::ScanGradients grads{cpu::const_image(dy), states.data_ptr(), cpu::image(du), cpu::image(ddt),
-                                 cpu::image(dB), cpu::image(dC), {}, partials.data()};
+        cpu::ScanGradients grads{cpu::const_image(dy),
+                                 states.data_ptr(),
+                                 cpu::image(du),
+                                 cpu::image(ddt),
+                                 cpu::image(dB),
+                                 cpu::image(dC),
+                                 {},
+                                 partials.data()};
         if (z) grads.dz = cpu::image(dz);
         const auto kernel = GM_CPU_KERNEL(grouped_scan_bwd);
         const int64_t scratch = GM_CPU_KERNEL(grouped_scan_bwd_scratch)(in.params);

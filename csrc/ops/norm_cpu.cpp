@@ -41,9 +41,8 @@ std::tuple<Tensor, Tensor> layer_norm_pool_fwd(Tensor x, Tensor weight, Tensor b
     const cpu::NormPoolOutputs out{cpu::image(xn), partials.data()};
     const auto kernel = GM_CPU_KERNEL(layer_norm_pool_fwd);
     const int64_t scratch = GM_CPU_KERNEL(norm_scratch)(p.dtype, p.padded);
-    cpu::for_items(p.batch * p.blocks, p.block * p.dim, scratch, [&](int64_t item, void* memory) {
-        kernel(p, out, item / p.blocks, item % p.blocks, memory);
-    });
+    cpu::for_items(p.batch * p.blocks, p.block * p.dim, scratch,
+                   [&](int64_t item, void* memory) { kernel(p, out, item / p.blocks, item % p.blocks, memory); });
     for (int64_t b = 0; b < p.batch; ++b) {
         std::vector<double> mean = partials.total(b * p.blocks, p.blocks);
         for (double& v : mean) v /= static_cast<double>(std::max<int64_t>(p.tokens, 1));
@@ -57,7 +56,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_pool_bwd(Tensor dxn, Tensor dpoole
     check_norm(x, weight, std::nullopt);
     check_image(dxn, "dxn", shape_of(x), x);
     check_shape(dpooled, "dpooled", {x.size(0), x.size(3)});
-    GM_CHECK(dpooled.scalar_type() == accumulate_type(x.scalar_type()), "dpooled must be float32 (float64 for float64)");
+    GM_CHECK(dpooled.scalar_type() == accumulate_type(x.scalar_type()),
+             "dpooled must be float32 (float64 for float64)");
     Tensor dx = empty_image_like(x), dweight = empty_like_or_absent(weight, x), dbias = empty_like_or_absent(weight, x);
     x = canonical_image(x), dxn = canonical_image(dxn);
     cpu::ParameterRows rows(x);
@@ -67,20 +67,19 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_pool_bwd(Tensor dxn, Tensor dpoole
                                        partials.data()};
     const auto kernel = GM_CPU_KERNEL(layer_norm_pool_bwd);
     const int64_t scratch = GM_CPU_KERNEL(norm_scratch)(p.dtype, p.padded);
-    cpu::for_items(p.batch * p.blocks, p.block * p.dim, scratch, [&](int64_t item, void* memory) {
-        kernel(p, grads, item / p.blocks, item % p.blocks, memory);
-    });
+    cpu::for_items(p.batch * p.blocks, p.block * p.dim, scratch,
+                   [&](int64_t item, void* memory) { kernel(p, grads, item / p.blocks, item % p.blocks, memory); });
     const std::vector<double> sums = partials.total();
     cpu::store_sums(sums.data(), 2, 0, dweight, 1, p.dim, 1);
     cpu::store_sums(sums.data(), 2, 1, dbias, 1, p.dim, 1);
     return {dx, dweight, dbias};
 }
 
-void check_modulated(const Tensor& o, const Tensor& x, const Tensor& scale, const OptTensor& gate,
-                     const Tensor& weight, const OptTensor& bias) {
+void check_modulated(const Tensor& o, const Tensor& x, const Tensor& scale, const OptTensor& gate, const Tensor& weight,
+                     const OptTensor& bias) {
     check_norm(x, weight, bias);
-    GM_CHECK(o.dim() == 5 && o.size(3) * o.size(4) == x.size(3), "o must be (batch, H, W, G, D) with G * D = ",
-             x.size(3), ", got ", show(shape_of(o)));
+    GM_CHECK(o.dim() == 5 && o.size(3) * o.size(4) == x.size(3),
+             "o must be (batch, H, W, G, D) with G * D = ", x.size(3), ", got ", show(shape_of(o)));
     check_image(o, "o", {x.size(0), x.size(1), x.size(2), o.size(3), o.size(4)}, x);
     check_parameter(scale, "scale", {1}, x);
     check_parameter(gate, "gate", {x.size(0), x.size(3)}, x);
@@ -116,14 +115,12 @@ Tensor modulated_layer_norm_fwd(Tensor o, Tensor x, Tensor scale, OptTensor gate
     if (y.numel() == 0) return y;
     o = canonical_image(o), x = canonical_image(x);
     cpu::ParameterRows rows(x);
-    const cpu::ModulatedNormParams p =
-        modulated_params(o, x, scale, gate, weight, bias, eps, groups_adjacent(o), rows);
+    const cpu::ModulatedNormParams p = modulated_params(o, x, scale, gate, weight, bias, eps, groups_adjacent(o), rows);
     const cpu::Image out = cpu::image(y);
     const auto kernel = GM_CPU_KERNEL(modulated_layer_norm_fwd);
     const int64_t scratch = GM_CPU_KERNEL(norm_scratch)(p.dtype, p.padded);
-    cpu::for_items(p.batch * p.blocks, p.block * x.size(3), scratch, [&](int64_t item, void* memory) {
-        kernel(p, out, item / p.blocks, item % p.blocks, memory);
-    });
+    cpu::for_items(p.batch * p.blocks, p.block * x.size(3), scratch,
+                   [&](int64_t item, void* memory) { kernel(p, out, item / p.blocks, item % p.blocks, memory); });
     return y;
 }
 
@@ -137,16 +134,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> modulated_layer_norm_
     Tensor dweight = empty_like_or_absent(weight, x), dbias = empty_like_or_absent(weight, x);
     dy = canonical_image(dy), o = canonical_image(o), x = canonical_image(x);
     cpu::ParameterRows rows(x);
-    const cpu::ModulatedNormParams p =
-        modulated_params(o, x, scale, gate, weight, std::nullopt, eps, groups_adjacent(o) && groups_adjacent(d_o), rows);
+    const cpu::ModulatedNormParams p = modulated_params(o, x, scale, gate, weight, std::nullopt, eps,
+                                                        groups_adjacent(o) && groups_adjacent(d_o), rows);
     const cpu::PartialSums partials(p.batch * p.blocks, 4 * p.padded);
     const cpu::ModulatedNormGradients grads{cpu::const_image(dy), cpu::image(d_o), cpu::image(dx), partials.data()};
     const auto kernel = GM_CPU_KERNEL(modulated_layer_norm_bwd);
     const int64_t scratch = GM_CPU_KERNEL(norm_scratch)(p.dtype, p.padded);
     const int64_t channels = x.size(3);
-    cpu::for_items(p.batch * p.blocks, p.block * channels, scratch, [&](int64_t item, void* memory) {
-        kernel(p, grads, item / p.blocks, item % p.blocks, memory);
-    });
+    cpu::for_items(p.batch * p.blocks, p.block * channels, scratch,
+                   [&](int64_t item, void* memory) { kernel(p, grads, item / p.blocks, item % p.blocks, memory); });
     const std::vector<double> sums = partials.total();
     cpu::store_sums(sums.data(), 4, 0, dweight, 1, channels, 1);
     cpu::store_sums(sums.data(), 4, 1, dbias, 1, channels, 1);

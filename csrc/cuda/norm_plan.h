@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+// Block shapes of the LayerNorm kernels, from the sizes alone: shared by the kernels, their launchers and the op entries
+// (which allocate partial sums by them).
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/scan_plan.h"
+
+namespace gm {
+
+constexpr int kNormThreads = 128;
+constexpr int kMaxRowVecs = 8;   // vectors of kVec channels of a thread: rows of up to 1024 channels stay in registers
+constexpr int kWideTokens = 16;  // of a block where rows do not fit
+
+// A block walks one strip of tokens of one image, `step` at a time. A thread holds `vecs` vectors of each of its tokens;
+// with few channels several tokens share a warp and a thread has several of them at a time, so that the bytes on their
+// way do not depend on the width.
+struct NormPlan {
+    int vecs;   // 1, 2, 4 or 8; 0: wide rows, read from memory three times
+    int lanes;  // threads that share a token, a power of two up to 32
+    int step, strip_tokens;
+    int64_t strips;  // of an image
+};
+
+constexpr int norm_rows(int vecs) { return vecs < 4 ? 4 / vecs : 1; }  // tokens of a thread at a time
+
+inline NormPlan norm_plan(int64_t batch, int64_t tokens, int dim) {
+    NormPlan p{};
+    p.lanes = 1;
+    while (p.lanes < 32 && p.lanes * kVec < dim) p.lanes *= 2;
+    p.vecs = 1;
+    while (p.vecs <= kMaxRowVecs && p.vecs * p.lanes * kVec < dim) p.vecs *= 2;
+    if (p.vecs > kMaxRowVecs) {
+        p.vecs = 0;
+        p.step = p.strip_tokens = kWideTokens;
+    } else {
+        p.step = kNormThreads / p.lanes * norm_rows(p.vecs);
+        // Many short strips balance the load; but a strip leaves a row of sums, and one of 16 tokens already makes that an
+        // eighth of its traffic, so shorter ones are for when the GPU would stay idle.
+        constexpr int64_t kManyBlocks = 2048, kFewBlocks = 512, kEnoughTokens = 16;
+        const auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+        const int64_t images = std::max<int64_t>(batch, 1), few = up(kFewBlocks, images);
+        const int64_t strips = std::min(up(kManyBlocks, images), std::max(few, up(tokens, kEnoughTokens)));
+        p.strip_tokens = static_cast<int>(up(up(tokens, p.step), std::max<int64_t>(strips, 1)) * p.step);
+    }
+    p.strips = p.strip_tokens > 0 ? (tokens + p.strip_tokens - 1) / p.strip_tokens : 0;
+    return p;
+}
+
+}  // namespace gm
