@@ -92,6 +92,22 @@ def test_states_without_gradient(device, n):
     assert relative_error(y, truth) < FLOOR[torch.float32]
 
 
+@pytest.mark.parametrize("layout", [None, group_major], ids=["token-major", "group-major"])
+@pytest.mark.parametrize("dim, rank", [(16, 1), (16, 2), (24, 2), (32, 4), (48, 3), (64, 6), (88, 6), (112, 7), (128, 14)])
+@pytest.mark.parametrize("h, w", [*SIZES, (56, 56), (60, 50), (5, 230), (230, 5), (450, 3), (29, 113)])
+def test_inference(device, h, w, dim, rank, layout):
+    """Without gradients, in bfloat16: the shapes that the tensor-copy kernels take, exact and ragged."""
+    if device == "cpu" and (h, w) not in ((14, 14), (60, 50)):
+        pytest.skip("one kernel on the CPU: two sizes are enough")
+    tensors = inputs(device, torch.bfloat16, batch=3, h=h, w=w, dim=dim, rank=rank)
+    if layout is not None:
+        tensors = {k: layout(v) if k in IMAGES else v for k, v in tensors.items()}
+    y = ext.grouped_selective_scan(**tensors)
+    with ext.backend("reference"):
+        truth = ext.grouped_selective_scan(**{k: v.double() for k, v in tensors.items()})
+    assert relative_error(y, truth) < 3e-3
+
+
 @pytest.mark.parametrize("rank", [None, 1, 2, 6, 7, 9, 16, 65])
 def test_ranks(device, rank):
     compare(inputs(device, rank=rank, dim=20))

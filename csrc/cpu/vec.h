@@ -249,12 +249,14 @@ GM_INLINE double sum_lanes(__m256d v) {
 #endif
 #if defined(GM_AVX512)
 GM_INLINE float sum(Vec<float> v) {
-    const __m256 high = _mm512_maskz_extractf32x8_ps(static_cast<__mmask8>(-1), (__m512)v, 1);
-    return sum_lanes(_mm256_add_ps(_mm512_castps512_ps256((__m512)v), high));
+    constexpr __mmask8 kAll = 255;
+    return sum_lanes(_mm256_add_ps(_mm512_maskz_extractf32x8_ps(kAll, (__m512)v, 0),
+                                   _mm512_maskz_extractf32x8_ps(kAll, (__m512)v, 1)));
 }
 GM_INLINE double sum(Vec<double> v) {
-    const __m256d high = _mm512_maskz_extractf64x4_pd(static_cast<__mmask8>(-1), (__m512d)v, 1);
-    return sum_lanes(_mm256_add_pd(_mm512_castpd512_pd256((__m512d)v), high));
+    constexpr __mmask8 kAll = 255;
+    return sum_lanes(_mm256_add_pd(_mm512_maskz_extractf64x4_pd(kAll, (__m512d)v, 0),
+                                   _mm512_maskz_extractf64x4_pd(kAll, (__m512d)v, 1)));
 }
 #elif defined(GM_AVX2)
 GM_INLINE float sum(Vec<float> v) { return sum_lanes((__m256)v); }

@@ -11,7 +11,10 @@
 namespace gm {
 
 constexpr int kNormThreads = 128;
-constexpr int kMaxRowVecs = 8;   // vectors of kVec channels of a thread: rows of up to 1024 channels stay in registers
+// Vectors of kVec channels of a thread: rows of up to 1024 channels stay in registers, of up to 512 where o, x, dy, the
+// normed values and three sums a channel compete for them.
+constexpr int kMaxRowVecs = 8;
+constexpr int kMaxModulatedBwdVecs = 4;
 constexpr int kWideTokens = 16;  // of a block where rows do not fit
 
 // A block walks one strip of tokens of one image, `step` at a time. A thread holds `vecs` vectors of each of its tokens;
@@ -26,13 +29,13 @@ struct NormPlan {
 
 constexpr int norm_rows(int vecs) { return vecs < 4 ? 4 / vecs : 1; }  // tokens of a thread at a time
 
-inline NormPlan norm_plan(int64_t batch, int64_t tokens, int dim) {
+inline NormPlan norm_plan(int64_t batch, int64_t tokens, int dim, int max_vecs = kMaxRowVecs) {
     NormPlan p{};
     p.lanes = 1;
     while (p.lanes < 32 && p.lanes * kVec < dim) p.lanes *= 2;
     p.vecs = 1;
-    while (p.vecs <= kMaxRowVecs && p.vecs * p.lanes * kVec < dim) p.vecs *= 2;
-    if (p.vecs > kMaxRowVecs) {
+    while (p.vecs <= max_vecs && p.vecs * p.lanes * kVec < dim) p.vecs *= 2;
+    if (p.vecs > max_vecs) {
         p.vecs = 0;
         p.step = p.strip_tokens = kWideTokens;
     } else {

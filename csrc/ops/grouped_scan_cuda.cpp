@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // grouped_selective_scan on CUDA: checks, device guard, allocation, launch. Schemas and layouts: csrc/schemas.cpp.
+#include "cuda/grouped_scan_sm90.h"
 #include "cuda/launch.h"
 #include "host/cuda_args.h"
 #include "host/scan_args.h"
@@ -74,7 +75,11 @@ std::tuple<Tensor, Tensor> grouped_selective_scan_fwd(Tensor u, Tensor dt, Tenso
     args.shape.aligned = s.dim % kVec == 0 && allows_vectors(args.u, size) && allows_vectors(args.z, size) && allows_vectors(args.y, size) &&
                             (s.rank > 0 || allows_vectors(args.dt, size));
     args.shape.threads = scan_fwd_threads(args.shape.lanes, s.tokens());
-    check_cuda(launch_grouped_scan_fwd(args, dtype, context.stream()), "grouped_selective_scan forward");
+    ScanFwdSm90Args sm90_args;
+    const bool sm90 = prepare_grouped_scan_fwd_sm90(args, dtype, sm90_args);
+    check_cuda(sm90 ? launch_grouped_scan_fwd_sm90(sm90_args, dtype, context.stream())
+                    : launch_grouped_scan_fwd(args, dtype, context.stream()),
+               "grouped_selective_scan forward");
     return {y, states};
 }
 
