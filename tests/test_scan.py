@@ -93,7 +93,9 @@ def test_states_without_gradient(device, n):
 
 
 @pytest.mark.parametrize("layout", [None, group_major], ids=["token-major", "group-major"])
-@pytest.mark.parametrize("dim, rank", [(16, 1), (16, 2), (24, 2), (32, 4), (48, 3), (64, 6), (88, 6), (112, 7), (128, 14)])
+@pytest.mark.parametrize(
+    "dim, rank", [(16, 1), (16, 2), (24, 2), (32, 4), (48, 3), (64, 6), (88, 6), (112, 7), (128, 14)]
+)
 @pytest.mark.parametrize("h, w", [*SIZES, (56, 56), (60, 50), (5, 230), (230, 5), (450, 3), (29, 113)])
 def test_inference(device, h, w, dim, rank, layout):
     """Without gradients, in bfloat16: the shapes that the tensor-copy kernels take, exact and ragged."""
@@ -106,6 +108,26 @@ def test_inference(device, h, w, dim, rank, layout):
     with ext.backend("reference"):
         truth = ext.grouped_selective_scan(**{k: v.double() for k, v in tensors.items()})
     assert relative_error(y, truth) < 3e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", [None, group_major], ids=["token-major", "group-major"])
+@pytest.mark.parametrize(
+    "dim, rank, h, w",
+    [
+        (16, 1, 56, 56), (16, 1, 28, 16), (24, 2, 28, 28), (32, 2, 14, 16), (48, 3, 28, 28), (64, 6, 56, 2),
+        (88, 6, 14, 14), (112, 7, 14, 14), (128, 14, 56, 14),
+    ],
+)  # fmt: skip
+def test_gradients_in_whole_slabs(device, dtype, layout, dim, rank, h, w):
+    """Planes that slabs tile exactly: the tensor-copy backward's."""
+    if device == "cpu" and h * w > 500:
+        pytest.skip("one kernel on the CPU: the small planes are enough")
+    tensors = inputs(device, dtype, h=h, w=w, dim=dim, rank=rank)
+    if layout is not None:
+        tensors = {k: layout(v) if k in IMAGES else v for k, v in tensors.items()}
+    compare(tensors)
+    compare(tensors, directions=("lr", "tb", "rl", "bt"))
 
 
 @pytest.mark.parametrize("rank", [None, 1, 2, 6, 7, 9, 16, 65])

@@ -17,10 +17,17 @@ struct ScanFwdSm90Args {
     SlabMapKind kind[3];           // of u, z, y
 };
 
+struct ScanBwdSm90Args {
+    CUtensorMap u[2], z[2], dy[2], du[2], dz[2];
+    ScanBwdArgs scan;
+    SlabPlan plan;
+    SlabMapKind kind[5];  // of u, z, dy, du, dz
+};
+
 // Step features, B and C that a block of the forward fetches ahead: its registers set the limit of the rank, which is
 // ceil(channels / 16) in the field.
 template <int kLanes>
-constexpr int kSm90Features = kLanes == 4 ? 4 : kLanes == 8 ? 6 : kLanes == 16 ? 8 : 16;
+constexpr int kSm90Features = kLanes == 4 ? 3 : kLanes == 8 ? 4 : kLanes == 16 ? 8 : 16;
 
 inline int sm90_features(int lanes) {
     return lanes == 4 ? kSm90Features<4> : lanes == 8 ? kSm90Features<8> : lanes == 16 ? kSm90Features<16> : kSm90Features<32>;
@@ -31,7 +38,10 @@ inline int sm90_features(int lanes) {
 // portable kernel takes.
 bool prepare_grouped_scan_fwd_sm90(const ScanFwdArgs& scan, DType dtype, ScanFwdSm90Args& args);
 
-bool grouped_scan_fwd_sm90_built();
+bool prepare_grouped_scan_bwd_sm90(const ScanBwdArgs& scan, DType dtype, ScanBwdSm90Args& args);
+
+bool grouped_scan_sm90_built();
 cudaError_t launch_grouped_scan_fwd_sm90(const ScanFwdSm90Args& args, DType dtype, cudaStream_t stream);
+cudaError_t launch_grouped_scan_bwd_sm90(const ScanBwdSm90Args& args, DType dtype, cudaStream_t stream);
 
 }  // namespace gm

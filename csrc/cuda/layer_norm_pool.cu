@@ -34,11 +34,13 @@ __global__ void __launch_bounds__(kNormThreads) layer_norm_pool_fwd_kernel(const
 
     typename Tile::Sums normed = {};
     for (int base = strip.first; base < strip.end; base += args.plan.step) {
+        typename Tile::template Stored<T> stored;
         typename Tile::Values x;
         float inverse_std[Tile::kRows];
         tile.sweep(base, strip.end);
-        tile.load([&](int r, int v) { return x_in.at(r, v); }, x);
+        tile.load([&](int r, int v) { return x_in.at(r, v); }, stored);
         x_in.advance();
+        tile.widen(stored, x);
         tile.normalise(s.eps, x, inverse_std);
 #pragma unroll
         for (int v = 0; v < kVecs; ++v) {
@@ -83,12 +85,15 @@ __global__ void __launch_bounds__(kNormThreads) layer_norm_pool_bwd_kernel(const
 
     typename Tile::Sums dweight = {}, dbias = {};
     for (int base = strip.first; base < strip.end; base += args.plan.step) {
+        typename Tile::template Stored<T> x_stored, dxn_stored;
         typename Tile::Values normed, g;
         float inverse_std[Tile::kRows];
         tile.sweep(base, strip.end);
-        tile.load([&](int r, int v) { return x_in.at(r, v); }, normed);
-        tile.load([&](int r, int v) { return dxn_in.at(r, v); }, g);
+        tile.load([&](int r, int v) { return x_in.at(r, v); }, x_stored);
+        tile.load([&](int r, int v) { return dxn_in.at(r, v); }, dxn_stored);
         x_in.advance(), dxn_in.advance();
+        tile.widen(x_stored, normed);
+        tile.widen(dxn_stored, g);
         tile.normalise(s.eps, normed, inverse_std);
 #pragma unroll
         for (int v = 0; v < kVecs; ++v) {

@@ -25,7 +25,7 @@ struct PartialRow {
 };
 
 template <class T, int kVecs, bool kAligned, bool kGroupsAligned>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kNormThreads, kAligned ? 0 : 2)
     modulated_layer_norm_bwd_kernel(const __grid_constant__ ModulatedBwdArgs args) {
     using Tile = RowTile<kVecs, kAligned>;
     enum { kModulation, kWeight };
@@ -35,8 +35,9 @@ __global__ void __launch_bounds__(kNormThreads)
     const NormShape& s = args.shape;
     const Strip strip(s, args.plan);
     Tile tile(s, args.plan);
+    const float scale = load_param<T>(args.scale, 0);
     table.fill(s.dim, [&](int c, float(&row)[2]) {
-        row[kModulation] = modulation<T>(args.scale, args.gate, strip.batch * s.dim + c);
+        row[kModulation] = scale * load_param_or<T>(args.gate, strip.batch * s.dim + c, 1.f);
         row[kWeight] = load_param<T>(args.weight, c);
     });
     offsets.fill(s, args.o.group);
@@ -48,22 +49,29 @@ __global__ void __launch_bounds__(kNormThreads)
 
     typename Tile::Sums dweight = {}, dbias = {}, products = {};
     for (int base = strip.first; base < strip.end; base += args.plan.step) {
-        typename Tile::Values o, x, normed, h;
+        typename Tile::template Stored<T> o_stored, x_stored, dy_stored;
+        typename Tile::Values normed, h;
         float inverse_std[Tile::kRows];
         tile.sweep(base, strip.end);
-        load_groups<kGroupsAligned>(tile, o_in, offsets, o);
-        tile.load([&](int r, int v) { return x_in.at(r, v); }, x);
-        tile.load([&](int r, int v) { return dy_in.at(r, v); }, h);
+        load_groups<kGroupsAligned>(tile, o_in, offsets, o_stored);
+        tile.load([&](int r, int v) { return x_in.at(r, v); }, x_stored);
+        tile.load([&](int r, int v) { return dy_in.at(r, v); }, dy_stored);
+        o_in.advance(), x_in.advance(), dy_in.advance();
 #pragma unroll
         for (int v = 0; v < kVecs; ++v) {
             float factor[kVec];
             table.get(kModulation, tile.channel(v), factor);
 #pragma unroll
-            for (int r = 0; r < Tile::kRows; ++r)
+            for (int r = 0; r < Tile::kRows; ++r) {
+                float o[kVec], x[kVec];
+                o_stored[r][v].widen(o);
+                x_stored[r][v].widen(x);
 #pragma unroll
-                for (int j = 0; j < kVec; ++j) normed[r][v][j] = x[r][v][j] * (o[r][v][j] * factor[j]);
+                for (int j = 0; j < kVec; ++j) normed[r][v][j] = x[j] * (o[j] * factor[j]);
+            }
         }
         tile.normalise(s.eps, normed, inverse_std);
+        tile.widen(dy_stored, h);
 #pragma unroll
         for (int v = 0; v < kVecs; ++v) {
             float weight[kVec];
@@ -78,28 +86,32 @@ __global__ void __launch_bounds__(kNormThreads)
                 }
         }
         tile.normalise_backward(normed, inverse_std, h);
+        // normed and h make room for do and dx
 #pragma unroll
         for (int v = 0; v < kVecs; ++v) {
             float factor[kVec];
             table.get(kModulation, tile.channel(v), factor);
 #pragma unroll
-            for (int r = 0; r < Tile::kRows; ++r)
+            for (int r = 0; r < Tile::kRows; ++r) {
+                float o[kVec], x[kVec];
+                o_stored[r][v].widen(o);
+                x_stored[r][v].widen(x);
 #pragma unroll
                 for (int j = 0; j < kVec; ++j) {
-                    const float through_o = h[r][v][j] * o[r][v][j];
-                    products[v][j] = fmaf(through_o, x[r][v][j], products[v][j]);
-                    o[r][v][j] = h[r][v][j] * (x[r][v][j] * factor[j]);
-                    x[r][v][j] = through_o * factor[j];
+                    const float through_o = h[r][v][j] * o[j];
+                    products[v][j] = fmaf(through_o, x[j], products[v][j]);
+                    normed[r][v][j] = h[r][v][j] * (x[j] * factor[j]);
+                    h[r][v][j] = through_o * factor[j];
                 }
+            }
         }
-        store_groups<kGroupsAligned>(tile, d_o_out, d_o_offsets, o);
-        tile.store([&](int r, int v) { return dx_out.at(r, v); }, x);
-        o_in.advance(), x_in.advance(), dy_in.advance(), d_o_out.advance(), dx_out.advance();
+        store_groups<kGroupsAligned>(tile, d_o_out, d_o_offsets, normed);
+        tile.store([&](int r, int v) { return dx_out.at(r, v); }, h);
+        d_o_out.advance(), dx_out.advance();
     }
     const PartialRow out(args, strip.number);
     tile.block_sums(dweight, sums, [&](int c, float sum) { out.dweight[c] = sum; });
     tile.block_sums(dbias, sums, [&](int c, float sum) { out.dbias[c] = sum; });
-    const float scale = load_param<T>(args.scale, 0);
     float dscale = 0.f;
     tile.block_sums(products, sums, [&](int c, float sum) {
         dscale = fmaf(load_param_or<T>(args.gate, strip.batch * s.dim + c, 1.f), sum, dscale);
@@ -111,7 +123,7 @@ __global__ void __launch_bounds__(kNormThreads)
 
 // Rows beyond the registers: statistics first, a warp a token; then every thread takes a channel through all tokens.
 template <class T>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kNormThreads, 2)
     modulated_layer_norm_bwd_wide_kernel(const __grid_constant__ ModulatedBwdArgs args) {
     __shared__ WideRows rows;
     const NormShape& s = args.shape;
@@ -126,7 +138,8 @@ __global__ void __launch_bounds__(kNormThreads)
         const int group = c / s.group_dim;
         return group * image.group + (c - group * s.group_dim);
     };
-    const auto factor = [&](int c) { return modulation<T>(args.scale, args.gate, strip.batch * s.dim + c); };
+    const float scale = load_param<T>(args.scale, 0);
+    const auto factor = [&](int c) { return scale * load_param_or<T>(args.gate, strip.batch * s.dim + c, 1.f); };
     const auto value = [&](int t, int c) {
         return to_float(x[t * args.x.token + c]) * (to_float(o[t * args.o.token + in_group(args.o, c)]) * factor(c));
     };
@@ -138,7 +151,6 @@ __global__ void __launch_bounds__(kNormThreads)
     }
     __syncthreads();
     const PartialRow out(args, strip.number);
-    const float scale = load_param<T>(args.scale, 0);
     float dscale = 0.f;
     for (int c = threadIdx.x; c < s.dim; c += kNormThreads) {
         const float weight = load_param<T>(args.weight, c), f = factor(c);

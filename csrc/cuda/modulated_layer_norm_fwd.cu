@@ -11,7 +11,7 @@ namespace gm {
 namespace {
 
 template <class T, int kVecs, bool kAligned, bool kGroupsAligned>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kNormThreads, kAligned && kVecs < 8 ? 0 : 2)
     modulated_layer_norm_fwd_kernel(const __grid_constant__ ModulatedFwdArgs args) {
     using Tile = RowTile<kVecs, kAligned>;
     enum { kModulation, kWeight, kBias };
@@ -20,8 +20,9 @@ __global__ void __launch_bounds__(kNormThreads)
     const NormShape& s = args.shape;
     const Strip strip(s, args.plan);
     Tile tile(s, args.plan);
+    const float scale = load_param<T>(args.scale, 0);
     table.fill(s.dim, [&](int c, float(&row)[3]) {
-        row[kModulation] = modulation<T>(args.scale, args.gate, strip.batch * s.dim + c);
+        row[kModulation] = scale * load_param_or<T>(args.gate, strip.batch * s.dim + c, 1.f);
         row[kWeight] = load_param<T>(args.weight, c);
         row[kBias] = load_param<T>(args.bias, c);
     });
@@ -31,20 +32,25 @@ __global__ void __launch_bounds__(kNormThreads)
     Cursor<T> y_out(args.y, strip, tile, tile.channel(0));
 
     for (int base = strip.first; base < strip.end; base += args.plan.step) {
-        typename Tile::Values o, x;
+        typename Tile::template Stored<T> o_stored, x_stored;
+        typename Tile::Values x;
         float inverse_std[Tile::kRows];
         tile.sweep(base, strip.end);
-        load_groups<kGroupsAligned>(tile, o_in, offsets, o);
-        tile.load([&](int r, int v) { return x_in.at(r, v); }, x);
+        load_groups<kGroupsAligned>(tile, o_in, offsets, o_stored);
+        tile.load([&](int r, int v) { return x_in.at(r, v); }, x_stored);
         o_in.advance(), x_in.advance();
+        tile.widen(x_stored, x);
 #pragma unroll
         for (int v = 0; v < kVecs; ++v) {
             float factor[kVec];
             table.get(kModulation, tile.channel(v), factor);
 #pragma unroll
-            for (int r = 0; r < Tile::kRows; ++r)
+            for (int r = 0; r < Tile::kRows; ++r) {
+                float o[kVec];
+                o_stored[r][v].widen(o);
 #pragma unroll
-                for (int j = 0; j < kVec; ++j) x[r][v][j] *= o[r][v][j] * factor[j];
+                for (int j = 0; j < kVec; ++j) x[r][v][j] *= o[j] * factor[j];
+            }
         }
         tile.normalise(s.eps, x, inverse_std);
 #pragma unroll
@@ -64,7 +70,7 @@ __global__ void __launch_bounds__(kNormThreads)
 
 // Rows beyond the registers: statistics first, a warp a token; then every thread takes a channel through all tokens.
 template <class T>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kNormThreads, 2)
     modulated_layer_norm_fwd_wide_kernel(const __grid_constant__ ModulatedFwdArgs args) {
     __shared__ WideRows rows;
     const NormShape& s = args.shape;
@@ -73,18 +79,25 @@ __global__ void __launch_bounds__(kNormThreads)
     const T* o = static_cast<const T*>(args.o.ptr) + strip.batch * args.o.batch + strip.first * args.o.token;
     const T* x = static_cast<const T*>(args.x.ptr) + strip.batch * args.x.batch + strip.first * args.x.token;
     T* y = static_cast<T*>(args.y.ptr) + strip.batch * args.y.batch + strip.first * args.y.token;
-    const auto value = [&](int t, int c) {
+    const auto in_group = [&](int c) {
         const int group = c / s.group_dim;
-        const T* from = o + t * args.o.token + group * args.o.group + (c - group * s.group_dim);
-        return to_float(x[t * args.x.token + c]) *
-               (to_float(*from) * modulation<T>(args.scale, args.gate, strip.batch * s.dim + c));
+        return group * args.o.group + (c - group * s.group_dim);
+    };
+    const float scale = load_param<T>(args.scale, 0);
+    const auto factor = [&](int c) { return scale * load_param_or<T>(args.gate, strip.batch * s.dim + c, 1.f); };
+    const auto value = [&](int t, int c) {
+        return to_float(x[t * args.x.token + c]) * (to_float(o[t * args.o.token + in_group(c)]) * factor(c));
     };
     for (int t = threadIdx.x >> 5; t < count; t += kNormWarps) rows.statistics(t, s.dim, s.eps, value);
     __syncthreads();
     for (int c = threadIdx.x; c < s.dim; c += kNormThreads) {
-        const float weight = load_param<T>(args.weight, c), bias = load_param<T>(args.bias, c);
-        for (int t = 0; t < count; ++t)
-            y[t * args.y.token + c] = from_float<T>(fmaf(rows.normed(t, value(t, c)), weight, bias));
+        const float weight = load_param<T>(args.weight, c), bias = load_param<T>(args.bias, c), f = factor(c);
+        const int64_t o_offset = in_group(c);
+#pragma unroll 2
+        for (int t = 0; t < count; ++t) {
+            const float p = to_float(x[t * args.x.token + c]) * (to_float(o[t * args.o.token + o_offset]) * f);
+            y[t * args.y.token + c] = from_float<T>(fmaf(rows.normed(t, p), weight, bias));
+        }
     }
 }
 

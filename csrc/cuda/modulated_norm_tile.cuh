@@ -9,7 +9,7 @@ namespace gm {
 // Element offsets of all channels within a token of o. The caller's __syncthreads makes them visible.
 template <int kWidth>
 struct GroupOffsets {
-    int64_t of[kWidth];
+    volatile int64_t of[kWidth];  // volatile for the reason of ChannelRows::get
 
     __device__ void fill(const NormShape& s, int64_t group_stride) {
         for (int c = threadIdx.x; c < s.dim; c += blockDim.x) {
@@ -22,7 +22,7 @@ struct GroupOffsets {
 // kGroupsAligned: the vectors of a token of o are aligned, and none crosses from one group into the next.
 template <bool kGroupsAligned, class T, class Tile, int kWidth>
 __device__ __forceinline__ void load_groups(const Tile& tile, const Cursor<const T>& o, const GroupOffsets<kWidth>& offsets,
-                                            typename Tile::Values& out) {
+                                            Packed<T, kVec> (&out)[Tile::kRows][Tile::kVectors]) {
     if constexpr (kGroupsAligned) {
         tile.load([&](int r, int v) { return o.token(r) + offsets.of[tile.channel(v)]; }, out);
     } else {
@@ -38,12 +38,6 @@ __device__ __forceinline__ void store_groups(const Tile& tile, const Cursor<T>& 
     } else {
         tile.store_each([&](int r, int v, int j) { return o.token(r) + offsets.of[tile.channel(v) + j]; }, x);
     }
-}
-
-// scale * gate of one channel of an image.
-template <class T>
-__device__ __forceinline__ float modulation(const ParamArg& scale, const ParamArg& gate, int64_t i) {
-    return load_param<T>(scale, 0) * load_param_or<T>(gate, i, 1.f);
 }
 
 }  // namespace gm

@@ -27,7 +27,7 @@ struct Strip {
 // not as a whole.
 template <int kVecs, bool kAligned>
 struct RowTile {
-    static constexpr int kRows = norm_rows(kVecs);
+    static constexpr int kRows = norm_rows(kVecs), kVectors = kVecs;
     static constexpr int kWidth = kVecs * 32 * kVec;  // at least the channels of a token
     using Values = float[kRows][kVecs][kVec];
     using Sums = float[kVecs][kVec];  // of one value a channel over all tokens of the thread
@@ -46,34 +46,41 @@ struct RowTile {
         for (int r = 0; r < kRows; ++r) exists[r] = r * rows < end - base - row;
     }
 
-    // The thread's tokens of the sweep, 0 where there is nothing. `at(r, v)` points at the first channel of a vector,
-    // `at_each(r, v, j)` at any.
-    template <class At>
-    __device__ __forceinline__ void load(const At& at, Values& out) const {
-        using T = std::remove_const_t<std::remove_pointer_t<decltype(at(0, 0))>>;
+    // The thread's tokens of the sweep as they are stored, 0 where there is nothing. `at(r, v)` points at the first channel
+    // of a vector, `at_each(r, v, j)` at any.
+    template <class T>
+    using Stored = Packed<T, kVec>[kRows][kVecs];
+
+    template <class At, class T>
+    __device__ __forceinline__ void load(const At& at, Packed<T, kVec> (&out)[kRows][kVecs]) const {
         if constexpr (kAligned) {
-            Packed<T, kVec> packed[kRows][kVecs];
 #pragma unroll
             for (int r = 0; r < kRows; ++r)
 #pragma unroll
-                for (int v = 0; v < kVecs; ++v) packed[r][v] = load_packed<kVec>(at(r, v), exists[r] && valid(v));
-#pragma unroll
-            for (int r = 0; r < kRows; ++r)
-#pragma unroll
-                for (int v = 0; v < kVecs; ++v) packed[r][v].widen(out[r][v]);
+                for (int v = 0; v < kVecs; ++v) out[r][v] = load_packed<kVec>(at(r, v), exists[r] && valid(v));
         } else {
             load_each([&](int r, int v, int j) { return at(r, v) + j; }, out);
         }
     }
-    template <class AtEach>
-    __device__ __forceinline__ void load_each(const AtEach& at_each, Values& out) const {
+    template <class AtEach, class T>
+    __device__ __forceinline__ void load_each(const AtEach& at_each, Packed<T, kVec> (&out)[kRows][kVecs]) const {
 #pragma unroll
         for (int r = 0; r < kRows; ++r)
 #pragma unroll
-            for (int v = 0; v < kVecs; ++v)
+            for (int v = 0; v < kVecs; ++v) {
+                T elements[kVec];
 #pragma unroll
                 for (int j = 0; j < kVec; ++j)
-                    out[r][v][j] = exists[r] && valid(v, j) ? to_float(*at_each(r, v, j)) : 0.f;
+                    elements[j] = exists[r] && valid(v, j) ? *at_each(r, v, j) : from_float<T>(0.f);
+                memcpy(&out[r][v], elements, sizeof(elements));
+            }
+    }
+    template <class T>
+    static __device__ __forceinline__ void widen(const Packed<T, kVec> (&in)[kRows][kVecs], Values& out) {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r)
+#pragma unroll
+            for (int v = 0; v < kVecs; ++v) in[r][v].widen(out[r][v]);
     }
     template <class At>
     __device__ __forceinline__ void store(const At& at, const Values& x) const {
@@ -231,9 +238,11 @@ struct alignas(16) ChannelRows {
             for (int i = 0; i < kRows; ++i) rows[i][c] = row[i];
         }
     }
+    // volatile: read where it is used, not once before the loop into registers that the tokens need.
     __device__ __forceinline__ void get(int row, int channel, float (&out)[kVec]) const {
-        const float4 v = *reinterpret_cast<const float4*>(&rows[row][channel]);
-        out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
+        asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                     : "=f"(out[0]), "=f"(out[1]), "=f"(out[2]), "=f"(out[3])
+                     : "r"(static_cast<unsigned>(__cvta_generic_to_shared(&rows[row][channel]))));
     }
 };
 

@@ -9,6 +9,7 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cuda/params.h"
@@ -16,9 +17,12 @@
 
 namespace gm {
 
+constexpr int kSlabThreads = kBwdSlab / kFwdTokens;  // 128
+
 struct SlabPlan {
-    int tokens;       // of a full slab: kBwdSlab / lanes
-    int columns;      // whole columns of a slab; 0 where a column is cut into pieces
+    int tokens;       // of a full slab along rows: kBwdSlab / lanes
+    int columns;      // whole columns of a slab; 0 where a column is cut into pieces of `tokens`
+    int blocks;       // chunks of kFwdTokens tokens of a column (or piece), the last of them perhaps not full
     int pieces;       // pieces of a column, else 1
     int row_slabs;    // slabs of a plane along rows
     int column_slabs;
@@ -26,10 +30,16 @@ struct SlabPlan {
 
 inline SlabPlan plan_slabs(int height, int width, int lanes) {
     SlabPlan plan{};
-    plan.tokens = kBwdSlab / lanes;
+    const int chunks = kSlabThreads / lanes;
+    plan.tokens = chunks * kFwdTokens;
     plan.row_slabs = static_cast<int>((static_cast<int64_t>(height) * width + plan.tokens - 1) / plan.tokens);
-    plan.columns = plan.tokens / height < width ? plan.tokens / height : width;
-    plan.pieces = plan.columns > 0 ? 1 : (height + plan.tokens - 1) / plan.tokens;
+    plan.blocks = (height + kFwdTokens - 1) / kFwdTokens;
+    plan.columns = std::min(chunks / plan.blocks, width);
+    plan.pieces = 1;
+    if (plan.columns == 0) {
+        plan.blocks = chunks;
+        plan.pieces = (height + plan.tokens - 1) / plan.tokens;
+    }
     plan.column_slabs = plan.columns > 0 ? (width + plan.columns - 1) / plan.columns : width * plan.pieces;
     return plan;
 }

@@ -82,28 +82,49 @@ bool make_slab_maps(const ImageArg& image, const ScanShape& s, const SlabPlan& p
                   {image.token, image.token * width, image.group, image.batch}, {dim, columns, rows}, promotion);
 }
 
-bool prepare_grouped_scan_fwd_sm90(const ScanFwdArgs& scan, DType dtype, ScanFwdSm90Args& args) {
-    const ScanShape& s = scan.shape;
+namespace {
+
+bool takes(const ScanShape& s, const ImageArg& z, const ParamArg& norm_weight, DType dtype) {
     const bool shape = dtype != DType::kFloat && s.states == 1 && s.rank > 0 && s.softplus && s.lanes >= 4 &&
                        s.rank + 2 <= sm90_features(s.lanes) && s.dim % 8 == 0;
-    if (!shape || scan.z.ptr == nullptr || scan.norm_weight.ptr == nullptr) return false;
+    if (!shape || z.ptr == nullptr || norm_weight.ptr == nullptr) return false;
     int device = 0, major = 0;
-    if (cudaGetDevice(&device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess || major < 9 ||
-        !grouped_scan_fwd_sm90_built())
-        return false;
+    return cudaGetDevice(&device) == cudaSuccess &&
+           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9 &&
+           grouped_scan_sm90_built();
+}
+
+template <int kCount>
+bool make_maps(const ImageArg* const (&images)[kCount], CUtensorMap* const (&maps)[kCount], SlabMapKind (&kinds)[kCount],
+               const ScanShape& s, const SlabPlan& plan, DType dtype) {
+    for (int i = 0; i < kCount; ++i) {
+        SlabMaps found;
+        if (!make_slab_maps(*images[i], s, plan, dtype, found)) return false;
+        maps[i][0] = found.map[0], maps[i][1] = found.map[1];
+        kinds[i] = {found.row_fuse, found.column_fuse};
+    }
+    return true;
+}
+
+}  // namespace
+
+bool prepare_grouped_scan_fwd_sm90(const ScanFwdArgs& scan, DType dtype, ScanFwdSm90Args& args) {
+    const ScanShape& s = scan.shape;
+    if (!takes(s, scan.z, scan.norm_weight, dtype)) return false;
     args.plan = plan_slabs(s.height, s.width, s.lanes);
     if (scan.states != nullptr && !slabs_follow_path(args.plan, s.height, s.width)) return false;
-    const ImageArg* const images[3] = {&scan.u, &scan.z, &scan.y};
-    CUtensorMap* const maps[3] = {args.u, args.z, args.y};
-    for (int i = 0; i < 3; ++i) {
-        SlabMaps found;
-        if (!make_slab_maps(*images[i], s, args.plan, dtype, found)) return false;
-        maps[i][0] = found.map[0], maps[i][1] = found.map[1];
-        args.kind[i] = {found.row_fuse, found.column_fuse};
-    }
     args.scan = scan;
-    return true;
+    return make_maps<3>({&scan.u, &scan.z, &scan.y}, {args.u, args.z, args.y}, args.kind, s, args.plan, dtype);
+}
+
+bool prepare_grouped_scan_bwd_sm90(const ScanBwdArgs& scan, DType dtype, ScanBwdSm90Args& args) {
+    const ScanShape& s = scan.shape;
+    if (!takes(s, scan.z, scan.norm_weight, dtype)) return false;
+    args.plan = plan_slabs(s.height, s.width, s.lanes);
+    if (!slabs_follow_path(args.plan, s.height, s.width)) return false;
+    args.scan = scan;
+    return make_maps<5>({&scan.u, &scan.z, &scan.dy, &scan.du, &scan.dz}, {args.u, args.z, args.dy, args.du, args.dz}, args.kind,
+                        s, args.plan, dtype);
 }
 
 }  // namespace gm

@@ -131,11 +131,17 @@ Gradients grouped_selective_scan_bwd(Tensor dy, Tensor u, Tensor dt, Tensor A, T
     args.shape.aligned = s.dim % kVec == 0 && allows_vectors(args.u, size) && allows_vectors(args.z, size) && allows_vectors(args.dy, size) &&
                             allows_vectors(args.du, size) && allows_vectors(args.dz, size) &&
                             (s.rank > 0 || (allows_vectors(args.dt, size) && allows_vectors(args.ddt, size)));
-    args.shape.threads = scan_bwd_threads(args.shape.lanes, s.tokens(), s.states == 1, static_cast<int>(size));
+    ScanBwdSm90Args sm90_args;
+    const bool sm90 = prepare_grouped_scan_bwd_sm90(args, dtype, sm90_args);
+    args.shape.threads =
+        sm90 ? kSlabThreads : scan_bwd_threads(args.shape.lanes, s.tokens(), s.states == 1, static_cast<int>(size));
     const int64_t warps = args.shape.threads / 32, rows = s.states + kFixedRows + s.rank;
     Tensor partials = empty({s.batch, warps, s.groups, rows, s.dim}, ScalarType::Float, u);
     args.partials = static_cast<float*>(partials.data_ptr());
-    check_cuda(launch_grouped_scan_bwd(args, dtype, context.stream()), "grouped_selective_scan backward");
+    sm90_args.scan.partials = args.partials;
+    check_cuda(sm90 ? launch_grouped_scan_bwd_sm90(sm90_args, dtype, context.stream())
+                    : launch_grouped_scan_bwd(args, dtype, context.stream()),
+               "grouped_selective_scan backward");
 
     ScanReduceArgs reduce;
     reduce.partials = args.partials;

@@ -1,0 +1,400 @@
+// SPDX-License-Identifier: Apache-2.0
+// Backward of the grouped selective scan for sm_90 and newer, 16-bit storage, one state: the maths of grouped_scan_bwd.cu
+// with slabs moved by the tensor copy engine, from the last slab of the path to the first. A block holds one slab (128
+// threads x 7 tokens x 4 channels) of u, z and dy in each of two stages; du overwrites u and dz overwrites z in shared
+// memory and leave from there. Steps and their gradients are in units of ln 2.
+#include "cuda/scan_sm90.cuh"
+
+namespace gm {
+namespace {
+
+constexpr int kTokens = kFwdTokens;
+
+// Rows of the table of channel parameters, and of each thread's parameter sums (kSumWeight + r: dt_weight).
+enum TableRow { kBias, kSkip, kNormWeight, kNormBias, kGate, kA, kWeight };
+enum SumRow { kSumA, kSumSkip, kSumBias, kSumProduct, kSumTotal, kSumWeight };
+
+template <class Block>
+struct Layout {
+    int slab_bytes, width;
+    int features, gradients, aggregates, table, sums, barriers, total;
+
+    Layout() = default;
+    __host__ __device__ Layout(int dim, int rank) {
+        slab_bytes = (Block::kSlabTokens * dim * 2 + 127) / 128 * 128;
+        width = (rank + 2 + 3) / 4 * 4;
+        features = kSm90Stages * 3 * slab_bytes;
+        gradients = features + 2 * Block::kSlabTokens * width * 4;
+        aggregates = gradients + Block::kSlabTokens * width * 4;
+        table = aggregates + 4 * Block::kAggregates * 4;  // forward and adjoint
+        sums = table + (kWeight + rank) * Block::kWidth * 4;
+        barriers = sums + (kSumWeight + rank) * Block::kThreads * 16;
+        total = barriers + kSm90Stages * 8;
+    }
+    __device__ int box(int stage) const { return stage * 3 * slab_bytes; }
+};
+
+// Makes the compiler forget what it knows of these values, so that it computes what depends on them anew: the decays
+// exp(step A), kept over all phases, would cost 28 registers.
+__device__ __forceinline__ void hide(float (&x)[kVec]) {
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) asm volatile("" : "+f"(x[j]));
+}
+
+template <class T, class Block>
+__global__ void __launch_bounds__(Block::kThreads, 2) grouped_scan_bwd_sm90_kernel(const __grid_constant__ ScanBwdSm90Args args) {
+#if __CUDA_ARCH__ >= 900
+    extern __shared__ __align__(128) unsigned char shared[];
+    const ScanShape& s = args.scan.shape;
+    const SlabPlan& plan = args.plan;
+    // What is the same for all threads and slabs waits in shared memory, to spare registers.
+    __shared__ SlabWalk walk;
+    __shared__ Layout<Block> layout;
+    if (threadIdx.x == 0) walk = SlabWalk(s, args.plan), layout = Layout<Block>(s.dim, s.rank);
+    __syncthreads();
+    float* const gradients = reinterpret_cast<float*>(shared + layout.gradients);
+    float* const aggregates = reinterpret_cast<float*>(shared + layout.aggregates);
+    float* const table = reinterpret_cast<float*>(shared + layout.table);
+    const uint32_t shared_base = shared_address(shared), barriers = shared_base + layout.barriers;
+    const int tid = threadIdx.x;
+    const auto path_index = [&](int n) { return walk.count - 1 - n; };  // of the n-th slab taken
+
+    const auto load = [&](int n) {  // by one thread
+        const int slab = walk.slab(path_index(n));
+        const uint32_t barrier = barriers + n % kSm90Stages * 8, to = shared_base + layout.box(n % kSm90Stages);
+        barrier_expect(barrier, 3 * walk.box_tokens * s.dim * 2);
+        tma_load(to, &args.u[walk.columns], walk.box(s, plan, slab, args.kind[0]), barrier);
+        tma_load(to + layout.slab_bytes, &args.z[walk.columns], walk.box(s, plan, slab, args.kind[1]), barrier);
+        tma_load(to + 2 * layout.slab_bytes, &args.dy[walk.columns], walk.box(s, plan, slab, args.kind[2]), barrier);
+    };
+    if (walk.leaves_slots(plan)) {
+        for (int i = tid * 16; i < layout.features; i += Block::kThreads * 16)
+            *reinterpret_cast<uint4*>(shared + i) = make_uint4(0, 0, 0, 0);
+        proxy_fence();
+        __syncthreads();
+    }
+    if (tid == 0) {
+        for (int i = 0; i < kSm90Stages; ++i) barrier_init(barriers + i * 8, 1);
+        barrier_init_fence();
+        proxy_fence();
+        load(0);
+    }
+    for (int c = tid; c < Block::kWidth; c += Block::kThreads) {
+        const int64_t i = static_cast<int64_t>(walk.group) * s.dim + c;
+        const int64_t gate_index = static_cast<int64_t>(walk.batch) * s.groups * s.dim + i;
+        const bool in = c < s.dim;
+        const auto put = [&](int row, float value) { table[row * Block::kWidth + c] = value; };
+        // Lanes without channels read those of the first lane: a step of 0, no skip and no gate keep them out of all sums.
+        put(kBias, in ? load_param_or<T>(args.scan.dt_bias, i, 0.f) * kLog2e : -1e30f);
+        put(kSkip, in ? load_param_or<T>(args.scan.D, i, 0.f) : 0.f);
+        put(kNormWeight, in ? load_param<T>(args.scan.norm_weight, i) : 0.f);
+        put(kNormBias, in ? load_param_or<T>(args.scan.norm_bias, i, 0.f) : 0.f);
+        put(kGate, in ? load_param_or<T>(args.scan.gate, gate_index, 1.f) : 0.f);
+        put(kA, in ? load_param<T>(args.scan.A, i) : 0.f);
+        for (int r = 0; r < s.rank; ++r)
+            put(kWeight + r, in ? load_param<T>(args.scan.dt_weight, i * s.rank + r) * kLog2e : 0.f);
+    }
+    float4* const sums = reinterpret_cast<float4*>(shared + layout.sums) + tid;  // this thread's, kThreads apart
+    for (int i = 0; i < kSumWeight + s.rank; ++i) sums[i * Block::kThreads] = make_float4(0.f, 0.f, 0.f, 0.f);
+    const auto add_sum = [&](int i, const float(&v)[kVec]) {
+        float4& sum = sums[i * Block::kThreads];
+        sum.x += v[0], sum.y += v[1], sum.z += v[2], sum.w += v[3];
+    };
+
+    const SlabChunk<Block> chunk(s, plan, walk);
+    StepFeatures<T, Block> fetcher(plan, walk);
+    const auto features_at = [&](int n) {
+        return reinterpret_cast<float*>(shared + layout.features) + (n & 1) * Block::kSlabTokens * layout.width;
+    };
+    const auto fetch = [&](int n) { fetcher.fetch(s, plan, walk, args.scan.dt, args.scan.B, args.scan.C, path_index(n)); };
+    fetch(0);
+    fetcher.keep(s, features_at(0), layout.width);
+    if (walk.count > 1) fetch(1);
+    float adjoint_carry = 0.f;  // of the channel that this thread scans
+    __syncthreads();
+
+    const auto table_row = [&](int i, float(&out)[kVec]) {
+        const float4 v = *reinterpret_cast<const float4*>(table + i * Block::kWidth + chunk.c0);
+        out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
+    };
+    const auto weight_row = [&](int r) { return *reinterpret_cast<const float4*>(table + (kWeight + r) * Block::kWidth + chunk.c0); };
+    const int u_step = chunk.slot_step * s.dim * 2, feature_step = chunk.slot_step * layout.width;
+    const int scan_channel = tid / Block::kScanLanes;
+    for (int n = 0; n < walk.count; ++n) {
+        const int stage = n % kSm90Stages, slab_index = path_index(n);
+        unsigned char* const box_u = shared + layout.box(stage) + chunk.slot0 * s.dim * 2 + (chunk.active ? chunk.c0 : 0) * 2;
+        const float* const features = features_at(n) + chunk.slot0 * layout.width;
+        float* const token_gradients = gradients + chunk.slot0 * layout.width;
+        const int end = chunk.end(s, plan, walk, walk.slab(slab_index));
+        const bool ragged = chunk.ragged(plan, walk, end);
+        const auto real = [&](int k) { return !ragged || chunk.is_real(k, end); };
+        float saved = 0.f;
+        if (scan_channel < s.dim)
+            saved = args.scan.states[(static_cast<int64_t>(blockIdx.x) * args.scan.num_chunks + slab_index) * s.dim + scan_channel];
+        float steps[kTokens][kVec], h[kTokens][kVec], dy[kTokens][kVec], entering[kVec], A[kVec];
+        {
+            float bias[kVec];
+            table_row(kBias, bias);
+            load_steps_sm90<T, Block>(features, feature_step, s, make_float4(bias[0], bias[1], bias[2], bias[3]), weight_row, steps);
+        }
+        if (ragged) mask_steps(chunk, end, steps);
+        table_row(kA, A);
+        barrier_wait(barriers + stage * 8, n / kSm90Stages & 1);
+
+        // states of the slab: each chunk from 0, then from what the chunks before it leave
+        {
+            float P[kVec], local[kVec];
+#pragma unroll
+            for (int k = 0; k < kTokens; ++k) {
+                const float b = features[k * feature_step + s.rank];
+                float x[kVec];
+                to_floats(*reinterpret_cast<const Vec4<T>*>(box_u + k * u_step), x);
+#pragma unroll
+                for (int j = 0; j < kVec; ++j) {
+                    const float a = Math<T>::decay(steps[k][j], A[j]);
+                    h[k][j] = steps[k][j] * (b * x[j]);
+                    local[j] = k == 0 ? h[k][j] : fmaf(a, local[j], h[k][j]);
+                    P[j] = k == 0 ? a : P[j] * a;
+                }
+            }
+            const int at = Block::aggregate(chunk.order) + chunk.c0;
+            *reinterpret_cast<float4*>(aggregates + at) = make_float4(P[0], P[1], P[2], P[3]);
+            *reinterpret_cast<float4*>(aggregates + Block::kAggregates + at) = make_float4(local[0], local[1], local[2], local[3]);
+        }
+        __syncthreads();
+        if (tid == 0 && n + 1 < walk.count) {
+            tma_wait_read();  // du and dz of the slab before have left the stage that is loaded next
+            load(n + 1);
+        }
+        scan_chunks<Block>(aggregates, aggregates + Block::kAggregates, saved, [](int, int, float) {});
+        if (n + 1 < walk.count) {
+            fetcher.keep(s, features_at(n + 1), layout.width);
+            if (n + 2 < walk.count) fetch(n + 2);
+        }
+        __syncthreads();
+        {
+            const float4 v = *reinterpret_cast<const float4*>(aggregates + Block::kAggregates + Block::aggregate(chunk.order) + chunk.c0);
+            entering[0] = v.x, entering[1] = v.y, entering[2] = v.z, entering[3] = v.w;
+        }
+        hide(A);
+
+        // y, its norm, and dy through gates and norm; dz takes the place of z
+        {
+            const float inverse_dim = 1.f / s.dim;
+            float moment[kTokens], skip[kVec];
+            table_row(kSkip, skip);
+#pragma unroll
+            for (int k = 0; k < kTokens; ++k) {
+                const float c = features[k * feature_step + s.rank + 1];
+                float x[kVec];
+                to_floats(*reinterpret_cast<const Vec4<T>*>(box_u + k * u_step), x);
+#pragma unroll
+                for (int j = 0; j < kVec; ++j) {
+                    const float before = k == 0 ? entering[j] : h[k == 0 ? 0 : k - 1][j];
+                    h[k][j] = fmaf(Math<T>::decay(steps[k][j], A[j]), before, h[k][j]);
+                    dy[k][j] = fmaf(c, h[k][j], skip[j] * x[j]);
+                }
+                moment[k] = (dy[k][0] + dy[k][1]) + (dy[k][2] + dy[k][3]);
+            }
+            token_sums<Block::kLanes>(moment);
+#pragma unroll
+            for (int k = 0; k < kTokens; ++k) {
+                const float mean = chunk.active ? mean_of(moment[k], s.dim, inverse_dim) : 0.f;
+                moment[k] = 0.f;
+#pragma unroll
+                for (int j = 0; j < kVec; ++j) {
+                    dy[k][j] -= mean;
+                    moment[k] = fmaf(dy[k][j], dy[k][j], moment[k]);
+                }
+            }
+            token_sums<Block::kLanes>(moment);
+            float norm_weight[kVec], norm_bias[kVec], gate[kVec], product[kVec] = {}, total[kVec] = {};
+            table_row(kNormWeight, norm_weight);
+            table_row(kNormBias, norm_bias);
+            table_row(kGate, gate);
+            // A part of the tokens at a time, or their gradients would not fit beside the states.
+            constexpr int kPart = 4;
+#pragma unroll
+            for (int k0 = 0; k0 < kTokens; k0 += kPart) {
+                float through[kPart][kVec], moments[2 * kPart] = {}, inverse_std[kPart];
+#pragma unroll
+                for (int i = 0; i < kPart && k0 + i < kTokens; ++i) {
+                    const int k = k0 + i;
+                    inverse_std[i] = Math<T>::rsqrt(fmaf(moment[k], inverse_dim, s.norm_eps));
+                    T* const z_slot = reinterpret_cast<T*>(box_u + layout.slab_bytes + k * u_step);
+                    float x[kVec], g[kVec], dz[kVec];
+                    to_floats(*reinterpret_cast<const Vec4<T>*>(z_slot), x);
+                    to_floats(*reinterpret_cast<const Vec4<T>*>(box_u + 2 * layout.slab_bytes + k * u_step), g);
+                    const bool counts = real(k);
+#pragma unroll
+                    for (int j = 0; j < kVec; ++j) {
+                        if (!counts) g[j] = 0.f;
+                        dy[k][j] *= inverse_std[i];  // the normed value
+                        const float sigmoid = Math<T>::sigmoid(x[j]), silu = x[j] * sigmoid, gated = g[j] * silu;
+                        const float affine = fmaf(dy[k][j], norm_weight[j], norm_bias[j]);
+                        dz[j] = g[j] * gate[j] * affine * fmaf(silu, 1.f - sigmoid, sigmoid);
+                        product[j] = fmaf(gated, dy[k][j], product[j]);
+                        total[j] += gated;
+                        through[i][j] = gated * gate[j] * norm_weight[j];
+                        moments[2 * i] += through[i][j];
+                        moments[2 * i + 1] = fmaf(through[i][j], dy[k][j], moments[2 * i + 1]);
+                    }
+                    if (chunk.active && counts) store4<true>(z_slot, dz, kVec);
+                }
+                token_sums<Block::kLanes>(moments);
+#pragma unroll
+                for (int i = 0; i < kPart && k0 + i < kTokens; ++i) {
+                    const int k = k0 + i;
+                    const float m1 = inverse_dim * moments[2 * i], m2 = inverse_dim * moments[2 * i + 1];
+#pragma unroll
+                    for (int j = 0; j < kVec; ++j) {
+                        const float d = inverse_std[i] * (through[i][j] - fmaf(dy[k][j], m2, m1));
+                        dy[k][j] = chunk.active && real(k) ? d : 0.f;
+                    }
+                }
+            }
+            add_sum(kSumProduct, product);
+            add_sum(kSumTotal, total);
+        }
+
+        // adjoint of the states: each chunk from 0, then from what the chunks behind it send
+        const auto write_gradient = [&](const float(&v)[kTokens], float unit, int feature) {
+            scatter_token_sums<Block::kLanes>(v, [&](int k, float sum) {
+                if (real(k)) token_gradients[k * feature_step + feature] = unit * sum;
+            });
+        };
+        float* const adjoint_aggregates = aggregates + 2 * Block::kAggregates;
+        const int behind = Block::aggregate(Block::kChunks - 1 - chunk.order) + chunk.c0;
+        hide(A);
+        {
+            float P[kVec], local[kVec], dC[kTokens];
+#pragma unroll
+            for (int k = kTokens - 1; k >= 0; --k) {
+                const float c = features[k * feature_step + s.rank + 1];
+                dC[k] = 0.f;
+#pragma unroll
+                for (int j = 0; j < kVec; ++j) {
+                    const float a = Math<T>::decay(steps[k][j], A[j]);
+                    local[j] = k == kTokens - 1 ? a * (c * dy[k][j]) : a * fmaf(c, dy[k][j], local[j]);
+                    P[j] = k == kTokens - 1 ? a : P[j] * a;
+                    dC[k] = fmaf(dy[k][j], h[k][j], dC[k]);
+                }
+            }
+            *reinterpret_cast<float4*>(adjoint_aggregates + behind) = make_float4(P[0], P[1], P[2], P[3]);
+            *reinterpret_cast<float4*>(adjoint_aggregates + Block::kAggregates + behind) =
+                make_float4(local[0], local[1], local[2], local[3]);
+            write_gradient(dC, 1.f, s.rank + 1);
+        }
+        __syncthreads();
+        scan_chunks<Block>(adjoint_aggregates, adjoint_aggregates + Block::kAggregates, adjoint_carry, [](int, int, float) {});
+        __syncthreads();
+
+        // everything else, from the last token to the first; du takes the place of u, dstep that of the steps
+        {
+            float adjoint[kVec], skip[kVec], dA[kVec] = {}, dskip[kVec] = {}, dbias[kVec] = {}, dB[kTokens];
+            const float4 v = *reinterpret_cast<const float4*>(adjoint_aggregates + Block::kAggregates + behind);
+            adjoint[0] = v.x, adjoint[1] = v.y, adjoint[2] = v.z, adjoint[3] = v.w;
+            table_row(kSkip, skip);
+            hide(A);
+#pragma unroll
+            for (int k = kTokens - 1; k >= 0; --k) {
+                const float b = features[k * feature_step + s.rank], c = features[k * feature_step + s.rank + 1];
+                T* const u_slot = reinterpret_cast<T*>(box_u + k * u_step);
+                float x[kVec], du[kVec];
+                to_floats(*reinterpret_cast<const Vec4<T>*>(u_slot), x);
+                dB[k] = 0.f;
+#pragma unroll
+                for (int j = 0; j < kVec; ++j) {
+                    const float g = fmaf(c, dy[k][j], adjoint[j]), a = Math<T>::decay(steps[k][j], A[j]);
+                    const float through = g * a * (k > 0 ? h[k > 0 ? k - 1 : 0][j] : entering[j]), gs = g * steps[k][j];
+                    const float ds = fmaf(kLn2 * A[j], through, g * (b * x[j]));
+                    dA[j] = fmaf(through, steps[k][j], dA[j]);
+                    dskip[j] = fmaf(dy[k][j], x[j], dskip[j]);
+                    du[j] = fmaf(gs, b, skip[j] * dy[k][j]);
+                    dB[k] = fmaf(gs, x[j], dB[k]);
+                    adjoint[j] = a * g;
+                    steps[k][j] = ds * Math<T>::softplus_slope(steps[k][j]);
+                    dbias[j] += steps[k][j];
+                }
+                if (chunk.active && real(k)) store4<true>(u_slot, du, kVec);
+            }
+            write_gradient(dB, kLn2, s.rank);
+            add_sum(kSumA, dA);
+            add_sum(kSumSkip, dskip);
+            add_sum(kSumBias, dbias);
+        }
+        for (int r = 0; r < s.rank; ++r) {
+            const float4 w = weight_row(r);
+            float dw[kVec] = {}, ddt[kTokens];
+#pragma unroll
+            for (int k = 0; k < kTokens; ++k) {
+                const float d = features[k * feature_step + r];
+                ddt[k] = fmaf(steps[k][0], w.x, steps[k][1] * w.y) + fmaf(steps[k][2], w.z, steps[k][3] * w.w);
+#pragma unroll
+                for (int j = 0; j < kVec; ++j) dw[j] = fmaf(steps[k][j], d, dw[j]);
+            }
+            write_gradient(ddt, 1.f, r);
+            add_sum(kSumWeight + r, dw);
+        }
+        proxy_fence();
+        __syncthreads();
+        if (tid == 0) {
+            const int slab = walk.slab(slab_index);
+            const uint32_t from = shared_base + layout.box(stage);
+            tma_store(from, &args.du[walk.columns], walk.box(s, plan, slab, args.kind[3]));
+            tma_store(from + layout.slab_bytes, &args.dz[walk.columns], walk.box(s, plan, slab, args.kind[4]));
+            tma_commit();
+        }
+        int at[Block::kFetchTokens];
+#pragma unroll
+        for (int i = 0; i < Block::kFetchTokens; ++i) at[i] = fetcher.place(s, plan, walk, slab_index, i);
+        fetcher.each(s.rank + 2, [&](int i, int, int f) {
+            if (at[i] < 0) return;
+            const ImageArg& image = f < s.rank ? args.scan.ddt : f == s.rank ? args.scan.dB : args.scan.dC;
+            const int64_t plane = walk.batch * image.batch + walk.group * image.group + (f < s.rank ? f : 0);
+            static_cast<T*>(image.ptr)[plane + static_cast<int64_t>(at[i]) * image.token] =
+                from_float<T>(gradients[fetcher.token(i) * layout.width + f]);
+        });
+    }
+
+    // The thread's sums, over the chunks of its warp, to the warp's row of partials.
+    const int64_t rows = 1 + kFixedRows + s.rank;
+    float* const partials =
+        args.scan.partials +
+        ((static_cast<int64_t>(walk.batch) * (Block::kThreads / 32) + tid / 32) * s.groups + walk.group) * rows * s.dim + chunk.c0;
+    const auto finish = [&](int sum, int64_t partial, float unit) {
+        const float4 v = sums[sum * Block::kThreads];
+        float x[kVec] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) {
+#pragma unroll
+            for (int d = Block::kLanes; d < 32; d *= 2) x[j] += __shfl_xor_sync(kFullWarp, x[j], d);
+            if (chunk.active && tid % 32 < Block::kLanes) partials[partial * s.dim + j] = unit * x[j];
+        }
+    };
+    finish(kSumA, 0, kLn2);
+    finish(kSumSkip, 1 + kRowSkip, 1.f);
+    finish(kSumBias, 1 + kRowBias, kLog2e);
+    finish(kSumProduct, 1 + kRowProduct, 1.f);
+    finish(kSumTotal, 1 + kRowSum, 1.f);
+    for (int r = 0; r < s.rank; ++r) finish(kSumWeight + r, 1 + kFixedRows + r, kLog2e);
+    if (tid == 0) tma_wait_all();
+#endif
+}
+
+template <class T, int kLanes>
+cudaError_t launch(const ScanBwdSm90Args& args, cudaStream_t stream) {
+    using Block = Sm90Block<kLanes, kSlabThreads>;
+    const Layout<Block> layout(args.scan.shape.dim, args.scan.shape.rank);
+    return launch_sm90(grouped_scan_bwd_sm90_kernel<T, Block>, args.scan.shape, Block::kThreads, layout.total, stream, args);
+}
+
+}  // namespace
+
+cudaError_t launch_grouped_scan_bwd_sm90(const ScanBwdSm90Args& args, DType dtype, cudaStream_t stream) {
+    return dispatch_sm90(dtype, args.scan.shape.lanes, [&](auto tag, auto lanes) {
+        return launch<typename decltype(tag)::type, decltype(lanes)::value>(args, stream);
+    });
+}
+
+}  // namespace gm
