@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kNormThreads) layer_norm_pool_bwd_kernel(const
     const float inverse_tokens = 1.f / s.tokens;
     table.fill(s.dim, [&](int c, float(&row)[2]) {
         row[kWeight] = load_param<T>(args.weight, c);
-        row[kPooled] = args.dpooled[strip.batch * s.dim + c] * inverse_tokens;
+        row[kPooled] = __fmul_rn(args.dpooled[strip.batch * s.dim + c], inverse_tokens);
     });
     __syncthreads();
     Cursor<const T> x_in(args.x, strip, tile, tile.channel(0)), dxn_in(args.dxn, strip, tile, tile.channel(0));
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kNormThreads) layer_norm_pool_bwd_kernel(const
                     const float total = tile.exists[r] ? g[r][v][j] + pooled[j] : 0.f;
                     dweight[v][j] = fmaf(total, normed[r][v][j], dweight[v][j]);
                     dbias[v][j] += total;
-                    g[r][v][j] = total * weight[j];
+                    g[r][v][j] = __fmul_rn(total, weight[j]);
                 }
         }
         tile.normalise_backward(normed, inverse_std, g);

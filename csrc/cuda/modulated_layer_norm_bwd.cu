@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kNormThreads, kAligned ? 0 : 2)
                 o_stored[r][v].widen(o);
                 x_stored[r][v].widen(x);
 #pragma unroll
-                for (int j = 0; j < kVec; ++j) normed[r][v][j] = x[j] * (o[j] * factor[j]);
+                for (int j = 0; j < kVec; ++j) normed[r][v][j] = __fmul_rn(x[j], o[j] * factor[j]);
             }
         }
         tile.normalise(s.eps, normed, inverse_std);
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kNormThreads, kAligned ? 0 : 2)
                 for (int j = 0; j < kVec; ++j) {
                     dweight[v][j] = fmaf(h[r][v][j], normed[r][v][j], dweight[v][j]);
                     dbias[v][j] += h[r][v][j];
-                    h[r][v][j] *= weight[j];
+                    h[r][v][j] = __fmul_rn(h[r][v][j], weight[j]);
                 }
         }
         tile.normalise_backward(normed, inverse_std, h);

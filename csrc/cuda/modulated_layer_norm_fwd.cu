@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kNormThreads, kAligned && kVecs < 8 ? 0 : 2)
                 float o[kVec];
                 o_stored[r][v].widen(o);
 #pragma unroll
-                for (int j = 0; j < kVec; ++j) x[r][v][j] *= o[j] * factor[j];
+                for (int j = 0; j < kVec; ++j) x[r][v][j] = __fmul_rn(x[r][v][j], o[j] * factor[j]);
             }
         }
         tile.normalise(s.eps, x, inverse_std);

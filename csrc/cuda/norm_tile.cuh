@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // How a block of the LayerNorm kernels holds its tokens, their statistics, and sums over tokens in a fixed order.
+//
+// Products that are added elsewhere are rounded explicitly (__fmul_rn): left to itself the compiler fuses some of them in
+// one instantiation and not in the other, and results would depend on the alignment of the inputs.
 #pragma once
 
 #include "cuda/norm_plan.h"
@@ -129,7 +132,7 @@ struct RowTile {
         lane_sums(sum);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
-            const float mean = sum[r] * inverse_dim;
+            const float mean = __fmul_rn(sum[r], inverse_dim);
             sum[r] = 0.f;
 #pragma unroll
             for (int v = 0; v < kVecs; ++v) {
@@ -145,11 +148,11 @@ struct RowTile {
         lane_sums(sum);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
-            inverse_std[r] = exists[r] ? rsqrtf(sum[r] * inverse_dim + eps) : 0.f;
+            inverse_std[r] = exists[r] ? rsqrtf(fmaf(sum[r], inverse_dim, eps)) : 0.f;
 #pragma unroll
             for (int v = 0; v < kVecs; ++v)
 #pragma unroll
-                for (int j = 0; j < kVec; ++j) x[r][v][j] *= inverse_std[r];
+                for (int j = 0; j < kVec; ++j) x[r][v][j] = __fmul_rn(x[r][v][j], inverse_std[r]);
         }
     }
 
@@ -174,7 +177,7 @@ struct RowTile {
         lane_sums(means);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
-            const float plain = means[2 * r] * inverse_dim, product = means[2 * r + 1] * inverse_dim;
+            const float plain = __fmul_rn(means[2 * r], inverse_dim), product = __fmul_rn(means[2 * r + 1], inverse_dim);
 #pragma unroll
             for (int v = 0; v < kVecs; ++v)
 #pragma unroll

@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+// depthwise_conv3x3 on CUDA: checks, device guard, allocation, launch. Schemas and layouts: csrc/schemas.cpp.
+#include "cuda/launch.h"
+#include "host/cuda_args.h"
+#include "host/stream.h"
+
+namespace gm {
+namespace {
+
+// True where the groups of a pixel follow one another, so that the image is one group of G * D channels.
+bool groups_adjacent(const Tensor& t) { return t.size(3) == 1 || t.stride(3) == t.size(4); }
+
+ConvShape conv_shape(const Tensor& x, bool merge, int64_t activation) {
+    const int64_t channels = x.size(3) * x.size(4);
+    GM_CHECK(x.size(1) * x.size(2) <= INT32_MAX, "H * W must be below 2^31, got ", x.size(1) * x.size(2));
+    GM_CHECK(channels <= INT32_MAX, "G * D must be below 2^31, got ", channels);
+    ConvShape shape{};
+    shape.batch = x.size(0);
+    shape.height = static_cast<int>(x.size(1));
+    shape.width = static_cast<int>(x.size(2));
+    shape.groups = merge ? 1 : static_cast<int>(x.size(3));
+    shape.dim = static_cast<int>(merge ? channels : x.size(4));
+    shape.activation = static_cast<Activation>(activation);
+    return shape;
+}
+
+void check_conv(const Tensor& x, const Tensor& weight, const OptTensor& bias, int64_t activation) {
+    GM_CHECK(x.dim() == 5, "x must be (batch, H, W, G, D), got ", show(shape_of(x)));
+    check_parameter(weight, "weight", {x.size(3), x.size(4), 3, 3}, x);
+    check_parameter(bias, "bias", {x.size(3), x.size(4)}, x);
+    GM_CHECK(activation >= 0 && activation <= 2, "activation must be 0, 1 or 2, got ", activation);
+}
+
+Tensor depthwise_conv3x3_fwd(Tensor x, Tensor weight, OptTensor bias, int64_t activation) {
+    check_conv(x, weight, bias, activation);
+    const DType dtype = dtype_of(x);
+    const CudaContext context(x);
+    Tensor y = empty_image_like(x);
+    if (y.numel() == 0) return y;
+
+    x = canonical_image(x);
+    ParamHolder param;
+    ConvFwdArgs args;
+    args.shape = conv_shape(x, groups_adjacent(x) && groups_adjacent(y), activation);
+    ConvShape& s = args.shape;
+    args.plan = conv_fwd_plan(s.batch, s.height, s.width, s.groups, s.dim);
+    args.x = image_arg(x), args.y = image_arg(y);
+    args.weight = param(weight), args.bias = param(bias);
+    const int64_t size = static_cast<int64_t>(x.element_size());
+    s.aligned = s.dim % kVec == 0 && allows_vectors(args.x, size) && allows_vectors(args.y, size);
+    check_cuda(launch_depthwise_conv_fwd(args, dtype, context.stream()), "depthwise_conv3x3 forward");
+    return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> depthwise_conv3x3_bwd(Tensor dy, Tensor x, Tensor weight, OptTensor bias,
+                                                         int64_t activation) {
+    check_conv(x, weight, bias, activation);
+    check_image(dy, "dy", shape_of(x), x);
+    const DType dtype = dtype_of(x);
+    const CudaContext context(x);
+    Tensor dx = empty_image_like(x);
+    Tensor dweight = empty_like_or_absent(weight, x), dbias = empty_like_or_absent(bias, x);
+    if (dx.numel() == 0) {
+        torch::stable::zero_(dweight), torch::stable::zero_(dbias);
+        return {dx, dweight, dbias};
+    }
+
+    x = canonical_image(x), dy = canonical_image(dy);
+    ParamHolder param;
+    ConvBwdArgs args;
+    args.shape = conv_shape(x, groups_adjacent(x) && groups_adjacent(dy) && groups_adjacent(dx), activation);
+    ConvShape& s = args.shape;
+    args.plan = conv_bwd_plan(s.batch, s.height, s.width, s.groups, s.dim);
+    args.dy = image_arg(dy), args.x = image_arg(x), args.dx = image_arg(dx);
+    args.weight = param(weight), args.bias = param(bias);
+    const int64_t size = static_cast<int64_t>(x.element_size()), channels = static_cast<int64_t>(s.groups) * s.dim;
+    s.aligned = s.dim % kVec == 0 && allows_vectors(args.x, size) && allows_vectors(args.dy, size) &&
+                allows_vectors(args.dx, size);
+    Tensor partials = empty({args.plan.partial_rows, channels * (kConvTaps + 1)}, ScalarType::Float, x);
+    args.partials = static_cast<float*>(partials.data_ptr());
+    check_cuda(launch_depthwise_conv_bwd(args, dtype, context.stream()), "depthwise_conv3x3 backward");
+
+    ReduceArgs reduce;
+    reduce.partials = args.partials;
+    reduce.rows = args.plan.partial_rows, reduce.row_stride = channels * (kConvTaps + 1);
+    reduce.targets[0] = param_out(dweight, weight), reduce.counts[0] = channels * kConvTaps;
+    reduce.targets[1] = param_out(dbias, bias), reduce.counts[1] = channels;
+    reduce.columns = bias ? reduce.row_stride : reduce.counts[0];
+    check_cuda(launch_reduce_columns(reduce, dtype, context.stream()), "depthwise_conv3x3 parameter sums");
+    return {dx, dweight, dbias};
+}
+
+}  // namespace
+}  // namespace gm
+
+STABLE_TORCH_LIBRARY_IMPL(groupmamba, CUDA, m) {
+    m.impl("depthwise_conv3x3_fwd", TORCH_BOX(&gm::depthwise_conv3x3_fwd));
+    m.impl("depthwise_conv3x3_bwd", TORCH_BOX(&gm::depthwise_conv3x3_bwd));
+}
