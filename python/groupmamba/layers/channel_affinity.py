@@ -57,7 +57,7 @@ class ChannelAffinity(nn.Module):
     def from_pooled(self, pooled: Tensor) -> Tensor:
         """Weights (batch, out_dim) from the pooled image (batch, dim), in the dtype of ``pooled``."""
         kind = pooled.device.type
-        low = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        low = kind != "meta" and torch.is_autocast_enabled(kind)
         with torch.autocast(kind, enabled=False) if low else contextlib.nullcontext():
             dtype = pooled.dtype
             hidden = F.relu(F.linear(pooled, self.fc1.weight.to(dtype), self.fc1.bias.to(dtype)))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import groupmamba_ext as ext
 from groupmamba.layers._checks import direction_names, positive_int, scaled_width
+from groupmamba.layers.token_linear import token_linear
 
 STEP_MIN, STEP_MAX, STEP_FLOOR = 1e-3, 0.1, 1e-4
 
@@ -133,13 +134,15 @@ class GroupCore(nn.Module):
             return rows.view(groups, batch, height, width, rows.shape[-1]).permute(1, 2, 3, 0, 4)
 
         # Splits come before the permutes: their gradients then are one concatenation in storage order.
-        u, z = (image(t) for t in torch.bmm(rows(x), self.in_proj_weight.mT).chunk(2, dim=-1))
+        u, z = (image(t) for t in token_linear(rows(x), self.in_proj_weight).chunk(2, dim=-1))
         if self.conv_weight is not None:
             u = ext.depthwise_conv3x3(u, self.conv_weight, self.conv_bias, activation="silu")
         else:
             u = nn.functional.silu(u)
-        features = torch.bmm(rows(u), self.x_proj_weight.mT)
-        dt, B, C = (image(t) for t in features.split((self.dt_rank, self.d_state, self.d_state), dim=-1))
+        # The library is several times slower where an output is not a multiple of 8 channels wide.
+        pad = -self.x_proj_weight.shape[1] % 8 if u.is_cuda else 0
+        features = token_linear(rows(u), nn.functional.pad(self.x_proj_weight, (0, 0, 0, pad)))
+        dt, B, C, _ = (image(t) for t in features.split((self.dt_rank, self.d_state, self.d_state, pad), dim=-1))
         wide = torch.float64 if self.A_log.dtype == torch.float64 else torch.float32
         y = ext.grouped_selective_scan(
             u,
@@ -158,7 +161,7 @@ class GroupCore(nn.Module):
         )
         if self.out_proj_weight is None:
             return y
-        return image(torch.bmm(rows(y), self.out_proj_weight.mT))
+        return image(token_linear(rows(y), self.out_proj_weight))
 
     def extra_repr(self) -> str:
         return (

@@ -12,6 +12,7 @@ import groupmamba_ext as ext
 from groupmamba.layers._checks import direction_names, image_input, positive_int
 from groupmamba.layers.channel_affinity import ChannelAffinity
 from groupmamba.layers.group_core import GroupCore
+from groupmamba.layers.token_linear import token_linear
 from groupmamba.layers.vsss import GroupedVSSS
 
 GROUPS = 4
@@ -145,7 +146,9 @@ class GroupedMamba2d(nn.Module):
             y = self.vsss(x)
             return y if self.affinity is None else y * self.affinity(x).to(y.dtype)[..., None, None]
         image = (x if x.dim() == 4 else x.unsqueeze(0)).permute(0, 2, 3, 1).contiguous()
-        y = self.proj(self._mix(image)).permute(0, 3, 1, 2)
+        mixed = self._mix(image)
+        y = token_linear(mixed.flatten(0, 2).unsqueeze(0), self.proj.weight.unsqueeze(0), self.proj.bias)
+        y = y.view(*mixed.shape[:3], self.dim).permute(0, 3, 1, 2)
         return y if x.dim() == 4 else y.squeeze(0)
 
     def _mix(self, x: Tensor) -> Tensor:

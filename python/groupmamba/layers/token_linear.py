@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products of very many tokens with small weights, with a weight gradient that fills a GPU."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _splits(tokens: int) -> int:
+    """In how many equal parts the sum over tokens is taken: a power of two up to 128, at least 256 tokens a part."""
+    parts = math.gcd(tokens, 128)
+    while parts > 1 and tokens // parts < 256:
+        parts //= 2
+    return parts
+
+
+def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """dy^T x for dy (T, N) and x (T, K), in float32."""
+    parts = _splits(x.shape[0])
+    return torch.bmm(dy.unflatten(0, (parts, -1)).mT, x.unflatten(0, (parts, -1))).sum(0, dtype=torch.float32)
+
+
+class _TokenLinear(torch.autograd.Function):
+    """x (G, T, K) @ weight (G, N, K)^T, or for G = 1 with bias (N,).
+
+    The gradient of the weight is a (N, K) product with T terms: one tile of work for hundreds of thousands of terms,
+    which the library runs on one multiprocessor a group. Here the terms are summed in parts side by side, then the
+    parts: in a fixed order, so still repeatable.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        if bias is None:
+            return torch.bmm(x, weight.mT)
+        return F.linear(x.squeeze(0), weight.squeeze(0), bias).unsqueeze(0)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        dx = torch.bmm(dy, weight) if ctx.needs_input_grad[0] else None
+        dweight = dbias = None
+        if ctx.needs_input_grad[1]:
+            pairs = zip(dy.unbind(0), x.unbind(0), strict=True)
+            dweight = torch.stack([_weight_gradient(g, t) for g, t in pairs]).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            dbias = dy.sum((0, 1))
+        return dx, dweight, dbias
+
+
+def token_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.mT + bias`` for groups of tokens; under autocast in its dtype.
+
+    Args:
+        x: (G, T, K), any strides that :func:`torch.bmm` takes.
+        weight: (G, N, K).
+        bias: (N,), for G = 1 only.
+
+    Returns:
+        (G, T, N).
+    """
+    if not x.is_cuda or x.shape[1] == 0 or x.dtype == torch.float64:
+        y = torch.bmm(x, weight.mT)
+        return y if bias is None else y + bias.to(y.dtype)
+    if torch.is_autocast_enabled("cuda"):
+        low = torch.get_autocast_dtype("cuda")
+        x, weight, bias = x.to(low), weight.to(low), None if bias is None else bias.to(low)
+    return _TokenLinear.apply(x, weight, bias)
