@@ -64,8 +64,9 @@ def token_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         (G, T, N).
     """
     if not x.is_cuda or x.shape[1] == 0 or x.dtype == torch.float64:
-        y = torch.bmm(x, weight.mT)
-        return y if bias is None else y + bias.to(y.dtype)
+        if bias is None:
+            return torch.bmm(x, weight.mT)
+        return F.linear(x.squeeze(0), weight.squeeze(0), bias).unsqueeze(0)
     if torch.is_autocast_enabled("cuda"):
         low = torch.get_autocast_dtype("cuda")
         x, weight, bias = x.to(low), weight.to(low), None if bias is None else bias.to(low)
