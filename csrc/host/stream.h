@@ -19,7 +19,7 @@ public:
     explicit CudaContext(const Tensor& t) : guard_(t.get_device_index()) {
         GM_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch is a CPU build and has no CUDA streams");
         void* stream = nullptr;
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+        GM_TORCH_CALL(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
         stream_ = static_cast<cudaStream_t>(stream);
     }
     cudaStream_t stream() const { return stream_; }

@@ -17,6 +17,13 @@
 #include <string>
 #include <vector>
 
+// Checks a call of torch's C interface; torch 2.12 renamed its macro for that.
+#ifdef STABLE_TORCH_ERROR_CODE_CHECK
+#define GM_TORCH_CALL STABLE_TORCH_ERROR_CODE_CHECK
+#else
+#define GM_TORCH_CALL TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace gm {
 
 using Tensor = torch::stable::Tensor;
@@ -72,10 +79,10 @@ inline void check_image(const Tensor& t, const char* name, const Shape& expected
 inline Tensor empty_strided(const Shape& sizes, const Shape& strides, ScalarType dtype, const Tensor& device_of) {
     AtenTensorHandle handle = nullptr;
     int32_t device_type = 0, device_index = 0, dtype_code = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(device_of.get(), &device_type));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(device_of.get(), &device_index));
+    GM_TORCH_CALL(aoti_torch_get_device_type(device_of.get(), &device_type));
+    GM_TORCH_CALL(aoti_torch_get_device_index(device_of.get(), &device_index));
     dtype_code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+    GM_TORCH_CALL(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
                                                            strides.data(), dtype_code, device_type, device_index,
                                                            &handle));
     return Tensor(handle);
