@@ -9,8 +9,8 @@
 
 namespace gm {
 
-// log2 P(X < -a) for a normal X: minimax polynomials that fall without bound beyond their interval. Relative error of P:
-// 6e-6 on [0, 6] for half (rounding 5e-4), 1.6e-4 on [0, 5] for bfloat16 (rounding 4e-3).
+// log2 P(X < -a) for a normal X: minimax polynomials that fall without bound beyond their interval. Relative error of
+// P: 6e-6 on [0, 6] for half (rounding 5e-4), 1.6e-4 on [0, 5] for bfloat16 (rounding 4e-3).
 template <class T>
 __device__ __forceinline__ float log2_normal_tail(float a) {
     float p = -1.834810405e-06f;

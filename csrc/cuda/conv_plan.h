@@ -22,17 +22,17 @@ inline int strip_rows(int height, int64_t strips_at_full_height, int64_t wanted,
     return rows;
 }
 
-// Forward: `lanes` neighbouring threads hold adjacent channels of one walker. A walker owns kConvColumns columns and goes
-// down one strip of rows; walkers are numbered with the column pair first, then the strip, then the image.
+// Forward: `lanes` neighbouring threads hold adjacent channels of one walker. A walker owns kConvColumns columns and
+// goes down one strip of rows; walkers are numbered with the column pair first, then the strip, then the image.
 constexpr int kConvFwdThreads = 128;
 constexpr int kConvFwdLanes = 32;
 
 struct ConvFwdPlan {
-    int lanes, chunks;       // threads of a walker; blocks that share a token's channels
-    int walkers, threads;    // of a block
-    int pairs;               // columns of an image / kConvColumns
-    int rows, strips;        // of a strip; of an image
-    int64_t walker_blocks;   // of a group
+    int lanes, chunks;      // threads of a walker; blocks that share a token's channels
+    int walkers, threads;   // of a block
+    int pairs;              // columns of an image / kConvColumns
+    int rows, strips;       // of a strip; of an image
+    int64_t walker_blocks;  // of a group
 };
 
 inline ConvFwdPlan conv_fwd_plan(int64_t batch, int height, int width, int groups, int dim) {
@@ -41,9 +41,9 @@ inline ConvFwdPlan conv_fwd_plan(int64_t batch, int height, int width, int group
     p.chunks = static_cast<int>(div_up(vecs, kConvFwdLanes));
     p.lanes = static_cast<int>(div_up(vecs, p.chunks));
     p.pairs = static_cast<int>(div_up(width, kConvColumns));
-    // A strip reads two rows beyond its own. With less than some six waves of threads strips of 14 rows balance the load;
-    // with less than one, latency counts and strips go down to 2 rows.
-    constexpr int64_t kManyThreads = 1 << 19, kFewThreads = 1 << 16;
+    // A strip reads two rows beyond its own. With less than some four waves of threads strips of 14 rows balance the
+    // load; with less than one, latency counts and strips go down to 2 rows.
+    constexpr int64_t kManyThreads = 1 << 18, kFewThreads = 3 << 14;
     const int64_t threads = p.pairs * batch * groups * p.chunks * p.lanes;
     const int balanced = strip_rows(height, threads, kManyThreads, 14);
     p.rows = std::min(balanced, strip_rows(height, threads, kFewThreads, 2));
@@ -55,9 +55,9 @@ inline ConvFwdPlan conv_fwd_plan(int64_t batch, int height, int width, int group
     return p;
 }
 
-// Backward: a block owns a tile of columns and `lanes` * kConvVec channels, goes down one strip of rows of one image, then
-// of the next one. Its threads exchange the columns between them through shared memory, so a tile that does not end at
-// the image's edge computes two columns on that side which its neighbour owns.
+// Backward: a block owns a tile of columns and `lanes` * kConvVec channels, goes down one strip of rows of one image,
+// then of the next one. Its threads exchange the columns between them through shared memory, so a tile that does not
+// end at the image's edge computes two columns on that side which its neighbour owns.
 constexpr int kConvBwdThreads = 128;
 constexpr int kConvBwdLanes = 32;
 constexpr int kConvBwdHalo = 2;
@@ -87,9 +87,9 @@ inline ConvBwdPlan conv_bwd_plan(int64_t batch, int height, int width, int group
     p.chunks = static_cast<int>(div_up(vecs, std::min(kConvBwdThreads / p.pairs, kConvBwdLanes)));
     p.lanes = static_cast<int>(div_up(vecs, p.chunks));
     p.threads = p.lanes * p.pairs;
-    // A block leaves 10 floats a channel: small images share a block while there are blocks for three waves; few blocks
-    // are split by rows.
-    constexpr int64_t kEnoughBlocks = 768, kFewBlocks = 512, kEnoughTokens = 384;
+    // A block leaves 10 floats a channel: small images share a block while there are blocks for two waves; few blocks
+    // are split by rows, of which a strip reads four beyond its own.
+    constexpr int64_t kEnoughBlocks = 768, kFewBlocks = 1024, kEnoughTokens = 384;
     const int64_t blocks = batch * groups * p.tiles * p.chunks;
     const int64_t tokens = std::max<int64_t>(static_cast<int64_t>(height) * width, 1);
     p.images = static_cast<int>(std::clamp<int64_t>(std::min(blocks / kEnoughBlocks, div_up(kEnoughTokens, tokens)), 1,

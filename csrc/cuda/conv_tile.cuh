@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the depthwise convolution's kernels share: a thread's channels, their loads and stores, weights in shared memory.
+// What the depthwise convolution's kernels share: a thread's channels, their loads and stores, weights in shared
+// memory.
 #pragma once
 
 #include "cuda/conv_plan.h"
@@ -48,7 +49,8 @@ struct Channels {
     }
 };
 
-// Weights and bias of the block's channels as rows of kWidth floats, one a tap and the bias last, 0 where there is none.
+// Weights and bias of the block's channels as rows of kWidth floats, one a tap and the bias last, 0 where there is
+// none.
 template <int kWidth>
 struct alignas(16) ConvTable {
     float rows[kConvTaps + 1][kWidth];

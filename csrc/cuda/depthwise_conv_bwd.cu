@@ -5,13 +5,13 @@
 //   dx[h, w] = sum over i, j of weight[i, j] g[h + 1 - i, w + 1 - j]
 //   dweight[i, j] = sum over h, w of x[h, w] g[h + 1 - i, w + 1 - j],  dbias = sum of g
 //
-// A block goes down a tile of columns. A thread owns two of them; one step takes row r + 1 of x, finishes row r of g, and with
-// it row r - 1 of dx. Rows enter the sums of three rows of pre and dx, which stay in registers; the columns on both sides come
-// from the neighbouring threads through shared memory (x as stored, g as float): one barrier a step. x and dy of
-// the next step are on their way meanwhile.
+// A block goes down a tile of columns. A thread owns two of them; one step takes row r + 1 of x, finishes row r of g,
+// and with it row r - 1 of dx. Rows enter the sums of three rows of pre and dx, which stay in registers; the columns on
+// both sides come from the neighbouring threads through shared memory (x as stored, g as float): one barrier a step. x
+// and dy of the next step are on their way meanwhile.
 //
-// dweight and dbias: every thread sums over its columns and rows, then the block over its threads, then launch_reduce_columns
-// over the blocks, all in a fixed order.
+// dweight and dbias: every thread sums over its columns and rows, then the block over its threads, then
+// launch_reduce_columns over the blocks, all in a fixed order.
 #include "cuda/activation.cuh"
 #include "cuda/conv_tile.cuh"
 #include "cuda/dispatch.h"
@@ -97,7 +97,8 @@ __device__ __forceinline__ void add_taps(const float (&x)[kConvColumns][kConvVec
 
 static_assert(kConvBwdHalo == kConvColumns, "a tile's outer pairs are its halo");
 
-// 168 registers or less: 3 blocks of 128 threads an SM. float rows on their way, and pointers to single elements, need more.
+// 168 registers or less: 3 blocks of 128 threads an SM. float rows on their way, and pointers to single elements, need
+// more.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 3 : 2)
     depthwise_conv_bwd_kernel(const __grid_constant__ ConvBwdArgs args) {
@@ -137,15 +138,15 @@ __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 
 #pragma unroll
     for (int c = 0; c < kConvColumns; ++c) inside[c] = column + c < s.width && channels.valid > 0;
     const int first = strip * plan.rows, end = min(first + plan.rows, s.height);  // rows of dx, and of x in dweight
-    const int start = max(first - 3, -1);                                        // row of g in the first step
+    const int start = max(first - 3, -1);                                         // row of g in the first step
     const int left = threadIdx.x, self = left + plan.lanes, right = self + plan.lanes;
 
     float dtaps[3][3][kConvVec] = {}, dbias[kConvVec] = {};
     const int64_t batch_end = min((segment + 1) * plan.images, s.batch);
     for (int64_t batch = segment * plan.images; batch < batch_end; ++batch) {
         const auto at = [&](const ImageArg& image, int row) {
-            return static_cast<T*>(image.ptr) + batch * image.batch + group * image.group + block_first + channels.local +
-                   (static_cast<int64_t>(row) * s.width + column) * image.token;
+            return static_cast<T*>(image.ptr) + batch * image.batch + group * image.group + block_first +
+                   channels.local + (static_cast<int64_t>(row) * s.width + column) * image.token;
         };
         const T* x = at(args.x, start + 1);
         const T* dy = at(args.dy, start);
@@ -220,7 +221,8 @@ __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 
             add_row<0, 2, true>(taps, g, zero, dx_above, dx_level, done);
             if (r > first) {
 #pragma unroll
-                for (int c = 0; c < kConvColumns; ++c) channels.store(dx + c * args.dx.token, done[c], own && inside[c]);
+                for (int c = 0; c < kConvColumns; ++c)
+                    channels.store(dx + c * args.dx.token, done[c], own && inside[c]);
             }
             dx += args.dx.token * s.width;
         }

@@ -3,9 +3,9 @@
 //
 //   y[h, w] = act(bias + sum over i, j in 0..2 of weight[i, j] x[h + i - 1, w + j - 1]),  x = 0 outside the image
 //
-// A thread walks down kConvColumns columns and reads one row of them and their two neighbours a step (the neighbours come
-// out of the L1 cache, where the next thread has just read them). A row enters the sums of three output rows, which are
-// all the thread keeps; the next row is on its way meanwhile.
+// A thread walks down kConvColumns columns and reads one row of them and their two neighbours a step (the neighbours
+// come out of the L1 cache, where the next thread has just read them). A row enters the sums of three output rows,
+// which are all the thread keeps; the next row is on its way meanwhile.
 #include "cuda/activation.cuh"
 #include "cuda/conv_tile.cuh"
 #include "cuda/dispatch.h"
@@ -30,7 +30,8 @@ __global__ void __launch_bounds__(kConvFwdThreads, kAligned ? 4 : 3)
     __syncthreads();
 
     const int lane = threadIdx.x % plan.lanes;
-    const int64_t walker = static_cast<int64_t>(blockIdx.x / plan.chunks / s.groups) * plan.walkers + threadIdx.x / plan.lanes;
+    const int64_t walker =
+        static_cast<int64_t>(blockIdx.x / plan.chunks / s.groups) * plan.walkers + threadIdx.x / plan.lanes;
     const int64_t image_strip = walker / plan.pairs, batch = image_strip / plan.strips;
     const Channels<kAligned> channels(lane, plan.lanes, block_first, s.dim);
     if (batch >= s.batch || channels.valid == 0) return;
@@ -57,7 +58,8 @@ __global__ void __launch_bounds__(kConvFwdThreads, kAligned ? 4 : 3)
 #pragma unroll
     for (int k = 0; k < kWindow; ++k) inside[k] = column - 1 + k >= 0 && column - 1 + k < s.width;
 
-    float above[kConvColumns][kConvVec], level[kConvColumns][kConvVec];  // sums of the output rows above and level with `row`
+    float above[kConvColumns][kConvVec],
+        level[kConvColumns][kConvVec];  // sums of the output rows above and level with `row`
 #pragma unroll
     for (int c = 0; c < kConvColumns; ++c)
 #pragma unroll

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// LayerNorm over the channels of an image together with the mean of its result over the image, and the backward of both.
+// LayerNorm over the channels of an image together with the mean of its result over the image, and the backward of
+// both.
 //
-//   xn = n weight + bias,  n = (x - mean) / sqrt(variance + eps) over C;  pooled = mean of xn over H and W, before rounding
-//   g = dxn + dpooled / (H W);  h = g weight;  dx = (h - mean(h) - n mean(h n)) / sqrt(variance + eps)
-//   dweight = sum g n,  dbias = sum g
+//   xn = n weight + bias,  n = (x - mean) / sqrt(variance + eps) over C;  pooled = mean of xn over H and W, before
+//   rounding g = dxn + dpooled / (H W);  h = g weight;  dx = (h - mean(h) - n mean(h n)) / sqrt(variance + eps) dweight
+//   = sum g n,  dbias = sum g
 //
 // One read of the inputs and one write. The means over tokens leave the block as one row of sums a strip, which
 // launch_reduce_columns adds.
@@ -33,11 +34,11 @@ __global__ void __launch_bounds__(kNormThreads) layer_norm_pool_fwd_kernel(const
     Cursor<T> xn_out(args.xn, strip, tile, tile.channel(0));
 
     typename Tile::Sums normed = {};
-    for (int base = strip.first; base < strip.end; base += args.plan.step) {
+    for (int left = strip.end - strip.first; left > 0; left -= args.plan.step) {
         typename Tile::template Stored<T> stored;
         typename Tile::Values x;
         float inverse_std[Tile::kRows];
-        tile.sweep(base, strip.end);
+        tile.sweep(left);
         tile.load([&](int r, int v) { return x_in.at(r, v); }, stored);
         x_in.advance();
         tile.widen(stored, x);
@@ -84,11 +85,11 @@ __global__ void __launch_bounds__(kNormThreads) layer_norm_pool_bwd_kernel(const
     Cursor<T> dx_out(args.dx, strip, tile, tile.channel(0));
 
     typename Tile::Sums dweight = {}, dbias = {};
-    for (int base = strip.first; base < strip.end; base += args.plan.step) {
+    for (int left = strip.end - strip.first; left > 0; left -= args.plan.step) {
         typename Tile::template Stored<T> x_stored, dxn_stored;
         typename Tile::Values normed, g;
         float inverse_std[Tile::kRows];
-        tile.sweep(base, strip.end);
+        tile.sweep(left);
         tile.load([&](int r, int v) { return x_in.at(r, v); }, x_stored);
         tile.load([&](int r, int v) { return dxn_in.at(r, v); }, dxn_stored);
         x_in.advance(), dxn_in.advance();
@@ -121,7 +122,8 @@ __global__ void __launch_bounds__(kNormThreads) layer_norm_pool_bwd_kernel(const
 
 // Rows beyond the registers: statistics first, a warp a token; then every thread takes a channel through all tokens.
 template <class T>
-__global__ void __launch_bounds__(kNormThreads) layer_norm_pool_fwd_wide_kernel(const __grid_constant__ PoolFwdArgs args) {
+__global__ void __launch_bounds__(kNormThreads)
+    layer_norm_pool_fwd_wide_kernel(const __grid_constant__ PoolFwdArgs args) {
     __shared__ WideRows rows;
     const NormShape& s = args.shape;
     const Strip strip(s, args.plan);
@@ -144,7 +146,8 @@ __global__ void __launch_bounds__(kNormThreads) layer_norm_pool_fwd_wide_kernel(
 }
 
 template <class T>
-__global__ void __launch_bounds__(kNormThreads) layer_norm_pool_bwd_wide_kernel(const __grid_constant__ PoolBwdArgs args) {
+__global__ void __launch_bounds__(kNormThreads)
+    layer_norm_pool_bwd_wide_kernel(const __grid_constant__ PoolBwdArgs args) {
     __shared__ WideRows rows;
     const NormShape& s = args.shape;
     const Strip strip(s, args.plan);
@@ -161,7 +164,8 @@ __global__ void __launch_bounds__(kNormThreads) layer_norm_pool_bwd_wide_kernel(
     for (int t = threadIdx.x >> 5; t < count; t += kNormWarps) {
         rows.statistics(t, s.dim, s.eps, value);
         __syncwarp();
-        rows.gradient_means(t, s.dim, value, [&](int, int c) { return gradient(t, c) * load_param<T>(args.weight, c); });
+        rows.gradient_means(t, s.dim, value,
+                            [&](int, int c) { return gradient(t, c) * load_param<T>(args.weight, c); });
     }
     __syncthreads();
     float* out = args.partials + strip.number * 2 * s.dim;

@@ -21,7 +21,9 @@ struct PartialRow {
 
     __device__ PartialRow(const ModulatedBwdArgs& args, int64_t strip)
         : dweight(args.partials + strip * (3 * static_cast<int64_t>(args.shape.dim) + 1)),
-          dbias(dweight + args.shape.dim), dscale(dbias + args.shape.dim), dgate(dscale + 1) {}
+          dbias(dweight + args.shape.dim),
+          dscale(dbias + args.shape.dim),
+          dgate(dscale + 1) {}
 };
 
 template <class T, int kVecs, bool kAligned, bool kGroupsAligned>
@@ -48,11 +50,11 @@ __global__ void __launch_bounds__(kNormThreads, kAligned ? 0 : 2)
     Cursor<T> d_o_out(args.d_o, strip, tile, 0), dx_out(args.dx, strip, tile, tile.channel(0));
 
     typename Tile::Sums dweight = {}, dbias = {}, products = {};
-    for (int base = strip.first; base < strip.end; base += args.plan.step) {
+    for (int left = strip.end - strip.first; left > 0; left -= args.plan.step) {
         typename Tile::template Stored<T> o_stored, x_stored, dy_stored;
         typename Tile::Values normed, h;
         float inverse_std[Tile::kRows];
-        tile.sweep(base, strip.end);
+        tile.sweep(left);
         load_groups<kGroupsAligned>(tile, o_in, offsets, o_stored);
         tile.load([&](int r, int v) { return x_in.at(r, v); }, x_stored);
         tile.load([&](int r, int v) { return dy_in.at(r, v); }, dy_stored);
@@ -147,7 +149,8 @@ __global__ void __launch_bounds__(kNormThreads, 2)
     for (int t = threadIdx.x >> 5; t < count; t += kNormWarps) {
         rows.statistics(t, s.dim, s.eps, value);
         __syncwarp();
-        rows.gradient_means(t, s.dim, value, [&](int, int c) { return gradient(t, c) * load_param<T>(args.weight, c); });
+        rows.gradient_means(t, s.dim, value,
+                            [&](int, int c) { return gradient(t, c) * load_param<T>(args.weight, c); });
     }
     __syncthreads();
     const PartialRow out(args, strip.number);
@@ -186,7 +189,8 @@ cudaError_t launch_modulated_layer_norm_bwd(const ModulatedBwdArgs& args, DType 
             auto* kernel = modulated_layer_norm_bwd_wide_kernel<T>;
             if constexpr (vecs.value > 0) {
                 kernel = modulated_layer_norm_bwd_kernel<T, vecs.value, aligned.value, false>;
-                if (aligned.value && args.shape.o_aligned) kernel = modulated_layer_norm_bwd_kernel<T, vecs.value, aligned.value, aligned.value>;
+                if (aligned.value && args.shape.o_aligned)
+                    kernel = modulated_layer_norm_bwd_kernel<T, vecs.value, aligned.value, aligned.value>;
             }
             return launch_kernel(kernel, blocks, kNormThreads, 0, stream, args);
         });

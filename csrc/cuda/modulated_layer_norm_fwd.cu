@@ -11,7 +11,7 @@ namespace gm {
 namespace {
 
 template <class T, int kVecs, bool kAligned, bool kGroupsAligned>
-__global__ void __launch_bounds__(kNormThreads, kAligned && kVecs < 8 ? 0 : 2)
+__global__ void __launch_bounds__(kNormThreads, kAligned&& kVecs < 8 ? 0 : 2)
     modulated_layer_norm_fwd_kernel(const __grid_constant__ ModulatedFwdArgs args) {
     using Tile = RowTile<kVecs, kAligned>;
     enum { kModulation, kWeight, kBias };
@@ -31,11 +31,11 @@ __global__ void __launch_bounds__(kNormThreads, kAligned && kVecs < 8 ? 0 : 2)
     Cursor<const T> o_in(args.o, strip, tile, 0), x_in(args.x, strip, tile, tile.channel(0));
     Cursor<T> y_out(args.y, strip, tile, tile.channel(0));
 
-    for (int base = strip.first; base < strip.end; base += args.plan.step) {
+    for (int left = strip.end - strip.first; left > 0; left -= args.plan.step) {
         typename Tile::template Stored<T> o_stored, x_stored;
         typename Tile::Values x;
         float inverse_std[Tile::kRows];
-        tile.sweep(base, strip.end);
+        tile.sweep(left);
         load_groups<kGroupsAligned>(tile, o_in, offsets, o_stored);
         tile.load([&](int r, int v) { return x_in.at(r, v); }, x_stored);
         o_in.advance(), x_in.advance();
@@ -111,7 +111,8 @@ cudaError_t launch_modulated_layer_norm_fwd(const ModulatedFwdArgs& args, DType 
             auto* kernel = modulated_layer_norm_fwd_wide_kernel<T>;
             if constexpr (vecs.value > 0) {
                 kernel = modulated_layer_norm_fwd_kernel<T, vecs.value, aligned.value, false>;
-                if (aligned.value && args.shape.o_aligned) kernel = modulated_layer_norm_fwd_kernel<T, vecs.value, aligned.value, aligned.value>;
+                if (aligned.value && args.shape.o_aligned)
+                    kernel = modulated_layer_norm_fwd_kernel<T, vecs.value, aligned.value, aligned.value>;
             }
             return launch_kernel(kernel, blocks, kNormThreads, 0, stream, args);
         });

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What both directions of modulated_layer_norm share: access to o, whose groups lie apart, next to images of whole tokens.
+// What both directions of modulated_layer_norm share: access to o, whose groups lie apart, next to images of whole
+// tokens.
 #pragma once
 
 #include "cuda/norm_tile.cuh"
@@ -21,7 +22,8 @@ struct GroupOffsets {
 
 // kGroupsAligned: the vectors of a token of o are aligned, and none crosses from one group into the next.
 template <bool kGroupsAligned, class T, class Tile, int kWidth>
-__device__ __forceinline__ void load_groups(const Tile& tile, const Cursor<const T>& o, const GroupOffsets<kWidth>& offsets,
+__device__ __forceinline__ void load_groups(const Tile& tile, const Cursor<const T>& o,
+                                            const GroupOffsets<kWidth>& offsets,
                                             Packed<T, kVec> (&out)[Tile::kRows][Tile::kVectors]) {
     if constexpr (kGroupsAligned) {
         tile.load([&](int r, int v) { return o.token(r) + offsets.of[tile.channel(v)]; }, out);

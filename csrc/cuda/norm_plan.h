@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Block shapes of the LayerNorm kernels, from the sizes alone: shared by the kernels, their launchers and the op entries
-// (which allocate partial sums by them).
+// Block shapes of the LayerNorm kernels, from the sizes alone: shared by the kernels, their launchers and the op
+// entries (which allocate partial sums by them).
 #pragma once
 
 #include <algorithm>
@@ -16,10 +16,12 @@ constexpr int kNormThreads = 128;
 constexpr int kMaxRowVecs = 8;
 constexpr int kMaxModulatedBwdVecs = 4;
 constexpr int kWideTokens = 16;  // of a block where rows do not fit
+// Blocks wanted: three waves or so. The sums of all of a backward's blocks meet in one row of columns.
+constexpr int64_t kNormFwdBlocks = 4096, kNormBwdBlocks = 2048;
 
-// A block walks one strip of tokens of one image, `step` at a time. A thread holds `vecs` vectors of each of its tokens;
-// with few channels several tokens share a warp and a thread has several of them at a time, so that the bytes on their
-// way do not depend on the width.
+// A block walks one strip of tokens of one image, `step` at a time. A thread holds `vecs` vectors of each of its
+// tokens; with few channels several tokens share a warp and a thread has several of them at a time, so that the bytes
+// on their way do not depend on the width.
 struct NormPlan {
     int vecs;   // 1, 2, 4 or 8; 0: wide rows, read from memory three times
     int lanes;  // threads that share a token, a power of two up to 32
@@ -29,7 +31,7 @@ struct NormPlan {
 
 constexpr int norm_rows(int vecs) { return vecs < 4 ? 4 / vecs : 1; }  // tokens of a thread at a time
 
-inline NormPlan norm_plan(int64_t batch, int64_t tokens, int dim, int max_vecs = kMaxRowVecs) {
+inline NormPlan norm_plan(int64_t batch, int64_t tokens, int dim, int64_t wanted_blocks, int max_vecs = kMaxRowVecs) {
     NormPlan p{};
     p.lanes = 1;
     while (p.lanes < 32 && p.lanes * kVec < dim) p.lanes *= 2;
@@ -40,13 +42,14 @@ inline NormPlan norm_plan(int64_t batch, int64_t tokens, int dim, int max_vecs =
         p.step = p.strip_tokens = kWideTokens;
     } else {
         p.step = kNormThreads / p.lanes * norm_rows(p.vecs);
-        // Many short strips balance the load; but a strip leaves a row of sums, and one of 16 tokens already makes that an
-        // eighth of its traffic, so shorter ones are for when the GPU would stay idle.
-        constexpr int64_t kManyBlocks = 2048, kFewBlocks = 512, kEnoughTokens = 16;
+        // Many short strips balance the load; but a strip leaves a row of sums, and one of 16 tokens already makes that
+        // an eighth of its traffic, so shorter ones are for when the GPU would stay idle.
+        constexpr int64_t kFewBlocks = 1024, kEnoughTokens = 16;
         const auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-        const int64_t images = std::max<int64_t>(batch, 1), few = up(kFewBlocks, images);
-        const int64_t strips = std::min(up(kManyBlocks, images), std::max(few, up(tokens, kEnoughTokens)));
-        p.strip_tokens = static_cast<int>(up(up(tokens, p.step), std::max<int64_t>(strips, 1)) * p.step);
+        const int64_t images = std::max<int64_t>(batch, 1);
+        const int64_t strips =
+            std::min(up(wanted_blocks, images), std::max(up(kFewBlocks, images), up(tokens, kEnoughTokens)));
+        p.strip_tokens = static_cast<int>(up(up(tokens, p.step), strips) * p.step);
     }
     p.strips = p.strip_tokens > 0 ? (tokens + p.strip_tokens - 1) / p.strip_tokens : 0;
     return p;

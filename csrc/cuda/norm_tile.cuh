@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // How a block of the LayerNorm kernels holds its tokens, their statistics, and sums over tokens in a fixed order.
 //
-// Products that are added elsewhere are rounded explicitly (__fmul_rn): left to itself the compiler fuses some of them in
-// one instantiation and not in the other, and results would depend on the alignment of the inputs.
+// Products that are added elsewhere are rounded explicitly (__fmul_rn): left to itself the compiler fuses some of them
+// in one instantiation and not in the other, and results would depend on the alignment of the inputs.
 #pragma once
 
 #include "cuda/norm_plan.h"
@@ -26,8 +26,8 @@ struct Strip {
 };
 
 // A thread's tokens and channels: `lanes` neighbouring threads share a token, kVecs vectors of 4 channels each, and go
-// through kRows tokens at a time (a sweep). kAligned: images of whole tokens allow aligned vectors, and a vector exists or
-// not as a whole.
+// through kRows tokens at a time (a sweep). kAligned: images of whole tokens allow aligned vectors, and a vector exists
+// or not as a whole.
 template <int kVecs, bool kAligned>
 struct RowTile {
     static constexpr int kRows = norm_rows(kVecs), kVectors = kVecs;
@@ -39,18 +39,22 @@ struct RowTile {
     bool exists[kRows];  // tokens of the sweep
 
     __device__ RowTile(const NormShape& s, const NormPlan& plan)
-        : dim(s.dim), lanes(plan.lanes), lane(threadIdx.x & (plan.lanes - 1)), row(threadIdx.x / plan.lanes),
+        : dim(s.dim),
+          lanes(plan.lanes),
+          lane(threadIdx.x & (plan.lanes - 1)),
+          row(threadIdx.x / plan.lanes),
           rows(kNormThreads / plan.lanes) {}
     // lanes is 32 where there are several vectors
     __device__ __forceinline__ int channel(int v) const { return v * 32 * kVec + lane * kVec; }
     __device__ __forceinline__ bool valid(int v, int j = 0) const { return channel(v) + (kAligned ? 0 : j) < dim; }
-    __device__ __forceinline__ void sweep(int base, int end) {
+    // `left` tokens of the strip are to come.
+    __device__ __forceinline__ void sweep(int left) {
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) exists[r] = r * rows < end - base - row;
+        for (int r = 0; r < kRows; ++r) exists[r] = r * rows + row < left;
     }
 
-    // The thread's tokens of the sweep as they are stored, 0 where there is nothing. `at(r, v)` points at the first channel
-    // of a vector, `at_each(r, v, j)` at any.
+    // The thread's tokens of the sweep as they are stored, 0 where there is nothing. `at(r, v)` points at the first
+    // channel of a vector, `at_each(r, v, j)` at any.
     template <class T>
     using Stored = Packed<T, kVec>[kRows][kVecs];
 
@@ -116,8 +120,8 @@ struct RowTile {
             for (int i = 0; i < kCount; ++i) x[i] += __shfl_xor_sync(kFullWarp, x[i], d);
     }
 
-    // x becomes (x - mean) / sqrt(variance + eps) over the channels of each token, 0 where there is nothing. The variance
-    // is that of the centred values: large means do not cancel.
+    // x becomes (x - mean) / sqrt(variance + eps) over the channels of each token, 0 where there is nothing. The
+    // variance is that of the centred values: large means do not cancel.
     __device__ __forceinline__ void normalise(float eps, Values& x, float (&inverse_std)[kRows]) const {
         const float inverse_dim = 1.f / dim;
         float sum[kRows];
@@ -158,7 +162,8 @@ struct RowTile {
 
     // The gradient through the norm: h, the gradient of the normalised values, becomes
     // (h - mean(h) - normed * mean(h * normed)) / sqrt(variance + eps).
-    __device__ __forceinline__ void normalise_backward(const Values& normed, const float (&inverse_std)[kRows], Values& h) const {
+    __device__ __forceinline__ void normalise_backward(const Values& normed, const float (&inverse_std)[kRows],
+                                                       Values& h) const {
         const float inverse_dim = 1.f / dim;
         float means[2 * kRows];
 #pragma unroll
@@ -177,7 +182,8 @@ struct RowTile {
         lane_sums(means);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
-            const float plain = __fmul_rn(means[2 * r], inverse_dim), product = __fmul_rn(means[2 * r + 1], inverse_dim);
+            const float plain = __fmul_rn(means[2 * r], inverse_dim),
+                        product = __fmul_rn(means[2 * r + 1], inverse_dim);
 #pragma unroll
             for (int v = 0; v < kVecs; ++v)
 #pragma unroll
@@ -220,7 +226,8 @@ struct Cursor {
     template <class Tile>
     __device__ Cursor(const ImageArg& image, const Strip& strip, const Tile& tile, int channel)
         : p(static_cast<T*>(image.ptr) + strip.batch * image.batch + (strip.first + tile.row) * image.token + channel),
-          stride(tile.rows * image.token), step(Tile::kRows * stride) {}
+          stride(tile.rows * image.token),
+          step(Tile::kRows * stride) {}
     __device__ __forceinline__ void advance() { p += step; }
     __device__ __forceinline__ T* token(int r) const { return p + r * stride; }
     __device__ __forceinline__ T* at(int r, int v) const { return token(r) + v * 32 * kVec; }  // `v`th vector
@@ -273,7 +280,8 @@ __device__ __forceinline__ float wide_mean(int dim, const F& value) {
     return sum / dim;
 }
 
-struct WideRows {  // of a block's tokens: statistics, and means of the gradient and of its product with the normed values
+struct WideRows {  // of a block's tokens: statistics, and means of the gradient and of its product with the normed
+                   // values
     float mean[kWideTokens], inverse_std[kWideTokens], plain[kWideTokens], product[kWideTokens];
 
     // `value(token, channel)`; by whole warps, token by token.
@@ -303,9 +311,7 @@ struct WideRows {  // of a block's tokens: statistics, and means of the gradient
 // wide rows, whatever their alignment.
 template <int kMaxVecs = kMaxRowVecs, class F>
 cudaError_t dispatch_rows(int vecs, bool aligned, const F& f) {
-    const auto with = [&](auto count) {
-        return aligned ? f(count, std::true_type{}) : f(count, std::false_type{});
-    };
+    const auto with = [&](auto count) { return aligned ? f(count, std::true_type{}) : f(count, std::false_type{}); };
     switch (vecs) {
         case 0: return f(std::integral_constant<int, 0>{}, std::false_type{});
         case 1: return with(std::integral_constant<int, 1>{});

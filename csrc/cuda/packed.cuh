@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Adjacent channels as they lie in memory: moved in one access, kept as whole words (the compiler would keep 16-bit elements
-// one a register) and widened to float where they are used.
+// Adjacent channels as they lie in memory: moved in one access, kept as whole words (the compiler would keep 16-bit
+// elements one a register) and widened to float where they are used.
 #pragma once
 
 #include <cstring>

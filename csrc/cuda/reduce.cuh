@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the second stages of parameter sums share: blocks of kReduceColumns adjacent columns by blockDim.y rows, whose sums
-// are added in the order of the rows.
+// What the second stages of parameter sums share: blocks of kReduceColumns adjacent columns by blockDim.y rows, whose
+// sums are added in the order of the rows.
 #pragma once
 
 #include "cuda/math.cuh"

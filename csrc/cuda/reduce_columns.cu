@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Second stage of parameter sums: adds the rows of a matrix of partial sums in a fixed order, so that results are bitwise
-// repeatable.
+// Second stage of parameter sums: adds the rows of a matrix of partial sums in a fixed order, so that results are
+// bitwise repeatable.
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "cuda/reduce.cuh"

@@ -6,40 +6,20 @@
 //   dgate_b = norm_weight p_b + norm_bias q_b,  dnorm_weight = sum_b gate_b p_b,  dnorm_bias = sum_b gate_b q_b
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
-#include "cuda/math.cuh"
+#include "cuda/reduce.cuh"
 
 namespace gm {
 namespace {
 
-constexpr int kColumns = 32;  // adjacent channels of a block: one 128-byte line of partials
 constexpr int kRowThreads = 8;
 
 template <class T>
-__device__ __forceinline__ void store_param(const ParamOut& out, int64_t i, float v) {
-    if (out.ptr == nullptr) return;
-    if (out.is_float) {
-        static_cast<float*>(out.ptr)[i] = v;
-    } else {
-        static_cast<T*>(out.ptr)[i] = from_float<T>(v);
-    }
-}
-
-// Sum over the block's row threads; valid in row thread 0.
-__device__ __forceinline__ float row_sum(float v, float (*shared)[kColumns]) {
-    __syncthreads();
-    shared[threadIdx.y][threadIdx.x] = v;
-    __syncthreads();
-    float sum = 0.f;
-    for (int i = 0; i < kRowThreads; ++i) sum += shared[i][threadIdx.x];
-    return sum;
-}
-
-template <class T>
-__global__ void __launch_bounds__(kColumns* kRowThreads) scan_reduce_kernel(const __grid_constant__ ScanReduceArgs args) {
-    __shared__ float shared[kRowThreads][kColumns];
-    const int column_blocks = (args.dim + kColumns - 1) / kColumns;
+__global__ void __launch_bounds__(kReduceColumns* kRowThreads)
+    scan_reduce_kernel(const __grid_constant__ ScanReduceArgs args) {
+    __shared__ float shared[kRowThreads][kReduceColumns];
+    const int column_blocks = (args.dim + kReduceColumns - 1) / kReduceColumns;
     const int rows = args.states + kFixedRows + args.rank;
-    const int d = blockIdx.x % column_blocks * kColumns + threadIdx.x;
+    const int d = blockIdx.x % column_blocks * kReduceColumns + threadIdx.x;
     const int row = blockIdx.x / column_blocks % rows;
     const int group = blockIdx.x / column_blocks / rows;
     const bool in = d < args.dim;
@@ -94,11 +74,11 @@ __global__ void __launch_bounds__(kColumns* kRowThreads) scan_reduce_kernel(cons
 
 cudaError_t launch_scan_reduce(const ScanReduceArgs& args, DType dtype, cudaStream_t stream) {
     const int64_t rows = args.states + kFixedRows + args.rank;
-    const int64_t blocks = static_cast<int64_t>((args.dim + kColumns - 1) / kColumns) * rows * args.groups;
+    const int64_t blocks = static_cast<int64_t>((args.dim + kReduceColumns - 1) / kReduceColumns) * rows * args.groups;
     return dispatch_dtype(dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
         if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-        scan_reduce_kernel<T><<<static_cast<unsigned>(blocks), dim3(kColumns, kRowThreads), 0, stream>>>(args);
+        scan_reduce_kernel<T><<<static_cast<unsigned>(blocks), dim3(kReduceColumns, kRowThreads), 0, stream>>>(args);
         return cudaGetLastError();
     });
 }

@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor> layer_norm_pool_fwd(Tensor x, Tensor weight, Tensor b
     PoolFwdArgs args;
     args.shape = norm_shape(x, eps);
     NormShape& s = args.shape;
-    args.plan = norm_plan(s.batch, s.tokens, s.dim);
+    args.plan = norm_plan(s.batch, s.tokens, s.dim, kNormFwdBlocks);
     args.x = image_arg(x), args.xn = image_arg(xn);
     args.weight = param(weight), args.bias = param(bias);
     s.aligned = vectors_allowed(s.dim, static_cast<int64_t>(x.element_size()), args.x, args.xn);
@@ -81,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_pool_bwd(Tensor dxn, Tensor dpoole
     PoolBwdArgs args;
     args.shape = norm_shape(x, eps);
     NormShape& s = args.shape;
-    args.plan = norm_plan(s.batch, s.tokens, s.dim);
+    args.plan = norm_plan(s.batch, s.tokens, s.dim, kNormBwdBlocks);
     args.dxn = image_arg(dxn), args.x = image_arg(x), args.dx = image_arg(dx);
     args.dpooled = static_cast<const float*>(param(dpooled).ptr), args.weight = param(weight);
     s.aligned = vectors_allowed(s.dim, static_cast<int64_t>(x.element_size()), args.dxn, args.x, args.dx);
@@ -123,7 +123,7 @@ Tensor modulated_layer_norm_fwd(Tensor o, Tensor x, Tensor scale, OptTensor gate
     args.shape = norm_shape(x, eps);
     NormShape& s = args.shape;
     s.group_dim = static_cast<int>(o.size(4));
-    args.plan = norm_plan(s.batch, s.tokens, s.dim);
+    args.plan = norm_plan(s.batch, s.tokens, s.dim, kNormFwdBlocks);
     args.o = image_arg(o), args.x = image_arg(x), args.y = image_arg(y);
     args.scale = param(scale), args.gate = param(gate), args.weight = param(weight), args.bias = param(bias);
     const int64_t size = static_cast<int64_t>(x.element_size());
@@ -154,7 +154,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> modulated_layer_norm_
     args.shape = norm_shape(x, eps);
     NormShape& s = args.shape;
     s.group_dim = static_cast<int>(o.size(4));
-    args.plan = norm_plan(s.batch, s.tokens, s.dim, kMaxModulatedBwdVecs);
+    args.plan = norm_plan(s.batch, s.tokens, s.dim, kNormBwdBlocks, kMaxModulatedBwdVecs);
     args.dy = image_arg(dy), args.o = image_arg(o), args.x = image_arg(x);
     args.d_o = image_arg(d_o), args.dx = image_arg(dx);
     args.scale = param(scale), args.gate = param(gate), args.weight = param(weight);

@@ -298,7 +298,7 @@ def run(photo: Tensor, places: list[torch.device], out: Path) -> int:
             name, error = check(layer, crop)
             timings += rows
             worst = max(worst, error)
-            checks.append(f"{device.type}: worst relative error {error:.0e} ({name})")
+            checks.append(f"{device.type}: relative error {error:.0e}, {name}")
         step("look inside the layer")
         notes = [f"{row.device}: {row.what} {row.milliseconds:.1f} ms" for row in timings if row.whole_image]
         picture = inspect(layer, x, photo, notes + checks)

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every CUDA kernel once, forward and backward, on small ragged shapes: what the sanitizers run, quick without a reference.
+
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/sanitizer_cases.py
+compute-sanitizer --tool racecheck python tests/sanitizer_cases.py
+"""
+
+import torch
+
+import groupmamba_ext as ext
+from common import group_major, padded_channels
+from test_conv import inputs as conv_inputs
+from test_norms import modulated_inputs, pool_inputs
+from test_scan import IMAGES
+from test_scan import inputs as scan_inputs
+
+SCANS = [  # dim, rank, states, h, w: the portable kernels, aligned and not
+    (3, 1, 1, 5, 7), (16, None, 1, 9, 11), (87, 6, 1, 7, 9), (20, 2, 3, 11, 13), (128, 8, 2, 6, 9), (4, 1, 1, 43, 43),
+    # the tensor-copy kernels: whole slabs, ragged columns, pieces of columns, one token
+    (16, 1, 1, 56, 56), (32, 2, 1, 14, 16), (88, 6, 1, 14, 14), (64, 6, 1, 56, 2), (128, 14, 1, 56, 14),
+    (16, 1, 1, 60, 50), (24, 2, 1, 29, 31), (112, 7, 1, 7, 7), (48, 3, 1, 1, 1), (16, 1, 1, 230, 5),
+]  # fmt: skip
+
+
+def run(function, tensors: dict, **options) -> None:
+    with torch.no_grad():
+        function(**tensors, **options)
+    leaves = {k: None if v is None else v.detach().requires_grad_() for k, v in tensors.items()}
+    out = function(**leaves, **options)
+    sum(o.float().sum() for o in (out if isinstance(out, tuple) else (out,))).backward()
+    torch.cuda.synchronize()
+
+
+def main() -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        for dim, rank, states, h, w in SCANS:
+            for layout in (None, group_major, padded_channels):
+                tensors = scan_inputs("cuda", dtype, batch=1, h=h, w=w, dim=dim, n=states, rank=rank)
+                if layout is not None:
+                    tensors = {k: layout(v) if k in IMAGES else v for k, v in tensors.items()}
+                run(ext.grouped_selective_scan, tensors)
+        for channels, h, w in ((1, 3, 5), (16, 7, 7), (87, 14, 9), (130, 5, 33)):
+            for activation in (None, "silu", "gelu"):
+                tensors = conv_inputs("cuda", dtype, groups=3, channels=channels, h=h, w=w)
+                run(ext.depthwise_conv3x3, tensors, activation=activation)
+                tensors["x"] = group_major(tensors["x"])
+                run(ext.depthwise_conv3x3, tensors, activation=activation)
+        for groups, dim in ((1, 5), (4, 16), (4, 87), (4, 112), (3, 400), (4, 513)):
+            run(ext.layer_norm_pool, pool_inputs("cuda", dtype, channels=groups * dim))
+            tensors = modulated_inputs("cuda", dtype, groups=groups, dim=dim)
+            run(ext.modulated_layer_norm, tensors)
+            tensors["o"] = group_major(tensors["o"])
+            run(ext.modulated_layer_norm, tensors)
+    print("all kernels ran")
+
+
+if __name__ == "__main__":
+    main()
