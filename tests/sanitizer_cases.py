@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every CUDA kernel once, forward and backward, on small ragged shapes: what the sanitizers run, quick without a reference.
+"""Every CUDA kernel once, forward and backward, on small ragged shapes, without a reference: for the sanitizers.
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/sanitizer_cases.py
 compute-sanitizer --tool racecheck python tests/sanitizer_cases.py
