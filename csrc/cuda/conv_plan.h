@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Block shapes of the depthwise convolution: shared by the kernels, their launchers and the op entries (which allocate
-// partial sums by them). They follow from the sizes alone, never from the device or the strides, so that sums have one
-// order everywhere.
+// partial sums by them). They follow from the sizes alone, never from the device, so that sums have one order
+// everywhere.
 #pragma once
 
 #include <algorithm>

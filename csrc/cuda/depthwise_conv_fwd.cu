@@ -17,6 +17,7 @@ namespace {
 
 constexpr int kWindow = kConvColumns + 2;
 
+// 16 or 12 warps an SM: pointers to single elements need more than 128 registers.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kConvFwdThreads, kAligned ? 4 : 3)
     depthwise_conv_fwd_kernel(const __grid_constant__ ConvFwdArgs args) {
@@ -58,8 +59,8 @@ __global__ void __launch_bounds__(kConvFwdThreads, kAligned ? 4 : 3)
 #pragma unroll
     for (int k = 0; k < kWindow; ++k) inside[k] = column - 1 + k >= 0 && column - 1 + k < s.width;
 
-    float above[kConvColumns][kConvVec],
-        level[kConvColumns][kConvVec];  // sums of the output rows above and level with `row`
+    // sums of the output rows above and level with `row`
+    float above[kConvColumns][kConvVec], level[kConvColumns][kConvVec];
 #pragma unroll
     for (int c = 0; c < kConvColumns; ++c)
 #pragma unroll

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Run-time storage type to template argument: dispatch_dtype(dtype, [](auto tag) { using T = typename decltype(tag)::type; }).
+// Run-time storage type to template argument: dispatch_dtype(dtype, [](auto tag) { using T = typename
+// decltype(tag)::type; }).
 #pragma once
 
 #include <cuda_bf16.h>

@@ -71,7 +71,7 @@ struct ScanBackward {
 };
 
 template <class T, bool kSingle, bool kAligned>
-__global__ void __launch_bounds__(kBwdSlab / kBwdTokens<T, kSingle>, kSingle && kAligned && sizeof(T) == 2 ? 2 : 1)
+__global__ void __launch_bounds__(kBwdSlab / kBwdTokens<T, kSingle>, kSingle&& kAligned && sizeof(T) == 2 ? 2 : 1)
     grouped_scan_bwd_kernel(const __grid_constant__ ScanBwdArgs args) {
     constexpr int kTokens = kBwdTokens<T, kSingle>, kThreads = kBwdSlab / kTokens;
     __shared__ ScanExchange exchange;
@@ -109,10 +109,13 @@ __global__ void __launch_bounds__(kBwdSlab / kBwdTokens<T, kSingle>, kSingle && 
     const int states = kSingle ? 1 : s.states;
     const int64_t plane_states = static_cast<int64_t>(states) * s.dim;
     const float* saved_plane = args.states + static_cast<int64_t>(blockIdx.x) * args.num_chunks * plane_states + c0;
-    float* scratch = args.carry == nullptr ? nullptr : args.carry + static_cast<int64_t>(blockIdx.x) * 2 * plane_states + c0;
+    float* scratch =
+        args.carry == nullptr ? nullptr : args.carry + static_cast<int64_t>(blockIdx.x) * 2 * plane_states + c0;
     const int64_t rows = states + kFixedRows + s.rank;
-    float* partials = args.partials +
-                      ((static_cast<int64_t>(tile.batch) * tile.num_warps() + tile.warp()) * s.groups + tile.group) * rows * s.dim + c0;
+    float* partials =
+        args.partials +
+        ((static_cast<int64_t>(tile.batch) * tile.num_warps() + tile.warp()) * s.groups + tile.group) * rows * s.dim +
+        c0;
     const bool writes_partials = tile.chunk_in_warp == 0;
     const auto add_partial = [&](int64_t row, const float(&sum)[kVec], bool first_time) {
         if (!writes_partials) return;
@@ -123,11 +126,13 @@ __global__ void __launch_bounds__(kBwdSlab / kBwdTokens<T, kSingle>, kSingle && 
     };
 
     // Sums over the channels of each token, written by one lane a token.
-    const auto write_token_sums = [&](float(&sum)[kTokens], float unit, const Plane<T>& out, const Path<kTokens>& path, int i) {
+    const auto write_token_sums = [&](float(&sum)[kTokens], float unit, const Plane<T>& out, const Path<kTokens>& path,
+                                      int i) {
         lane_sums(sum, lanes);
 #pragma unroll
         for (int k = 0; k < kTokens; ++k)
-            if (k < path.count && tile.lane() == (k & (lanes - 1))) out.at(path.token[k])[i] = from_float<T>(unit * sum[k]);
+            if (k < path.count && tile.lane() == (k & (lanes - 1)))
+                out.at(path.token[k])[i] = from_float<T>(unit * sum[k]);
     };
 
     int buffer = 0;
@@ -254,8 +259,9 @@ __global__ void __launch_bounds__(kBwdSlab / kBwdTokens<T, kSingle>, kSingle && 
 #pragma unroll
                     for (int j = 0; j < kVec; ++j) {
                         if (has_norm)
-                            dnormed[i][j] = inverse_std[k] * (dnormed[i][j] - inverse_dim * fmaf(dy[k][j], moments[2 * i + 1],
-                                                                                                moments[2 * i]));
+                            dnormed[i][j] =
+                                inverse_std[k] *
+                                (dnormed[i][j] - inverse_dim * fmaf(dy[k][j], moments[2 * i + 1], moments[2 * i]));
                         dy[k][j] = k < path.count && j < valid ? dnormed[i][j] : 0.f;
                     }
                 }
@@ -273,10 +279,9 @@ __global__ void __launch_bounds__(kBwdSlab / kBwdTokens<T, kSingle>, kSingle && 
 #pragma unroll
                 for (int j = 0; j < kVec; ++j) {
                     A[j] = j < valid ? load_param<T>(args.A, (param + j) * states + n) : 0.f;
-                    adjoint_carry[j] =
-                        !first_time && j < valid
-                            ? scratch[(slab & 1) * plane_states + static_cast<int64_t>(n) * s.dim + j]
-                            : 0.f;
+                    adjoint_carry[j] = !first_time && j < valid
+                                           ? scratch[(slab & 1) * plane_states + static_cast<int64_t>(n) * s.dim + j]
+                                           : 0.f;
                     dA[j] = 0.f;
                 }
                 slab_states.states_forward(n, path, A, step, saved, h, entering);
@@ -303,7 +308,8 @@ __global__ void __launch_bounds__(kBwdSlab / kBwdTokens<T, kSingle>, kSingle && 
 #pragma unroll
                 for (int j = 0; j < kVec; ++j)
                     if (j < valid)
-                        scratch[((slab - 1) & 1) * plane_states + static_cast<int64_t>(n) * s.dim + j] = adjoint_carry[j];
+                        scratch[((slab - 1) & 1) * plane_states + static_cast<int64_t>(n) * s.dim + j] =
+                            adjoint_carry[j];
             }
             hide(A);
 #pragma unroll
@@ -393,9 +399,9 @@ __global__ void __launch_bounds__(kBwdSlab / kBwdTokens<T, kSingle>, kSingle && 
 template <class T, bool kSingle>
 cudaError_t launch(const ScanBwdArgs& args, cudaStream_t stream) {
     const size_t shared = args.shape.rank <= kMaxStagedRank ? sizeof(float) * 32 * kVec * args.shape.rank : 0;
-    const auto kernel = args.shape.aligned ? grouped_scan_bwd_kernel<T, kSingle, true> : grouped_scan_bwd_kernel<T, kSingle, false>;
-    return launch_kernel(kernel, args.shape.batch * args.shape.groups, args.shape.threads,
-                         shared, stream, args);
+    const auto kernel =
+        args.shape.aligned ? grouped_scan_bwd_kernel<T, kSingle, true> : grouped_scan_bwd_kernel<T, kSingle, false>;
+    return launch_kernel(kernel, args.shape.batch * args.shape.groups, args.shape.threads, shared, stream, args);
 }
 
 }  // namespace

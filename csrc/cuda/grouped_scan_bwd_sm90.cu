@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Backward of the grouped selective scan for sm_90 and newer, 16-bit storage, one state: the maths of grouped_scan_bwd.cu
-// with slabs moved by the tensor copy engine, from the last slab of the path to the first. A block holds one slab (128
-// threads x 7 tokens x 4 channels) of u, z and dy in each of two stages; du overwrites u and dz overwrites z in shared
-// memory and leave from there. Steps and their gradients are in units of ln 2.
+// Backward of the grouped selective scan for sm_90 and newer, 16-bit storage, one state: the maths of
+// grouped_scan_bwd.cu with slabs moved by the tensor copy engine, from the last slab of the path to the first. A block
+// holds one slab (128 threads x 7 tokens x 4 channels) of u, z and dy in each of two stages; du overwrites u and dz
+// overwrites z in shared memory and leave from there. Steps and their gradients are in units of ln 2.
 #include "cuda/scan_sm90.cuh"
 
 namespace gm {
@@ -42,7 +42,8 @@ __device__ __forceinline__ void hide(float (&x)[kVec]) {
 }
 
 template <class T, class Block>
-__global__ void __launch_bounds__(Block::kThreads, 2) grouped_scan_bwd_sm90_kernel(const __grid_constant__ ScanBwdSm90Args args) {
+__global__ void __launch_bounds__(Block::kThreads, 2)
+    grouped_scan_bwd_sm90_kernel(const __grid_constant__ ScanBwdSm90Args args) {
 #if __CUDA_ARCH__ >= 900
     extern __shared__ __align__(128) unsigned char shared[];
     const ScanShape& s = args.scan.shape;
@@ -84,7 +85,8 @@ __global__ void __launch_bounds__(Block::kThreads, 2) grouped_scan_bwd_sm90_kern
         const int64_t gate_index = static_cast<int64_t>(walk.batch) * s.groups * s.dim + i;
         const bool in = c < s.dim;
         const auto put = [&](int row, float value) { table[row * Block::kWidth + c] = value; };
-        // Lanes without channels read those of the first lane: a step of 0, no skip and no gate keep them out of all sums.
+        // Lanes without channels read those of the first lane: a step of 0, no skip and no gate keep them out of all
+        // sums.
         put(kBias, in ? load_param_or<T>(args.scan.dt_bias, i, 0.f) * kLog2e : -1e30f);
         put(kSkip, in ? load_param_or<T>(args.scan.D, i, 0.f) : 0.f);
         put(kNormWeight, in ? load_param<T>(args.scan.norm_weight, i) : 0.f);
@@ -106,7 +108,9 @@ __global__ void __launch_bounds__(Block::kThreads, 2) grouped_scan_bwd_sm90_kern
     const auto features_at = [&](int n) {
         return reinterpret_cast<float*>(shared + layout.features) + (n & 1) * Block::kSlabTokens * layout.width;
     };
-    const auto fetch = [&](int n) { fetcher.fetch(s, plan, walk, args.scan.dt, args.scan.B, args.scan.C, path_index(n)); };
+    const auto fetch = [&](int n) {
+        fetcher.fetch(s, plan, walk, args.scan.dt, args.scan.B, args.scan.C, path_index(n));
+    };
     fetch(0);
     fetcher.keep(s, features_at(0), layout.width);
     if (walk.count > 1) fetch(1);
@@ -117,12 +121,15 @@ __global__ void __launch_bounds__(Block::kThreads, 2) grouped_scan_bwd_sm90_kern
         const float4 v = *reinterpret_cast<const float4*>(table + i * Block::kWidth + chunk.c0);
         out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
     };
-    const auto weight_row = [&](int r) { return *reinterpret_cast<const float4*>(table + (kWeight + r) * Block::kWidth + chunk.c0); };
+    const auto weight_row = [&](int r) {
+        return *reinterpret_cast<const float4*>(table + (kWeight + r) * Block::kWidth + chunk.c0);
+    };
     const int u_step = chunk.slot_step * s.dim * 2, feature_step = chunk.slot_step * layout.width;
     const int scan_channel = tid / Block::kScanLanes;
     for (int n = 0; n < walk.count; ++n) {
         const int stage = n % kSm90Stages, slab_index = path_index(n);
-        unsigned char* const box_u = shared + layout.box(stage) + chunk.slot0 * s.dim * 2 + (chunk.active ? chunk.c0 : 0) * 2;
+        unsigned char* const box_u =
+            shared + layout.box(stage) + chunk.slot0 * s.dim * 2 + (chunk.active ? chunk.c0 : 0) * 2;
         const float* const features = features_at(n) + chunk.slot0 * layout.width;
         float* const token_gradients = gradients + chunk.slot0 * layout.width;
         const int end = chunk.end(s, plan, walk, walk.slab(slab_index));
@@ -130,12 +137,14 @@ __global__ void __launch_bounds__(Block::kThreads, 2) grouped_scan_bwd_sm90_kern
         const auto real = [&](int k) { return !ragged || chunk.is_real(k, end); };
         float saved = 0.f;
         if (scan_channel < s.dim)
-            saved = args.scan.states[(static_cast<int64_t>(blockIdx.x) * args.scan.num_chunks + slab_index) * s.dim + scan_channel];
+            saved = args.scan.states[(static_cast<int64_t>(blockIdx.x) * args.scan.num_chunks + slab_index) * s.dim +
+                                     scan_channel];
         float steps[kTokens][kVec], h[kTokens][kVec], dy[kTokens][kVec], entering[kVec], A[kVec];
         {
             float bias[kVec];
             table_row(kBias, bias);
-            load_steps_sm90<T, Block>(features, feature_step, s, make_float4(bias[0], bias[1], bias[2], bias[3]), weight_row, steps);
+            load_steps_sm90<T, Block>(features, feature_step, s, make_float4(bias[0], bias[1], bias[2], bias[3]),
+                                      weight_row, steps);
         }
         if (ragged) mask_steps(chunk, end, steps);
         table_row(kA, A);
@@ -159,7 +168,8 @@ __global__ void __launch_bounds__(Block::kThreads, 2) grouped_scan_bwd_sm90_kern
             }
             const int at = Block::aggregate(chunk.order) + chunk.c0;
             *reinterpret_cast<float4*>(aggregates + at) = make_float4(P[0], P[1], P[2], P[3]);
-            *reinterpret_cast<float4*>(aggregates + Block::kAggregates + at) = make_float4(local[0], local[1], local[2], local[3]);
+            *reinterpret_cast<float4*>(aggregates + Block::kAggregates + at) =
+                make_float4(local[0], local[1], local[2], local[3]);
         }
         __syncthreads();
         if (tid == 0 && n + 1 < walk.count) {
@@ -173,7 +183,8 @@ __global__ void __launch_bounds__(Block::kThreads, 2) grouped_scan_bwd_sm90_kern
         }
         __syncthreads();
         {
-            const float4 v = *reinterpret_cast<const float4*>(aggregates + Block::kAggregates + Block::aggregate(chunk.order) + chunk.c0);
+            const float4 v = *reinterpret_cast<const float4*>(aggregates + Block::kAggregates +
+                                                              Block::aggregate(chunk.order) + chunk.c0);
             entering[0] = v.x, entering[1] = v.y, entering[2] = v.z, entering[3] = v.w;
         }
         hide(A);
@@ -286,7 +297,8 @@ __global__ void __launch_bounds__(Block::kThreads, 2) grouped_scan_bwd_sm90_kern
             write_gradient(dC, 1.f, s.rank + 1);
         }
         __syncthreads();
-        scan_chunks<Block>(adjoint_aggregates, adjoint_aggregates + Block::kAggregates, adjoint_carry, [](int, int, float) {});
+        scan_chunks<Block>(adjoint_aggregates, adjoint_aggregates + Block::kAggregates, adjoint_carry,
+                           [](int, int, float) {});
         __syncthreads();
 
         // everything else, from the last token to the first; du takes the place of u, dstep that of the steps
@@ -361,7 +373,9 @@ __global__ void __launch_bounds__(Block::kThreads, 2) grouped_scan_bwd_sm90_kern
     const int64_t rows = 1 + kFixedRows + s.rank;
     float* const partials =
         args.scan.partials +
-        ((static_cast<int64_t>(walk.batch) * (Block::kThreads / 32) + tid / 32) * s.groups + walk.group) * rows * s.dim + chunk.c0;
+        ((static_cast<int64_t>(walk.batch) * (Block::kThreads / 32) + tid / 32) * s.groups + walk.group) * rows *
+            s.dim +
+        chunk.c0;
     const auto finish = [&](int sum, int64_t partial, float unit) {
         const float4 v = sums[sum * Block::kThreads];
         float x[kVec] = {v.x, v.y, v.z, v.w};
@@ -386,7 +400,8 @@ template <class T, int kLanes>
 cudaError_t launch(const ScanBwdSm90Args& args, cudaStream_t stream) {
     using Block = Sm90Block<kLanes, kSlabThreads>;
     const Layout<Block> layout(args.scan.shape.dim, args.scan.shape.rank);
-    return launch_sm90(grouped_scan_bwd_sm90_kernel<T, Block>, args.scan.shape, Block::kThreads, layout.total, stream, args);
+    return launch_sm90(grouped_scan_bwd_sm90_kernel<T, Block>, args.scan.shape, Block::kThreads, layout.total, stream,
+                       args);
 }
 
 }  // namespace

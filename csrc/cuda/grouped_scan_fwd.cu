@@ -14,7 +14,7 @@ namespace {
 // kSingle: one state a channel (N = 1), whose carry stays in registers. Otherwise the states are walked one after the
 // other and their carries wait in device memory (states or carry).
 template <class T, bool kSingle, bool kAligned>
-__global__ void __launch_bounds__(kFwdThreads, kSingle && kAligned && sizeof(T) == 2 ? 2 : 1)
+__global__ void __launch_bounds__(kFwdThreads, kSingle&& kAligned && sizeof(T) == 2 ? 2 : 1)
     grouped_scan_fwd_kernel(const __grid_constant__ ScanFwdArgs args) {
     constexpr int kTokens = kFwdTokens;
     __shared__ ScanExchange exchange;
@@ -59,8 +59,9 @@ __global__ void __launch_bounds__(kFwdThreads, kSingle && kAligned && sizeof(T) 
         return args.states + (static_cast<int64_t>(blockIdx.x) * args.num_chunks + chunk) * plane_states + c0;
     };
     const auto carried_state = [&](int slab) {  // entering the slab, where it waits in device memory
-        return args.states != nullptr ? saved_state(slab * chunks_per_slab)
-                                      : args.carry + (static_cast<int64_t>(blockIdx.x) * 2 + (slab & 1)) * plane_states + c0;
+        return args.states != nullptr
+                   ? saved_state(slab * chunks_per_slab)
+                   : args.carry + (static_cast<int64_t>(blockIdx.x) * 2 + (slab & 1)) * plane_states + c0;
     };
     int buffer = 0;
 
@@ -111,7 +112,8 @@ __global__ void __launch_bounds__(kFwdThreads, kSingle && kAligned && sizeof(T) 
                 for (int j = 0; j < kVec; ++j) y[k][j] = fmaf(decayed_C[k][j], entering[j], y[k][j]);
 
             if (args.states != nullptr && tile.chunk % threads_chunks == 0 && begin < tokens) {
-                float* out = saved_state(slab * chunks_per_slab + tile.chunk / threads_chunks) + static_cast<int64_t>(n) * s.dim;
+                float* out =
+                    saved_state(slab * chunks_per_slab + tile.chunk / threads_chunks) + static_cast<int64_t>(n) * s.dim;
 #pragma unroll
                 for (int j = 0; j < kVec; ++j)
                     if (j < valid) out[j] = entering[j];
@@ -184,7 +186,8 @@ __global__ void __launch_bounds__(kFwdThreads, kSingle && kAligned && sizeof(T) 
 template <class T, bool kSingle>
 cudaError_t launch(const ScanFwdArgs& args, cudaStream_t stream) {
     const size_t shared = args.shape.rank <= kMaxStagedRank ? sizeof(float) * 32 * kVec * args.shape.rank : 0;
-    const auto kernel = args.shape.aligned ? grouped_scan_fwd_kernel<T, kSingle, true> : grouped_scan_fwd_kernel<T, kSingle, false>;
+    const auto kernel =
+        args.shape.aligned ? grouped_scan_fwd_kernel<T, kSingle, true> : grouped_scan_fwd_kernel<T, kSingle, false>;
     return launch_kernel(kernel, args.shape.batch * args.shape.groups, args.shape.threads, shared, stream, args);
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward of the grouped selective scan for sm_90 and newer, 16-bit storage, one state: the maths of grouped_scan_fwd.cu
-// with slabs moved by the tensor copy engine. A block holds two slabs (256 threads x 7 tokens x 4 channels) in each of two
-// stages; the result overwrites u in shared memory and leaves from there.
+// Forward of the grouped selective scan for sm_90 and newer, 16-bit storage, one state: the maths of
+// grouped_scan_fwd.cu with slabs moved by the tensor copy engine. A block holds two slabs (256 threads x 7 tokens x 4
+// channels) in each of two stages; the result overwrites u in shared memory and leaves from there.
 #include "cuda/scan_sm90.cuh"
 
 namespace gm {
@@ -32,7 +32,8 @@ struct Layout {
 };
 
 template <class T, class Block>
-__global__ void __launch_bounds__(Block::kThreads, 2) grouped_scan_fwd_sm90_kernel(const __grid_constant__ ScanFwdSm90Args args) {
+__global__ void __launch_bounds__(Block::kThreads, 2)
+    grouped_scan_fwd_sm90_kernel(const __grid_constant__ ScanFwdSm90Args args) {
 #if __CUDA_ARCH__ >= 900
     extern __shared__ __align__(128) unsigned char shared[];
     const ScanShape& s = args.scan.shape;
@@ -89,7 +90,9 @@ __global__ void __launch_bounds__(Block::kThreads, 2) grouped_scan_fwd_sm90_kern
 
     const SlabChunk<Block> chunk(s, plan, walk);
     StepFeatures<T, Block> fetcher(plan, walk);
-    const auto features_at = [&](int step) { return all_features + (step & 1) * Block::kSlabs * Block::kSlabTokens * layout.width; };
+    const auto features_at = [&](int step) {
+        return all_features + (step & 1) * Block::kSlabs * Block::kSlabTokens * layout.width;
+    };
     const auto fetch = [&](int step) { fetcher.fetch(s, plan, walk, args.scan.dt, args.scan.B, args.scan.C, step); };
     fetch(0);
     fetcher.keep(s, features_at(0), layout.width);
@@ -103,13 +106,15 @@ __global__ void __launch_bounds__(Block::kThreads, 2) grouped_scan_fwd_sm90_kern
         const int stage = step % kSm90Stages;
         unsigned char* const box_u =
             shared + layout.box(stage, chunk.half) + chunk.slot0 * s.dim * 2 + (chunk.active ? chunk.c0 : 0) * 2;
-        const float* const features = features_at(step) + (chunk.half * Block::kSlabTokens + chunk.slot0) * layout.width;
+        const float* const features =
+            features_at(step) + (chunk.half * Block::kSlabTokens + chunk.slot0) * layout.width;
         const int end = chunk.end(s, plan, walk, walk.slab(step * Block::kSlabs + chunk.half));
         const bool ragged = chunk.ragged(plan, walk, end);
         float y[kTokens][kVec], decayed_C[kTokens][kVec];
         {
             float(&steps)[kTokens][kVec] = decayed_C;
-            load_steps_sm90<T, Block>(features, feature_step, s, row(kBias), [&](int r) { return row(kWeight + r); }, steps);
+            load_steps_sm90<T, Block>(
+                features, feature_step, s, row(kBias), [&](int r) { return row(kWeight + r); }, steps);
             if (ragged) mask_steps(chunk, end, steps);
             const float4 A4 = row(kA), skip4 = row(kSkip);
             const float A[kVec] = {A4.x, A4.y, A4.z, A4.w}, skip[kVec] = {skip4.x, skip4.y, skip4.z, skip4.w};
@@ -141,7 +146,8 @@ __global__ void __launch_bounds__(Block::kThreads, 2) grouped_scan_fwd_sm90_kern
         scan_chunks<Block>(aggregate_P, aggregate_h, carry, [&](int half, int channel, float state) {
             const int slab = step * Block::kSlabs + half;
             if (args.scan.states == nullptr || slab >= walk.count || channel >= s.dim) return;
-            args.scan.states[(static_cast<int64_t>(blockIdx.x) * args.scan.num_chunks + slab) * s.dim + channel] = state;
+            args.scan.states[(static_cast<int64_t>(blockIdx.x) * args.scan.num_chunks + slab) * s.dim + channel] =
+                state;
         });
         if (step + 1 < num_steps) {
             fetcher.keep(s, features_at(step + 1), layout.width);
@@ -193,7 +199,8 @@ __global__ void __launch_bounds__(Block::kThreads, 2) grouped_scan_fwd_sm90_kern
             for (int half = 0; half < Block::kSlabs; ++half) {
                 const int slab = walk.slab(step * Block::kSlabs + half);
                 if (slab < 0) break;
-                tma_store(shared_base + layout.box(stage, half), &args.y[walk.columns], walk.box(s, plan, slab, args.kind[2]));
+                tma_store(shared_base + layout.box(stage, half), &args.y[walk.columns],
+                          walk.box(s, plan, slab, args.kind[2]));
             }
             tma_commit();
         }
@@ -206,7 +213,8 @@ template <class T, int kLanes>
 cudaError_t launch(const ScanFwdSm90Args& args, cudaStream_t stream) {
     using Block = Sm90Block<kLanes, kFwdThreads>;
     const Layout<Block> layout(args.scan.shape.dim, args.scan.shape.rank);
-    return launch_sm90(grouped_scan_fwd_sm90_kernel<T, Block>, args.scan.shape, Block::kThreads, layout.total, stream, args);
+    return launch_sm90(grouped_scan_fwd_sm90_kernel<T, Block>, args.scan.shape, Block::kThreads, layout.total, stream,
+                       args);
 }
 
 }  // namespace

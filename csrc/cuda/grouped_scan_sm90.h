@@ -14,7 +14,7 @@ struct ScanFwdSm90Args {
     CUtensorMap u[2], z[2], y[2];  // along rows, along columns
     ScanFwdArgs scan;
     SlabPlan plan;
-    SlabMapKind kind[3];           // of u, z, y
+    SlabMapKind kind[3];  // of u, z, y
 };
 
 struct ScanBwdSm90Args {
@@ -27,10 +27,16 @@ struct ScanBwdSm90Args {
 // Step features, B and C that a block of the forward fetches ahead: its registers set the limit of the rank, which is
 // ceil(channels / 16) in the field.
 template <int kLanes>
-constexpr int kSm90Features = kLanes == 4 ? 3 : kLanes == 8 ? 4 : kLanes == 16 ? 8 : 16;
+constexpr int kSm90Features = kLanes == 4    ? 3
+                              : kLanes == 8  ? 4
+                              : kLanes == 16 ? 8
+                                             : 16;
 
 inline int sm90_features(int lanes) {
-    return lanes == 4 ? kSm90Features<4> : lanes == 8 ? kSm90Features<8> : lanes == 16 ? kSm90Features<16> : kSm90Features<32>;
+    return lanes == 4    ? kSm90Features<4>
+           : lanes == 8  ? kSm90Features<8>
+           : lanes == 16 ? kSm90Features<16>
+                         : kSm90Features<32>;
 }
 
 // Fills `args` for a scan that these kernels take: 16-bit storage, one state, low-rank softplus step, norm and z given,

@@ -2,11 +2,11 @@
 // LayerNorm over the channels of an image together with the mean of its result over the image, and the backward of
 // both.
 //
-//   xn = n weight + bias,  n = (x - mean) / sqrt(variance + eps) over C;  pooled = mean of xn over H and W, before
-//   rounding g = dxn + dpooled / (H W);  h = g weight;  dx = (h - mean(h) - n mean(h n)) / sqrt(variance + eps) dweight
-//   = sum g n,  dbias = sum g
+//   n = (x - mean) / sqrt(variance + eps) over C;  xn = n weight + bias;  pooled = mean over H, W of xn before rounding
+//   g = dxn + dpooled / (H W);  h = g weight;  dx = (h - mean(h) - n mean(h n)) / sqrt(variance + eps)
+//   dweight = sum g n,  dbias = sum g
 //
-// One read of the inputs and one write. The means over tokens leave the block as one row of sums a strip, which
+// One read of the inputs and one write. Sums over tokens leave the block as one row a strip, which
 // launch_reduce_columns adds.
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"

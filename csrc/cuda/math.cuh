@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Conversions, 4-channel accesses and the scalar functions of the scan, by storage type.
 //
-// float storage uses the accurate library functions (errors of an ulp or two against float64); half and bfloat16 use the
-// special-function unit directly, whose errors (under 1e-5 relative, see softplus) vanish below the rounding of 1e-3.
+// float storage uses the accurate library functions (errors of an ulp or two against float64); half and bfloat16 use
+// the special-function unit directly, whose errors (under 1e-5 relative, see softplus) vanish below the rounding of
+// 1e-3.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -24,11 +25,17 @@ __device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162f
 template <class T>
 __device__ __forceinline__ T from_float(float v);
 template <>
-__device__ __forceinline__ float from_float<float>(float v) { return v; }
+__device__ __forceinline__ float from_float<float>(float v) {
+    return v;
+}
 template <>
-__device__ __forceinline__ __half from_float<__half>(float v) { return __float2half_rn(v); }
+__device__ __forceinline__ __half from_float<__half>(float v) {
+    return __float2half_rn(v);
+}
 template <>
-__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
+    return __float2bfloat16_rn(v);
+}
 
 // Four adjacent channels as stored, moved in one access where alignment allows.
 template <class T>
@@ -117,8 +124,8 @@ __device__ __forceinline__ float mean_of(float sum, float count, float inverse) 
 }
 
 // Steps and decays. For 16-bit storage the step is kept in units of ln 2, s' = s / ln 2, so that both special functions
-// work in base 2: s' = max(x', 0) + lg2(1 + 2^-|x'|) with x' = x / ln 2 (the factor is folded into dt_weight and dt_bias),
-// and exp(s A) = 2^(s' A). kStepUnit is the unit.
+// work in base 2: s' = max(x', 0) + lg2(1 + 2^-|x'|) with x' = x / ln 2 (the factor is folded into dt_weight and
+// dt_bias), and exp(s A) = 2^(s' A). kStepUnit is the unit.
 __device__ __forceinline__ float rsqrt_approx(float x) {
     float y;
     asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -16,7 +16,7 @@ constexpr int kNormThreads = 128;
 constexpr int kMaxRowVecs = 8;
 constexpr int kMaxModulatedBwdVecs = 4;
 constexpr int kWideTokens = 16;  // of a block where rows do not fit
-// Blocks wanted: three waves or so. The sums of all of a backward's blocks meet in one row of columns.
+// Blocks wanted, for some waves; every block of a backward is one more row for the second stage of its sums.
 constexpr int64_t kNormFwdBlocks = 4096, kNormBwdBlocks = 2048;
 
 // A block walks one strip of tokens of one image, `step` at a time. A thread holds `vecs` vectors of each of its
@@ -24,7 +24,7 @@ constexpr int64_t kNormFwdBlocks = 4096, kNormBwdBlocks = 2048;
 // on their way do not depend on the width.
 struct NormPlan {
     int vecs;   // 1, 2, 4 or 8; 0: wide rows, read from memory three times
-    int lanes;  // threads that share a token, a power of two up to 32
+    int lanes;  // threads that share a token, a power of two; 32 where they have several vectors
     int step, strip_tokens;
     int64_t strips;  // of an image
 };

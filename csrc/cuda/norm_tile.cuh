@@ -40,11 +40,10 @@ struct RowTile {
 
     __device__ RowTile(const NormShape& s, const NormPlan& plan)
         : dim(s.dim),
-          lanes(plan.lanes),
-          lane(threadIdx.x & (plan.lanes - 1)),
-          row(threadIdx.x / plan.lanes),
-          rows(kNormThreads / plan.lanes) {}
-    // lanes is 32 where there are several vectors
+          lanes(kVecs > 1 ? 32 : plan.lanes),
+          lane(threadIdx.x & (lanes - 1)),
+          row(threadIdx.x / lanes),
+          rows(kNormThreads / lanes) {}
     __device__ __forceinline__ int channel(int v) const { return v * 32 * kVec + lane * kVec; }
     __device__ __forceinline__ bool valid(int v, int j = 0) const { return channel(v) + (kAligned ? 0 : j) < dim; }
     // `left` tokens of the strip are to come.
@@ -280,8 +279,8 @@ __device__ __forceinline__ float wide_mean(int dim, const F& value) {
     return sum / dim;
 }
 
-struct WideRows {  // of a block's tokens: statistics, and means of the gradient and of its product with the normed
-                   // values
+// Of a block's tokens: statistics, and means of the gradient and of its product with the normed values.
+struct WideRows {
     float mean[kWideTokens], inverse_std[kWideTokens], plain[kWideTokens], product[kWideTokens];
 
     // `value(token, channel)`; by whole warps, token by token.

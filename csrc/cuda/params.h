@@ -54,8 +54,8 @@ struct ScanFwdArgs {
 
 struct ScanBwdArgs {
     ScanShape shape;
-    ImageArg dy, u, dt, B, C, z;     // inputs
-    ImageArg du, ddt, dB, dC, dz;    // gradients
+    ImageArg dy, u, dt, B, C, z;   // inputs
+    ImageArg du, ddt, dB, dC, dz;  // gradients
     ParamArg A, D, dt_weight, dt_bias, norm_weight, norm_bias, gate;
     const float* states = nullptr;
     float* carry = nullptr;     // (batch, G, 2, N, D) scratch for N > 1
@@ -101,10 +101,10 @@ struct ConvBwdArgs {
 // layer_norm_pool and modulated_layer_norm; plan in norm_plan.h.
 struct NormShape {
     int64_t batch, tokens;
-    int dim;          // channels of a token
-    bool aligned;     // every (batch, token, dim) image allows aligned 4-channel accesses, and dim is a multiple of 4
-    bool o_aligned;   // the same of o and its gradient, with the channels of a group
-    int group_dim;    // channels of a group of o
+    int dim;         // channels of a token
+    bool aligned;    // every (batch, token, dim) image allows aligned 4-channel accesses, and dim is a multiple of 4
+    bool o_aligned;  // the same of o and its gradient, with the channels of a group
+    int group_dim;   // channels of a group of o
     float eps;
 };
 
@@ -140,8 +140,8 @@ struct ModulatedBwdArgs {
     float* partials = nullptr;  // (batch, plan.strips, 3 * dim + 1): dweight, dbias, dscale, dgate
 };
 
-// Sums over the rows of partial sums, segment by segment. The columns are, in this order, those of the targets: target i
-// is (segments, counts[i]).
+// Sums over the rows of partial sums, segment by segment. The columns are, in this order, those of the targets: target
+// i is (segments, counts[i]).
 constexpr int kReduceTargets = 3;
 struct ReduceArgs {
     const float* partials = nullptr;  // (segments, rows, row_stride)

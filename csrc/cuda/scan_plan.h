@@ -8,7 +8,7 @@
 
 namespace gm {
 
-constexpr int kVec = 4;             // channels of a thread: 8 bytes of a 16-bit type, 16 of float
+constexpr int kVec = 4;                 // channels of a thread: 8 bytes of a 16-bit type, 16 of float
 constexpr int kMaxScanDim = 32 * kVec;  // one warp holds all channels of a token
 constexpr int kMaxStates = 256;
 constexpr int kMaxStagedRank = 64;  // dt_weight is staged in shared memory up to here: 32 KB at 128 channels

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the sm_90 scan kernels share: how a block walks the slabs of a plane, a thread's chunk in a slab, the step features
-// in shared memory, sums over lanes, and the chunk scan.
+// What the sm_90 scan kernels share: how a block walks the slabs of a plane, a thread's chunk in a slab, the step
+// features in shared memory, sums over lanes, and the chunk scan.
 //
-// A flip costs nothing: a reversed path takes slabs, chunks and tokens in reverse. A chunk is 7 tokens of one row-major run
-// or of one column; along columns neighbouring chunks of threads take neighbouring columns, so that their rows of shared
-// memory are adjacent (no bank conflicts), and `order` is a chunk's place on the path.
+// A flip costs nothing: a reversed path takes slabs, chunks and tokens in reverse. A chunk is 7 tokens of one row-major
+// run or of one column; along columns neighbouring chunks of threads take neighbouring columns, so that their rows of
+// shared memory are adjacent (no bank conflicts), and `order` is a chunk's place on the path.
 //
-// Tokens beyond the plane's last row or column come as zeros and lie at the end (reversed: the start) of the path, where
-// they touch nothing. Those beyond the end of a column lie inside it: their steps are set to 0.
+// Tokens beyond the plane's last row or column come as zeros and lie at the end (reversed: the start) of the path,
+// where they touch nothing. Those beyond the end of a column lie inside it: their steps are set to 0.
 #pragma once
 
 #include <type_traits>
@@ -30,7 +30,7 @@ struct Sm90Block {
     static constexpr int kSlabs = kThreads / kSlabThreads;
     static constexpr int kSlabChunks = kSlabThreads / kLanes, kChunks = kSlabs * kSlabChunks;
     static constexpr int kSlabTokens = kSlabChunks * kFwdTokens;
-    static constexpr int kScanLanes = kChunks / 4;  // lanes of a channel in the chunk scan, 4 chunks each
+    static constexpr int kScanLanes = kChunks / 4;       // lanes of a channel in the chunk scan, 4 chunks each
     static constexpr int kPad = kScanLanes > 1 ? 4 : 0;  // floats after every 4 chunks: their readers hit other banks
     static constexpr int kAggregates = kChunks * kWidth + kChunks / 4 * kPad;
     // Fetching step features: each thread has kFetchTokens tokens and every kParts-th of their features.
@@ -72,7 +72,8 @@ struct SlabWalk {
             row = (slab - column * plan.pieces) * plan.tokens;
         }
     }
-    __device__ __forceinline__ Coordinates box(const ScanShape& s, const SlabPlan& plan, int slab, const SlabMapKind& kind) const {
+    __device__ __forceinline__ Coordinates box(const ScanShape& s, const SlabPlan& plan, int slab,
+                                               const SlabMapKind& kind) const {
         if (!columns) return {0, slab * (plan.tokens / kind.row_fuse), 0, group, batch};
         int column, row;
         corner(plan, slab, column, row);
@@ -145,7 +146,8 @@ struct StepFeatures {
     __device__ static int part() { return threadIdx.x / (Block::kThreads / Block::kParts); }
 
     // Row-major number of this thread's i-th token at a step of the walk, -1 where there is none.
-    __device__ __forceinline__ int place(const ScanShape& s, const SlabPlan& plan, const SlabWalk& walk, int step, int i) const {
+    __device__ __forceinline__ int place(const ScanShape& s, const SlabPlan& plan, const SlabWalk& walk, int step,
+                                         int i) const {
         const int slab = walk.slab(step * Block::kSlabs + token(i) / Block::kSlabTokens);
         int column, row;
         walk.corner(plan, slab, column, row);
@@ -162,16 +164,17 @@ struct StepFeatures {
             for (int j = 0; j < Block::kFetch; ++j)
                 if (part() + j * Block::kParts < features) visit(i, j, part() + j * Block::kParts);
     }
-    __device__ __forceinline__ void fetch(const ScanShape& s, const SlabPlan& plan, const SlabWalk& walk, const ImageArg& dt,
-                                          const ImageArg& B, const ImageArg& C, int step) {
+    __device__ __forceinline__ void fetch(const ScanShape& s, const SlabPlan& plan, const SlabWalk& walk,
+                                          const ImageArg& dt, const ImageArg& B, const ImageArg& C, int step) {
         int at[Block::kFetchTokens];
 #pragma unroll
         for (int i = 0; i < Block::kFetchTokens; ++i) at[i] = place(s, plan, walk, step, i);
         each(s.rank + 2, [&](int i, int j, int f) {
             const ImageArg& image = f < s.rank ? dt : f == s.rank ? B : C;
             const int64_t plane = walk.batch * image.batch + walk.group * image.group + (f < s.rank ? f : 0);
-            fetched[i][j] = at[i] < 0 ? from_float<T>(0.f)
-                                      : static_cast<const T*>(image.ptr)[plane + static_cast<int64_t>(at[i]) * image.token];
+            fetched[i][j] = at[i] < 0
+                                ? from_float<T>(0.f)
+                                : static_cast<const T*>(image.ptr)[plane + static_cast<int64_t>(at[i]) * image.token];
         });
     }
     __device__ __forceinline__ void keep(const ScanShape& s, float* to, int width) const {
@@ -186,7 +189,8 @@ template <class T, class Block, class F>
 __device__ __forceinline__ void load_steps_sm90(const float* features, int feature_step, const ScanShape& s,
                                                 const float4& bias, F&& weight, float (&steps)[kFwdTokens][kVec]) {
 #pragma unroll
-    for (int k = 0; k < kFwdTokens; ++k) steps[k][0] = bias.x, steps[k][1] = bias.y, steps[k][2] = bias.z, steps[k][3] = bias.w;
+    for (int k = 0; k < kFwdTokens; ++k)
+        steps[k][0] = bias.x, steps[k][1] = bias.y, steps[k][2] = bias.z, steps[k][3] = bias.w;
     const auto add = [&](int k, const float4& w, float d) {
         steps[k][0] = fmaf(w.x, d, steps[k][0]), steps[k][1] = fmaf(w.y, d, steps[k][1]);
         steps[k][2] = fmaf(w.z, d, steps[k][2]), steps[k][3] = fmaf(w.w, d, steps[k][3]);
@@ -232,8 +236,8 @@ __device__ __forceinline__ void token_sums(float (&v)[kCount]) {
         for (int k = 0; k < kCount; ++k) v[k] += __shfl_xor_sync(kFullWarp, v[k], d);
 }
 
-// The same sums, each left with some lanes only: at every step a lane passes on half of its values and keeps the others,
-// 9 shuffles in place of 35 for 32 lanes. Calls write(k, sum) on one lane a token.
+// The same sums, each left with some lanes only: at every step a lane passes on half of its values and keeps the
+// others, 9 shuffles in place of 35 for 32 lanes. Calls write(k, sum) on one lane a token.
 template <int kLanes, class F>
 __device__ __forceinline__ void scatter_token_sums(const float (&v)[kFwdTokens], F&& write) {
     const int lane = threadIdx.x % kLanes;
@@ -281,7 +285,8 @@ __device__ __forceinline__ void scan_chunks(const float* P_in, float* h_in, floa
     for (int i = 1; i < 4; ++i) h = fmaf(P4[i], h, h4[i]), P *= P4[i];
 #pragma unroll
     for (int d = 1; d < kLanes; d *= 2) {
-        const float h_before = __shfl_up_sync(kFullWarp, h, d, kLanes), P_before = __shfl_up_sync(kFullWarp, P, d, kLanes);
+        const float h_before = __shfl_up_sync(kFullWarp, h, d, kLanes),
+                    P_before = __shfl_up_sync(kFullWarp, P, d, kLanes);
         if (q >= d) h = fmaf(P, h_before, h), P *= P_before;
     }
     const float P_before = __shfl_up_sync(kFullWarp, P, 1, kLanes), h_before = __shfl_up_sync(kFullWarp, h, 1, kLanes);
@@ -296,11 +301,14 @@ __device__ __forceinline__ void scan_chunks(const float* P_in, float* h_in, floa
 }
 
 template <class Kernel, class Args>
-cudaError_t launch_sm90(Kernel kernel, const ScanShape& shape, int threads, int shared, cudaStream_t stream, const Args& args) {
+cudaError_t launch_sm90(Kernel kernel, const ScanShape& shape, int threads, int shared, cudaStream_t stream,
+                        const Args& args) {
     // Two blocks an SM need nearly all of its memory as shared memory.
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-    return error != cudaSuccess ? error : launch_kernel(kernel, shape.batch * shape.groups, threads, shared, stream, args);
+    const cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributePreferredSharedMemoryCarveout,
+                             cudaSharedmemCarveoutMaxShared);
+    return error != cudaSuccess ? error
+                                : launch_kernel(kernel, shape.batch * shape.groups, threads, shared, stream, args);
 }
 
 // f(type tag, std::integral_constant<int, lanes>)

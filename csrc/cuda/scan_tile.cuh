@@ -3,8 +3,8 @@
 //
 // A block serves one (batch, group). `lanes` neighbouring threads share a token, 4 channels each; a thread owns
 // `kTokens` successive tokens of the path (a chunk), so a block holds threads / lanes chunks: the slab. The recurrence
-// h_t = a_t h_{t-1} + b_t composes as (P, h): first each thread over its chunk, then shuffles over the chunks of a warp,
-// then one exchange through shared memory over the warps.
+// h_t = a_t h_{t-1} + b_t composes as (P, h): first each thread over its chunk, then shuffles over the chunks of a
+// warp, then one exchange through shared memory over the warps.
 #pragma once
 
 #include <type_traits>
@@ -18,8 +18,8 @@ template <class T, bool kSingle>
 constexpr int kBwdTokens = bwd_tokens(kSingle, sizeof(T));
 
 struct Tile {
-    int batch, group;    // of the block
-    int direction;       // code of the group
+    int batch, group;  // of the block
+    int direction;     // code of the group
     int chunk_in_warp, chunks_per_warp, chunk;
     int channel, valid;  // first channel of the thread, how many of its 4 exist
     int lanes;
@@ -61,7 +61,7 @@ struct Path {
             row = t - column * s.height;
             t = row * s.width + column;
         }
-if (!columns) {
+        if (!columns) {
 #pragma unroll
             for (int k = 0; k < kTokens; ++k) {
                 const int ahead = min(k, max(count - 1, 0));
@@ -97,7 +97,8 @@ struct Plane {
           stride(static_cast<uint32_t>(image.token * sizeof(T))) {}
     __device__ __forceinline__ T* at(int token) const {
         using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
-        return reinterpret_cast<T*>(reinterpret_cast<Byte*>(base) + static_cast<uint64_t>(static_cast<uint32_t>(token)) * stride);
+        return reinterpret_cast<T*>(reinterpret_cast<Byte*>(base) +
+                                    static_cast<uint64_t>(static_cast<uint32_t>(token)) * stride);
     }
 };
 
@@ -122,7 +123,8 @@ struct alignas(16) ChannelTable {
     }
 };
 
-// Sums over the lanes that share a token; every one of them gets them. Several values at once hide the shuffles' latency.
+// Sums over the lanes that share a token; every one of them gets them. Several values at once hide the shuffles'
+// latency.
 template <int kCount>
 __device__ __forceinline__ void lane_sums(float (&x)[kCount], int lanes) {
     for (int d = lanes >> 1; d > 0; d >>= 1) {
@@ -137,8 +139,8 @@ __device__ __forceinline__ float chunk_sum(float x, int lanes) {
     return x;
 }
 
-// Warp totals (P, h) for every channel, double-buffered so that one barrier an exchange is enough: a warp that runs ahead
-// writes the other buffer, and cannot pass the next barrier before all have read this one.
+// Warp totals (P, h) for every channel, double-buffered so that one barrier an exchange is enough: a warp that runs
+// ahead writes the other buffer, and cannot pass the next barrier before all have read this one.
 struct ScanExchange {
     float P[2][kMaxScanWarps][32 * kVec];
     float h[2][kMaxScanWarps][32 * kVec];
@@ -154,10 +156,10 @@ __device__ __forceinline__ void block_scan(const Tile& tile, ScanExchange& share
     for (int d = 1; d < tile.chunks_per_warp; d <<= 1) {
 #pragma unroll
         for (int j = 0; j < kVec; ++j) {
-            const float p = kReverse ? __shfl_down_sync(kFullWarp, P[j], d * lanes)
-                                     : __shfl_up_sync(kFullWarp, P[j], d * lanes);
-            const float q = kReverse ? __shfl_down_sync(kFullWarp, h[j], d * lanes)
-                                     : __shfl_up_sync(kFullWarp, h[j], d * lanes);
+            const float p =
+                kReverse ? __shfl_down_sync(kFullWarp, P[j], d * lanes) : __shfl_up_sync(kFullWarp, P[j], d * lanes);
+            const float q =
+                kReverse ? __shfl_down_sync(kFullWarp, h[j], d * lanes) : __shfl_up_sync(kFullWarp, h[j], d * lanes);
             if (rank >= d) {
                 h[j] = fmaf(P[j], q, h[j]);
                 P[j] *= p;
@@ -189,12 +191,12 @@ __device__ __forceinline__ void block_scan(const Tile& tile, ScanExchange& share
             for (int j = 0; j < kVec; ++j) entering[j] = fmaf(before_P[j], carry[j], before_h[j]);
         }
 #pragma unroll
-        for (int j = 0; j < kVec; ++j)
-            carry[j] = fmaf(sP[w][tile.channel + j], carry[j], sh[w][tile.channel + j]);
+        for (int j = 0; j < kVec; ++j) carry[j] = fmaf(sP[w][tile.channel + j], carry[j], sh[w][tile.channel + j]);
     }
 }
 
-// dt_weight / kStepUnit of the group as [rank][32 * kVec] floats in shared memory; ranks beyond kMaxStagedRank are read in place.
+// dt_weight / kStepUnit of the group as [rank][32 * kVec] floats in shared memory; ranks beyond kMaxStagedRank are read
+// in place.
 template <class T>
 struct StepWeight {
     const float* staged;
@@ -203,8 +205,12 @@ struct StepWeight {
     int rank, channel, valid;
 
     __device__ StepWeight(const ScanShape& s, const ParamArg& w, const Tile& tile, float* shared)
-        : staged(shared), weight(w), row((static_cast<int64_t>(tile.group) * s.dim + tile.channel) * s.rank),
-          rank(s.rank), channel(tile.channel), valid(tile.valid) {
+        : staged(shared),
+          weight(w),
+          row((static_cast<int64_t>(tile.group) * s.dim + tile.channel) * s.rank),
+          rank(s.rank),
+          channel(tile.channel),
+          valid(tile.valid) {
         if (rank == 0 || rank > kMaxStagedRank) return;
         for (int i = threadIdx.x; i < rank * 32 * kVec; i += blockDim.x) {
             const int r = i / (32 * kVec), c = i % (32 * kVec);
@@ -220,7 +226,8 @@ struct StepWeight {
         } else {
 #pragma unroll
             for (int j = 0; j < kVec; ++j)
-                w[j] = j < valid ? load_param<T>(weight, row + static_cast<int64_t>(j) * rank + r) / Math<T>::kStepUnit : 0.f;
+                w[j] = j < valid ? load_param<T>(weight, row + static_cast<int64_t>(j) * rank + r) / Math<T>::kStepUnit
+                                 : 0.f;
         }
     }
 };

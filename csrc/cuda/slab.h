@@ -20,11 +20,11 @@ namespace gm {
 constexpr int kSlabThreads = kBwdSlab / kFwdTokens;  // 128
 
 struct SlabPlan {
-    int tokens;       // of a full slab along rows: kBwdSlab / lanes
-    int columns;      // whole columns of a slab; 0 where a column is cut into pieces of `tokens`
-    int blocks;       // chunks of kFwdTokens tokens of a column (or piece), the last of them perhaps not full
-    int pieces;       // pieces of a column, else 1
-    int row_slabs;    // slabs of a plane along rows
+    int tokens;     // of a full slab along rows: kBwdSlab / lanes
+    int columns;    // whole columns of a slab; 0 where a column is cut into pieces of `tokens`
+    int blocks;     // chunks of kFwdTokens tokens of a column (or piece), the last of them perhaps not full
+    int pieces;     // pieces of a column, else 1
+    int row_slabs;  // slabs of a plane along rows
     int column_slabs;
 };
 
@@ -44,8 +44,8 @@ inline SlabPlan plan_slabs(int height, int width, int lanes) {
     return plan;
 }
 
-// True where every slab starts at a multiple of plan.tokens along its path, whatever the direction: then the states that
-// the portable kernels save and read are those at slab starts.
+// True where every slab starts at a multiple of plan.tokens along its path, whatever the direction: then the states
+// that the portable kernels save and read are those at slab starts.
 inline bool slabs_follow_path(const SlabPlan& plan, int height, int width) {
     const bool rows = static_cast<int64_t>(height) * width % plan.tokens == 0;
     const bool columns = plan.columns > 0 ? plan.columns * height == plan.tokens && width % plan.columns == 0
@@ -62,8 +62,8 @@ struct SlabMaps {
     int column_fuse = 0;  // 1: (column, channel) fused into the first dimension
 };
 
-// False where the tensor cannot be described (strides that are not multiples of 16 bytes, boxes too large) or the driver
-// is too old; the caller then takes the portable kernels.
+// False where the tensor cannot be described (strides that are not multiples of 16 bytes, boxes too large) or the
+// driver is too old; the caller then takes the portable kernels.
 bool make_slab_maps(const ImageArg& image, const ScanShape& shape, const SlabPlan& plan, DType dtype, SlabMaps& maps);
 
 }  // namespace gm

@@ -15,7 +15,8 @@ Encode find_encoder() {
         cudaDriverEntryPointQueryResult result{};
         const cudaError_t error =
             cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result);
-        return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(entry) : nullptr;
+        return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(entry)
+                                                                             : nullptr;
     }();
     return encoder;
 }
@@ -42,7 +43,8 @@ bool encode(CUtensorMap& map, const ImageArg& image, DType dtype, int64_t elemen
         boxes[i] = static_cast<cuuint32_t>(box[i]);
     }
     if (box[0] * element % 16 != 0 || reinterpret_cast<uintptr_t>(image.ptr) % 16 != 0) return false;
-    const CUtensorMapDataType type = dtype == DType::kHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    const CUtensorMapDataType type =
+        dtype == DType::kHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     return find_encoder()(&map, type, kRank, image.ptr, dims, steps, boxes, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
                           CU_TENSOR_MAP_SWIZZLE_NONE, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
@@ -95,8 +97,8 @@ bool takes(const ScanShape& s, const ImageArg& z, const ParamArg& norm_weight, D
 }
 
 template <int kCount>
-bool make_maps(const ImageArg* const (&images)[kCount], CUtensorMap* const (&maps)[kCount], SlabMapKind (&kinds)[kCount],
-               const ScanShape& s, const SlabPlan& plan, DType dtype) {
+bool make_maps(const ImageArg* const (&images)[kCount], CUtensorMap* const (&maps)[kCount],
+               SlabMapKind (&kinds)[kCount], const ScanShape& s, const SlabPlan& plan, DType dtype) {
     for (int i = 0; i < kCount; ++i) {
         SlabMaps found;
         if (!make_slab_maps(*images[i], s, plan, dtype, found)) return false;
@@ -123,8 +125,8 @@ bool prepare_grouped_scan_bwd_sm90(const ScanBwdArgs& scan, DType dtype, ScanBwd
     args.plan = plan_slabs(s.height, s.width, s.lanes);
     if (!slabs_follow_path(args.plan, s.height, s.width)) return false;
     args.scan = scan;
-    return make_maps<5>({&scan.u, &scan.z, &scan.dy, &scan.du, &scan.dz}, {args.u, args.z, args.dy, args.du, args.dz}, args.kind,
-                        s, args.plan, dtype);
+    return make_maps<5>({&scan.u, &scan.z, &scan.dy, &scan.du, &scan.dz}, {args.u, args.z, args.dy, args.du, args.dz},
+                        args.kind, s, args.plan, dtype);
 }
 
 }  // namespace gm

@@ -41,19 +41,21 @@ struct Coordinates {  // of a box's first element, fastest dimension first
     int c0, c1, c2, c3, c4;
 };
 
-__device__ __forceinline__ void tma_load(uint32_t shared, const CUtensorMap* map, const Coordinates& c, uint32_t barrier) {
+__device__ __forceinline__ void tma_load(uint32_t shared, const CUtensorMap* map, const Coordinates& c,
+                                         uint32_t barrier) {
     asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(
-            shared),
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], "
+        "[%2];" ::"r"(shared),
         "l"(map), "r"(barrier), "r"(c.c0), "r"(c.c1), "r"(c.c2), "r"(c.c3), "r"(c.c4)
         : "memory");
 }
 
 // Elements of the box outside the tensor are not written.
 __device__ __forceinline__ void tma_store(uint32_t shared, const CUtensorMap* map, const Coordinates& c) {
-    asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%1, {%2, %3, %4, %5, %6}], [%0];" ::"r"(shared),
-                 "l"(map), "r"(c.c0), "r"(c.c1), "r"(c.c2), "r"(c.c3), "r"(c.c4)
-                 : "memory");
+    asm volatile(
+        "cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%1, {%2, %3, %4, %5, %6}], [%0];" ::"r"(shared),
+        "l"(map), "r"(c.c0), "r"(c.c1), "r"(c.c2), "r"(c.c3), "r"(c.c4)
+        : "memory");
 }
 
 __device__ __forceinline__ void tma_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }

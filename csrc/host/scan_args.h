@@ -18,14 +18,15 @@ inline ScanSizes check_scan(const Tensor& u, const Tensor& dt, const Tensor& A, 
     GM_CHECK(u.dim() == 5, "u must be (batch, H, W, G, D), got ", show(shape_of(u)));
     GM_CHECK(A.dim() == 3, "A must be (G, D, N), got ", show(shape_of(A)));
     GM_CHECK(!dt_weight || dt_weight->dim() == 3, "dt_weight must be (G, D, R)");
-    const ScanSizes s{u.size(0), u.size(1), u.size(2), u.size(3), u.size(4), A.size(2), dt_weight ? dt_weight->size(2) : 0};
+    const ScanSizes s{
+        u.size(0), u.size(1), u.size(2), u.size(3), u.size(4), A.size(2), dt_weight ? dt_weight->size(2) : 0};
     GM_CHECK(s.states >= 1 && s.states <= 256, "A must have 1 to 256 states, got ", s.states);
     GM_CHECK(s.groups >= 1 && s.dim >= 1, "u must have at least one group and one channel, got ", show(shape_of(u)));
     GM_CHECK(!dt_weight || s.rank >= 1, "dt_weight must have a rank of at least 1");
     GM_CHECK(s.tokens() <= INT32_MAX, "H * W must be below 2^31, got ", s.tokens());
     GM_CHECK(chunk >= 1, "chunk must be positive, got ", chunk);
-    GM_CHECK(static_cast<int64_t>(directions.size()) == s.groups, "directions must name one direction a group (", s.groups,
-             "), got ", directions.size());
+    GM_CHECK(static_cast<int64_t>(directions.size()) == s.groups, "directions must name one direction a group (",
+             s.groups, "), got ", directions.size());
     for (const int64_t code : directions) GM_CHECK(code >= 0 && code <= 3, "a direction must be 0 to 3, got ", code);
     const Shape per_channel{s.groups, s.dim}, image = shape_of(u);
     Shape tokens(image.begin(), image.end() - 1);

@@ -40,8 +40,8 @@ std::string message(const Parts&... parts) {
 
 // GM_CHECK(n > 0, "n must be positive, got ", n): raised in Python as RuntimeError. The Python layer has already turned
 // what a user can get wrong into a TypeError or ValueError; these repeat the invariant for callers of the raw op.
-#define GM_CHECK(condition, ...)                                                       \
-    do {                                                                               \
+#define GM_CHECK(condition, ...)                                                                 \
+    do {                                                                                         \
         if (!(condition)) throw std::runtime_error("groupmamba: " + ::gm::message(__VA_ARGS__)); \
     } while (0)
 
@@ -82,9 +82,8 @@ inline Tensor empty_strided(const Shape& sizes, const Shape& strides, ScalarType
     GM_TORCH_CALL(aoti_torch_get_device_type(device_of.get(), &device_type));
     GM_TORCH_CALL(aoti_torch_get_device_index(device_of.get(), &device_index));
     dtype_code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-    GM_TORCH_CALL(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                           strides.data(), dtype_code, device_type, device_index,
-                                                           &handle));
+    GM_TORCH_CALL(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype_code,
+                                           device_type, device_index, &handle));
     return Tensor(handle);
 }
 

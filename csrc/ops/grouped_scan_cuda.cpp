@@ -43,7 +43,8 @@ std::tuple<Tensor, Tensor> grouped_selective_scan_fwd(Tensor u, Tensor dt, Tenso
                                                       OptTensor norm_weight, OptTensor norm_bias, OptTensor gate,
                                                       std::vector<int64_t> directions, bool softplus, double norm_eps,
                                                       int64_t chunk, bool save_states) {
-    const ScanSizes s = check_scan(u, dt, A, B, C, D, dt_weight, dt_bias, z, norm_weight, norm_bias, gate, directions, chunk);
+    const ScanSizes s =
+        check_scan(u, dt, A, B, C, D, dt_weight, dt_bias, z, norm_weight, norm_bias, gate, directions, chunk);
     ScanFwdArgs args;
     args.shape = scan_shape(s, directions, softplus, norm_eps);
     check_chunk(args.shape, chunk);
@@ -51,8 +52,8 @@ std::tuple<Tensor, Tensor> grouped_selective_scan_fwd(Tensor u, Tensor dt, Tenso
     const CudaContext context(u);
 
     Tensor y = empty_image_like(u);
-    Tensor states = save_states ? empty(states_shape(s, chunk), ScalarType::Float, u)
-                                : empty_absent(ScalarType::Float, u);
+    Tensor states =
+        save_states ? empty(states_shape(s, chunk), ScalarType::Float, u) : empty_absent(ScalarType::Float, u);
     if (s.batch == 0 || s.tokens() == 0) return {y, states};
 
     u = canonical_image(u), dt = canonical_image(dt), B = canonical_image(B), C = canonical_image(C);
@@ -72,8 +73,8 @@ std::tuple<Tensor, Tensor> grouped_selective_scan_fwd(Tensor u, Tensor dt, Tenso
         args.carry = static_cast<float*>(scratch.data_ptr());
     }
     const int64_t size = static_cast<int64_t>(u.element_size());
-    args.shape.aligned = s.dim % kVec == 0 && allows_vectors(args.u, size) && allows_vectors(args.z, size) && allows_vectors(args.y, size) &&
-                            (s.rank > 0 || allows_vectors(args.dt, size));
+    args.shape.aligned = s.dim % kVec == 0 && allows_vectors(args.u, size) && allows_vectors(args.z, size) &&
+                         allows_vectors(args.y, size) && (s.rank > 0 || allows_vectors(args.dt, size));
     args.shape.threads = scan_fwd_threads(args.shape.lanes, s.tokens());
     ScanFwdSm90Args sm90_args;
     const bool sm90 = prepare_grouped_scan_fwd_sm90(args, dtype, sm90_args);
@@ -83,13 +84,15 @@ std::tuple<Tensor, Tensor> grouped_selective_scan_fwd(Tensor u, Tensor dt, Tenso
     return {y, states};
 }
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Gradients =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Gradients grouped_selective_scan_bwd(Tensor dy, Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, OptTensor D,
                                      OptTensor dt_weight, OptTensor dt_bias, OptTensor z, OptTensor norm_weight,
-                                     OptTensor norm_bias, OptTensor gate, Tensor states, std::vector<int64_t> directions,
-                                     bool softplus, double norm_eps, int64_t chunk) {
-    const ScanSizes s = check_scan(u, dt, A, B, C, D, dt_weight, dt_bias, z, norm_weight, norm_bias, gate, directions, chunk);
+                                     OptTensor norm_bias, OptTensor gate, Tensor states,
+                                     std::vector<int64_t> directions, bool softplus, double norm_eps, int64_t chunk) {
+    const ScanSizes s =
+        check_scan(u, dt, A, B, C, D, dt_weight, dt_bias, z, norm_weight, norm_bias, gate, directions, chunk);
     check_image(dy, "dy", shape_of(u), u);
     check_shape(states, "states", states_shape(s, chunk));
     ScanBwdArgs args;
@@ -106,15 +109,18 @@ Gradients grouped_selective_scan_bwd(Tensor dy, Tensor u, Tensor dt, Tensor A, T
     Tensor dnorm_bias = empty_like_or_absent(norm_bias, u), dgate = empty_like_or_absent(gate, u);
     const Gradients gradients{du, ddt, dA, dB, dC, dD, ddt_weight, ddt_bias, dz, dnorm_weight, dnorm_bias, dgate};
     if (s.batch == 0 || s.tokens() == 0) {
-        for (Tensor* t : {&dA, &dD, &ddt_weight, &ddt_bias, &dnorm_weight, &dnorm_bias, &dgate}) torch::stable::zero_(*t);
+        for (Tensor* t : {&dA, &dD, &ddt_weight, &ddt_bias, &dnorm_weight, &dnorm_bias, &dgate})
+            torch::stable::zero_(*t);
         return gradients;
     }
 
-    dy = canonical_image(dy), u = canonical_image(u), dt = canonical_image(dt), B = canonical_image(B), C = canonical_image(C);
+    dy = canonical_image(dy), u = canonical_image(u), dt = canonical_image(dt), B = canonical_image(B),
+    C = canonical_image(C);
     if (z) z = canonical_image(*z);
     if (!states.is_contiguous()) states = torch::stable::contiguous(states);
     ParamHolder param;
-    args.dy = image_arg(dy), args.u = image_arg(u), args.dt = image_arg(dt), args.B = image_arg(B), args.C = image_arg(C);
+    args.dy = image_arg(dy), args.u = image_arg(u), args.dt = image_arg(dt), args.B = image_arg(B),
+    args.C = image_arg(C);
     args.du = image_arg(du), args.ddt = image_arg(ddt), args.dB = image_arg(dB), args.dC = image_arg(dC);
     if (z) args.z = image_arg(*z), args.dz = image_arg(dz);
     args.A = param(A), args.D = param(D), args.dt_weight = param(dt_weight), args.dt_bias = param(dt_bias);
@@ -128,9 +134,10 @@ Gradients grouped_selective_scan_bwd(Tensor dy, Tensor u, Tensor dt, Tensor A, T
         args.carry = static_cast<float*>(scratch.data_ptr());
     }
     const int64_t size = static_cast<int64_t>(u.element_size());
-    args.shape.aligned = s.dim % kVec == 0 && allows_vectors(args.u, size) && allows_vectors(args.z, size) && allows_vectors(args.dy, size) &&
-                            allows_vectors(args.du, size) && allows_vectors(args.dz, size) &&
-                            (s.rank > 0 || (allows_vectors(args.dt, size) && allows_vectors(args.ddt, size)));
+    args.shape.aligned = s.dim % kVec == 0 && allows_vectors(args.u, size) && allows_vectors(args.z, size) &&
+                         allows_vectors(args.dy, size) && allows_vectors(args.du, size) &&
+                         allows_vectors(args.dz, size) &&
+                         (s.rank > 0 || (allows_vectors(args.dt, size) && allows_vectors(args.ddt, size)));
     ScanBwdSm90Args sm90_args;
     const bool sm90 = prepare_grouped_scan_bwd_sm90(args, dtype, sm90_args);
     args.shape.threads =
