@@ -26,6 +26,8 @@ struct PartialRow {
           dgate(dscale + 1) {}
 };
 
+// 0 blocks an SM: ptxas chooses the registers, up to 168, for three blocks or more. Pointers to single elements need
+// more, and there its choice would spill some; a bound of two blocks lets it use what it needs.
 template <class T, int kVecs, bool kAligned, bool kGroupsAligned>
 __global__ void __launch_bounds__(kNormThreads, kAligned ? 0 : 2)
     modulated_layer_norm_bwd_kernel(const __grid_constant__ ModulatedBwdArgs args) {

@@ -10,6 +10,8 @@
 namespace gm {
 namespace {
 
+// 0 blocks an SM: ptxas chooses the registers, 40 to 64. Pointers to single elements and the widest rows need more, and
+// there its choice would spill some; a bound of two blocks lets it use what it needs.
 template <class T, int kVecs, bool kAligned, bool kGroupsAligned>
 __global__ void __launch_bounds__(kNormThreads, kAligned&& kVecs < 8 ? 0 : 2)
     modulated_layer_norm_fwd_kernel(const __grid_constant__ ModulatedFwdArgs args) {
