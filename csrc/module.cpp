@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Python module `_C`: what was built. No torch header here: the module depends on one Python, the op library on
-// none, and TORCH_TARGET_VERSION must not be seen by a translation unit that includes pybind11.
+// The Python module `_C`: what was built, and how the CUDA kernels would be launched. No torch header here: the module
+// depends on one Python, the op library on none, and TORCH_TARGET_VERSION must not be seen by a translation unit that
+// includes pybind11.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,10 +12,13 @@
 
 #include "build_facts.h"
 #include "cpu/capability.h"
+#include "cuda/conv_plan.h"
+#include "cuda/norm_plan.h"
 #include "cuda/scan_plan.h"
 #include "kernel_count.h"
 
 namespace py = pybind11;
+using namespace py::literals;
 
 namespace {
 
@@ -30,36 +34,59 @@ py::dict build_info() {
     return info;
 }
 
-// Block shapes of the scan's CUDA kernels for one image of `tokens` tokens and `dim` channels a group.
-py::dict grouped_selective_scan_plan(int dim, int64_t tokens, int states, int element_size) {
-    if (dim < 1 || dim > gm::kMaxScanDim) {
-        throw std::invalid_argument("dim must be in [1, " + std::to_string(gm::kMaxScanDim) + "], got " +
-                                    std::to_string(dim));
-    }
-    if (states < 1 || states > gm::kMaxStates) {
-        throw std::invalid_argument("states must be in [1, " + std::to_string(gm::kMaxStates) + "], got " +
-                                    std::to_string(states));
-    }
-    if (tokens < 0) throw std::invalid_argument("tokens must not be negative, got " + std::to_string(tokens));
-    if (element_size != 2 && element_size != 4) {
-        throw std::invalid_argument("element_size must be 2 or 4, got " + std::to_string(element_size));
-    }
+void check_range(const char* name, int64_t value, int64_t low, int64_t high) {
+    if (low <= value && value <= high) return;
+    throw std::invalid_argument(std::string(name) + " must be in [" + std::to_string(low) + ", " +
+                                std::to_string(high) + "], got " + std::to_string(value));
+}
+
+// The kernels for any architecture, dtype of `element_size` bytes and number of states.
+py::dict grouped_selective_scan_plan(int64_t tokens, int dim, int states, int element_size) {
+    check_range("tokens", tokens, 1, INT32_MAX);
+    check_range("dim", dim, 1, gm::kMaxScanDim);
+    check_range("states", states, 1, gm::kMaxStates);
+    check_range("element_size", element_size, 2, 4);
     const int lanes = gm::scan_lanes(dim);
-    py::dict plan;
-    plan["lanes"] = lanes;
-    plan["forward_threads"] = gm::scan_fwd_threads(lanes, tokens);
-    plan["forward_tokens_per_thread"] = gm::kFwdTokens;
-    plan["backward_threads"] = gm::scan_bwd_threads(lanes, tokens, states == 1, element_size);
-    plan["backward_tokens_per_thread"] = gm::bwd_tokens(states == 1, element_size);
-    return plan;
+    return py::dict("lanes"_a = lanes, "forward_threads"_a = gm::scan_fwd_threads(lanes, tokens),
+                    "forward_tokens_per_thread"_a = gm::kFwdTokens,
+                    "backward_threads"_a = gm::scan_bwd_threads(lanes, tokens, states == 1, element_size),
+                    "backward_tokens_per_thread"_a = gm::bwd_tokens(states == 1, element_size));
+}
+
+py::dict depthwise_conv3x3_plan(int64_t batch, int height, int width, int groups, int dim) {
+    check_range("batch", batch, 1, INT32_MAX);
+    check_range("height", height, 1, INT32_MAX);
+    check_range("width", width, 1, INT32_MAX);
+    check_range("groups", groups, 1, INT32_MAX);
+    check_range("dim", dim, 1, INT32_MAX);
+    const gm::ConvFwdPlan forward = gm::conv_fwd_plan(batch, height, width, groups, dim);
+    const gm::ConvBwdPlan backward = gm::conv_bwd_plan(batch, height, width, groups, dim);
+    return py::dict("forward_threads"_a = forward.threads, "forward_rows"_a = forward.rows,
+                    "forward_strips"_a = forward.strips, "backward_threads"_a = backward.threads,
+                    "backward_rows"_a = backward.rows, "backward_strips"_a = backward.strips,
+                    "backward_images"_a = backward.images);
+}
+
+// Of the forward passes of layer_norm_pool and modulated_layer_norm.
+py::dict layer_norm_plan(int64_t batch, int64_t tokens, int dim) {
+    check_range("batch", batch, 1, INT32_MAX);
+    check_range("tokens", tokens, 1, INT32_MAX);
+    check_range("dim", dim, 1, INT32_MAX);
+    const gm::NormPlan plan = gm::norm_plan(batch, tokens, dim, gm::kNormFwdBlocks);
+    return py::dict("lanes"_a = plan.lanes, "vectors"_a = plan.vecs, "strip_tokens"_a = plan.strip_tokens,
+                    "strips"_a = plan.strips);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "What the libraries of groupmamba_ext were built for.";
+    m.doc() = "What the libraries of groupmamba_ext were built for, and how the CUDA kernels are launched.";
     m.def("build_info", &build_info, "A dict; groupmamba_ext.build_info() documents its keys.");
-    m.def("grouped_selective_scan_plan", &grouped_selective_scan_plan, py::arg("dim"), py::arg("tokens"),
-          py::arg("states") = 1, py::arg("element_size") = 2,
-          "Lanes that share a token, threads of a block and tokens of a thread in the CUDA kernels.");
+    m.def("grouped_selective_scan_plan", &grouped_selective_scan_plan, "tokens"_a, "dim"_a, "states"_a = 1,
+          "element_size"_a = 2, "Lanes that share a token, threads of a block, tokens of a thread.");
+    m.def("depthwise_conv3x3_plan", &depthwise_conv3x3_plan, "batch"_a, "height"_a, "width"_a, "groups"_a, "dim"_a,
+          "Threads of a block, rows of a strip, strips of an image, images of a backward block.");
+    m.def(
+        "layer_norm_plan", &layer_norm_plan, "batch"_a, "tokens"_a, "dim"_a,
+        "Lanes that share a token, 4-channel vectors of a lane (0: wide rows), tokens of a strip, strips of an image.");
 }

@@ -122,14 +122,23 @@ def build_info() -> dict[str, Any]:
     return _find()[1].build_info()
 
 
-def scan_launch_plan(dim: int, tokens: int, states: int = 1, element_size: int = 2) -> dict[str, int]:
-    """Block shapes of the scan's CUDA kernels for images of ``tokens`` tokens and ``dim`` channels a group.
+def launch_plan(op: str, **sizes: int) -> dict[str, int]:
+    """How the CUDA kernels of ``op`` divide an image; their variants for sm_90 and newer divide it differently.
+
+    Args:
+        op: ``"grouped_selective_scan"`` with sizes ``tokens``, ``dim`` (a group's channels), ``states=1`` and
+            ``element_size=2``; ``"depthwise_conv3x3"`` with ``batch``, ``height``, ``width``, ``groups``, ``dim``;
+            ``"layer_norm"`` with ``batch``, ``tokens``, ``dim``.
 
     Raises:
-        ValueError: sizes that the kernels do not take.
+        ValueError: another ``op``, or sizes that its kernels do not take.
         RuntimeError: the libraries are not installed; the message names the cure.
     """
-    return _find()[1].grouped_selective_scan_plan(dim, tokens, states, element_size)
+    module = _find()[1]
+    ops = [name.removesuffix("_plan") for name in dir(module) if name.endswith("_plan")]
+    if op not in ops:
+        raise ValueError(f"op must be one of {ops}, got {op!r}")
+    return getattr(module, f"{op}_plan")(**sizes)
 
 
 def runs_on(architectures: list[str], major: int, minor: int) -> bool:
