@@ -44,4 +44,41 @@ STABLE_TORCH_LIBRARY(groupmamba, m) {
     m.def(
         "modulated_layer_norm_bwd(Tensor dy, Tensor o, Tensor x, Tensor scale, Tensor? gate, Tensor weight, "
         "float eps) -> (Tensor do, Tensor dx, Tensor dscale, Tensor dgate, Tensor dweight, Tensor dbias)");
+
+    // The layer on CUDA, variants released and fused; x (batch, H, W, C), D = C / G channels a group, E scanned ones, N
+    // states, R step features; Dp, Ep, Fp: D, E and R + 2 N rounded up to multiples of 8, pads zero. gate_scan
+    // puts the gate (batch, G, E) into the scan (and pads it); else the merge takes it, (batch, G, D). Without
+    // fc1_weight there is no gate: (0,). Group-major images are stored (G, batch, H, W, .).
+    //   y (batch, H, W, G, Ep): group-major, with gate_scan token-major      xn (batch, H, W, G, Dp) group-major
+    //   pooled (batch, C), hidden (batch, C'), states: float32               uz (G, T, 2 Ep), u (G, T, Ep)
+    //   features (G, T, Fp): dt, B, C                                        T = batch * H * W
+    m.def(
+        "grouped_mamba_fwd(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor? fc1_weight, Tensor? fc1_bias, "
+        "Tensor? fc2_weight, Tensor? fc2_bias, Tensor in_proj_weight, Tensor conv_weight, Tensor conv_bias, "
+        "Tensor x_proj_weight, Tensor dt_weight, Tensor dt_bias, Tensor A_log, Tensor D, Tensor out_norm_weight, "
+        "Tensor out_norm_bias, int[] directions, float eps, float norm_eps, int chunk, bool gate_scan, "
+        "bool save_states) -> (Tensor y, Tensor xn, Tensor gate, Tensor pooled, Tensor hidden, Tensor uz, Tensor u, "
+        "Tensor features, Tensor states)");
+    m.def(
+        "grouped_mamba_bwd(Tensor dy, Tensor? dxn, Tensor? dgate, Tensor x, Tensor norm_weight, "
+        "Tensor? fc1_weight, Tensor? fc1_bias, Tensor? fc2_weight, Tensor? fc2_bias, Tensor in_proj_weight, "
+        "Tensor conv_weight, Tensor conv_bias, Tensor x_proj_weight, Tensor dt_weight, Tensor dt_bias, Tensor A_log, "
+        "Tensor D, Tensor out_norm_weight, Tensor out_norm_bias, Tensor xn, Tensor gate, Tensor pooled, "
+        "Tensor hidden, Tensor uz, Tensor u, Tensor features, Tensor states, int[] directions, float eps, "
+        "float norm_eps, int chunk, bool gate_scan) -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, "
+        "Tensor dfc1_weight, Tensor dfc1_bias, Tensor dfc2_weight, Tensor dfc2_bias, Tensor din_proj_weight, "
+        "Tensor dconv_weight, Tensor dconv_bias, Tensor dx_proj_weight, Tensor ddt_weight, Tensor ddt_bias, "
+        "Tensor dA_log, Tensor dD, Tensor dout_norm_weight, Tensor dout_norm_bias)");
+
+    // With out_proj_weight (G, D, E): proj(LayerNorm(out_proj(y) * skip_scale * xn * gate)); without: proj(y), and o,
+    // mixed are (0,). o (batch, H, W, G, Dp) group-major, mixed (batch, H, W, G, Dp).
+    m.def(
+        "grouped_merge_fwd(Tensor y, Tensor xn, Tensor? gate, Tensor? out_proj_weight, Tensor? skip_scale, "
+        "Tensor norm_weight, Tensor norm_bias, Tensor proj_weight, Tensor proj_bias, float eps) "
+        "-> (Tensor out, Tensor o, Tensor mixed)");
+    m.def(
+        "grouped_merge_bwd(Tensor dout, Tensor y, Tensor xn, Tensor? gate, Tensor? out_proj_weight, "
+        "Tensor? skip_scale, Tensor norm_weight, Tensor proj_weight, Tensor proj_bias, Tensor o, Tensor mixed, "
+        "float eps) -> (Tensor dy, Tensor dxn, Tensor dgate, Tensor dout_proj_weight, "
+        "Tensor dskip_scale, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dproj_weight, Tensor dproj_bias)");
 }

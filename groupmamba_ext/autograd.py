@@ -6,7 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_ops = torch.ops.groupmamba
+from groupmamba_ext import layer_ops
+from groupmamba_ext.dispatch import call_backward, define
 
 
 def _empty_image(like: Tensor) -> Tensor:
@@ -81,7 +82,7 @@ def _scan_backward(ctx, dy, _dstates):
     if not ctx.saved_states:
         raise RuntimeError("grouped_selective_scan: backward needs a forward run with save_states=True")
     *tensors, states = ctx.saved_tensors
-    grads = _ops.grouped_selective_scan_bwd(dy, *tensors, states, *ctx.scalars)
+    grads = call_backward("grouped_selective_scan", dy, *tensors, states, *ctx.scalars)
     return (*(g if t is not None else None for g, t in zip(grads, tensors, strict=True)), None, None, None, None, None)
 
 
@@ -105,7 +106,7 @@ def _conv_setup(ctx, inputs, output):
 
 def _conv_backward(ctx, dy):
     x, weight, bias = ctx.saved_tensors
-    dx, dweight, dbias = _ops.depthwise_conv3x3_bwd(dy, x, weight, bias, ctx.activation)
+    dx, dweight, dbias = call_backward("depthwise_conv3x3", dy, x, weight, bias, ctx.activation)
     return dx, dweight, None if bias is None else dbias, None
 
 
@@ -130,7 +131,7 @@ def _pool_setup(ctx, inputs, output):
 
 def _pool_backward(ctx, dxn, dpooled):
     x, weight = ctx.saved_tensors
-    dx, dweight, dbias = _ops.layer_norm_pool_bwd(dxn, dpooled, x, weight, ctx.eps)
+    dx, dweight, dbias = call_backward("layer_norm_pool", dxn, dpooled, x, weight, ctx.eps)
     return dx, dweight, dbias.to(ctx.bias_dtype), None
 
 
@@ -156,21 +157,13 @@ def _modulated_setup(ctx, inputs, output):
 
 def _modulated_backward(ctx, dy):
     o, x, scale, gate, weight = ctx.saved_tensors
-    do, dx, dscale, dgate, dweight, dbias = _ops.modulated_layer_norm_bwd(dy, o, x, scale, gate, weight, ctx.eps)
+    do, dx, dscale, dgate, dweight, dbias = call_backward(
+        "modulated_layer_norm", dy, o, x, scale, gate, weight, ctx.eps
+    )
     return do, dx, dscale, None if gate is None else dgate, dweight, dbias.to(ctx.bias_dtype), None
 
 
 # registration ------------------------------------------------------------------------------
-
-
-def _no_double_backward(name: str):
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            f"groupmamba_ext.{name}: second derivatives are not implemented by the compiled op; "
-            "use `with groupmamba_ext.backend('reference')` for them"
-        )
-
-    return backward
 
 
 _OPS = {
@@ -182,10 +175,6 @@ _OPS = {
 
 
 def register() -> None:
-    """Registers fakes and gradients with torch.library. A second derivative raises: torch alone would only warn."""
-    for name, (fake, setup, backward, backward_fake) in _OPS.items():
-        forward_op, backward_op = f"groupmamba::{name}_fwd", f"groupmamba::{name}_bwd"
-        torch.library.register_fake(forward_op, fake)
-        torch.library.register_fake(backward_op, backward_fake)
-        torch.library.register_autograd(forward_op, backward, setup_context=setup)
-        torch.library.register_autograd(backward_op, _no_double_backward(name))
+    """Gives every op its fakes and gradients; runs once, after the library is loaded."""
+    for name, formulas in (_OPS | layer_ops.OPS).items():
+        define(name, *formulas)

@@ -12,6 +12,7 @@ from torch import Tensor
 from groupmamba_ext import reference
 from groupmamba_ext._checks import Arguments, last_size
 from groupmamba_ext.backend import use_native
+from groupmamba_ext.dispatch import call
 
 DIRECTIONS = reference.DIRECTIONS
 ACTIVATIONS = (None, "silu", "gelu")
@@ -160,9 +161,7 @@ def _native_scan(u, dt, A, B, C, D, dt_weight, dt_bias, z, norm_weight, norm_bia
     tensors = (u, dt, A, B, C, D, dt_weight, dt_bias, z, norm_weight, norm_bias, gate)
     save_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     chunk = chunk_tokens(u.shape[-1], u.device.type)
-    y, _ = torch.ops.groupmamba.grouped_selective_scan_fwd(
-        *tensors, codes, softplus, float(norm_eps), chunk, save_states
-    )
+    y, _ = call("grouped_selective_scan", *tensors, codes, softplus, float(norm_eps), chunk, save_states)
     return y
 
 
@@ -245,7 +244,8 @@ def depthwise_conv3x3(
     if not use_native(x, op):
         return reference.depthwise_conv3x3(x, weight, bias, activation=activation)
     image = x if x.dim() == 5 else x.unsqueeze(3)
-    y = torch.ops.groupmamba.depthwise_conv3x3_fwd(
+    y = call(
+        "depthwise_conv3x3",
         image,
         weight.reshape(groups, dim, 3, 3),
         None if bias is None else bias.reshape(groups, dim),
@@ -279,7 +279,7 @@ def layer_norm_pool(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) 
     args.eps("eps", eps)
     if not use_native(x, op):
         return reference.layer_norm_pool(x, weight, bias, eps)
-    return torch.ops.groupmamba.layer_norm_pool_fwd(x, weight, bias, float(eps))
+    return call("layer_norm_pool", x, weight, bias, float(eps))
 
 
 def modulated_layer_norm(
@@ -331,4 +331,4 @@ def modulated_layer_norm(
     if not use_native(x, op):
         return reference.modulated_layer_norm(o, x, scale, weight, bias, gate=gate, eps=eps)
     grouped = o if o.dim() == 5 else o.unsqueeze(3)
-    return torch.ops.groupmamba.modulated_layer_norm_fwd(grouped, x, scale, gate, weight, bias, float(eps))
+    return call("modulated_layer_norm", grouped, x, scale, gate, weight, bias, float(eps))

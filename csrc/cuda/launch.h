@@ -18,5 +18,10 @@ cudaError_t launch_layer_norm_pool_bwd(const PoolBwdArgs& args, DType dtype, cud
 cudaError_t launch_modulated_layer_norm_fwd(const ModulatedFwdArgs& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_modulated_layer_norm_bwd(const ModulatedBwdArgs& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_reduce_columns(const ReduceArgs& args, DType dtype, cudaStream_t stream);
+cudaError_t launch_column_sums(const ColumnSumArgs& args, DType dtype, cudaStream_t stream);
+cudaError_t launch_pack_parameters(const PackArgs& args, DType dtype, cudaStream_t stream);
+cudaError_t launch_sum_parameters(const SumArgs& args, DType dtype, cudaStream_t stream);
+cudaError_t launch_channel_affinity_fwd(const AffinityArgs& args, DType dtype, cudaStream_t stream);
+cudaError_t launch_channel_affinity_bwd(const AffinityArgs& args, DType dtype, cudaStream_t stream);
 
 }  // namespace gm

@@ -3,11 +3,11 @@
 // both.
 //
 //   n = (x - mean) / sqrt(variance + eps) over C;  xn = n weight + bias;  pooled = mean over H, W of xn before rounding
-//   g = dxn + dpooled / (H W);  h = g weight;  dx = (h - mean(h) - n mean(h n)) / sqrt(variance + eps)
+//   g = dxn [+ dxn_more] + dpooled / (H W);  h = g weight;  dx = (h - mean(h) - n mean(h n)) / sqrt(variance + eps)
 //   dweight = sum g n,  dbias = sum g
 //
-// One read of the inputs and one write. Sums over tokens leave the block as one row a strip, which
-// launch_reduce_columns adds.
+// One read of the inputs and one write. xn and its gradients may be grouped and padded where x is not. Sums over tokens
+// leave the block as one row a strip, which launch_reduce_columns adds.
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "cuda/launch_kernel.cuh"
@@ -16,108 +16,108 @@
 namespace gm {
 namespace {
 
-template <class T, int kVecs, bool kAligned>
+template <class T, int kVecs>
 __global__ void __launch_bounds__(kNormThreads) layer_norm_pool_fwd_kernel(const __grid_constant__ PoolFwdArgs args) {
-    using Tile = RowTile<kVecs, kAligned>;
+    using Tile = RowTile<kVecs>;
     enum { kWeight, kBias };
-    __shared__ ChannelRows<2, Tile::kWidth> table;
+    __shared__ SlotRows<2, Tile::kWidth> table;
     __shared__ alignas(16) float sums[kNormWarps][Tile::kWidth];
+    __shared__ VectorOffsets<kVecs> x_offsets, xn_offsets;
     const NormShape& s = args.shape;
     const Strip strip(s, args.plan);
     Tile tile(s, args.plan);
-    table.fill(s.dim, [&](int c, float(&row)[2]) {
+    table.fill(s, [&](int c, float(&row)[2]) {
         row[kWeight] = load_param<T>(args.weight, c);
         row[kBias] = load_param<T>(args.bias, c);
     });
+    Cursor<const T, kVecs> x_in(args.x, s, strip, tile, x_offsets);
+    Cursor<T, kVecs> xn_out(args.xn, s, strip, tile, xn_offsets);
     __syncthreads();
-    Cursor<const T> x_in(args.x, strip, tile, tile.channel(0));
-    Cursor<T> xn_out(args.xn, strip, tile, tile.channel(0));
 
-    typename Tile::Sums normed = {};
+    typename Tile::Values normed = {};
     for (int left = strip.end - strip.first; left > 0; left -= args.plan.step) {
         typename Tile::template Stored<T> stored;
         typename Tile::Values x;
-        float inverse_std[Tile::kRows];
-        tile.sweep(left);
-        tile.load([&](int r, int v) { return x_in.at(r, v); }, stored);
+        tile.step(left);
+        tile.load(x_in, stored);
         x_in.advance();
         tile.widen(stored, x);
-        tile.normalise(s.eps, x, inverse_std);
+        tile.normalise(s.eps, x);
 #pragma unroll
         for (int v = 0; v < kVecs; ++v) {
             float weight[kVec], bias[kVec];
-            table.get(kWeight, tile.channel(v), weight);
-            table.get(kBias, tile.channel(v), bias);
+            table.get(kWeight, tile.slot(v), weight);
+            table.get(kBias, tile.slot(v), bias);
 #pragma unroll
-            for (int r = 0; r < Tile::kRows; ++r)
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) {
-                    normed[v][j] += x[r][v][j];
-                    x[r][v][j] = fmaf(x[r][v][j], weight[j], bias[j]);
-                }
+            for (int j = 0; j < kVec; ++j) {
+                normed[v][j] += x[v][j];
+                x[v][j] = fmaf(x[v][j], weight[j], bias[j]);
+            }
         }
-        tile.store([&](int r, int v) { return xn_out.at(r, v); }, x);
+        tile.store(xn_out, x);
         xn_out.advance();
     }
     float* out = args.partials + strip.number * s.dim;
     const float count = strip.end - strip.first;
-    tile.block_sums(normed, sums, [&](int c, float sum) {
-        out[c] = fmaf(table.rows[kWeight][c], sum, count * table.rows[kBias][c]);
+    tile.block_sums(normed, sums, [&](int c, int slot, float sum) {
+        out[c] = fmaf(table.rows[kWeight][slot], sum, count * table.rows[kBias][slot]);
     });
 }
 
-template <class T, int kVecs, bool kAligned>
+template <class T, int kVecs>
 __global__ void __launch_bounds__(kNormThreads) layer_norm_pool_bwd_kernel(const __grid_constant__ PoolBwdArgs args) {
-    using Tile = RowTile<kVecs, kAligned>;
+    using Tile = RowTile<kVecs>;
     enum { kWeight, kPooled };
-    __shared__ ChannelRows<2, Tile::kWidth> table;
+    __shared__ SlotRows<2, Tile::kWidth> table;
     __shared__ alignas(16) float sums[kNormWarps][Tile::kWidth];
+    __shared__ VectorOffsets<kVecs> x_offsets, dxn_offsets, more_offsets, dx_offsets;
     const NormShape& s = args.shape;
     const Strip strip(s, args.plan);
     Tile tile(s, args.plan);
     const float inverse_tokens = 1.f / s.tokens;
-    table.fill(s.dim, [&](int c, float(&row)[2]) {
+    table.fill(s, [&](int c, float(&row)[2]) {
         row[kWeight] = load_param<T>(args.weight, c);
         row[kPooled] = __fmul_rn(args.dpooled[strip.batch * s.dim + c], inverse_tokens);
     });
+    Cursor<const T, kVecs> x_in(args.x, s, strip, tile, x_offsets), dxn_in(args.dxn, s, strip, tile, dxn_offsets),
+        more_in(args.dxn_more, s, strip, tile, more_offsets);
+    Cursor<T, kVecs> dx_out(args.dx, s, strip, tile, dx_offsets);
+    const bool more = args.dxn_more.ptr != nullptr;
     __syncthreads();
-    Cursor<const T> x_in(args.x, strip, tile, tile.channel(0)), dxn_in(args.dxn, strip, tile, tile.channel(0));
-    Cursor<T> dx_out(args.dx, strip, tile, tile.channel(0));
 
-    typename Tile::Sums dweight = {}, dbias = {};
+    typename Tile::Values dweight = {}, dbias = {};
     for (int left = strip.end - strip.first; left > 0; left -= args.plan.step) {
-        typename Tile::template Stored<T> x_stored, dxn_stored;
+        typename Tile::template Stored<T> x_stored, dxn_stored, more_stored = {};
         typename Tile::Values normed, g;
-        float inverse_std[Tile::kRows];
-        tile.sweep(left);
-        tile.load([&](int r, int v) { return x_in.at(r, v); }, x_stored);
-        tile.load([&](int r, int v) { return dxn_in.at(r, v); }, dxn_stored);
-        x_in.advance(), dxn_in.advance();
+        tile.step(left);
+        tile.load(x_in, x_stored);
+        tile.load(dxn_in, dxn_stored);
+        if (more) tile.load(more_in, more_stored);
+        x_in.advance(), dxn_in.advance(), more_in.advance();
         tile.widen(x_stored, normed);
         tile.widen(dxn_stored, g);
-        tile.normalise(s.eps, normed, inverse_std);
+        const float inverse_std = tile.normalise(s.eps, normed);
 #pragma unroll
         for (int v = 0; v < kVecs; ++v) {
-            float weight[kVec], pooled[kVec];
-            table.get(kWeight, tile.channel(v), weight);
-            table.get(kPooled, tile.channel(v), pooled);
+            float weight[kVec], pooled[kVec], added[kVec];
+            table.get(kWeight, tile.slot(v), weight);
+            table.get(kPooled, tile.slot(v), pooled);
+            more_stored[v].widen(added);
 #pragma unroll
-            for (int r = 0; r < Tile::kRows; ++r)
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) {
-                    const float total = tile.exists[r] ? g[r][v][j] + pooled[j] : 0.f;
-                    dweight[v][j] = fmaf(total, normed[r][v][j], dweight[v][j]);
-                    dbias[v][j] += total;
-                    g[r][v][j] = __fmul_rn(total, weight[j]);
-                }
+            for (int j = 0; j < kVec; ++j) {
+                const float total = tile.exists ? g[v][j] + added[j] + pooled[j] : 0.f;
+                dweight[v][j] = fmaf(total, normed[v][j], dweight[v][j]);
+                dbias[v][j] += total;
+                g[v][j] = __fmul_rn(total, weight[j]);
+            }
         }
         tile.normalise_backward(normed, inverse_std, g);
-        tile.store([&](int r, int v) { return dx_out.at(r, v); }, g);
+        tile.store(dx_out, g);
         dx_out.advance();
     }
     float* out = args.partials + strip.number * 2 * s.dim;
-    tile.block_sums(dweight, sums, [&](int c, float sum) { out[c] = sum; });
-    tile.block_sums(dbias, sums, [&](int c, float sum) { out[s.dim + c] = sum; });
+    tile.block_sums(dweight, sums, [&](int c, int, float sum) { out[c] = sum; });
+    tile.block_sums(dbias, sums, [&](int c, int, float sum) { out[s.dim + c] = sum; });
 }
 
 // Rows beyond the registers: statistics first, a warp a token; then every thread takes a channel through all tokens.
@@ -128,21 +128,23 @@ __global__ void __launch_bounds__(kNormThreads)
     const NormShape& s = args.shape;
     const Strip strip(s, args.plan);
     const int count = strip.end - strip.first;
-    const T* x = static_cast<const T*>(args.x.ptr) + strip.batch * args.x.batch + strip.first * args.x.token;
-    T* xn = static_cast<T*>(args.xn.ptr) + strip.batch * args.xn.batch + strip.first * args.xn.token;
-    const auto value = [&](int t, int c) { return to_float(x[t * args.x.token + c]); };
+    const WideImage<const T> x(args.x, s, strip);
+    const WideImage<T> xn(args.xn, s, strip);
+    const auto value = [&](int t, int c) { return to_float(x(t, x.offset(c))); };
     for (int t = threadIdx.x >> 5; t < count; t += kNormWarps) rows.statistics(t, s.dim, s.eps, value);
     __syncthreads();
     for (int c = threadIdx.x; c < s.dim; c += kNormThreads) {
         const float weight = load_param<T>(args.weight, c), bias = load_param<T>(args.bias, c);
+        const int64_t x_at = x.offset(c), xn_at = xn.offset(c);
         float sum = 0.f;
         for (int t = 0; t < count; ++t) {
-            const float out = fmaf(rows.normed(t, value(t, c)), weight, bias);
-            xn[t * args.xn.token + c] = from_float<T>(out);
+            const float out = fmaf(rows.normed(t, to_float(x(t, x_at))), weight, bias);
+            xn(t, xn_at) = from_float<T>(out);
             sum += out;
         }
         args.partials[strip.number * s.dim + c] = sum;
     }
+    xn.clear_pads(count);
 }
 
 template <class T>
@@ -153,13 +155,13 @@ __global__ void __launch_bounds__(kNormThreads)
     const Strip strip(s, args.plan);
     const int count = strip.end - strip.first;
     const float inverse_tokens = 1.f / s.tokens;
-    const T* x = static_cast<const T*>(args.x.ptr) + strip.batch * args.x.batch + strip.first * args.x.token;
-    const T* dxn = static_cast<const T*>(args.dxn.ptr) + strip.batch * args.dxn.batch + strip.first * args.dxn.token;
-    T* dx = static_cast<T*>(args.dx.ptr) + strip.batch * args.dx.batch + strip.first * args.dx.token;
+    const WideImage<const T> x(args.x, s, strip), dxn(args.dxn, s, strip), more(args.dxn_more, s, strip);
+    const WideImage<T> dx(args.dx, s, strip);
     const float* dpooled = args.dpooled + strip.batch * s.dim;
-    const auto value = [&](int t, int c) { return to_float(x[t * args.x.token + c]); };
+    const auto value = [&](int t, int c) { return to_float(x(t, x.offset(c))); };
     const auto gradient = [&](int t, int c) {
-        return fmaf(dpooled[c], inverse_tokens, to_float(dxn[t * args.dxn.token + c]));
+        const float g = fmaf(dpooled[c], inverse_tokens, to_float(dxn(t, dxn.offset(c))));
+        return args.dxn_more.ptr == nullptr ? g : g + to_float(more(t, more.offset(c)));
     };
     for (int t = threadIdx.x >> 5; t < count; t += kNormWarps) {
         rows.statistics(t, s.dim, s.eps, value);
@@ -171,16 +173,18 @@ __global__ void __launch_bounds__(kNormThreads)
     float* out = args.partials + strip.number * 2 * s.dim;
     for (int c = threadIdx.x; c < s.dim; c += kNormThreads) {
         const float weight = load_param<T>(args.weight, c);
+        const int64_t dx_at = dx.offset(c);
         float dweight = 0.f, dbias = 0.f;
         for (int t = 0; t < count; ++t) {
             const float normed = rows.normed(t, value(t, c)), g = gradient(t, c);
-            dx[t * args.dx.token + c] = from_float<T>(rows.backward(t, g * weight, normed));
+            dx(t, dx_at) = from_float<T>(rows.backward(t, g * weight, normed));
             dweight = fmaf(g, normed, dweight);
             dbias += g;
         }
         out[c] = dweight;
         out[s.dim + c] = dbias;
     }
+    dx.clear_pads(count);
 }
 
 }  // namespace
@@ -189,9 +193,9 @@ cudaError_t launch_layer_norm_pool_fwd(const PoolFwdArgs& args, DType dtype, cud
     const int64_t blocks = args.shape.batch * args.plan.strips;
     return dispatch_dtype(dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
-        return dispatch_rows(args.plan.vecs, args.shape.aligned, [&](auto vecs, auto aligned) {
+        return dispatch_rows(args.plan.vecs, [&](auto vecs) {
             auto* kernel = layer_norm_pool_fwd_wide_kernel<T>;
-            if constexpr (vecs.value > 0) kernel = layer_norm_pool_fwd_kernel<T, vecs.value, aligned.value>;
+            if constexpr (vecs.value > 0) kernel = layer_norm_pool_fwd_kernel<T, vecs.value>;
             return launch_kernel(kernel, blocks, kNormThreads, 0, stream, args);
         });
     });
@@ -201,9 +205,9 @@ cudaError_t launch_layer_norm_pool_bwd(const PoolBwdArgs& args, DType dtype, cud
     const int64_t blocks = args.shape.batch * args.plan.strips;
     return dispatch_dtype(dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
-        return dispatch_rows(args.plan.vecs, args.shape.aligned, [&](auto vecs, auto aligned) {
+        return dispatch_rows(args.plan.vecs, [&](auto vecs) {
             auto* kernel = layer_norm_pool_bwd_wide_kernel<T>;
-            if constexpr (vecs.value > 0) kernel = layer_norm_pool_bwd_kernel<T, vecs.value, aligned.value>;
+            if constexpr (vecs.value > 0) kernel = layer_norm_pool_bwd_kernel<T, vecs.value>;
             return launch_kernel(kernel, blocks, kNormThreads, 0, stream, args);
         });
     });

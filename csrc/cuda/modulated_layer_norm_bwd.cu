@@ -10,7 +10,7 @@
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "cuda/launch_kernel.cuh"
-#include "cuda/modulated_norm_tile.cuh"
+#include "cuda/norm_tile.cuh"
 
 namespace gm {
 namespace {
@@ -26,98 +26,83 @@ struct PartialRow {
           dgate(dscale + 1) {}
 };
 
-// 0 blocks an SM: ptxas chooses the registers, up to 168, for three blocks or more. Pointers to single elements need
-// more, and there its choice would spill some; a bound of two blocks lets it use what it needs.
-template <class T, int kVecs, bool kAligned, bool kGroupsAligned>
-__global__ void __launch_bounds__(kNormThreads, kAligned ? 0 : 2)
+template <class T, int kVecs>
+__global__ void __launch_bounds__(kNormThreads)
     modulated_layer_norm_bwd_kernel(const __grid_constant__ ModulatedBwdArgs args) {
-    using Tile = RowTile<kVecs, kAligned>;
+    using Tile = RowTile<kVecs>;
     enum { kModulation, kWeight };
-    __shared__ ChannelRows<2, Tile::kWidth> table;
-    __shared__ GroupOffsets<Tile::kWidth> offsets, d_o_offsets;
+    __shared__ SlotRows<2, Tile::kWidth> table;
+    __shared__ VectorOffsets<kVecs> dy_offsets, o_offsets, x_offsets, d_o_offsets, dx_offsets;
     __shared__ alignas(16) float sums[kNormWarps][Tile::kWidth];
     const NormShape& s = args.shape;
     const Strip strip(s, args.plan);
     Tile tile(s, args.plan);
     const float scale = load_param<T>(args.scale, 0);
-    table.fill(s.dim, [&](int c, float(&row)[2]) {
+    table.fill(s, [&](int c, float(&row)[2]) {
         row[kModulation] = scale * load_param_or<T>(args.gate, strip.batch * s.dim + c, 1.f);
         row[kWeight] = load_param<T>(args.weight, c);
     });
-    offsets.fill(s, args.o.group);
-    d_o_offsets.fill(s, args.d_o.group);
+    Cursor<const T, kVecs> o_in(args.o, s, strip, tile, o_offsets), x_in(args.x, s, strip, tile, x_offsets),
+        dy_in(args.dy, s, strip, tile, dy_offsets);
+    Cursor<T, kVecs> d_o_out(args.d_o, s, strip, tile, d_o_offsets), dx_out(args.dx, s, strip, tile, dx_offsets);
     __syncthreads();
-    Cursor<const T> o_in(args.o, strip, tile, 0), x_in(args.x, strip, tile, tile.channel(0)),
-        dy_in(args.dy, strip, tile, tile.channel(0));
-    Cursor<T> d_o_out(args.d_o, strip, tile, 0), dx_out(args.dx, strip, tile, tile.channel(0));
 
-    typename Tile::Sums dweight = {}, dbias = {}, products = {};
+    typename Tile::Values dweight = {}, dbias = {}, products = {};
     for (int left = strip.end - strip.first; left > 0; left -= args.plan.step) {
         typename Tile::template Stored<T> o_stored, x_stored, dy_stored;
         typename Tile::Values normed, h;
-        float inverse_std[Tile::kRows];
-        tile.sweep(left);
-        load_groups<kGroupsAligned>(tile, o_in, offsets, o_stored);
-        tile.load([&](int r, int v) { return x_in.at(r, v); }, x_stored);
-        tile.load([&](int r, int v) { return dy_in.at(r, v); }, dy_stored);
+        tile.step(left);
+        tile.load(o_in, o_stored);
+        tile.load(x_in, x_stored);
+        tile.load(dy_in, dy_stored);
         o_in.advance(), x_in.advance(), dy_in.advance();
 #pragma unroll
         for (int v = 0; v < kVecs; ++v) {
-            float factor[kVec];
-            table.get(kModulation, tile.channel(v), factor);
+            float factor[kVec], o[kVec], x[kVec];
+            table.get(kModulation, tile.slot(v), factor);
+            o_stored[v].widen(o);
+            x_stored[v].widen(x);
 #pragma unroll
-            for (int r = 0; r < Tile::kRows; ++r) {
-                float o[kVec], x[kVec];
-                o_stored[r][v].widen(o);
-                x_stored[r][v].widen(x);
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) normed[r][v][j] = __fmul_rn(x[j], o[j] * factor[j]);
-            }
+            for (int j = 0; j < kVec; ++j) normed[v][j] = __fmul_rn(x[j], o[j] * factor[j]);
         }
-        tile.normalise(s.eps, normed, inverse_std);
+        const float inverse_std = tile.normalise(s.eps, normed);
         tile.widen(dy_stored, h);
 #pragma unroll
         for (int v = 0; v < kVecs; ++v) {
             float weight[kVec];
-            table.get(kWeight, tile.channel(v), weight);
+            table.get(kWeight, tile.slot(v), weight);
 #pragma unroll
-            for (int r = 0; r < Tile::kRows; ++r)
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) {
-                    dweight[v][j] = fmaf(h[r][v][j], normed[r][v][j], dweight[v][j]);
-                    dbias[v][j] += h[r][v][j];
-                    h[r][v][j] = __fmul_rn(h[r][v][j], weight[j]);
-                }
-        }
-        tile.normalise_backward(normed, inverse_std, h);
-        // normed and h make room for do and dx
-#pragma unroll
-        for (int v = 0; v < kVecs; ++v) {
-            float factor[kVec];
-            table.get(kModulation, tile.channel(v), factor);
-#pragma unroll
-            for (int r = 0; r < Tile::kRows; ++r) {
-                float o[kVec], x[kVec];
-                o_stored[r][v].widen(o);
-                x_stored[r][v].widen(x);
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) {
-                    const float through_o = h[r][v][j] * o[j];
-                    products[v][j] = fmaf(through_o, x[j], products[v][j]);
-                    normed[r][v][j] = h[r][v][j] * (x[j] * factor[j]);
-                    h[r][v][j] = through_o * factor[j];
-                }
+            for (int j = 0; j < kVec; ++j) {
+                dweight[v][j] = fmaf(h[v][j], normed[v][j], dweight[v][j]);
+                dbias[v][j] += h[v][j];
+                h[v][j] = __fmul_rn(h[v][j], weight[j]);
             }
         }
-        store_groups<kGroupsAligned>(tile, d_o_out, d_o_offsets, normed);
-        tile.store([&](int r, int v) { return dx_out.at(r, v); }, h);
+        tile.normalise_backward(normed, inverse_std, h);
+        // normed and h make room for do and dx; both are 0 in pads, where o and x are
+#pragma unroll
+        for (int v = 0; v < kVecs; ++v) {
+            float factor[kVec], o[kVec], x[kVec];
+            table.get(kModulation, tile.slot(v), factor);
+            o_stored[v].widen(o);
+            x_stored[v].widen(x);
+#pragma unroll
+            for (int j = 0; j < kVec; ++j) {
+                const float through_o = h[v][j] * o[j];
+                products[v][j] = fmaf(through_o, x[j], products[v][j]);
+                normed[v][j] = h[v][j] * (x[j] * factor[j]);
+                h[v][j] = through_o * factor[j];
+            }
+        }
+        tile.store(d_o_out, normed);
+        tile.store(dx_out, h);
         d_o_out.advance(), dx_out.advance();
     }
     const PartialRow out(args, strip.number);
-    tile.block_sums(dweight, sums, [&](int c, float sum) { out.dweight[c] = sum; });
-    tile.block_sums(dbias, sums, [&](int c, float sum) { out.dbias[c] = sum; });
+    tile.block_sums(dweight, sums, [&](int c, int, float sum) { out.dweight[c] = sum; });
+    tile.block_sums(dbias, sums, [&](int c, int, float sum) { out.dbias[c] = sum; });
     float dscale = 0.f;
-    tile.block_sums(products, sums, [&](int c, float sum) {
+    tile.block_sums(products, sums, [&](int c, int, float sum) {
         dscale = fmaf(load_param_or<T>(args.gate, strip.batch * s.dim + c, 1.f), sum, dscale);
         out.dgate[c] = scale * sum;
     });
@@ -133,21 +118,14 @@ __global__ void __launch_bounds__(kNormThreads, 2)
     const NormShape& s = args.shape;
     const Strip strip(s, args.plan);
     const int count = strip.end - strip.first;
-    const auto at = [&](const ImageArg& image) {
-        return static_cast<T*>(image.ptr) + strip.batch * image.batch + strip.first * image.token;
-    };
-    const T *o = at(args.o), *x = at(args.x), *dy = at(args.dy);
-    T *d_o = at(args.d_o), *dx = at(args.dx);
-    const auto in_group = [&](const ImageArg& image, int c) {
-        const int group = c / s.group_dim;
-        return group * image.group + (c - group * s.group_dim);
-    };
+    const WideImage<const T> o(args.o, s, strip), x(args.x, s, strip), dy(args.dy, s, strip);
+    const WideImage<T> d_o(args.d_o, s, strip), dx(args.dx, s, strip);
     const float scale = load_param<T>(args.scale, 0);
     const auto factor = [&](int c) { return scale * load_param_or<T>(args.gate, strip.batch * s.dim + c, 1.f); };
     const auto value = [&](int t, int c) {
-        return to_float(x[t * args.x.token + c]) * (to_float(o[t * args.o.token + in_group(args.o, c)]) * factor(c));
+        return to_float(x(t, x.offset(c))) * (to_float(o(t, o.offset(c))) * factor(c));
     };
-    const auto gradient = [&](int t, int c) { return to_float(dy[t * args.dy.token + c]); };
+    const auto gradient = [&](int t, int c) { return to_float(dy(t, dy.offset(c))); };
     for (int t = threadIdx.x >> 5; t < count; t += kNormWarps) {
         rows.statistics(t, s.dim, s.eps, value);
         __syncwarp();
@@ -159,15 +137,15 @@ __global__ void __launch_bounds__(kNormThreads, 2)
     float dscale = 0.f;
     for (int c = threadIdx.x; c < s.dim; c += kNormThreads) {
         const float weight = load_param<T>(args.weight, c), f = factor(c);
-        const int64_t o_offset = in_group(args.o, c), d_o_offset = in_group(args.d_o, c);
+        const int64_t o_at = o.offset(c), x_at = x.offset(c), d_o_at = d_o.offset(c), dx_at = dx.offset(c);
         float dweight = 0.f, dbias = 0.f, products = 0.f;
 #pragma unroll 2
         for (int t = 0; t < count; ++t) {
-            const float ov = to_float(o[t * args.o.token + o_offset]), xv = to_float(x[t * args.x.token + c]);
+            const float ov = to_float(o(t, o_at)), xv = to_float(x(t, x_at));
             const float normed = rows.normed(t, xv * (ov * f)), g = gradient(t, c);
             const float dp = rows.backward(t, g * weight, normed), through_o = dp * ov;
-            d_o[t * args.d_o.token + d_o_offset] = from_float<T>(dp * (xv * f));
-            dx[t * args.dx.token + c] = from_float<T>(through_o * f);
+            d_o(t, d_o_at) = from_float<T>(dp * (xv * f));
+            dx(t, dx_at) = from_float<T>(through_o * f);
             dweight = fmaf(g, normed, dweight);
             dbias += g;
             products = fmaf(through_o, xv, products);
@@ -177,6 +155,7 @@ __global__ void __launch_bounds__(kNormThreads, 2)
         out.dgate[c] = scale * products;
         dscale = fmaf(load_param_or<T>(args.gate, strip.batch * s.dim + c, 1.f), products, dscale);
     }
+    d_o.clear_pads(count), dx.clear_pads(count);
     dscale = block_total(dscale);
     if (threadIdx.x == 0) *out.dscale = dscale;
 }
@@ -187,13 +166,9 @@ cudaError_t launch_modulated_layer_norm_bwd(const ModulatedBwdArgs& args, DType 
     const int64_t blocks = args.shape.batch * args.plan.strips;
     return dispatch_dtype(dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
-        return dispatch_rows<kMaxModulatedBwdVecs>(args.plan.vecs, args.shape.aligned, [&](auto vecs, auto aligned) {
+        return dispatch_rows<kRowVecs>(args.plan.vecs, [&](auto vecs) {
             auto* kernel = modulated_layer_norm_bwd_wide_kernel<T>;
-            if constexpr (vecs.value > 0) {
-                kernel = modulated_layer_norm_bwd_kernel<T, vecs.value, aligned.value, false>;
-                if (aligned.value && args.shape.o_aligned)
-                    kernel = modulated_layer_norm_bwd_kernel<T, vecs.value, aligned.value, aligned.value>;
-            }
+            if constexpr (vecs.value > 0) kernel = modulated_layer_norm_bwd_kernel<T, vecs.value>;
             return launch_kernel(kernel, blocks, kNormThreads, 0, stream, args);
         });
     });

@@ -5,67 +5,57 @@
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "cuda/launch_kernel.cuh"
-#include "cuda/modulated_norm_tile.cuh"
+#include "cuda/norm_tile.cuh"
 
 namespace gm {
 namespace {
 
-// 0 blocks an SM: ptxas chooses the registers, 40 to 64. Pointers to single elements and the widest rows need more, and
-// there its choice would spill some; a bound of two blocks lets it use what it needs.
-template <class T, int kVecs, bool kAligned, bool kGroupsAligned>
-__global__ void __launch_bounds__(kNormThreads, kAligned&& kVecs < 8 ? 0 : 2)
+template <class T, int kVecs>
+__global__ void __launch_bounds__(kNormThreads)
     modulated_layer_norm_fwd_kernel(const __grid_constant__ ModulatedFwdArgs args) {
-    using Tile = RowTile<kVecs, kAligned>;
+    using Tile = RowTile<kVecs>;
     enum { kModulation, kWeight, kBias };
-    __shared__ ChannelRows<3, Tile::kWidth> table;
-    __shared__ GroupOffsets<Tile::kWidth> offsets;
+    __shared__ SlotRows<3, Tile::kWidth> table;
+    __shared__ VectorOffsets<kVecs> o_offsets, x_offsets, y_offsets;
     const NormShape& s = args.shape;
     const Strip strip(s, args.plan);
     Tile tile(s, args.plan);
     const float scale = load_param<T>(args.scale, 0);
-    table.fill(s.dim, [&](int c, float(&row)[3]) {
+    table.fill(s, [&](int c, float(&row)[3]) {
         row[kModulation] = scale * load_param_or<T>(args.gate, strip.batch * s.dim + c, 1.f);
         row[kWeight] = load_param<T>(args.weight, c);
         row[kBias] = load_param<T>(args.bias, c);
     });
-    offsets.fill(s, args.o.group);
+    Cursor<const T, kVecs> o_in(args.o, s, strip, tile, o_offsets), x_in(args.x, s, strip, tile, x_offsets);
+    Cursor<T, kVecs> y_out(args.y, s, strip, tile, y_offsets);
     __syncthreads();
-    Cursor<const T> o_in(args.o, strip, tile, 0), x_in(args.x, strip, tile, tile.channel(0));
-    Cursor<T> y_out(args.y, strip, tile, tile.channel(0));
 
     for (int left = strip.end - strip.first; left > 0; left -= args.plan.step) {
         typename Tile::template Stored<T> o_stored, x_stored;
         typename Tile::Values x;
-        float inverse_std[Tile::kRows];
-        tile.sweep(left);
-        load_groups<kGroupsAligned>(tile, o_in, offsets, o_stored);
-        tile.load([&](int r, int v) { return x_in.at(r, v); }, x_stored);
+        tile.step(left);
+        tile.load(o_in, o_stored);
+        tile.load(x_in, x_stored);
         o_in.advance(), x_in.advance();
         tile.widen(x_stored, x);
 #pragma unroll
         for (int v = 0; v < kVecs; ++v) {
-            float factor[kVec];
-            table.get(kModulation, tile.channel(v), factor);
+            float factor[kVec], o[kVec];
+            table.get(kModulation, tile.slot(v), factor);
+            o_stored[v].widen(o);
 #pragma unroll
-            for (int r = 0; r < Tile::kRows; ++r) {
-                float o[kVec];
-                o_stored[r][v].widen(o);
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) x[r][v][j] = __fmul_rn(x[r][v][j], o[j] * factor[j]);
-            }
+            for (int j = 0; j < kVec; ++j) x[v][j] = __fmul_rn(x[v][j], o[j] * factor[j]);
         }
-        tile.normalise(s.eps, x, inverse_std);
+        tile.normalise(s.eps, x);
 #pragma unroll
         for (int v = 0; v < kVecs; ++v) {
             float weight[kVec], bias[kVec];
-            table.get(kWeight, tile.channel(v), weight);
-            table.get(kBias, tile.channel(v), bias);
+            table.get(kWeight, tile.slot(v), weight);
+            table.get(kBias, tile.slot(v), bias);
 #pragma unroll
-            for (int r = 0; r < Tile::kRows; ++r)
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) x[r][v][j] = fmaf(x[r][v][j], weight[j], bias[j]);
+            for (int j = 0; j < kVec; ++j) x[v][j] = fmaf(x[v][j], weight[j], bias[j]);
         }
-        tile.store([&](int r, int v) { return y_out.at(r, v); }, x);
+        tile.store(y_out, x);
         y_out.advance();
     }
 }
@@ -78,29 +68,25 @@ __global__ void __launch_bounds__(kNormThreads, 2)
     const NormShape& s = args.shape;
     const Strip strip(s, args.plan);
     const int count = strip.end - strip.first;
-    const T* o = static_cast<const T*>(args.o.ptr) + strip.batch * args.o.batch + strip.first * args.o.token;
-    const T* x = static_cast<const T*>(args.x.ptr) + strip.batch * args.x.batch + strip.first * args.x.token;
-    T* y = static_cast<T*>(args.y.ptr) + strip.batch * args.y.batch + strip.first * args.y.token;
-    const auto in_group = [&](int c) {
-        const int group = c / s.group_dim;
-        return group * args.o.group + (c - group * s.group_dim);
-    };
+    const WideImage<const T> o(args.o, s, strip), x(args.x, s, strip);
+    const WideImage<T> y(args.y, s, strip);
     const float scale = load_param<T>(args.scale, 0);
     const auto factor = [&](int c) { return scale * load_param_or<T>(args.gate, strip.batch * s.dim + c, 1.f); };
     const auto value = [&](int t, int c) {
-        return to_float(x[t * args.x.token + c]) * (to_float(o[t * args.o.token + in_group(c)]) * factor(c));
+        return to_float(x(t, x.offset(c))) * (to_float(o(t, o.offset(c))) * factor(c));
     };
     for (int t = threadIdx.x >> 5; t < count; t += kNormWarps) rows.statistics(t, s.dim, s.eps, value);
     __syncthreads();
     for (int c = threadIdx.x; c < s.dim; c += kNormThreads) {
         const float weight = load_param<T>(args.weight, c), bias = load_param<T>(args.bias, c), f = factor(c);
-        const int64_t o_offset = in_group(c);
+        const int64_t o_at = o.offset(c), x_at = x.offset(c), y_at = y.offset(c);
 #pragma unroll 2
         for (int t = 0; t < count; ++t) {
-            const float p = to_float(x[t * args.x.token + c]) * (to_float(o[t * args.o.token + o_offset]) * f);
-            y[t * args.y.token + c] = from_float<T>(fmaf(rows.normed(t, p), weight, bias));
+            const float p = to_float(x(t, x_at)) * (to_float(o(t, o_at)) * f);
+            y(t, y_at) = from_float<T>(fmaf(rows.normed(t, p), weight, bias));
         }
     }
+    y.clear_pads(count);
 }
 
 }  // namespace
@@ -109,13 +95,9 @@ cudaError_t launch_modulated_layer_norm_fwd(const ModulatedFwdArgs& args, DType 
     const int64_t blocks = args.shape.batch * args.plan.strips;
     return dispatch_dtype(dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
-        return dispatch_rows(args.plan.vecs, args.shape.aligned, [&](auto vecs, auto aligned) {
+        return dispatch_rows(args.plan.vecs, [&](auto vecs) {
             auto* kernel = modulated_layer_norm_fwd_wide_kernel<T>;
-            if constexpr (vecs.value > 0) {
-                kernel = modulated_layer_norm_fwd_kernel<T, vecs.value, aligned.value, false>;
-                if (aligned.value && args.shape.o_aligned)
-                    kernel = modulated_layer_norm_fwd_kernel<T, vecs.value, aligned.value, aligned.value>;
-            }
+            if constexpr (vecs.value > 0) kernel = modulated_layer_norm_fwd_kernel<T, vecs.value>;
             return launch_kernel(kernel, blocks, kNormThreads, 0, stream, args);
         });
     });

@@ -12,36 +12,33 @@ namespace gm {
 
 constexpr int kNormThreads = 128;
 // Vectors of kVec channels of a thread: rows of up to 1024 channels stay in registers, of up to 512 where o, x, dy, the
-// normed values and three sums a channel compete for them.
-constexpr int kMaxRowVecs = 8;
-constexpr int kMaxModulatedBwdVecs = 4;
+// normed values and three sums a channel compete for them. Always 4 where that is enough, with as few lanes a token as
+// hold it: 16 channels a thread keep 32 bytes of each image on their way, and short rows need few shuffles.
+constexpr int kRowVecs = 4, kMaxRowVecs = 8;
 constexpr int kWideTokens = 16;  // of a block where rows do not fit
 // Blocks wanted, for some waves; every block of a backward is one more row for the second stage of its sums.
 constexpr int64_t kNormFwdBlocks = 4096, kNormBwdBlocks = 2048;
 
-// A block walks one strip of tokens of one image, `step` at a time. A thread holds `vecs` vectors of each of its
-// tokens; with few channels several tokens share a warp and a thread has several of them at a time, so that the bytes
-// on their way do not depend on the width.
+// A block walks one strip of tokens of one image, `step` at a time.
 struct NormPlan {
-    int vecs;   // 1, 2, 4 or 8; 0: wide rows, read from memory three times
-    int lanes;  // threads that share a token, a power of two; 32 where they have several vectors
+    int vecs;   // 4 or 8; 0: wide rows, read from memory three times
+    int lanes;  // threads that share a token, a power of two
     int step, strip_tokens;
     int64_t strips;  // of an image
 };
 
-constexpr int norm_rows(int vecs) { return vecs < 4 ? 4 / vecs : 1; }  // tokens of a thread at a time
-
-inline NormPlan norm_plan(int64_t batch, int64_t tokens, int dim, int64_t wanted_blocks, int max_vecs = kMaxRowVecs) {
+// `slots`: channels of a token with their pads.
+inline NormPlan norm_plan(int64_t batch, int64_t tokens, int slots, int64_t wanted_blocks, int max_vecs = kMaxRowVecs) {
     NormPlan p{};
+    p.vecs = kRowVecs;
+    while (p.vecs <= max_vecs && p.vecs * 32 * kVec < slots) p.vecs *= 2;
     p.lanes = 1;
-    while (p.lanes < 32 && p.lanes * kVec < dim) p.lanes *= 2;
-    p.vecs = 1;
-    while (p.vecs <= max_vecs && p.vecs * p.lanes * kVec < dim) p.vecs *= 2;
+    while (p.lanes < 32 && p.lanes * p.vecs * kVec < slots) p.lanes *= 2;
     if (p.vecs > max_vecs) {
         p.vecs = 0;
         p.step = p.strip_tokens = kWideTokens;
     } else {
-        p.step = kNormThreads / p.lanes * norm_rows(p.vecs);
+        p.step = kNormThreads / p.lanes;
         // Many short strips balance the load; but a strip leaves a row of sums, and one of 16 tokens already makes that
         // an eighth of its traffic, so shorter ones are for when the GPU would stay idle.
         constexpr int64_t kFewBlocks = 1024, kEnoughTokens = 16;

@@ -5,6 +5,8 @@
 // in one instantiation and not in the other, and results would depend on the alignment of the inputs.
 #pragma once
 
+#include <climits>
+
 #include "cuda/norm_plan.h"
 #include "cuda/packed.cuh"
 
@@ -25,90 +27,75 @@ struct Strip {
     }
 };
 
-// A thread's tokens and channels: `lanes` neighbouring threads share a token, kVecs vectors of 4 channels each, and go
-// through kRows tokens at a time (a sweep). kAligned: images of whole tokens allow aligned vectors, and a vector exists
-// or not as a whole.
-template <int kVecs, bool kAligned>
+// A thread's token and channels: `lanes` neighbouring threads share a token, kVecs vectors of 4 slots each.
+template <int kVecs>
 struct RowTile {
-    static constexpr int kRows = norm_rows(kVecs), kVectors = kVecs;
-    static constexpr int kWidth = kVecs * 32 * kVec;  // at least the channels of a token
-    using Values = float[kRows][kVecs][kVec];
-    using Sums = float[kVecs][kVec];  // of one value a channel over all tokens of the thread
+    static constexpr int kVectors = kVecs;
+    static constexpr int kWidth = kVecs * 32 * kVec;  // at least the slots of a token
+    using Values = float[kVecs][kVec];
+    template <class T>
+    using Stored = Packed<T, kVec>[kVecs];
 
-    int dim, lanes, lane, row, rows;
-    bool exists[kRows];  // tokens of the sweep
+    int slots, lanes, lane, row, rows, group_dim, group_width;
+    float inverse_dim;
+    int first[kVecs];  // slot of a vector within its group; beyond all where there is none
+    bool exists;       // the token of this step
 
     __device__ RowTile(const NormShape& s, const NormPlan& plan)
-        : dim(s.dim),
-          lanes(kVecs > 1 ? 32 : plan.lanes),
+        : slots(s.groups * s.group_width),
+          lanes(plan.lanes),
           lane(threadIdx.x & (lanes - 1)),
           row(threadIdx.x / lanes),
-          rows(kNormThreads / lanes) {}
-    __device__ __forceinline__ int channel(int v) const { return v * 32 * kVec + lane * kVec; }
-    __device__ __forceinline__ bool valid(int v, int j = 0) const { return channel(v) + (kAligned ? 0 : j) < dim; }
+          rows(kNormThreads / lanes),
+          group_dim(s.group_dim),
+          group_width(s.group_width),
+          inverse_dim(1.f / s.dim) {
+#pragma unroll
+        for (int v = 0; v < kVecs; ++v) first[v] = slot(v) < slots ? slot(v) % group_width : INT_MAX - kVec;
+    }
+    __device__ __forceinline__ int slot(int v) const { return (v * lanes + lane) * kVec; }
+    __device__ __forceinline__ bool is_channel(int v, int j) const { return first[v] + j < group_dim; }
+
     // `left` tokens of the strip are to come.
-    __device__ __forceinline__ void sweep(int left) {
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) exists[r] = r * rows + row < left;
-    }
+    __device__ __forceinline__ void step(int left) { exists = row < left; }
 
-    // The thread's tokens of the sweep as they are stored, 0 where there is nothing. `at(r, v)` points at the first
-    // channel of a vector, `at_each(r, v, j)` at any.
-    template <class T>
-    using Stored = Packed<T, kVec>[kRows][kVecs];
-
-    template <class At, class T>
-    __device__ __forceinline__ void load(const At& at, Packed<T, kVec> (&out)[kRows][kVecs]) const {
-        if constexpr (kAligned) {
+    // The thread's token as it is stored, 0 where there is nothing.
+    template <class T, class Image>
+    __device__ __forceinline__ void load(const Image& image, Packed<T, kVec> (&out)[kVecs]) const {
+        if (image.aligned) {
 #pragma unroll
-            for (int r = 0; r < kRows; ++r)
-#pragma unroll
-                for (int v = 0; v < kVecs; ++v) out[r][v] = load_packed<kVec>(at(r, v), exists[r] && valid(v));
+            for (int v = 0; v < kVecs; ++v) out[v] = load_packed<kVec>(image.at(*this, v), exists && is_channel(v, 0));
         } else {
-            load_each([&](int r, int v, int j) { return at(r, v) + j; }, out);
-        }
-    }
-    template <class AtEach, class T>
-    __device__ __forceinline__ void load_each(const AtEach& at_each, Packed<T, kVec> (&out)[kRows][kVecs]) const {
-#pragma unroll
-        for (int r = 0; r < kRows; ++r)
 #pragma unroll
             for (int v = 0; v < kVecs; ++v) {
                 T elements[kVec];
 #pragma unroll
                 for (int j = 0; j < kVec; ++j)
-                    elements[j] = exists[r] && valid(v, j) ? *at_each(r, v, j) : from_float<T>(0.f);
-                memcpy(&out[r][v], elements, sizeof(elements));
+                    elements[j] = exists && is_channel(v, j) ? image.at(*this, v)[j] : from_float<T>(0.f);
+                memcpy(&out[v], elements, sizeof(elements));
             }
-    }
-    template <class T>
-    static __device__ __forceinline__ void widen(const Packed<T, kVec> (&in)[kRows][kVecs], Values& out) {
-#pragma unroll
-        for (int r = 0; r < kRows; ++r)
-#pragma unroll
-            for (int v = 0; v < kVecs; ++v) in[r][v].widen(out[r][v]);
-    }
-    template <class At>
-    __device__ __forceinline__ void store(const At& at, const Values& x) const {
-        if constexpr (kAligned) {
-#pragma unroll
-            for (int r = 0; r < kRows; ++r)
-#pragma unroll
-                for (int v = 0; v < kVecs; ++v) store_packed<kVec>(at(r, v), x[r][v], exists[r] && valid(v));
-        } else {
-            store_each([&](int r, int v, int j) { return at(r, v) + j; }, x);
         }
     }
-    template <class AtEach>
-    __device__ __forceinline__ void store_each(const AtEach& at_each, const Values& x) const {
-        using T = std::remove_pointer_t<decltype(at_each(0, 0, 0))>;
+    template <class T>
+    static __device__ __forceinline__ void widen(const Packed<T, kVec> (&in)[kVecs], Values& out) {
 #pragma unroll
-        for (int r = 0; r < kRows; ++r)
+        for (int v = 0; v < kVecs; ++v) in[v].widen(out[v]);
+    }
+    // Writes pads too where the image has them: x is 0 there.
+    template <class Image>
+    __device__ __forceinline__ void store(const Image& image, const Values& x) const {
+        using T = std::remove_pointer_t<decltype(image.at(*this, 0))>;
+        if (image.aligned) {
+#pragma unroll
+            for (int v = 0; v < kVecs; ++v)
+                store_packed<kVec>(image.at(*this, v), x[v], exists && first[v] < image.width);
+        } else {
 #pragma unroll
             for (int v = 0; v < kVecs; ++v)
 #pragma unroll
                 for (int j = 0; j < kVec; ++j)
-                    if (exists[r] && valid(v, j)) *at_each(r, v, j) = from_float<T>(x[r][v][j]);
+                    if (exists && first[v] + j < image.width) image.at(*this, v)[j] = from_float<T>(x[v][j]);
+        }
     }
 
     // Sums over the lanes that share a token; all of them get it.
@@ -119,81 +106,56 @@ struct RowTile {
             for (int i = 0; i < kCount; ++i) x[i] += __shfl_xor_sync(kFullWarp, x[i], d);
     }
 
-    // x becomes (x - mean) / sqrt(variance + eps) over the channels of each token, 0 where there is nothing. The
-    // variance is that of the centred values: large means do not cancel.
-    __device__ __forceinline__ void normalise(float eps, Values& x, float (&inverse_std)[kRows]) const {
-        const float inverse_dim = 1.f / dim;
-        float sum[kRows];
+    // x becomes (x - mean) / sqrt(variance + eps) over the channels of the token, 0 in pads and where there is nothing.
+    // The variance is that of the centred values: large means do not cancel.
+    __device__ __forceinline__ float normalise(float eps, Values& x) const {
+        float sum[1] = {};
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-            sum[r] = 0.f;
+        for (int v = 0; v < kVecs; ++v)
 #pragma unroll
-            for (int v = 0; v < kVecs; ++v)
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) sum[r] += x[r][v][j];
-        }
+            for (int j = 0; j < kVec; ++j) sum[0] += x[v][j];
         lane_sums(sum);
+        const float mean = __fmul_rn(sum[0], inverse_dim);
+        sum[0] = 0.f;
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-            const float mean = __fmul_rn(sum[r], inverse_dim);
-            sum[r] = 0.f;
+        for (int v = 0; v < kVecs; ++v) {
 #pragma unroll
-            for (int v = 0; v < kVecs; ++v) {
-                const float shift = valid(v) ? mean : 0.f;
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) x[r][v][j] -= kAligned || valid(v, j) ? shift : 0.f;
+            for (int j = 0; j < kVec; ++j) {
+                x[v][j] = is_channel(v, j) ? x[v][j] - mean : 0.f;
+                sum[0] = fmaf(x[v][j], x[v][j], sum[0]);
             }
-#pragma unroll
-            for (int v = 0; v < kVecs; ++v)
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) sum[r] = fmaf(x[r][v][j], x[r][v][j], sum[r]);
         }
         lane_sums(sum);
+        const float inverse_std = exists ? rsqrtf(fmaf(sum[0], inverse_dim, eps)) : 0.f;
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-            inverse_std[r] = exists[r] ? rsqrtf(fmaf(sum[r], inverse_dim, eps)) : 0.f;
+        for (int v = 0; v < kVecs; ++v)
 #pragma unroll
-            for (int v = 0; v < kVecs; ++v)
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) x[r][v][j] = __fmul_rn(x[r][v][j], inverse_std[r]);
-        }
+            for (int j = 0; j < kVec; ++j) x[v][j] = __fmul_rn(x[v][j], inverse_std);
+        return inverse_std;
     }
 
-    // The gradient through the norm: h, the gradient of the normalised values, becomes
-    // (h - mean(h) - normed * mean(h * normed)) / sqrt(variance + eps).
-    __device__ __forceinline__ void normalise_backward(const Values& normed, const float (&inverse_std)[kRows],
-                                                       Values& h) const {
-        const float inverse_dim = 1.f / dim;
-        float means[2 * kRows];
+    // The gradient through the norm: h, the gradient of the normalised values, 0 in pads, becomes
+    // (h - mean(h) - normed * mean(h * normed)) / sqrt(variance + eps); pads hold anything finite then.
+    __device__ __forceinline__ void normalise_backward(const Values& normed, float inverse_std, Values& h) const {
+        float means[2] = {};
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-            float plain = 0.f, product = 0.f;
+        for (int v = 0; v < kVecs; ++v)
 #pragma unroll
-            for (int v = 0; v < kVecs; ++v)
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) {
-                    plain += h[r][v][j];
-                    product = fmaf(h[r][v][j], normed[r][v][j], product);
-                }
-            means[2 * r] = plain;
-            means[2 * r + 1] = product;
-        }
+            for (int j = 0; j < kVec; ++j) {
+                means[0] += h[v][j];
+                means[1] = fmaf(h[v][j], normed[v][j], means[1]);
+            }
         lane_sums(means);
+        const float plain = __fmul_rn(means[0], inverse_dim), product = __fmul_rn(means[1], inverse_dim);
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-            const float plain = __fmul_rn(means[2 * r], inverse_dim),
-                        product = __fmul_rn(means[2 * r + 1], inverse_dim);
+        for (int v = 0; v < kVecs; ++v)
 #pragma unroll
-            for (int v = 0; v < kVecs; ++v)
-#pragma unroll
-                for (int j = 0; j < kVec; ++j)
-                    h[r][v][j] = inverse_std[r] * (h[r][v][j] - fmaf(normed[r][v][j], product, plain));
-        }
+            for (int j = 0; j < kVec; ++j) h[v][j] = inverse_std * (h[v][j] - fmaf(normed[v][j], product, plain));
     }
 
-    // Sums of one value a channel over the block's tokens: `store(channel, sum)`.
+    // Sums of one value a channel over the block's tokens: `store(channel, slot, sum)`.
     template <class Store>
-    __device__ void block_sums(Sums& sums, float (*shared)[kWidth], const Store& store) const {
+    __device__ void block_sums(Values& sums, float (*shared)[kWidth], const Store& store) const {
         for (int d = lanes; d < 32; d <<= 1)
 #pragma unroll
             for (int v = 0; v < kVecs; ++v)
@@ -203,55 +165,81 @@ struct RowTile {
         if ((threadIdx.x & 31) < lanes)
 #pragma unroll
             for (int v = 0; v < kVecs; ++v)
-                *reinterpret_cast<float4*>(&shared[threadIdx.x >> 5][channel(v)]) =
+                *reinterpret_cast<float4*>(&shared[threadIdx.x >> 5][slot(v)]) =
                     make_float4(sums[v][0], sums[v][1], sums[v][2], sums[v][3]);
         __syncthreads();
-        for (int c = threadIdx.x; c < dim; c += kNormThreads) {
+        for (int i = threadIdx.x; i < slots; i += kNormThreads) {
+            const int group = i / group_width, d = i - group * group_width;
+            if (d >= group_dim) continue;
             float sum = 0.f;
 #pragma unroll
-            for (int w = 0; w < kNormWarps; ++w) sum += shared[w][c];
-            store(c, sum);
+            for (int w = 0; w < kNormWarps; ++w) sum += shared[w][i];
+            store(group * group_dim + d, i, sum);
         }
     }
 };
 
-// A thread's tokens of an image, sweep after sweep.
-template <class T>
-struct Cursor {
-    T* p;            // the thread's first token of the sweep
-    int64_t stride;  // to the thread's next token
-    int64_t step;    // to the next sweep
+// Element offsets of the vectors within a token of an image. volatile: read where they are used, not once before the
+// loop into registers that the tokens need.
+template <int kVecs>
+struct VectorOffsets {
+    volatile int64_t of[kVecs * 32];
 
-    template <class Tile>
-    __device__ Cursor(const ImageArg& image, const Strip& strip, const Tile& tile, int channel)
-        : p(static_cast<T*>(image.ptr) + strip.batch * image.batch + (strip.first + tile.row) * image.token + channel),
-          stride(tile.rows * image.token),
-          step(Tile::kRows * stride) {}
-    __device__ __forceinline__ void advance() { p += step; }
-    __device__ __forceinline__ T* token(int r) const { return p + r * stride; }
-    __device__ __forceinline__ T* at(int r, int v) const { return token(r) + v * 32 * kVec; }  // `v`th vector
+    __device__ void fill(const NormShape& s, const NormImage& image) {
+        const int vectors = s.groups * s.group_width / kVec;
+        for (int i = threadIdx.x; i < kVecs * 32; i += kNormThreads) {
+            const int group = i * kVec / s.group_width;
+            of[i] = i < vectors ? group * image.group + (i * kVec - group * s.group_width) : 0;
+        }
+    }
 };
 
-// A few floats of every channel in shared memory; 0 for channels that do not exist.
+// A thread's token of an image, step after step.
+template <class T, int kVecs>
+struct Cursor {
+    T* p;
+    int64_t step;
+    const VectorOffsets<kVecs>& offsets;
+    bool aligned;
+    int width;
+
+    // Fills `shared`, which a __syncthreads of the caller's makes visible.
+    __device__ Cursor(const NormImage& image, const NormShape& s, const Strip& strip, const RowTile<kVecs>& tile,
+                      VectorOffsets<kVecs>& shared)
+        : p(static_cast<T*>(image.ptr) + strip.batch * image.batch + (strip.first + tile.row) * image.token),
+          step(tile.rows * image.token),
+          offsets(shared),
+          aligned(image.aligned),
+          width(image.width) {
+        shared.fill(s, image);
+    }
+    __device__ __forceinline__ void advance() { p += step; }
+    __device__ __forceinline__ T* at(const RowTile<kVecs>& tile, int v) const {
+        return p + offsets.of[v * tile.lanes + tile.lane];
+    }
+};
+
+// A few floats of every slot in shared memory; 0 in pads.
 template <int kRows, int kWidth>
-struct alignas(16) ChannelRows {
+struct alignas(16) SlotRows {
     float rows[kRows][kWidth];
 
     // `value(channel, row values)`; the caller's __syncthreads makes the table visible.
     template <class F>
-    __device__ void fill(int dim, const F& value) {
-        for (int c = threadIdx.x; c < kWidth; c += blockDim.x) {
+    __device__ void fill(const NormShape& s, const F& value) {
+        for (int i = threadIdx.x; i < kWidth; i += blockDim.x) {
             float row[kRows] = {};
-            if (c < dim) value(c, row);
+            const int group = i / s.group_width, d = i - group * s.group_width;
+            if (group < s.groups && d < s.group_dim) value(group * s.group_dim + d, row);
 #pragma unroll
-            for (int i = 0; i < kRows; ++i) rows[i][c] = row[i];
+            for (int j = 0; j < kRows; ++j) rows[j][i] = row[j];
         }
     }
     // volatile: read where it is used, not once before the loop into registers that the tokens need.
-    __device__ __forceinline__ void get(int row, int channel, float (&out)[kVec]) const {
+    __device__ __forceinline__ void get(int row, int slot, float (&out)[kVec]) const {
         asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                      : "=f"(out[0]), "=f"(out[1]), "=f"(out[2]), "=f"(out[3])
-                     : "r"(static_cast<unsigned>(__cvta_generic_to_shared(&rows[row][channel]))));
+                     : "r"(static_cast<unsigned>(__cvta_generic_to_shared(&rows[row][slot]))));
     }
 };
 
@@ -306,18 +294,37 @@ struct WideRows {
     }
 };
 
-// Run-time plan to template arguments: f(std::integral_constant<int, vecs>, std::bool_constant<aligned>); 0 vectors for
-// wide rows, whatever their alignment.
-template <int kMaxVecs = kMaxRowVecs, class F>
-cudaError_t dispatch_rows(int vecs, bool aligned, const F& f) {
-    const auto with = [&](auto count) { return aligned ? f(count, std::true_type{}) : f(count, std::false_type{}); };
-    switch (vecs) {
-        case 0: return f(std::integral_constant<int, 0>{}, std::false_type{});
-        case 1: return with(std::integral_constant<int, 1>{});
-        case 2: return with(std::integral_constant<int, 2>{});
-        case 4: return with(std::integral_constant<int, 4>{});
-        default: return with(std::integral_constant<int, kMaxVecs>{});
+// A token of an image whose rows are wide: channel by channel.
+template <class T>
+struct WideImage {
+    T* p;
+    const NormImage& image;
+    const NormShape& s;
+
+    __device__ WideImage(const NormImage& image, const NormShape& s, const Strip& strip)
+        : p(static_cast<T*>(image.ptr) + strip.batch * image.batch + strip.first * image.token), image(image), s(s) {}
+    __device__ __forceinline__ int64_t offset(int c) const {
+        const int group = c / s.group_dim;
+        return group * image.group + (c - group * s.group_dim);
     }
+    __device__ __forceinline__ T& operator()(int t, int64_t at) const { return p[t * image.token + at]; }
+    // Zeros behind the channels of each group.
+    __device__ void clear_pads(int tokens) const {
+        const int pads = image.width - s.group_dim, all = pads * s.groups;
+        for (int i = threadIdx.x; i < all * tokens; i += kNormThreads) {
+            const int t = i / all, group = (i - t * all) / pads, d = s.group_dim + (i - t * all) % pads;
+            p[t * image.token + group * image.group + d] = from_float<T>(0.f);
+        }
+    }
+};
+
+// Run-time plan to a template argument: f(std::integral_constant<int, vecs>), 0 for wide rows.
+template <int kMaxVecs = kMaxRowVecs, class F>
+cudaError_t dispatch_rows(int vecs, const F& f) {
+    if (vecs == 0) return f(std::integral_constant<int, 0>{});
+    if constexpr (kMaxVecs > kRowVecs)
+        if (vecs > kRowVecs) return f(std::integral_constant<int, kMaxVecs>{});
+    return f(std::integral_constant<int, kRowVecs>{});
 }
 
 }  // namespace gm

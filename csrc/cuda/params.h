@@ -98,20 +98,26 @@ struct ConvBwdArgs {
     float* partials = nullptr;  // (plan.partial_rows, G * D * 10): dweight (G, D, 3, 3), then dbias (G, D)
 };
 
-// layer_norm_pool and modulated_layer_norm; plan in norm_plan.h.
+// layer_norm_pool and modulated_layer_norm; plan in norm_plan.h. A token is `groups` runs of group_dim channels, in
+// storage followed by zeros up to group_width where the image is padded; channel c of the parameters is c % group_dim
+// of group c / group_dim. Slots count channels and pads.
 struct NormShape {
     int64_t batch, tokens;
-    int dim;         // channels of a token
-    bool aligned;    // every (batch, token, dim) image allows aligned 4-channel accesses, and dim is a multiple of 4
-    bool o_aligned;  // the same of o and its gradient, with the channels of a group
-    int group_dim;   // channels of a group of o
+    int dim;                             // channels of a token: groups * group_dim
+    int groups, group_dim, group_width;  // group_width: a multiple of kVec
     float eps;
+    int slots() const { return groups * group_width; }
+};
+
+struct NormImage : ImageArg {
+    bool aligned = false;  // allows aligned accesses to kVec channels, pads included
+    int width = 0;         // stored channels of a group: group_dim, or more
 };
 
 struct PoolFwdArgs {
     NormShape shape;
     NormPlan plan;
-    ImageArg x, xn;
+    NormImage x, xn;
     ParamArg weight, bias;
     float* partials = nullptr;  // (batch, plan.strips, dim): sums of xn
 };
@@ -119,7 +125,7 @@ struct PoolFwdArgs {
 struct PoolBwdArgs {
     NormShape shape;
     NormPlan plan;
-    ImageArg dxn, x, dx;
+    NormImage dxn, dxn_more, x, dx;  // dxn_more: added to dxn, or absent
     const float* dpooled = nullptr;  // (batch, dim)
     ParamArg weight;
     float* partials = nullptr;  // (batch, plan.strips, 2 * dim): dweight, dbias
@@ -128,14 +134,14 @@ struct PoolBwdArgs {
 struct ModulatedFwdArgs {
     NormShape shape;
     NormPlan plan;
-    ImageArg o, x, y;
+    NormImage o, x, y;
     ParamArg scale, gate, weight, bias;  // gate (batch, dim)
 };
 
 struct ModulatedBwdArgs {
     NormShape shape;
     NormPlan plan;
-    ImageArg dy, o, x, d_o, dx;
+    NormImage dy, o, x, d_o, dx;
     ParamArg scale, gate, weight;
     float* partials = nullptr;  // (batch, plan.strips, 3 * dim + 1): dweight, dbias, dscale, dgate
 };
@@ -149,6 +155,58 @@ struct ReduceArgs {
     float factor = 1.f;
     ParamOut targets[kReduceTargets];
     int64_t counts[kReduceTargets] = {};
+};
+
+// Parameters (n0, n1, n2) laid out as (n0, w1, w2) with zeros in the pads: rows of the products that follow are then
+// aligned, and in the dtype of the images.
+struct PackItem {
+    ParamArg from;
+    ParamOut to;
+    int n1 = 1, n2 = 1, w1 = 1, w2 = 1;
+    bool negative_exp = false;  // A = -exp(A_log)
+    int64_t count = 0;          // n0 * w1 * w2
+};
+constexpr int kMaxPackItems = 16;
+struct PackArgs {
+    PackItem items[kMaxPackItems];
+    int count = 0;
+};
+
+// The way back for gradients: sums over parts, pads dropped. Element (i0, j, i1, i2) of the result, j < inner, is
+//   sum over part of from[(((i0 * parts + part) * inner + j) * w1 + i1) * w2 + i2], [+ add[.]] [* scale[.]]
+struct SumItem {
+    ParamArg from, add;
+    const float* scale = nullptr;
+    ParamOut to;
+    int n1 = 1, n2 = 1, w1 = 1, w2 = 1, inner = 1, parts = 1;
+    int64_t count = 0;  // of the result
+};
+constexpr int kMaxSumItems = 20;
+struct SumArgs {
+    SumItem items[kMaxSumItems];
+    int count = 0;
+};
+
+// Sums over the rows of a matrix (rows, columns), a row of partial sums a block.
+struct ColumnSumArgs {
+    const void* x = nullptr;
+    int64_t rows = 0, row_stride = 0;
+    int columns = 0, blocks = 0;
+    float* partials = nullptr;  // (blocks, columns)
+};
+
+// gate = sigmoid(fc2(relu(fc1(pooled)))). Channel m of the gate lies at m / group_dim * group_width + m % group_dim.
+struct AffinityArgs {
+    int batch = 0, dim = 0, hidden = 0, out_dim = 0, group_dim = 0, group_width = 0;
+    const float* pooled = nullptr;  // (batch, dim)
+    ParamArg fc1_weight, fc1_bias, fc2_weight, fc2_bias;
+    float* hidden_out = nullptr;  // (batch, hidden), after the relu
+    float* gate = nullptr;        // (batch, out_dim / group_dim * group_width)
+    // backward
+    const float* dgate = nullptr;
+    float* dpooled = nullptr;  // (batch, dim)
+    float* scratch = nullptr;  // (batch, out_dim + hidden): gradients before the sigmoid, before the relu
+    ParamOut dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias;
 };
 
 }  // namespace gm

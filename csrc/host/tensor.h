@@ -115,14 +115,18 @@ inline bool is_group_major(const Tensor& t) {
     return t.dim() == 5 && t.size(3) > 1 && t.stride(3) > t.stride(2) && (t.size(0) <= 1 || t.stride(3) > t.stride(0));
 }
 
+// An image (batch, H, W, G, D) stored group-major.
+inline Tensor empty_group_major(const Shape& sizes, const Tensor& like) {
+    const Shape s = contiguous_strides({sizes[3], sizes[0], sizes[1], sizes[2], sizes[4]});
+    return empty_strided(sizes, {s[1], s[2], s[3], s[0], s[4]}, like.scalar_type(), like);
+}
+
 // (batch, H, W, G, D) or (batch, H, W, C) with its last size replaced by `channels`, in the order of dimensions of
 // `like`: group-major in, group-major out.
 inline Tensor empty_image(const Tensor& like, int64_t channels) {
     Shape sizes = shape_of(like);
     sizes.back() = channels;
-    if (!is_group_major(like)) return empty(sizes, like.scalar_type(), like);
-    const Shape s = contiguous_strides({sizes[3], sizes[0], sizes[1], sizes[2], sizes[4]});
-    return empty_strided(sizes, {s[1], s[2], s[3], s[0], s[4]}, like.scalar_type(), like);
+    return is_group_major(like) ? empty_group_major(sizes, like) : empty(sizes, like.scalar_type(), like);
 }
 
 inline Tensor empty_image_like(const Tensor& like) { return empty_image(like, like.size(like.dim() - 1)); }

@@ -3,6 +3,7 @@
 #include "cuda/launch.h"
 #include "host/cuda_args.h"
 #include "host/stream.h"
+#include "ops/entries_cuda.h"
 
 namespace gm {
 namespace {
@@ -31,6 +32,8 @@ void check_conv(const Tensor& x, const Tensor& weight, const OptTensor& bias, in
     GM_CHECK(activation >= 0 && activation <= 2, "activation must be 0, 1 or 2, got ", activation);
 }
 
+}  // namespace
+
 Tensor depthwise_conv3x3_fwd(Tensor x, Tensor weight, OptTensor bias, int64_t activation) {
     check_conv(x, weight, bias, activation);
     const DType dtype = dtype_of(x);
@@ -52,17 +55,17 @@ Tensor depthwise_conv3x3_fwd(Tensor x, Tensor weight, OptTensor bias, int64_t ac
     return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> depthwise_conv3x3_bwd(Tensor dy, Tensor x, Tensor weight, OptTensor bias,
-                                                         int64_t activation) {
+std::tuple<Tensor, Tensor> conv3x3_bwd_into(const Tensor& dx, Tensor dy, Tensor x, Tensor weight, OptTensor bias,
+                                            int64_t activation) {
     check_conv(x, weight, bias, activation);
     check_image(dy, "dy", shape_of(x), x);
     const DType dtype = dtype_of(x);
     const CudaContext context(x);
-    Tensor dx = empty_image_like(x);
+    check_image(dx, "dx", shape_of(x), x);
     Tensor dweight = empty_like_or_absent(weight, x), dbias = empty_like_or_absent(bias, x);
     if (dx.numel() == 0) {
         torch::stable::zero_(dweight), torch::stable::zero_(dbias);
-        return {dx, dweight, dbias};
+        return {dweight, dbias};
     }
 
     x = canonical_image(x), dy = canonical_image(dy);
@@ -87,6 +90,15 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv3x3_bwd(Tensor dy, Tensor x, Te
     reduce.targets[1] = param_out(dbias, bias), reduce.counts[1] = channels;
     reduce.columns = bias ? reduce.row_stride : reduce.counts[0];
     check_cuda(launch_reduce_columns(reduce, dtype, context.stream()), "depthwise_conv3x3 parameter sums");
+    return {dweight, dbias};
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> depthwise_conv3x3_bwd(Tensor dy, Tensor x, Tensor weight, OptTensor bias,
+                                                         int64_t activation) {
+    const Tensor dx = empty_image_like(x);
+    const auto [dweight, dbias] = conv3x3_bwd_into(dx, dy, x, weight, bias, activation);
     return {dx, dweight, dbias};
 }
 

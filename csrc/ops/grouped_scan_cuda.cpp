@@ -5,6 +5,7 @@
 #include "host/cuda_args.h"
 #include "host/scan_args.h"
 #include "host/stream.h"
+#include "ops/entries_cuda.h"
 
 namespace gm {
 namespace {
@@ -38,49 +39,41 @@ void check_chunk(const ScanShape& shape, int64_t chunk) {
              " channels, got ", chunk);
 }
 
+void check_norm_dim(const ScanInputs& in) {
+    GM_CHECK(in.norm_dim == 0 || in.norm_dim == in.u.size(4), "norm_dim must be D");
+}
+
+ScanSizes check_inputs(const ScanInputs& in) {
+    check_norm_dim(in);
+    return check_scan(in.u, in.dt, in.A, in.B, in.C, in.D, in.dt_weight, in.dt_bias, in.z, in.norm_weight, in.norm_bias,
+                      in.gate, in.directions, in.chunk);
+}
+
+void make_canonical(ScanInputs& in) {
+    for (Tensor* t : {&in.u, &in.dt, &in.B, &in.C}) *t = canonical_image(*t);
+    if (in.z) in.z = canonical_image(*in.z);
+}
+
+// What forward and backward read, of canonical inputs.
+template <class Args>
+void set_inputs(Args& args, const ScanInputs& in, ParamHolder& param) {
+    args.u = image_arg(in.u), args.dt = image_arg(in.dt), args.B = image_arg(in.B), args.C = image_arg(in.C);
+    if (in.z) args.z = image_arg(*in.z);
+    args.A = param(in.A), args.D = param(in.D), args.dt_weight = param(in.dt_weight), args.dt_bias = param(in.dt_bias);
+    args.norm_weight = param(in.norm_weight), args.norm_bias = param(in.norm_bias), args.gate = param(in.gate);
+    args.chunk = static_cast<int>(in.chunk);
+}
+
 std::tuple<Tensor, Tensor> grouped_selective_scan_fwd(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, OptTensor D,
                                                       OptTensor dt_weight, OptTensor dt_bias, OptTensor z,
                                                       OptTensor norm_weight, OptTensor norm_bias, OptTensor gate,
                                                       std::vector<int64_t> directions, bool softplus, double norm_eps,
                                                       int64_t chunk, bool save_states) {
-    const ScanSizes s =
-        check_scan(u, dt, A, B, C, D, dt_weight, dt_bias, z, norm_weight, norm_bias, gate, directions, chunk);
-    ScanFwdArgs args;
-    args.shape = scan_shape(s, directions, softplus, norm_eps);
-    check_chunk(args.shape, chunk);
-    const DType dtype = dtype_of(u);
-    const CudaContext context(u);
-
     Tensor y = empty_image_like(u);
-    Tensor states =
-        save_states ? empty(states_shape(s, chunk), ScalarType::Float, u) : empty_absent(ScalarType::Float, u);
-    if (s.batch == 0 || s.tokens() == 0) return {y, states};
-
-    u = canonical_image(u), dt = canonical_image(dt), B = canonical_image(B), C = canonical_image(C);
-    if (z) z = canonical_image(*z);
-    ParamHolder param;
-    args.u = image_arg(u), args.dt = image_arg(dt), args.B = image_arg(B), args.C = image_arg(C), args.y = image_arg(y);
-    if (z) args.z = image_arg(*z);
-    args.A = param(A), args.D = param(D), args.dt_weight = param(dt_weight), args.dt_bias = param(dt_bias);
-    args.norm_weight = param(norm_weight), args.norm_bias = param(norm_bias), args.gate = param(gate);
-    args.chunk = static_cast<int>(chunk);
-    Tensor scratch;
-    if (save_states) {
-        args.states = static_cast<float*>(states.data_ptr());
-        args.num_chunks = states.size(2);
-    } else if (s.states > 1) {
-        scratch = carry_scratch(s, u);
-        args.carry = static_cast<float*>(scratch.data_ptr());
-    }
-    const int64_t size = static_cast<int64_t>(u.element_size());
-    args.shape.aligned = s.dim % kVec == 0 && allows_vectors(args.u, size) && allows_vectors(args.z, size) &&
-                         allows_vectors(args.y, size) && (s.rank > 0 || allows_vectors(args.dt, size));
-    args.shape.threads = scan_fwd_threads(args.shape.lanes, s.tokens());
-    ScanFwdSm90Args sm90_args;
-    const bool sm90 = prepare_grouped_scan_fwd_sm90(args, dtype, sm90_args);
-    check_cuda(sm90 ? launch_grouped_scan_fwd_sm90(sm90_args, dtype, context.stream())
-                    : launch_grouped_scan_fwd(args, dtype, context.stream()),
-               "grouped_selective_scan forward");
+    Tensor states = scan_fwd_into(y,
+                                  {u, dt, A, B, C, D, dt_weight, dt_bias, z, norm_weight, norm_bias, gate, directions,
+                                   softplus, norm_eps, 0, chunk},
+                                  save_states);
     return {y, states};
 }
 
@@ -91,49 +84,94 @@ Gradients grouped_selective_scan_bwd(Tensor dy, Tensor u, Tensor dt, Tensor A, T
                                      OptTensor dt_weight, OptTensor dt_bias, OptTensor z, OptTensor norm_weight,
                                      OptTensor norm_bias, OptTensor gate, Tensor states,
                                      std::vector<int64_t> directions, bool softplus, double norm_eps, int64_t chunk) {
-    const ScanSizes s =
-        check_scan(u, dt, A, B, C, D, dt_weight, dt_bias, z, norm_weight, norm_bias, gate, directions, chunk);
-    check_image(dy, "dy", shape_of(u), u);
-    check_shape(states, "states", states_shape(s, chunk));
-    ScanBwdArgs args;
-    args.shape = scan_shape(s, directions, softplus, norm_eps);
-    check_chunk(args.shape, chunk);
-    const DType dtype = dtype_of(u);
-    const CudaContext context(u);
+    ScanImageGradients images{empty_image_like(u), empty_image_like(dt), empty_image_like(B), empty_image_like(C),
+                              std::nullopt};
+    if (z) images.dz = empty_image_like(*z);
+    const ScanParameterGradients p = scan_bwd_into(images, dy,
+                                                   {u, dt, A, B, C, D, dt_weight, dt_bias, z, norm_weight, norm_bias,
+                                                    gate, directions, softplus, norm_eps, 0, chunk},
+                                                   states);
+    const Tensor dz = z ? *images.dz : empty_absent(u.scalar_type(), u);
+    return {images.du,    images.ddt, p.dA, images.dB,      images.dC,    p.dD,
+            p.ddt_weight, p.ddt_bias, dz,   p.dnorm_weight, p.dnorm_bias, p.dgate};
+}
 
-    Tensor du = empty_image_like(u), ddt = empty_image_like(dt), dB = empty_image_like(B), dC = empty_image_like(C);
-    Tensor dz = z ? empty_image_like(*z) : empty_absent(u.scalar_type(), u);
-    Tensor dA = empty(shape_of(A), A.scalar_type(), u);
-    Tensor dD = empty_like_or_absent(D, u), ddt_weight = empty_like_or_absent(dt_weight, u);
-    Tensor ddt_bias = empty_like_or_absent(dt_bias, u), dnorm_weight = empty_like_or_absent(norm_weight, u);
-    Tensor dnorm_bias = empty_like_or_absent(norm_bias, u), dgate = empty_like_or_absent(gate, u);
-    const Gradients gradients{du, ddt, dA, dB, dC, dD, ddt_weight, ddt_bias, dz, dnorm_weight, dnorm_bias, dgate};
+}  // namespace
+
+Tensor scan_fwd_into(const Tensor& y, ScanInputs in, bool save_states) {
+    const ScanSizes s = check_inputs(in);
+    ScanFwdArgs args;
+    args.shape = scan_shape(s, in.directions, in.softplus, in.norm_eps);
+    check_chunk(args.shape, in.chunk);
+    const DType dtype = dtype_of(in.u);
+    const CudaContext context(in.u);
+    Tensor states =
+        save_states ? empty(states_shape(s, in.chunk), ScalarType::Float, in.u) : empty_absent(ScalarType::Float, in.u);
+    if (s.batch == 0 || s.tokens() == 0) return states;
+
+    make_canonical(in);
+    ParamHolder param;
+    set_inputs(args, in, param);
+    args.y = image_arg(y);
+    Tensor scratch;
+    if (save_states) {
+        args.states = static_cast<float*>(states.data_ptr());
+        args.num_chunks = states.size(2);
+    } else if (s.states > 1) {
+        scratch = carry_scratch(s, in.u);
+        args.carry = static_cast<float*>(scratch.data_ptr());
+    }
+    const int64_t size = static_cast<int64_t>(in.u.element_size());
+    args.shape.aligned = s.dim % kVec == 0 && allows_vectors(args.u, size) && allows_vectors(args.z, size) &&
+                         allows_vectors(args.y, size) && (s.rank > 0 || allows_vectors(args.dt, size));
+    args.shape.threads = scan_fwd_threads(args.shape.lanes, s.tokens());
+    ScanFwdSm90Args sm90_args;
+    const bool sm90 = prepare_grouped_scan_fwd_sm90(args, dtype, sm90_args);
+    check_cuda(sm90 ? launch_grouped_scan_fwd_sm90(sm90_args, dtype, context.stream())
+                    : launch_grouped_scan_fwd(args, dtype, context.stream()),
+               "grouped_selective_scan forward");
+    return states;
+}
+
+ScanParameterGradients scan_bwd_into(const ScanImageGradients& images, Tensor dy, ScanInputs in, Tensor states) {
+    const ScanSizes s = check_inputs(in);
+    check_image(dy, "dy", shape_of(in.u), in.u);
+    check_shape(states, "states", states_shape(s, in.chunk));
+    ScanBwdArgs args;
+    args.shape = scan_shape(s, in.directions, in.softplus, in.norm_eps);
+    check_chunk(args.shape, in.chunk);
+    const DType dtype = dtype_of(in.u);
+    const CudaContext context(in.u);
+
+    ScanParameterGradients p;
+    p.dA = empty(shape_of(in.A), in.A.scalar_type(), in.u);
+    p.dD = empty_like_or_absent(in.D, in.u), p.ddt_weight = empty_like_or_absent(in.dt_weight, in.u);
+    p.ddt_bias = empty_like_or_absent(in.dt_bias, in.u);
+    p.dnorm_weight = empty_like_or_absent(in.norm_weight, in.u);
+    p.dnorm_bias = empty_like_or_absent(in.norm_bias, in.u), p.dgate = empty_like_or_absent(in.gate, in.u);
     if (s.batch == 0 || s.tokens() == 0) {
-        for (Tensor* t : {&dA, &dD, &ddt_weight, &ddt_bias, &dnorm_weight, &dnorm_bias, &dgate})
+        for (Tensor* t : {&p.dA, &p.dD, &p.ddt_weight, &p.ddt_bias, &p.dnorm_weight, &p.dnorm_bias, &p.dgate})
             torch::stable::zero_(*t);
-        return gradients;
+        return p;
     }
 
-    dy = canonical_image(dy), u = canonical_image(u), dt = canonical_image(dt), B = canonical_image(B),
-    C = canonical_image(C);
-    if (z) z = canonical_image(*z);
+    dy = canonical_image(dy);
+    make_canonical(in);
     if (!states.is_contiguous()) states = torch::stable::contiguous(states);
     ParamHolder param;
-    args.dy = image_arg(dy), args.u = image_arg(u), args.dt = image_arg(dt), args.B = image_arg(B),
-    args.C = image_arg(C);
-    args.du = image_arg(du), args.ddt = image_arg(ddt), args.dB = image_arg(dB), args.dC = image_arg(dC);
-    if (z) args.z = image_arg(*z), args.dz = image_arg(dz);
-    args.A = param(A), args.D = param(D), args.dt_weight = param(dt_weight), args.dt_bias = param(dt_bias);
-    args.norm_weight = param(norm_weight), args.norm_bias = param(norm_bias), args.gate = param(gate);
+    set_inputs(args, in, param);
+    args.dy = image_arg(dy);
+    args.du = image_arg(images.du), args.ddt = image_arg(images.ddt), args.dB = image_arg(images.dB);
+    args.dC = image_arg(images.dC);
+    if (in.z) args.dz = image_arg(*images.dz);
     args.states = static_cast<const float*>(states.data_ptr());
-    args.chunk = static_cast<int>(chunk);
     args.num_chunks = states.size(2);
     Tensor scratch;
     if (s.states > 1) {
-        scratch = carry_scratch(s, u);
+        scratch = carry_scratch(s, in.u);
         args.carry = static_cast<float*>(scratch.data_ptr());
     }
-    const int64_t size = static_cast<int64_t>(u.element_size());
+    const int64_t size = static_cast<int64_t>(in.u.element_size());
     args.shape.aligned = s.dim % kVec == 0 && allows_vectors(args.u, size) && allows_vectors(args.z, size) &&
                          allows_vectors(args.dy, size) && allows_vectors(args.du, size) &&
                          allows_vectors(args.dz, size) &&
@@ -143,7 +181,7 @@ Gradients grouped_selective_scan_bwd(Tensor dy, Tensor u, Tensor dt, Tensor A, T
     args.shape.threads =
         sm90 ? kSlabThreads : scan_bwd_threads(args.shape.lanes, s.tokens(), s.states == 1, static_cast<int>(size));
     const int64_t warps = args.shape.threads / 32, rows = s.states + kFixedRows + s.rank;
-    Tensor partials = empty({s.batch, warps, s.groups, rows, s.dim}, ScalarType::Float, u);
+    Tensor partials = empty({s.batch, warps, s.groups, rows, s.dim}, ScalarType::Float, in.u);
     args.partials = static_cast<float*>(partials.data_ptr());
     sm90_args.scan.partials = args.partials;
     check_cuda(sm90 ? launch_grouped_scan_bwd_sm90(sm90_args, dtype, context.stream())
@@ -157,14 +195,14 @@ Gradients grouped_selective_scan_bwd(Tensor dy, Tensor u, Tensor dt, Tensor A, T
     reduce.groups = args.shape.groups, reduce.dim = args.shape.dim;
     reduce.states = args.shape.states, reduce.rank = args.shape.rank;
     reduce.norm_weight = args.norm_weight, reduce.norm_bias = args.norm_bias, reduce.gate = args.gate;
-    reduce.dA = param_out(dA, A), reduce.dD = param_out(dD, D), reduce.ddt_bias = param_out(ddt_bias, dt_bias);
-    reduce.ddt_weight = param_out(ddt_weight, dt_weight), reduce.dgate = param_out(dgate, gate);
-    reduce.dnorm_weight = param_out(dnorm_weight, norm_weight), reduce.dnorm_bias = param_out(dnorm_bias, norm_bias);
+    reduce.dA = param_out(p.dA, in.A), reduce.dD = param_out(p.dD, in.D);
+    reduce.ddt_bias = param_out(p.ddt_bias, in.dt_bias), reduce.ddt_weight = param_out(p.ddt_weight, in.dt_weight);
+    reduce.dgate = param_out(p.dgate, in.gate), reduce.dnorm_weight = param_out(p.dnorm_weight, in.norm_weight);
+    reduce.dnorm_bias = param_out(p.dnorm_bias, in.norm_bias);
     check_cuda(launch_scan_reduce(reduce, dtype, context.stream()), "grouped_selective_scan parameter sums");
-    return gradients;
+    return p;
 }
 
-}  // namespace
 }  // namespace gm
 
 STABLE_TORCH_LIBRARY_IMPL(groupmamba, CUDA, m) {

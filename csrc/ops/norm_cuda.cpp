@@ -4,37 +4,73 @@
 #include "cuda/launch.h"
 #include "host/cuda_args.h"
 #include "host/stream.h"
+#include "ops/entries_cuda.h"
 
 namespace gm {
 namespace {
 
-void check_norm(const Tensor& x, const Tensor& weight, const OptTensor& bias) {
-    GM_CHECK(x.dim() == 4, "x must be (batch, H, W, C), got ", show(shape_of(x)));
-    GM_CHECK(x.size(1) * x.size(2) <= INT32_MAX, "H * W must be below 2^31, got ", x.size(1) * x.size(2));
-    GM_CHECK(x.size(3) <= INT32_MAX / 8, "C must be below 2^28, got ", x.size(3));
-    check_parameter(weight, "weight", {x.size(3)}, x);
-    check_parameter(bias, "bias", {x.size(3)}, x);
+// An image (batch, H, W, C), or (batch, H, W, G, width) with D channels a group and zeros behind them.
+struct NormSizes {
+    int64_t batch, height, width, channels, groups;
+    int64_t group_dim() const { return channels / groups; }
+};
+
+NormSizes norm_sizes(const Tensor& image, const char* name, const Tensor& weight, int64_t groups) {
+    GM_CHECK(weight.dim() == 1, "weight must be (C,), got ", show(shape_of(weight)));
+    const NormSizes s{image.size(0), image.size(1), image.size(2), weight.size(0), groups};
+    GM_CHECK(s.height * s.width <= INT32_MAX, "H * W must be below 2^31, got ", s.height * s.width);
+    GM_CHECK(s.channels <= INT32_MAX / 8, "C must be below 2^28, got ", s.channels);
+    GM_CHECK(groups >= 1 && s.channels % groups == 0, name, " has ", groups, " groups, which do not divide ",
+             s.channels, " channels");
+    return s;
 }
 
-NormShape norm_shape(const Tensor& x, double eps) {
+void check_norm_image(const Tensor& t, const char* name, const NormSizes& s, const Tensor& like) {
+    const Shape plain{s.batch, s.height, s.width, s.channels};
+    if (t.dim() == 5) {
+        const int64_t width = t.size(4);
+        GM_CHECK(width >= s.group_dim(), name, " must have at least ", s.group_dim(), " channels a group, got ", width);
+        check_image(t, name, {s.batch, s.height, s.width, s.groups, width}, like);
+    } else {
+        check_image(t, name, plain, like);
+    }
+}
+
+// `t` must be canonical.
+NormImage norm_image(const Tensor& t, const NormSizes& s) {
+    NormImage image;
+    static_cast<ImageArg&>(image) = image_arg(t);
+    image.width = static_cast<int>(t.dim() == 5 ? t.size(4) : s.group_dim());
+    image.group = s.groups == 1 ? 0 : t.dim() == 5 ? t.stride(3) : s.group_dim();
+    image.aligned = image.width % kVec == 0 && allows_vectors(image, static_cast<int64_t>(t.element_size()));
+    return image;
+}
+
+template <class... Images>
+NormShape norm_shape(const NormSizes& s, double eps, const Images&... images) {
     NormShape shape{};
-    shape.batch = x.size(0), shape.tokens = x.size(1) * x.size(2);
-    shape.dim = shape.group_dim = static_cast<int>(x.size(3));
+    shape.batch = s.batch, shape.tokens = s.height * s.width;
+    shape.dim = static_cast<int>(s.channels);
+    shape.groups = static_cast<int>(s.groups), shape.group_dim = static_cast<int>(s.group_dim());
+    shape.group_width = (std::max({shape.group_dim, images.width...}) + kVec - 1) / kVec * kVec;
     shape.eps = static_cast<float>(eps);
     return shape;
 }
 
-template <class... Images>
-bool vectors_allowed(int channels, int64_t element_size, const Images&... images) {
-    return channels % kVec == 0 && (allows_vectors(images, element_size) && ...);
-}
+}  // namespace
 
-std::tuple<Tensor, Tensor> layer_norm_pool_fwd(Tensor x, Tensor weight, Tensor bias, double eps) {
-    check_norm(x, weight, bias);
+std::tuple<Tensor, Tensor> layer_norm_pool_fwd(Tensor x, Tensor weight, Tensor bias, double eps, int64_t groups,
+                                               int64_t width) {
+    GM_CHECK(x.dim() == 4, "x must be (batch, H, W, C), got ", show(shape_of(x)));
+    const NormSizes sizes = norm_sizes(x, "xn", weight, std::max<int64_t>(groups, 1));
+    check_norm_image(x, "x", sizes, x);
+    check_parameter(weight, "weight", {sizes.channels}, x);
+    check_parameter(bias, "bias", {sizes.channels}, x);
     const DType dtype = dtype_of(x);
     const CudaContext context(x);
     Tensor xn = empty_image_like(x), pooled = empty({x.size(0), x.size(3)}, ScalarType::Float, x);
-    if (xn.numel() == 0) {
+    if (groups > 0) xn = empty_group_major({sizes.batch, sizes.height, sizes.width, groups, width}, x);
+    if (x.numel() == 0) {
         torch::stable::zero_(pooled);
         return {xn, pooled};
     }
@@ -42,12 +78,11 @@ std::tuple<Tensor, Tensor> layer_norm_pool_fwd(Tensor x, Tensor weight, Tensor b
     x = canonical_image(x);
     ParamHolder param;
     PoolFwdArgs args;
-    args.shape = norm_shape(x, eps);
-    NormShape& s = args.shape;
-    args.plan = norm_plan(s.batch, s.tokens, s.dim, kNormFwdBlocks);
-    args.x = image_arg(x), args.xn = image_arg(xn);
+    args.x = norm_image(x, sizes), args.xn = norm_image(xn, sizes);
+    args.shape = norm_shape(sizes, eps, args.x, args.xn);
+    const NormShape& s = args.shape;
+    args.plan = norm_plan(s.batch, s.tokens, s.slots(), kNormFwdBlocks);
     args.weight = param(weight), args.bias = param(bias);
-    s.aligned = vectors_allowed(s.dim, static_cast<int64_t>(x.element_size()), args.x, args.xn);
     Tensor partials = empty({s.batch, args.plan.strips, s.dim}, ScalarType::Float, x);
     args.partials = static_cast<float*>(partials.data_ptr());
     check_cuda(launch_layer_norm_pool_fwd(args, dtype, context.stream()), "layer_norm_pool forward");
@@ -61,11 +96,15 @@ std::tuple<Tensor, Tensor> layer_norm_pool_fwd(Tensor x, Tensor weight, Tensor b
     return {xn, pooled};
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_pool_bwd(Tensor dxn, Tensor dpooled, Tensor x, Tensor weight,
-                                                       double eps) {
-    check_norm(x, weight, std::nullopt);
-    check_image(dxn, "dxn", shape_of(x), x);
-    check_shape(dpooled, "dpooled", {x.size(0), x.size(3)});
+std::tuple<Tensor, Tensor, Tensor> layer_norm_pool_bwd(Tensor dxn, OptTensor dxn_more, Tensor dpooled, Tensor x,
+                                                       Tensor weight, double eps) {
+    GM_CHECK(x.dim() == 4, "x must be (batch, H, W, C), got ", show(shape_of(x)));
+    const NormSizes sizes = norm_sizes(x, "dxn", weight, dxn.dim() == 5 ? dxn.size(3) : 1);
+    check_norm_image(x, "x", sizes, x);
+    check_norm_image(dxn, "dxn", sizes, x);
+    if (dxn_more) check_norm_image(*dxn_more, "dxn_more", sizes, x);
+    check_parameter(weight, "weight", {sizes.channels}, x);
+    check_shape(dpooled, "dpooled", {sizes.batch, sizes.channels});
     GM_CHECK(dpooled.scalar_type() == ScalarType::Float, "dpooled must be float32");
     GM_CHECK(dpooled.device() == x.device(), "dpooled is on another device");
     const DType dtype = dtype_of(x);
@@ -79,12 +118,15 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_pool_bwd(Tensor dxn, Tensor dpoole
     x = canonical_image(x), dxn = canonical_image(dxn);
     ParamHolder param;
     PoolBwdArgs args;
-    args.shape = norm_shape(x, eps);
-    NormShape& s = args.shape;
-    args.plan = norm_plan(s.batch, s.tokens, s.dim, kNormBwdBlocks);
-    args.dxn = image_arg(dxn), args.x = image_arg(x), args.dx = image_arg(dx);
+    args.dxn = norm_image(dxn, sizes), args.x = norm_image(x, sizes), args.dx = norm_image(dx, sizes);
+    if (dxn_more) {
+        dxn_more = canonical_image(*dxn_more);
+        args.dxn_more = norm_image(*dxn_more, sizes);
+    }
+    args.shape = norm_shape(sizes, eps, args.dxn, args.dxn_more, args.x);
+    const NormShape& s = args.shape;
+    args.plan = norm_plan(s.batch, s.tokens, s.slots(), kNormBwdBlocks);
     args.dpooled = static_cast<const float*>(param(dpooled).ptr), args.weight = param(weight);
-    s.aligned = vectors_allowed(s.dim, static_cast<int64_t>(x.element_size()), args.dxn, args.x, args.dx);
     const int64_t columns = 2 * static_cast<int64_t>(s.dim);
     Tensor partials = empty({s.batch, args.plan.strips, columns}, ScalarType::Float, x);
     args.partials = static_cast<float*>(partials.data_ptr());
@@ -99,36 +141,41 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_pool_bwd(Tensor dxn, Tensor dpoole
     return {dx, dweight, dbias};
 }
 
-void check_modulated(const Tensor& o, const Tensor& x, const Tensor& scale, const OptTensor& gate, const Tensor& weight,
-                     const OptTensor& bias) {
-    check_norm(x, weight, bias);
-    GM_CHECK(o.dim() == 5 && o.size(3) * o.size(4) == x.size(3),
-             "o must be (batch, H, W, G, D) with G * D = ", x.size(3), ", got ", show(shape_of(o)));
-    check_image(o, "o", {x.size(0), x.size(1), x.size(2), o.size(3), o.size(4)}, x);
+namespace {
+
+NormSizes check_modulated(const Tensor& o, const Tensor& x, const Tensor& scale, const OptTensor& gate,
+                          const Tensor& weight, const OptTensor& bias) {
+    GM_CHECK(o.dim() == 5, "o must be (batch, H, W, G, D), got ", show(shape_of(o)));
+    const NormSizes s = norm_sizes(o, "o", weight, o.size(3));
+    check_norm_image(o, "o", s, x);
+    check_norm_image(x, "x", s, x);
     check_parameter(scale, "scale", {1}, x);
-    check_parameter(gate, "gate", {x.size(0), x.size(3)}, x);
+    check_parameter(gate, "gate", {s.batch, s.channels}, x);
+    check_parameter(weight, "weight", {s.channels}, x);
+    check_parameter(bias, "bias", {s.channels}, x);
+    return s;
 }
 
+}  // namespace
+
 Tensor modulated_layer_norm_fwd(Tensor o, Tensor x, Tensor scale, OptTensor gate, Tensor weight, Tensor bias,
-                                double eps) {
-    check_modulated(o, x, scale, gate, weight, bias);
+                                double eps, int64_t width) {
+    const NormSizes sizes = check_modulated(o, x, scale, gate, weight, bias);
     const DType dtype = dtype_of(x);
     const CudaContext context(x);
-    Tensor y = empty_image_like(x);
+    Shape shape{sizes.batch, sizes.height, sizes.width, sizes.channels};
+    if (width > 0) shape = {sizes.batch, sizes.height, sizes.width, sizes.groups, width};
+    Tensor y = empty(shape, x.scalar_type(), x);
     if (y.numel() == 0) return y;
 
     o = canonical_image(o), x = canonical_image(x);
     ParamHolder param;
     ModulatedFwdArgs args;
-    args.shape = norm_shape(x, eps);
-    NormShape& s = args.shape;
-    s.group_dim = static_cast<int>(o.size(4));
-    args.plan = norm_plan(s.batch, s.tokens, s.dim, kNormFwdBlocks);
-    args.o = image_arg(o), args.x = image_arg(x), args.y = image_arg(y);
+    args.o = norm_image(o, sizes), args.x = norm_image(x, sizes), args.y = norm_image(y, sizes);
+    args.shape = norm_shape(sizes, eps, args.o, args.x, args.y);
+    const NormShape& s = args.shape;
+    args.plan = norm_plan(s.batch, s.tokens, s.slots(), kNormFwdBlocks);
     args.scale = param(scale), args.gate = param(gate), args.weight = param(weight), args.bias = param(bias);
-    const int64_t size = static_cast<int64_t>(x.element_size());
-    s.aligned = vectors_allowed(s.dim, size, args.x, args.y);
-    s.o_aligned = vectors_allowed(s.group_dim, size, args.o);
     check_cuda(launch_modulated_layer_norm_fwd(args, dtype, context.stream()), "modulated_layer_norm forward");
     return y;
 }
@@ -136,8 +183,8 @@ Tensor modulated_layer_norm_fwd(Tensor o, Tensor x, Tensor scale, OptTensor gate
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> modulated_layer_norm_bwd(Tensor dy, Tensor o, Tensor x,
                                                                                     Tensor scale, OptTensor gate,
                                                                                     Tensor weight, double eps) {
-    check_modulated(o, x, scale, gate, weight, std::nullopt);
-    check_image(dy, "dy", shape_of(x), x);
+    const NormSizes sizes = check_modulated(o, x, scale, gate, weight, std::nullopt);
+    check_norm_image(dy, "dy", sizes, x);
     const DType dtype = dtype_of(x);
     const CudaContext context(x);
     Tensor d_o = empty_image_like(o), dx = empty_image_like(x);
@@ -151,16 +198,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> modulated_layer_norm_
     dy = canonical_image(dy), o = canonical_image(o), x = canonical_image(x);
     ParamHolder param;
     ModulatedBwdArgs args;
-    args.shape = norm_shape(x, eps);
-    NormShape& s = args.shape;
-    s.group_dim = static_cast<int>(o.size(4));
-    args.plan = norm_plan(s.batch, s.tokens, s.dim, kNormBwdBlocks, kMaxModulatedBwdVecs);
-    args.dy = image_arg(dy), args.o = image_arg(o), args.x = image_arg(x);
-    args.d_o = image_arg(d_o), args.dx = image_arg(dx);
+    args.dy = norm_image(dy, sizes), args.o = norm_image(o, sizes), args.x = norm_image(x, sizes);
+    args.d_o = norm_image(d_o, sizes), args.dx = norm_image(dx, sizes);
+    args.shape = norm_shape(sizes, eps, args.dy, args.o, args.x);
+    const NormShape& s = args.shape;
+    args.plan = norm_plan(s.batch, s.tokens, s.slots(), kNormBwdBlocks, kRowVecs);
     args.scale = param(scale), args.gate = param(gate), args.weight = param(weight);
-    const int64_t size = static_cast<int64_t>(x.element_size()), columns = 3 * static_cast<int64_t>(s.dim) + 1;
-    s.aligned = vectors_allowed(s.dim, size, args.dy, args.x, args.dx);
-    s.o_aligned = vectors_allowed(s.group_dim, size, args.o, args.d_o);
+    const int64_t columns = 3 * static_cast<int64_t>(s.dim) + 1;
     Tensor partials = empty({s.batch, args.plan.strips, columns}, ScalarType::Float, x);
     args.partials = static_cast<float*>(partials.data_ptr());
     check_cuda(launch_modulated_layer_norm_bwd(args, dtype, context.stream()), "modulated_layer_norm backward");
@@ -183,12 +227,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> modulated_layer_norm_
     return {d_o, dx, dscale, dgate, dweight, dbias};
 }
 
+namespace {
+
+std::tuple<Tensor, Tensor> pool_fwd(Tensor x, Tensor weight, Tensor bias, double eps) {
+    return layer_norm_pool_fwd(x, weight, bias, eps, 0, 0);
+}
+
+std::tuple<Tensor, Tensor, Tensor> pool_bwd(Tensor dxn, Tensor dpooled, Tensor x, Tensor weight, double eps) {
+    GM_CHECK(dxn.dim() == 4, "dxn must be (batch, H, W, C), got ", show(shape_of(dxn)));
+    return layer_norm_pool_bwd(dxn, std::nullopt, dpooled, x, weight, eps);
+}
+
+Tensor modulated_fwd(Tensor o, Tensor x, Tensor scale, OptTensor gate, Tensor weight, Tensor bias, double eps) {
+    GM_CHECK(x.dim() == 4, "x must be (batch, H, W, C), got ", show(shape_of(x)));
+    return modulated_layer_norm_fwd(o, x, scale, gate, weight, bias, eps, 0);
+}
+
 }  // namespace
 }  // namespace gm
 
 STABLE_TORCH_LIBRARY_IMPL(groupmamba, CUDA, m) {
-    m.impl("layer_norm_pool_fwd", TORCH_BOX(&gm::layer_norm_pool_fwd));
-    m.impl("layer_norm_pool_bwd", TORCH_BOX(&gm::layer_norm_pool_bwd));
-    m.impl("modulated_layer_norm_fwd", TORCH_BOX(&gm::modulated_layer_norm_fwd));
+    m.impl("layer_norm_pool_fwd", TORCH_BOX(&gm::pool_fwd));
+    m.impl("layer_norm_pool_bwd", TORCH_BOX(&gm::pool_bwd));
+    m.impl("modulated_layer_norm_fwd", TORCH_BOX(&gm::modulated_fwd));
     m.impl("modulated_layer_norm_bwd", TORCH_BOX(&gm::modulated_layer_norm_bwd));
 }

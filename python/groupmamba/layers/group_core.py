@@ -114,6 +114,13 @@ class GroupCore(nn.Module):
         for weight in (self.dt_bias, self.A_log, self.D):
             weight._no_weight_decay = True
 
+    def core_parameters(self) -> tuple[Tensor, ...]:
+        """All but out_proj, in the order of :func:`groupmamba_ext.layer_ops.grouped_mamba_layer`."""
+        return (
+            self.in_proj_weight, self.conv_weight, self.conv_bias, self.x_proj_weight, self.dt_weight, self.dt_bias,
+            self.A_log, self.D, self.out_norm_weight, self.out_norm_bias,
+        )  # fmt: skip
+
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """Runs every group along its path.
 

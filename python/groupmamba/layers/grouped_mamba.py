@@ -14,6 +14,7 @@ from groupmamba.layers.channel_affinity import ChannelAffinity
 from groupmamba.layers.group_core import GroupCore
 from groupmamba.layers.token_linear import token_linear
 from groupmamba.layers.vsss import GroupedVSSS
+from groupmamba_ext.layer_ops import can_fuse, grouped_mamba_layer
 
 GROUPS = 4
 PAPER_ORDER = ("lr", "rl", "tb", "bt")
@@ -146,10 +147,32 @@ class GroupedMamba2d(nn.Module):
             y = self.vsss(x)
             return y if self.affinity is None else y * self.affinity(x).to(y.dtype)[..., None, None]
         image = (x if x.dim() == 4 else x.unsqueeze(0)).permute(0, 2, 3, 1).contiguous()
-        mixed = self._mix(image)
-        y = token_linear(mixed.flatten(0, 2).unsqueeze(0), self.proj.weight.unsqueeze(0), self.proj.bias)
-        y = y.view(*mixed.shape[:3], self.dim).permute(0, 3, 1, 2)
+        y = self.forward_tokens(image).permute(0, 3, 1, 2)
         return y if x.dim() == 4 else y.squeeze(0)
+
+    def forward_tokens(self, x: Tensor) -> Tensor:
+        """The released and fused variants on channels-last images: contiguous (batch, H, W, dim) in and out."""
+        if self.mamba.conv_weight is not None and can_fuse(x, self.mamba.inner_dim):
+            return self._fused(x)
+        mixed = self._mix(x)
+        y = token_linear(mixed.flatten(0, 2).unsqueeze(0), self.proj.weight.unsqueeze(0), self.proj.bias)
+        return y.view(*mixed.shape[:3], self.dim)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        mamba, affinity = self.mamba, self.affinity
+        return grouped_mamba_layer(
+            x,
+            norm=(self.norm.weight, self.norm.bias),
+            affinity=None
+            if affinity is None
+            else (affinity.fc1.weight, affinity.fc1.bias, affinity.fc2.weight, affinity.fc2.bias),
+            core=mamba.core_parameters(),
+            out_proj_weight=mamba.out_proj_weight,
+            skip_scale=self.skip_scale,
+            proj=(self.proj.weight, self.proj.bias),
+            directions=self.directions,
+            eps=self.norm.eps,
+        )
 
     def _mix(self, x: Tensor) -> Tensor:
         """What goes into proj, (batch, H, W, dim or 4 E), from the image (batch, H, W, dim)."""

@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0
+// Channel affinity: gate = sigmoid(fc2(relu(fc1(pooled)))) and its backward, float32. A few kilobytes an image: what
+// counts is that it is one launch forward and two backward.
+#include "cuda/dispatch.h"
+#include "cuda/launch.h"
+#include "cuda/launch_kernel.cuh"
+#include "cuda/reduce.cuh"
+
+namespace gm {
+namespace {
+
+constexpr int kThreads = 256;
+
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(kFullWarp, v, d);
+    return v;
+}
+
+__device__ __forceinline__ int gate_index(const AffinityArgs& args, int m) {
+    const int group = m / args.group_dim;
+    return group * args.group_width + m - group * args.group_dim;
+}
+
+__device__ __forceinline__ int gate_width(const AffinityArgs& args) {
+    return args.out_dim / args.group_dim * args.group_width;
+}
+
+// A block an image; a warp a hidden unit, then a thread a channel of the gate.
+template <class T>
+__global__ void __launch_bounds__(kThreads) channel_affinity_fwd_kernel(const __grid_constant__ AffinityArgs args) {
+    extern __shared__ float shared[];  // pooled, hidden
+    float* const hidden = shared + args.dim;
+    const int64_t image = blockIdx.x;
+    for (int c = threadIdx.x; c < args.dim; c += kThreads) shared[c] = args.pooled[image * args.dim + c];
+    __syncthreads();
+    for (int j = threadIdx.x / 32; j < args.hidden; j += kThreads / 32) {
+        float sum = 0.f;
+        for (int c = threadIdx.x % 32; c < args.dim; c += 32)
+            sum = fmaf(shared[c], load_param<T>(args.fc1_weight, static_cast<int64_t>(j) * args.dim + c), sum);
+        sum = fmaxf(warp_sum(sum) + load_param<T>(args.fc1_bias, j), 0.f);
+        if (threadIdx.x % 32 == 0) {
+            hidden[j] = sum;
+            args.hidden_out[image * args.hidden + j] = sum;
+        }
+    }
+    __syncthreads();
+    const int width = gate_width(args);
+    for (int i = threadIdx.x; i < width; i += kThreads) {
+        const int group = i / args.group_width, d = i - group * args.group_width;
+        float gate = 0.f;
+        if (d < args.group_dim) {
+            const int m = group * args.group_dim + d;
+            float sum = load_param<T>(args.fc2_bias, m);
+            for (int j = 0; j < args.hidden; ++j)
+                sum = fmaf(hidden[j], load_param<T>(args.fc2_weight, static_cast<int64_t>(m) * args.hidden + j), sum);
+            gate = 1.f / (1.f + expf(-sum));
+        }
+        args.gate[image * width + i] = gate;
+    }
+}
+
+// A block an image: gradients before the sigmoid and the relu, of the pooled image.
+template <class T>
+__global__ void __launch_bounds__(kThreads) channel_affinity_bwd_kernel(const __grid_constant__ AffinityArgs args) {
+    extern __shared__ float shared[];  // gradient before the sigmoid, before the relu
+    float* const hidden = shared + args.out_dim;
+    const int64_t image = blockIdx.x;
+    float* const scratch = args.scratch + image * (args.out_dim + args.hidden);
+    const int width = gate_width(args);
+    for (int m = threadIdx.x; m < args.out_dim; m += kThreads) {
+        const int64_t i = image * width + gate_index(args, m);
+        const float gate = args.gate[i];
+        scratch[m] = shared[m] = args.dgate[i] * gate * (1.f - gate);
+    }
+    __syncthreads();
+    for (int j = threadIdx.x / 32; j < args.hidden; j += kThreads / 32) {
+        float sum = 0.f;
+        for (int m = threadIdx.x % 32; m < args.out_dim; m += 32)
+            sum = fmaf(shared[m], load_param<T>(args.fc2_weight, static_cast<int64_t>(m) * args.hidden + j), sum);
+        sum = warp_sum(sum);
+        if (args.hidden_out[image * args.hidden + j] <= 0.f) sum = 0.f;
+        if (threadIdx.x % 32 == 0) scratch[args.out_dim + j] = hidden[j] = sum;
+    }
+    __syncthreads();
+    for (int c = threadIdx.x; c < args.dim; c += kThreads) {
+        float sum = 0.f;
+        for (int j = 0; j < args.hidden; ++j)
+            sum = fmaf(hidden[j], load_param<T>(args.fc1_weight, static_cast<int64_t>(j) * args.dim + c), sum);
+        args.dpooled[image * args.dim + c] = sum;
+    }
+}
+
+constexpr int kSumThreads = 8;
+
+// kSumThreads threads a parameter, for every kSumThreads-th image each.
+template <class T>
+__global__ void __launch_bounds__(kReduceColumns* kSumThreads)
+    channel_affinity_weights_kernel(const __grid_constant__ AffinityArgs args) {
+    __shared__ float shared[kSumThreads][kReduceColumns];
+    int64_t i = static_cast<int64_t>(blockIdx.x) * kReduceColumns + threadIdx.x;
+    const int64_t row = args.out_dim + args.hidden;
+    const int64_t first = static_cast<int64_t>(args.hidden) * args.dim;
+    const int64_t second = static_cast<int64_t>(args.out_dim) * args.hidden;
+    // gradient[b * row] times with[b * with_row], summed over the images b
+    const float *gradient = args.scratch, *with = nullptr;
+    int64_t with_row = 0;
+    ParamOut out;
+    if (i < first) {
+        const int64_t j = i / args.dim;
+        gradient += args.out_dim + j, with = args.pooled + i - j * args.dim, with_row = args.dim;
+        out = args.dfc1_weight;
+    } else if ((i -= first) < second) {
+        const int64_t m = i / args.hidden;
+        gradient += m, with = args.hidden_out + i - m * args.hidden, with_row = args.hidden;
+        out = args.dfc2_weight;
+    } else if ((i -= second) < args.hidden) {
+        gradient += args.out_dim + i;
+        out = args.dfc1_bias;
+    } else if ((i -= args.hidden) < args.out_dim) {
+        gradient += i;
+        out = args.dfc2_bias;
+    }
+    float sum = 0.f;
+    if (out.ptr != nullptr) {
+#pragma unroll 4
+        for (int b = threadIdx.y; b < args.batch; b += kSumThreads)
+            sum = fmaf(gradient[b * row], with == nullptr ? 1.f : with[b * with_row], sum);
+    }
+    sum = row_sum(sum, shared);
+    if (threadIdx.y == 0) store_param<T>(out, i, sum);
+}
+
+}  // namespace
+
+cudaError_t launch_channel_affinity_fwd(const AffinityArgs& args, DType dtype, cudaStream_t stream) {
+    return dispatch_dtype(dtype, [&](auto tag) {
+        return launch_kernel(channel_affinity_fwd_kernel<typename decltype(tag)::type>, args.batch, kThreads,
+                             sizeof(float) * (args.dim + args.hidden), stream, args);
+    });
+}
+
+cudaError_t launch_channel_affinity_bwd(const AffinityArgs& args, DType dtype, cudaStream_t stream) {
+    const int64_t parameters = static_cast<int64_t>(args.hidden) * (args.dim + args.out_dim + 1) + args.out_dim;
+    return dispatch_dtype(dtype, [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        const cudaError_t error = launch_kernel(channel_affinity_bwd_kernel<T>, args.batch, kThreads,
+                                                sizeof(float) * (args.out_dim + args.hidden), stream, args);
+        if (error != cudaSuccess) return error;
+        const int64_t blocks = (parameters + kReduceColumns - 1) / kReduceColumns;
+        channel_affinity_weights_kernel<T>
+            <<<static_cast<unsigned>(blocks), dim3(kReduceColumns, kSumThreads), 0, stream>>>(args);
+        return cudaGetLastError();
+    });
+}
+
+}  // namespace gm

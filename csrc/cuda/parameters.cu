@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0
+// What happens to all parameters of a layer at once, in one launch each way: casts and padding before its products,
+// sums of partial gradients behind them.
+#include "cuda/dispatch.h"
+#include "cuda/launch.h"
+#include "cuda/launch_kernel.cuh"
+#include "cuda/reduce.cuh"
+
+namespace gm {
+namespace {
+
+constexpr int kThreads = 256;
+
+constexpr int kSumThreads = 8;  // threads that share a sum, see row_sum
+
+// Elements of all items one after another, each item from a multiple of `unit` on, so that a block belongs to one item;
+// the item and the first of the block's elements.
+template <class Args>
+__device__ __forceinline__ const auto& find_item(const Args& args, int unit, int64_t& first) {
+    int64_t block = blockIdx.x;
+    int i = 0;
+    for (; i + 1 < args.count; ++i) {
+        const int64_t blocks = (args.items[i].count + unit - 1) / unit;
+        if (block < blocks) break;
+        block -= blocks;
+    }
+    first = block * unit;
+    return args.items[i];
+}
+
+template <class Args>
+int64_t total_blocks(const Args& args, int unit) {
+    int64_t blocks = 0;
+    for (int i = 0; i < args.count; ++i) blocks += (args.items[i].count + unit - 1) / unit;
+    return blocks;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) pack_parameters_kernel(const __grid_constant__ PackArgs args) {
+    int64_t element = 0;
+    const PackItem& item = find_item(args, kThreads, element);
+    element += threadIdx.x;
+    if (element >= item.count) return;
+    const int64_t row = element / item.w2;
+    const int i2 = static_cast<int>(element - row * item.w2);
+    const int64_t i0 = row / item.w1;
+    const int i1 = static_cast<int>(row - i0 * item.w1);
+    float v = 0.f;
+    if (i1 < item.n1 && i2 < item.n2) {
+        v = load_param<T>(item.from, (i0 * item.n1 + i1) * item.n2 + i2);
+        if (item.negative_exp) v = -expf(v);
+    }
+    store_param<T>(item.to, element, v);
+}
+
+template <class T>
+__device__ __forceinline__ float strided_sum(const T* p, int from, int count, int by, int64_t step) {
+    float sum = 0.f;
+#pragma unroll 4
+    for (int i = from; i < count; i += by) sum += to_float(p[i * step]);
+    return sum;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kReduceColumns* kSumThreads)
+    sum_parameters_kernel(const __grid_constant__ SumArgs args) {
+    __shared__ float shared[kSumThreads][kReduceColumns];
+    int64_t element = 0;
+    const SumItem& item = find_item(args, kReduceColumns, element);
+    element += threadIdx.x;
+    const int64_t row = element / item.n2, matrix = row / item.n1;
+    const int i2 = static_cast<int>(element - row * item.n2), i1 = static_cast<int>(row - matrix * item.n1);
+    const int64_t i0 = matrix / item.inner, j = matrix - i0 * item.inner;
+    const int64_t step = static_cast<int64_t>(item.inner) * item.w1 * item.w2;
+    const int64_t first = i0 * item.parts * step + (j * item.w1 + i1) * item.w2 + i2;
+    float sum = 0.f;
+    if (element < item.count) {
+        sum = item.from.is_float ? strided_sum(static_cast<const float*>(item.from.ptr) + first, threadIdx.y,
+                                               item.parts, kSumThreads, step)
+                                 : strided_sum(static_cast<const T*>(item.from.ptr) + first, threadIdx.y, item.parts,
+                                               kSumThreads, step);
+    }
+    sum = row_sum(sum, shared);
+    if (threadIdx.y != 0 || element >= item.count) return;
+    if (item.add.ptr != nullptr) sum += load_param<T>(item.add, element);
+    if (item.scale != nullptr) sum *= item.scale[first];
+    store_param<T>(item.to, element, sum);
+}
+
+// A thread adds kVec adjacent columns of every `row_threads`-th row of its block's.
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(kThreads) column_sums_kernel(const __grid_constant__ ColumnSumArgs args) {
+    extern __shared__ float partial[];  // (row threads, columns)
+    const int vectors = (args.columns + kVec - 1) / kVec, row_threads = max(1, kThreads / vectors);
+    const int64_t rows = (args.rows + args.blocks - 1) / args.blocks, from = blockIdx.x * rows;
+    const int64_t to = min(args.rows, from + rows);
+    const int r = threadIdx.x / vectors;
+    for (int v = threadIdx.x % vectors; r < row_threads && v < vectors; v += kThreads) {
+        float sum[kVec] = {};
+        const T* const p = static_cast<const T*>(args.x) + v * kVec;
+        const int channels = min(kVec, args.columns - v * kVec);
+#pragma unroll 8
+        for (int64_t t = from + r; t < to; t += row_threads) {
+            float x[kVec] = {};
+            if constexpr (kAligned) {
+                to_floats(*reinterpret_cast<const Vec4<T>*>(p + t * args.row_stride), x);
+            } else {
+#pragma unroll
+                for (int j = 0; j < kVec; ++j)
+                    if (j < channels) x[j] = to_float(p[t * args.row_stride + j]);
+            }
+#pragma unroll
+            for (int j = 0; j < kVec; ++j) sum[j] += x[j];
+        }
+        for (int j = 0; j < channels; ++j) partial[r * args.columns + v * kVec + j] = sum[j];
+    }
+    __syncthreads();
+    for (int c = threadIdx.x; c < args.columns; c += kThreads) {
+        float sum = 0.f;
+        for (int i = 0; i < row_threads; ++i) sum += partial[i * args.columns + c];
+        args.partials[static_cast<int64_t>(blockIdx.x) * args.columns + c] = sum;
+    }
+}
+
+}  // namespace
+
+cudaError_t launch_pack_parameters(const PackArgs& args, DType dtype, cudaStream_t stream) {
+    return dispatch_dtype(dtype, [&](auto tag) {
+        return launch_kernel(pack_parameters_kernel<typename decltype(tag)::type>, total_blocks(args, kThreads),
+                             kThreads, 0, stream, args);
+    });
+}
+
+cudaError_t launch_sum_parameters(const SumArgs& args, DType dtype, cudaStream_t stream) {
+    const int64_t blocks = total_blocks(args, kReduceColumns);
+    if (blocks == 0) return cudaSuccess;
+    if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+    return dispatch_dtype(dtype, [&](auto tag) {
+        sum_parameters_kernel<typename decltype(tag)::type>
+            <<<static_cast<unsigned>(blocks), dim3(kReduceColumns, kSumThreads), 0, stream>>>(args);
+        return cudaGetLastError();
+    });
+}
+
+cudaError_t launch_column_sums(const ColumnSumArgs& args, DType dtype, cudaStream_t stream) {
+    const int vectors = (args.columns + kVec - 1) / kVec;
+    const size_t shared = sizeof(float) * args.columns * std::max(1, kThreads / vectors);
+    return dispatch_dtype(dtype, [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        const bool aligned = args.columns % kVec == 0 && args.row_stride % kVec == 0 &&
+                             reinterpret_cast<uintptr_t>(args.x) % (kVec * sizeof(T)) == 0;
+        return launch_kernel(aligned ? column_sums_kernel<T, true> : column_sums_kernel<T, false>, args.blocks,
+                             kThreads, shared, stream, args);
+    });
+}
+
+}  // namespace gm

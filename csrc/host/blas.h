@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+// Matrix products of torch's CUDA library, and views, by the C interface of the stable ABI: no dispatcher in between.
+#pragma once
+
+#include "host/tensor.h"
+
+// CPU builds of torch do not export these; weak, so that one library loads under both.
+extern "C" {
+__attribute__((weak)) AOTITorchError aoti_torch_cuda_bmm_out(AtenTensorHandle out, AtenTensorHandle self,
+                                                             AtenTensorHandle mat2);
+__attribute__((weak)) AOTITorchError aoti_torch_cuda_baddbmm_out(AtenTensorHandle out, AtenTensorHandle self,
+                                                                 AtenTensorHandle batch1, AtenTensorHandle batch2,
+                                                                 double beta, double alpha);
+__attribute__((weak)) AOTITorchError aoti_torch_cuda_mm_out(AtenTensorHandle out, AtenTensorHandle self,
+                                                            AtenTensorHandle mat2);
+__attribute__((weak)) AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle out, AtenTensorHandle self,
+                                                               AtenTensorHandle mat1, AtenTensorHandle mat2,
+                                                               double beta, double alpha);
+}
+
+namespace gm {
+
+// Another view of the storage of `t`, `offset` elements behind its first.
+inline Tensor alias(const Tensor& t, const Shape& sizes, const Shape& strides, int64_t offset = 0) {
+    AtenTensorHandle handle = nullptr;
+    GM_TORCH_CALL(aoti_torch__reinterpret_tensor(t.get(), static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                 strides.data(), offset, &handle));
+    return Tensor(handle);
+}
+
+inline Tensor alias(const Tensor& t, const Shape& sizes) { return alias(t, sizes, contiguous_strides(sizes)); }
+
+// The last two dimensions swapped.
+inline Tensor transposed(const Tensor& t) {
+    Shape sizes = shape_of(t), strides(sizes.size());
+    for (size_t i = 0; i < strides.size(); ++i) strides[i] = t.stride(static_cast<int64_t>(i));
+    const size_t last = sizes.size() - 1;
+    std::swap(sizes[last], sizes[last - 1]), std::swap(strides[last], strides[last - 1]);
+    return alias(t, sizes, strides);
+}
+
+// out = a @ b, for matrices or batches of them.
+inline void matmul_out(const Tensor& out, const Tensor& a, const Tensor& b) {
+    const auto product = out.dim() == 2 ? &aoti_torch_cuda_mm_out : &aoti_torch_cuda_bmm_out;
+    GM_TORCH_CALL(product(out.get(), a.get(), b.get()));
+}
+
+// out += a @ b, for batches of matrices.
+inline void add_matmul(const Tensor& out, const Tensor& a, const Tensor& b) {
+    GM_TORCH_CALL(aoti_torch_cuda_baddbmm_out(out.get(), out.get(), a.get(), b.get(), 1., 1.));
+}
+
+// out = a @ b + row, for matrices; row has as many elements as out has columns.
+inline void matmul_bias_out(const Tensor& out, const Tensor& row, const Tensor& a, const Tensor& b) {
+    GM_TORCH_CALL(aoti_torch_cuda_addmm_out(out.get(), row.get(), a.get(), b.get(), 1., 1.));
+}
+
+}  // namespace gm

@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CUDA entries that the layer's own entry calls without the dispatcher; each is defined in the file of its op.
+// The _into forms write given images.
+#pragma once
+
+#include <tuple>
+#include <vector>
+
+#include "host/tensor.h"
+
+namespace gm {
+
+// With groups the results are images (batch, H, W, groups, width), group-major (y token-major), zeros behind the
+// channels of a group; so may be o, x and the gradients. Without (0), (batch, H, W, C).
+std::tuple<Tensor, Tensor> layer_norm_pool_fwd(Tensor x, Tensor weight, Tensor bias, double eps, int64_t groups,
+                                               int64_t width);
+std::tuple<Tensor, Tensor, Tensor> layer_norm_pool_bwd(Tensor dxn, OptTensor dxn_more, Tensor dpooled, Tensor x,
+                                                       Tensor weight, double eps);
+
+Tensor modulated_layer_norm_fwd(Tensor o, Tensor x, Tensor scale, OptTensor gate, Tensor weight, Tensor bias,
+                                double eps, int64_t width);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> modulated_layer_norm_bwd(Tensor dy, Tensor o, Tensor x,
+                                                                                    Tensor scale, OptTensor gate,
+                                                                                    Tensor weight, double eps);
+
+Tensor depthwise_conv3x3_fwd(Tensor x, Tensor weight, OptTensor bias, int64_t activation);
+std::tuple<Tensor, Tensor> conv3x3_bwd_into(const Tensor& dx, Tensor dy, Tensor x, Tensor weight, OptTensor bias,
+                                            int64_t activation);
+
+struct ScanInputs {
+    Tensor u, dt, A, B, C;
+    OptTensor D, dt_weight, dt_bias, z, norm_weight, norm_bias, gate;
+    std::vector<int64_t> directions;
+    bool softplus = true;
+    double norm_eps = 1e-5;
+    int64_t norm_dim = 0, chunk = 0;
+};
+struct ScanImageGradients {
+    Tensor du, ddt, dB, dC;
+    OptTensor dz;
+};
+struct ScanParameterGradients {
+    Tensor dA, dD, ddt_weight, ddt_bias, dnorm_weight, dnorm_bias, dgate;
+};
+// Writes y; returns the states, (0,) without save_states.
+Tensor scan_fwd_into(const Tensor& y, ScanInputs inputs, bool save_states);
+ScanParameterGradients scan_bwd_into(const ScanImageGradients& gradients, Tensor dy, ScanInputs inputs, Tensor states);
+
+}  // namespace gm
