@@ -182,7 +182,8 @@ __global__ void __launch_bounds__(kBwdSlab / kBwdTokens<T, kSingle>, kSingle&& k
         {
             float skip[kVec];
             table.get(kSkip, c0, skip);
-            const float inverse_dim = 1.f / s.dim;
+            const float inverse_dim = 1.f / s.norm_dim;
+            const int normed_channels = min(valid, s.norm_dim - c0);
             float inverse_std[kTokens], m1[kTokens], m2[kTokens];
 #pragma unroll
             for (int k = 0; k < kTokens; ++k) {
@@ -199,10 +200,10 @@ __global__ void __launch_bounds__(kBwdSlab / kBwdTokens<T, kSingle>, kSingle&& k
                 lane_sums(m1, lanes);
 #pragma unroll
                 for (int k = 0; k < kTokens; ++k) {
-                    const float mean = mean_of(m1[k], s.dim, inverse_dim);
+                    const float mean = mean_of(m1[k], s.norm_dim, inverse_dim);
 #pragma unroll
                     for (int j = 0; j < kVec; ++j) {
-                        dy[k][j] = j < valid ? dy[k][j] - mean : 0.f;
+                        dy[k][j] = j < normed_channels ? dy[k][j] - mean : 0.f;
                         m2[k] = fmaf(dy[k][j], dy[k][j], m2[k]);
                     }
                 }

@@ -134,7 +134,8 @@ __global__ void __launch_bounds__(kFwdThreads, kSingle&& kAligned && sizeof(T) =
         table.get(kScale, c0, scale);
         table.get(kShift, c0, shift);
         if (has_norm) {
-            const float inverse_dim = 1.f / s.dim;
+            const float inverse_dim = 1.f / s.norm_dim;
+            const int normed = min(valid, s.norm_dim - c0);
             float mean[kTokens], variance[kTokens];
 #pragma unroll
             for (int k = 0; k < kTokens; ++k) {
@@ -146,10 +147,10 @@ __global__ void __launch_bounds__(kFwdThreads, kSingle&& kAligned && sizeof(T) =
 #pragma unroll
             for (int k = 0; k < kTokens; ++k) {
                 variance[k] = 0.f;
-                mean[k] = mean_of(mean[k], s.dim, inverse_dim);
+                mean[k] = mean_of(mean[k], s.norm_dim, inverse_dim);
 #pragma unroll
                 for (int j = 0; j < kVec; ++j) {
-                    y[k][j] = j < valid ? y[k][j] - mean[k] : 0.f;
+                    y[k][j] = j < normed ? y[k][j] - mean[k] : 0.f;
                     variance[k] = fmaf(y[k][j], y[k][j], variance[k]);
                 }
             }

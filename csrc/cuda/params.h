@@ -29,6 +29,7 @@ constexpr int kMaxGroups = 4096;  // two bits each in the kernel's parameters
 struct ScanShape {
     int64_t batch;
     int height, width, groups, dim, states, rank;  // rank 0: dt holds the step itself
+    int norm_dim;                                  // channels that LayerNorm counts: D, or fewer where the rest is pad
     int lanes;                                     // lanes that share a token, a power of two up to 32
     int threads;                                   // threads of a block
     bool softplus;

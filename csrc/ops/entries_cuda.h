@@ -27,6 +27,8 @@ Tensor depthwise_conv3x3_fwd(Tensor x, Tensor weight, OptTensor bias, int64_t ac
 std::tuple<Tensor, Tensor> conv3x3_bwd_into(const Tensor& dx, Tensor dy, Tensor x, Tensor weight, OptTensor bias,
                                             int64_t activation);
 
+// norm_dim: channels that LayerNorm counts, 0 for D. Where it is less than D, the images are 0 in the channels behind
+// it, and so are dt_weight, dt_bias, D, norm_weight, norm_bias and gate; gradients hold anything finite there.
 struct ScanInputs {
     Tensor u, dt, A, B, C;
     OptTensor D, dt_weight, dt_bias, z, norm_weight, norm_bias, gate;

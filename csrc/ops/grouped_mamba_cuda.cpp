@@ -187,11 +187,11 @@ CoreGradients grouped_mamba_bwd(Tensor dy, OptTensor dxn, OptTensor dgate, Tenso
     Tensor dfeatures = empty({g, tokens, s.features_pad}, type, x);
     if (s.features < s.features_pad) torch::stable::zero_(dfeatures);
     const OptTensor scan_gate = gate_scan && affinity.given() ? OptTensor(gate) : std::nullopt;
-    const ScanInputs inputs = scan_inputs(pack, s, u, uz, features, scan_gate, directions, norm_eps, chunk);
-    const ScanImageGradients images{
-        image_of(du, s, e_pad), image_of(dfeatures, s, s.rank), image_of(dfeatures, s, s.states, s.rank),
-        image_of(dfeatures, s, s.states, s.rank + s.states), image_of(duz, s, e_pad, e_pad)};
-    const ScanParameterGradients scan = scan_bwd_into(images, dy, inputs, states);
+    // The views live for this call only: they would keep du, duz and dfeatures from being freed.
+    const ScanParameterGradients scan =
+        scan_bwd_into({image_of(du, s, e_pad), image_of(dfeatures, s, s.rank), image_of(dfeatures, s, s.states, s.rank),
+                       image_of(dfeatures, s, s.states, s.rank + s.states), image_of(duz, s, e_pad, e_pad)},
+                      dy, scan_inputs(pack, s, u, uz, features, scan_gate, directions, norm_eps, chunk), states);
     dy = Tensor();
 
     const WeightPartials x_proj = weight_partials(dfeatures, u);

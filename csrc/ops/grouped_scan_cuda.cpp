@@ -10,7 +10,7 @@
 namespace gm {
 namespace {
 
-ScanShape scan_shape(const ScanSizes& s, const std::vector<int64_t>& directions, bool softplus, double norm_eps) {
+ScanShape scan_shape(const ScanSizes& s, const ScanInputs& in) {
     GM_CHECK(s.dim <= kMaxScanDim, "the CUDA scan takes up to ", kMaxScanDim, " channels a group, got ", s.dim);
     GM_CHECK(s.groups <= kMaxGroups, "the CUDA scan takes up to ", kMaxGroups, " groups, got ", s.groups);
     ScanShape shape{};
@@ -22,10 +22,11 @@ ScanShape scan_shape(const ScanSizes& s, const std::vector<int64_t>& directions,
     shape.states = static_cast<int>(s.states);
     shape.rank = static_cast<int>(s.rank);
     shape.lanes = scan_lanes(shape.dim);
-    shape.softplus = softplus;
-    shape.norm_eps = static_cast<float>(norm_eps);
+    shape.norm_dim = static_cast<int>(in.norm_dim > 0 ? in.norm_dim : s.dim);
+    shape.softplus = in.softplus;
+    shape.norm_eps = static_cast<float>(in.norm_eps);
     for (int64_t g = 0; g < s.groups; ++g)
-        shape.directions[g / 16] |= static_cast<uint32_t>(directions[g]) << (2 * (g % 16));
+        shape.directions[g / 16] |= static_cast<uint32_t>(in.directions[g]) << (2 * (g % 16));
     return shape;
 }
 
@@ -39,12 +40,9 @@ void check_chunk(const ScanShape& shape, int64_t chunk) {
              " channels, got ", chunk);
 }
 
-void check_norm_dim(const ScanInputs& in) {
-    GM_CHECK(in.norm_dim == 0 || in.norm_dim == in.u.size(4), "norm_dim must be D");
-}
-
 ScanSizes check_inputs(const ScanInputs& in) {
-    check_norm_dim(in);
+    GM_CHECK(in.norm_dim >= 0 && in.norm_dim <= in.u.size(4), "norm_dim must be 0 to ", in.u.size(4), ", got ",
+             in.norm_dim);
     return check_scan(in.u, in.dt, in.A, in.B, in.C, in.D, in.dt_weight, in.dt_bias, in.z, in.norm_weight, in.norm_bias,
                       in.gate, in.directions, in.chunk);
 }
@@ -101,7 +99,7 @@ Gradients grouped_selective_scan_bwd(Tensor dy, Tensor u, Tensor dt, Tensor A, T
 Tensor scan_fwd_into(const Tensor& y, ScanInputs in, bool save_states) {
     const ScanSizes s = check_inputs(in);
     ScanFwdArgs args;
-    args.shape = scan_shape(s, in.directions, in.softplus, in.norm_eps);
+    args.shape = scan_shape(s, in);
     check_chunk(args.shape, in.chunk);
     const DType dtype = dtype_of(in.u);
     const CudaContext context(in.u);
@@ -138,7 +136,7 @@ ScanParameterGradients scan_bwd_into(const ScanImageGradients& images, Tensor dy
     check_image(dy, "dy", shape_of(in.u), in.u);
     check_shape(states, "states", states_shape(s, in.chunk));
     ScanBwdArgs args;
-    args.shape = scan_shape(s, in.directions, in.softplus, in.norm_eps);
+    args.shape = scan_shape(s, in);
     check_chunk(args.shape, in.chunk);
     const DType dtype = dtype_of(in.u);
     const CudaContext context(in.u);
