@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cases of `GroupedMamba2d`, and its equations in plain PyTorch as their ground truth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from groupmamba import GroupedMamba2d
+from suite import truth
+from suite.op_cases import GROUPS, STAGES, growth_shapes, stage_shapes
+from suite.problem import Case, Problem, Shape
+
+LAYER_PASSES = ("forward", "forward+backward")
+SAMPLE_TOKENS = 1 << 18  # of the images that are compared with the truth
+SAMPLE_IMAGES = 8
+NOISE = 0.05  # added to every parameter, so that no term of the layer is zero or symmetric
+
+
+def released_layer(x: Tensor, *, directions: Sequence[str], **p: Tensor) -> Tensor:
+    """`GroupedMamba2d(variant="released")` from its equations, on its named parameters ``p``."""
+    image = x.permute(0, 2, 3, 1)
+    channels = image.shape[-1]
+
+    def norm(t: Tensor) -> Tensor:
+        return F.layer_norm(t, (channels,), p["norm.weight"], p["norm.bias"], 1e-5)
+
+    xn = norm(image)
+    inner, states = p["mamba.A_log"].shape[1:]
+    rank = p["mamba.dt_weight"].shape[2]
+    groups = xn.unflatten(-1, (GROUPS, -1))
+    u, z = torch.einsum("bhwgd,ged->bhwge", groups, p["mamba.in_proj_weight"]).split(inner, -1)
+    kernel = p["mamba.conv_weight"].reshape(GROUPS * inner, 1, 3, 3)
+    u = F.conv2d(
+        u.flatten(-2).permute(0, 3, 1, 2), kernel, p["mamba.conv_bias"].flatten(), padding=1, groups=GROUPS * inner
+    )
+    u = F.silu(u).permute(0, 2, 3, 1).unflatten(-1, (GROUPS, inner))
+    features = torch.einsum("bhwge,gfe->bhwgf", u, p["mamba.x_proj_weight"])
+    wide = x.dtype if x.dtype == torch.float64 else torch.float32
+    u, z, features = u.to(wide), z.to(wide), features.to(wide)
+    dt, B, C = features.split((rank, states, states), -1)
+    y = truth.grouped_selective_scan(
+        u,
+        dt,
+        -torch.exp(p["mamba.A_log"]),
+        B,
+        C,
+        p["mamba.D"],
+        dt_weight=p["mamba.dt_weight"],
+        dt_bias=p["mamba.dt_bias"],
+        z=z,
+        norm_weight=p["mamba.out_norm_weight"],
+        norm_bias=p["mamba.out_norm_bias"],
+        directions=directions,
+    )
+    o = torch.einsum("bhwge,gde->bhwgd", y, p["mamba.out_proj_weight"]).flatten(-2)
+    product = o * p["skip_scale"] * xn
+    if "affinity.fc1.weight" in p:
+        hidden = F.relu(F.linear(xn.mean((1, 2)), p["affinity.fc1.weight"], p["affinity.fc1.bias"]))
+        gate = torch.sigmoid(F.linear(hidden, p["affinity.fc2.weight"], p["affinity.fc2.bias"]))
+        product = product * gate[:, None, None]
+    return F.linear(norm(product), p["proj.weight"], p["proj.bias"]).permute(0, 3, 1, 2)
+
+
+def make_layer(channels: int, device: torch.device, **options) -> GroupedMamba2d:
+    """A layer on ``device``, the same in every run."""
+    torch.manual_seed(0)
+    layer = GroupedMamba2d(channels, **options)
+    perturb(layer)
+    return layer.to(device)
+
+
+@torch.no_grad()
+def perturb(module: nn.Module) -> None:
+    """Moves every parameter a little off its initial value."""
+    for parameter in module.parameters():
+        parameter.add_(NOISE * torch.randn_like(parameter))
+
+
+def image_input(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(batch, C, H, W) in ``torch.channels_last``, the same in every run."""
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.empty(shape.batch, shape.height, shape.width, shape.channels, device=device)
+    return x.normal_(generator=generator).to(dtype).permute(0, 3, 1, 2)
+
+
+def layer_problem(shape: Shape, dtype: torch.dtype, options: dict, device: torch.device) -> Problem:
+    """A layer on one batch; below float32 under autocast, with float32 parameters."""
+    layer = make_layer(shape.channels, device, **options)
+    return Problem(
+        {"x": image_input(shape, dtype, device)},
+        lambda x: layer(x),
+        partial(released_layer, directions=layer.directions),
+        parameters=dict(layer.named_parameters()),
+        autocast=None if dtype == torch.float32 else dtype,
+        sample=min(SAMPLE_IMAGES, max(1, SAMPLE_TOKENS // (shape.height * shape.width))),
+    )
+
+
+def layer_cases(
+    device: str, dtypes: Sequence[torch.dtype], quick: bool, batches: Sequence[int] | None
+) -> Iterator[Case]:
+    """The released variant of `GroupedMamba2d` with one direction a group and channel affinity."""
+
+    def case(shape: Shape, dtype: torch.dtype, series: str = "stages") -> Case:
+        prepare = partial(layer_problem, shape, dtype, {})
+        return Case("layer", "GroupedMamba2d", shape, dtype, "channels_last", prepare, LAYER_PASSES, series)
+
+    for dtype in dtypes:
+        yield from (case(shape, dtype) for shape in stage_shapes(device, quick, batches))
+        if device == "cuda" and not quick and batches is None:
+            channels, side = STAGES[0]
+            yield from (case(Shape(batch, channels, side, side), dtype, "batch") for batch in (16, 1))
+            yield from (case(shape, dtype, "growth") for shape in growth_shapes())

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of results as tables and as JSON, and their geometric means."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import platform
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+import groupmamba_ext as ext
+
+SCHEMA = 1
+UNMEASURED = "-"
+
+
+def environment(device: torch.device) -> dict:
+    """The device, versions and date that a run's figures hold for."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name = properties.name
+        detail = {
+            "capability": f"{properties.major}.{properties.minor}",
+            "memory_bytes": properties.total_memory,
+            "l2_bytes": properties.L2_cache_size,
+        }
+    else:
+        name = _cpu_name()
+        detail = {"threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability()}
+    return {
+        "device": {"type": device.type, "name": name, **detail},
+        "versions": {
+            "groupmamba": ext.__version__,
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "python": platform.python_version(),
+        },
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(["bench/run.py", *sys.argv[1:]]),
+    }
+
+
+def _cpu_name() -> str:
+    """The model as Linux states it, else the architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()
+
+
+def geometric_mean(values: Iterable[float]) -> float | None:
+    """None of no values."""
+    logs = [math.log(v) for v in values]
+    return math.exp(sum(logs) / len(logs)) if logs else None
+
+
+def key(row: dict) -> tuple:
+    """What identifies a row in a file of several runs."""
+    return tuple(row[k] for k in ("op", "label", "shape", "batch", "dtype", "storage", "pass", "series"))
+
+
+def means(rows: Sequence[dict]) -> list[dict]:
+    """For each op, label, series, storage, dtype and pass: the mean over shapes of the share of the copy and of ratios.
+
+    Rows whose check is red take no part.
+    """
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if row["us"] is not None:
+            fields = ("op", "label", "series", "storage", "dtype", "pass")
+            groups.setdefault(tuple((f, row[f]) for f in fields), []).append(row)
+    out = []
+    for fields, members in groups.items():
+        names = {name for row in members for name in row["peers"]}
+        ratios = {}
+        for name in sorted(names):
+            found = [r["peers"][name]["ratio"] for r in members if r["peers"].get(name, {}).get("ratio") is not None]
+            if found:
+                ratios[name] = geometric_mean(found)
+        shares = [row["percent_of_copy"] for row in members if row["percent_of_copy"] is not None]
+        out.append({**dict(fields), "rows": len(members), "percent_of_copy": geometric_mean(shares), "ratios": ratios})
+    return out
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """``digits`` significant figures without an exponent; a dash for None."""
+    if value is None:
+        return UNMEASURED
+    if value == 0:
+        return "0"
+    places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{places}f}"
+
+
+def cells(row: dict, peers: Sequence[str]) -> list[str]:
+    """One line of the table: figures, or what is red."""
+    start = [row["shape"], str(row["batch"]), row["dtype"], row["storage"], row["pass"]]
+    if row["us"] is None:
+        return [*start, f"RED  {row['error']}"]
+    memory = None if row["peak_memory_bytes"] is None else row["peak_memory_bytes"] / 2**20
+    figures = [
+        number(row["graph_us"], 4),
+        number(row["eager_us"], 4),
+        number(row["bytes"] / 1e6),
+        number(row["gb_s"], 4),
+        number(row["percent_of_copy"]),
+        number(memory),
+        UNMEASURED if row["launches"] is None else str(row["launches"]),
+    ]
+    return [*start, *figures, *(ratio_cell(row["peers"].get(name)) for name in peers)]
+
+
+def ratio_cell(peer: dict | None) -> str:
+    """How many times longer the peer takes; ``e``: eager against eager; RED if it is wrong."""
+    if peer is None:
+        return UNMEASURED
+    if peer["error"] is not None:
+        return "RED" if peer["red"] else UNMEASURED
+    return f"{number(peer['ratio'])}x{'e' if peer['mode'] == 'eager' else ''}"
+
+
+KEYS = ("shape", "batch", "dtype", "storage", "pass")
+FIGURES = ("graph us", "eager us", "MB", "GB/s", "% copy", "peak MiB", "launches")
+
+
+def aligned(body: Sequence[Sequence[str]], columns: Sequence[int]) -> list[str]:
+    """Lines of equal columns: names to the left, figures to the right; what is red follows its names."""
+    full = [line for line in body if len(line) == len(body[0])]
+    names = range(len(KEYS))
+    widths = {i: max(len(line[i]) for line in (body if i in names else full)) for i in columns}
+    lines = []
+    for line in body:
+        cells = [line[i].ljust(widths[i]) if i in names else line[i].rjust(widths[i]) for i in columns if i < len(line)]
+        if len(line) != len(body[0]):
+            cells = [line[i].ljust(widths[i]) for i in names] + [line[-1]]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def table(rows: Sequence[dict], peers: Sequence[str]) -> str:
+    """Text with aligned columns, one block for each op, label and series."""
+    lines: list[str] = []
+    blocks: dict[tuple, list[dict]] = {}
+    for row in rows:
+        blocks.setdefault((row["op"], row["label"], row["series"]), []).append(row)
+    for (op, label, series), members in blocks.items():
+        shown = [name for name in peers if any(name in row["peers"] for row in members)]
+        header = [*KEYS, *FIGURES, *(f"vs {name}" for name in shown)]
+        body = [cells(row, shown) for row in members]
+        full = [line for line in body if len(line) == len(header)]
+        # A column that nothing was measured for (graphs, memory and launches on the CPU) is left out.
+        columns = [i for i in range(len(header)) if i < len(KEYS) or any(line[i] != UNMEASURED for line in full)]
+        lines += ["", f"{op}: {label}, {series}", *aligned([header, *body], columns)]
+        for mean in means(members):
+            ratios = ", ".join(f"{number(value)}x {name}" for name, value in mean["ratios"].items())
+            share = f"{number(mean['percent_of_copy'])}% of the copy" if mean["percent_of_copy"] else ""
+            text = ", ".join(filter(None, (share, ratios)))
+            lines.append(f"geometric mean, {mean['dtype']}, {mean['storage']}, {mean['pass']}: {text}")
+    return "\n".join(lines)
+
+
+def write_json(path: Path, run: dict, *, append: bool) -> None:
+    """Writes ``run`` as the only one of the file, or behind those that are there.
+
+    Raises:
+        ValueError: with ``append``, the file is no result of this benchmark.
+    """
+    runs = []
+    if append and path.exists():
+        runs = read_json(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"schema": SCHEMA, "runs": [*runs, run]}, indent=1) + "\n")
+
+
+def read_json(path: Path) -> list[dict]:
+    """The runs of a file that :func:`write_json` wrote.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        raise ValueError(f"{path} must be a result of bench/run.py with schema {SCHEMA}")
+    return found["runs"]
