@@ -14,8 +14,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from suite import layer_cases, op_cases, peers, report  # noqa: E402
-from suite.problem import PASSES, Case  # noqa: E402
+from suite import ablation, layer_cases, op_cases, peers, report  # noqa: E402
+from suite.problem import PASSES  # noqa: E402
 from suite.progress import Bar  # noqa: E402
 from suite.runner import Runner, on_stream  # noqa: E402
 from suite.timing import Timer  # noqa: E402
@@ -23,7 +23,11 @@ from suite.timing import Timer  # noqa: E402
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 CASES = {
     "scan": op_cases.scan_cases,
+    "cross": op_cases.cross_cases,
+    "conv": op_cases.conv_cases,
+    "norm": op_cases.norm_cases,
     "layer": layer_cases.layer_cases,
+    "ablation": ablation.ablation_cases,
 }
 
 
@@ -57,14 +61,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.op = list(dict.fromkeys(args.op or ("scan", "layer")))
     args.dtype = list(dict.fromkeys(args.dtype or (("bfloat16",) if args.device == "cuda" else ("float32",))))
     args.passes = args.passes or list(PASSES)
+    args.cases = []
+    try:
+        dtypes = [DTYPES[name] for name in args.dtype]
+        for op in args.op:
+            args.cases += CASES[op](args.device, dtypes, args.quick, args.batch)
+    except ValueError as error:
+        parser.error(f"argument --op: {error}")
     args.peers = [] if "none" in (args.peers or ()) else (args.peers or ["pytorch"])
     return args
-
-
-def cases(args: argparse.Namespace) -> list[Case]:
-    """All cases of the ops asked for, in order."""
-    dtypes = [DTYPES[name] for name in args.dtype]
-    return [case for op in args.op for case in CASES[op](args.device, dtypes, args.quick, args.batch)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,22 +83,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    todo = cases(args)
     run = report.environment(device)
     rows: list[dict] = []
-    with on_stream(device), Bar(len(todo)) as bar:
+    with on_stream(device), Bar(len(args.cases)) as bar:
         timer = Timer(device, quick=args.quick)
         runner = Runner(timer, args.passes, peers.Peers(tuple(args.peers)), bar.say)
         bar.say("copy bandwidth")
         run["copy"] = runner.copy.describe()
-        for case in todo:
+        for case in args.cases:
             rows += runner.rows(case)
             bar.advance()
+    ablation.compare(rows)
     copy = run["copy"]
     print(f"{run['device']['name']}, torch {run['versions']['torch']}, {run['date']}")
     print(f"copy of {copy['bytes'] >> 20} MiB by {copy['call']}: {copy['gb_s']:,.0f} GB/s", end="")
     print(f" (Tensor.copy_: {copy['tensor_copy_gb_s']:,.0f} GB/s)")
-    print(report.table(rows, peers.NAMES))
+    print(report.table(rows))
     run |= {"seconds": time.perf_counter() - started, "rows": rows, "geometric_means": report.means(rows)}
     if args.json is not None:
         report.write_json(args.json, run, append=args.append)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from groupmamba import GroupedMamba2d
 from suite import truth
-from suite.op_cases import GROUPS, STAGES, growth_shapes, stage_shapes
 from suite.problem import Case, Problem, Shape
+from suite.shapes import GROUPS, STAGES, growth_shapes, square, stage_shapes
 
 LAYER_PASSES = ("forward", "forward+backward")
 SAMPLE_TOKENS = 1 << 18  # of the images that are compared with the truth
@@ -113,6 +113,5 @@ def layer_cases(
     for dtype in dtypes:
         yield from (case(shape, dtype) for shape in stage_shapes(device, quick, batches))
         if device == "cuda" and not quick and batches is None:
-            channels, side = STAGES[0]
-            yield from (case(Shape(batch, channels, side, side), dtype, "batch") for batch in (16, 1))
+            yield from (case(square(batch, STAGES[0]), dtype, "batch") for batch in (16, 1))
             yield from (case(shape, dtype, "growth") for shape in growth_shapes())

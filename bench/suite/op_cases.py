@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cases of the ops: shapes, storage and inputs."""
+"""The cases of the ops."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -12,57 +12,14 @@ from torch import Tensor
 import groupmamba_ext as ext
 from suite import truth
 from suite.problem import Case, Problem, Shape
+from suite.shapes import GROUPS, PADDED, STAGES, STATES, Draw, growth_shapes, square, stage_shapes
 
-GROUPS = 4
-STATES = 1
-STAGES = ((64, 56), (128, 28), (348, 14), (448, 7))  # channels and side of GroupMamba-T at 224 x 224
-PADDED = (352, 14)  # 348 channels as the layer stores them, 88 a group
-GROWTH_SIDES = (56, 128, 256, 512, 1024)
-GROWTH_TOKENS = 1 << 20
 DIRECTIONS = ("lr", "rl", "tb", "bt")
+FEED_FORWARD_RATIOS = {64: 8, 128: 8, 348: 4, 448: 4}  # hidden channels of GroupMamba-T's feed-forward over channels
+Batches = Sequence[int] | None
 
 
-def stage_shapes(device: str, quick: bool, batches: Sequence[int] | None) -> list[Shape]:
-    """The four stages of GroupMamba-T; on the CPU one image, and with ``quick`` small ones."""
-    stages = STAGES
-    if device == "cpu" and quick:
-        stages = ((64, 14), (348, 7))
-    batches = batches or ((128,) if device == "cuda" else (1,))
-    return [Shape(batch, c, side, side) for batch in batches for c, side in stages]
-
-
-def growth_shapes(channels: int = 64) -> list[Shape]:
-    """Growing images with 2^20 tokens a batch, or as near as whole images come."""
-    return [Shape(max(1, GROWTH_TOKENS // side**2), channels, side, side) for side in GROWTH_SIDES]
-
-
-class _Draw:
-    """Random tensors on a device, the same in every run."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype):
-        self.generator = torch.Generator(device).manual_seed(0)
-        self.device, self.dtype = device, dtype
-
-    def normal(self, *shape: int, mean: float = 0.0, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        t = torch.empty(shape, device=self.device, dtype=torch.float32).normal_(mean, scale, generator=self.generator)
-        return t.to(dtype or self.dtype)
-
-    def parameter(self, *shape: int, mean: float = 0.0, scale: float = 1.0) -> Tensor:
-        return self.normal(*shape, mean=mean, scale=scale, dtype=torch.float32)
-
-    def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        t = torch.empty(shape, device=self.device, dtype=torch.float32)
-        return t.uniform_(low, high, generator=self.generator)
-
-    def grouped(self, shape: Shape, width: int, storage: str) -> Tensor:
-        """(batch, H, W, G, width), group-major or token-major in memory."""
-        if storage == "group-major":
-            dense = self.normal(GROUPS, shape.batch, shape.height, shape.width, width)
-            return dense.permute(1, 2, 3, 0, 4)
-        return self.normal(shape.batch, shape.height, shape.width, GROUPS, width)
-
-
-def _recurrence_inputs(draw: _Draw, dim: int, rank: int) -> dict[str, Tensor]:
+def _recurrence_inputs(draw: Draw, dim: int, rank: int) -> dict[str, Tensor]:
     """The parameters of G scans: steps from 0.001 to 0.1 as in the released initialisation, A near -1."""
     step = torch.exp(draw.uniform(GROUPS, dim, low=-6.9, high=-2.3))
     return {
@@ -74,7 +31,7 @@ def _recurrence_inputs(draw: _Draw, dim: int, rank: int) -> dict[str, Tensor]:
 
 
 def _scan(shape: Shape, dtype: torch.dtype, storage: str, device: torch.device) -> Problem:
-    draw = _Draw(device, dtype)
+    draw = Draw(device, dtype)
     dim = shape.channels // GROUPS
     rank = -(-dim // 16)
     widths = {"u": dim, "z": dim, "dt": rank, "B": STATES, "C": STATES}
@@ -93,9 +50,7 @@ def _scan(shape: Shape, dtype: torch.dtype, storage: str, device: torch.device) 
     )
 
 
-def scan_cases(
-    device: str, dtypes: Sequence[torch.dtype], quick: bool, batches: Sequence[int] | None
-) -> Iterator[Case]:
+def scan_cases(device: str, dtypes: Sequence[torch.dtype], quick: bool, batches: Batches) -> Iterator[Case]:
     """`grouped_selective_scan` with z, norm and gate, all four directions in use."""
 
     def case(shape: Shape, dtype: torch.dtype, storage: str = "group-major", series: str = "stages") -> Case:
@@ -107,13 +62,98 @@ def scan_cases(
         yield from (case(shape, dtype) for shape in stages)
         if device == "cpu" or quick:
             continue
-        yield from (case(Shape(batch, *_square(PADDED)), dtype) for batch in sorted({s.batch for s in stages}))
+        yield from (case(square(batch, PADDED), dtype, series="padded") for batch in sorted({s.batch for s in stages}))
         yield from (case(shape, dtype, "token-major") for shape in stages)
         if batches is None:
-            yield from (case(Shape(batch, *_square(STAGES[0])), dtype, series="batch") for batch in (16, 1))
+            yield from (case(square(batch, STAGES[0]), dtype, series="batch") for batch in (16, 1))
             yield from (case(shape, dtype, series="growth") for shape in growth_shapes())
 
 
-def _square(stage: tuple[int, int]) -> tuple[int, int, int]:
-    channels, side = stage
-    return channels, side, side
+def _cross(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    draw = Draw(device, dtype)
+    rank = -(-shape.channels // 16)
+    inputs = {"u": draw.normal(shape.batch, shape.height, shape.width, shape.channels)}
+    inputs |= {name: draw.grouped(shape, width, "group-major") for name, width in (("dt", rank), ("B", 1), ("C", 1))}
+    inputs |= _recurrence_inputs(draw, shape.channels, rank)
+    options = {"directions": DIRECTIONS}
+    return Problem(
+        inputs,
+        lambda **tensors: ext.cross_selective_scan(**tensors, **options),
+        partial(truth.cross_selective_scan, **options),
+    )
+
+
+def cross_cases(device: str, dtypes: Sequence[torch.dtype], quick: bool, batches: Batches) -> Iterator[Case]:
+    """`cross_selective_scan`: one image along all four directions, summed.
+
+    Raises:
+        ValueError: this version of groupmamba_ext has no such op.
+    """
+    if not hasattr(ext, "cross_selective_scan"):
+        raise ValueError(f"'cross' needs cross_selective_scan, which groupmamba_ext {ext.__version__} does not have")
+    for dtype in dtypes:
+        for shape in stage_shapes(device, quick, batches):
+            prepare = partial(_cross, shape, dtype)
+            yield Case("cross", "cross_selective_scan", shape, dtype, "u token-major", prepare)
+
+
+def _conv(shape: Shape, dtype: torch.dtype, grouped: bool, activation: str, device: torch.device) -> Problem:
+    draw = Draw(device, dtype)
+    if grouped:
+        lead = (GROUPS, shape.channels // GROUPS)
+        x = draw.grouped(shape, lead[1], "group-major")
+    else:
+        lead = (shape.channels,)
+        x = draw.normal(shape.batch, shape.height, shape.width, shape.channels)
+    inputs = {"x": x, "weight": draw.parameter(*lead, 3, 3, scale=0.3), "bias": draw.parameter(*lead, scale=0.1)}
+    return Problem(
+        inputs,
+        lambda **tensors: ext.depthwise_conv3x3(**tensors, activation=activation),
+        partial(ext.reference.depthwise_conv3x3, activation=activation),
+    )
+
+
+def conv_cases(device: str, dtypes: Sequence[torch.dtype], quick: bool, batches: Batches) -> Iterator[Case]:
+    """`depthwise_conv3x3` as the layer calls it, and at the widths of the feed-forward networks."""
+    for dtype in dtypes:
+        shapes = stage_shapes(device, quick, batches)
+        for shape in shapes:
+            prepare = partial(_conv, shape, dtype, True, "silu")
+            yield Case("conv", "depthwise_conv3x3 + SiLU", shape, dtype, "group-major", prepare)
+        for shape in shapes:
+            hidden = shape.channels * FEED_FORWARD_RATIOS[shape.channels]
+            wide = Shape(shape.batch, hidden, shape.height, shape.width)
+            prepare = partial(_conv, wide, dtype, False, "gelu")
+            yield Case("conv", "depthwise_conv3x3 + GELU", wide, dtype, "channels_last", prepare)
+
+
+def _pool(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    draw = Draw(device, dtype)
+    inputs = {"x": draw.normal(shape.batch, shape.height, shape.width, shape.channels)}
+    inputs |= {"weight": draw.parameter(shape.channels, mean=1.0, scale=0.1), "bias": draw.parameter(shape.channels)}
+    return Problem(inputs, lambda **tensors: ext.layer_norm_pool(**tensors), ext.reference.layer_norm_pool)
+
+
+def _modulated(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    draw = Draw(device, dtype)
+    inputs = {
+        "o": draw.grouped(shape, shape.channels // GROUPS, "group-major"),
+        "x": draw.normal(shape.batch, shape.height, shape.width, shape.channels),
+        "scale": draw.parameter(1, mean=1.0, scale=0.1),
+        "weight": draw.parameter(shape.channels, mean=1.0, scale=0.1),
+        "bias": draw.parameter(shape.channels, scale=0.1),
+        "gate": draw.uniform(shape.batch, shape.channels),
+    }
+    return Problem(inputs, lambda **tensors: ext.modulated_layer_norm(**tensors), ext.reference.modulated_layer_norm)
+
+
+def norm_cases(device: str, dtypes: Sequence[torch.dtype], quick: bool, batches: Batches) -> Iterator[Case]:
+    """`layer_norm_pool` and `modulated_layer_norm` as the layer calls them."""
+    kinds: tuple[tuple[str, str, Callable], ...] = (
+        ("layer_norm_pool", "channels_last", _pool),
+        ("modulated_layer_norm", "o group-major", _modulated),
+    )
+    for dtype in dtypes:
+        for label, storage, make in kinds:
+            for shape in stage_shapes(device, quick, batches):
+                yield Case("norm", label, shape, dtype, storage, partial(make, shape, dtype))

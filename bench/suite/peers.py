@@ -52,12 +52,12 @@ class Peers:
     def __call__(self, case: Case, problem: Problem) -> list[Peer]:
         """Those that have this case's op, at a size that ends in reasonable time."""
         found = []
-        if "pytorch" in self.names:
+        if "pytorch" in self.names and case.op != "ablation":
             found += self._pytorch(case, problem)
         return found
 
     def _pytorch(self, case: Case, problem: Problem) -> list[Peer]:
-        sequential = case.op in ("scan", "cross", "layer", "ablation")
+        sequential = case.op in ("scan", "cross", "layer")
         tokens = case.shape.height * case.shape.width
         if sequential and (tokens > SEQUENTIAL_TOKENS or case.series != "stages" or case.storage == "token-major"):
             return []

@@ -17,6 +17,7 @@ import groupmamba_ext as ext
 
 SCHEMA = 1
 UNMEASURED = "-"
+THROUGHPUT = ("layer", "ablation", "model")  # ops whose table has images a second
 
 
 def environment(device: torch.device) -> dict:
@@ -111,6 +112,8 @@ def cells(row: dict, peers: Sequence[str]) -> list[str]:
         number(row["bytes"] / 1e6),
         number(row["gb_s"], 4),
         number(row["percent_of_copy"]),
+        number(row["ns_per_token"] if row["series"] == "growth" else None),
+        number(row["images_per_s"] if row["op"] in THROUGHPUT else None, 4),
         number(memory),
         UNMEASURED if row["launches"] is None else str(row["launches"]),
     ]
@@ -127,7 +130,7 @@ def ratio_cell(peer: dict | None) -> str:
 
 
 KEYS = ("shape", "batch", "dtype", "storage", "pass")
-FIGURES = ("graph us", "eager us", "MB", "GB/s", "% copy", "peak MiB", "launches")
+FIGURES = ("graph us", "eager us", "MB", "GB/s", "% copy", "ns/token", "img/s", "peak MiB", "launches")
 
 
 def aligned(body: Sequence[Sequence[str]], columns: Sequence[int]) -> list[str]:
@@ -144,14 +147,14 @@ def aligned(body: Sequence[Sequence[str]], columns: Sequence[int]) -> list[str]:
     return lines
 
 
-def table(rows: Sequence[dict], peers: Sequence[str]) -> str:
+def table(rows: Sequence[dict]) -> str:
     """Text with aligned columns, one block for each op, label and series."""
     lines: list[str] = []
     blocks: dict[tuple, list[dict]] = {}
     for row in rows:
         blocks.setdefault((row["op"], row["label"], row["series"]), []).append(row)
     for (op, label, series), members in blocks.items():
-        shown = [name for name in peers if any(name in row["peers"] for row in members)]
+        shown = list(dict.fromkeys(name for row in members for name in row["peers"]))
         header = [*KEYS, *FIGURES, *(f"vs {name}" for name in shown)]
         body = [cells(row, shown) for row in members]
         full = [line for line in body if len(line) == len(header)]

@@ -103,6 +103,7 @@ class Runner:
             "copy_us": copy_us,
             "percent_of_copy": 100 * copy_us / times.us,
             "ns_per_token": times.us * 1e3 / case.shape.tokens,
+            "images_per_s": case.shape.batch * 1e6 / times.us,
             "peak_memory_bytes": measure.peak_memory(call, self.device),
             "launches": None if launched is None else sum(launched.values()),
             "kernels": launched,
@@ -142,7 +143,7 @@ def blank_row(case: Case, kind: str, *, error: str | None = None, check: dict | 
     """A row without figures."""
     figures = (
         "us", "graph_us", "eager_us", "graph_error", "sets", "bytes", "gb_s", "copy_us", "percent_of_copy",
-        "ns_per_token", "peak_memory_bytes", "launches", "kernels",
+        "ns_per_token", "images_per_s", "peak_memory_bytes", "launches", "kernels",
     )  # fmt: skip
     shape = case.shape
     return {
