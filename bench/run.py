@@ -48,6 +48,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=positive, nargs="+", metavar="N", help="of the stage shapes (128, cpu: 1)")
     parser.add_argument("--pass", dest="passes", choices=PASSES, help=f"of {', '.join(PASSES)} (default: all)", **every)
     parser.add_argument("--peers", choices=(*peers.NAMES, "none"), help=f"of {', '.join(peers.NAMES)}, none", **every)
+    parser.add_argument("--released", type=Path, metavar="PATH", help="a checkout of the released GroupMamba, built")
+    parser.add_argument("--vmamba", type=Path, metavar="PATH", help="a checkout of VMamba, built")
     parser.add_argument("--quick", action="store_true", help="the stage shapes alone, fewer repetitions")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
     parser.add_argument("--append", action="store_true", help="keep the runs that the file of --json already holds")
@@ -68,7 +70,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             args.cases += CASES[op](args.device, dtypes, args.quick, args.batch)
     except ValueError as error:
         parser.error(f"argument --op: {error}")
-    args.peers = [] if "none" in (args.peers or ()) else (args.peers or ["pytorch"])
+    if args.peers is None:
+        args.peers = peers.default_names(args.released, args.vmamba)
+    args.peers = [] if "none" in args.peers else list(dict.fromkeys(args.peers))
+    try:
+        peers.require(args.peers, args.released, args.vmamba)
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 
@@ -86,8 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = report.environment(device)
     rows: list[dict] = []
     with on_stream(device), Bar(len(args.cases)) as bar:
+        compared = peers.Peers(args.peers, released=args.released, vmamba=args.vmamba)
         timer = Timer(device, quick=args.quick)
-        runner = Runner(timer, args.passes, peers.Peers(tuple(args.peers)), bar.say)
+        runner = Runner(timer, args.passes, compared, bar.say)
         bar.say("copy bandwidth")
         run["copy"] = runner.copy.describe()
         for case in args.cases:

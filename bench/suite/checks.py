@@ -146,10 +146,11 @@ class Truth:
             results[name] = self._some(t) if per_image else t
         return compare(results, self.truth, self.own, self.dtype)
 
-    def check_output(self, function: Callable) -> Check:
+    def check_output(self, function: Callable, adapt: Callable | None = None) -> Check:
         """A peer's function: the outputs alone, since its other tensors may be laid out in its own way."""
+        inputs = self.problem.inputs
         with torch.no_grad(), autocast(self.problem):
-            outputs = as_tuple(function(**self.problem.inputs))
+            outputs = as_tuple(function(**(inputs if adapt is None else adapt(inputs))))
         names = [name for name in self.truth if name.startswith("output")]
         results = {name: self._some(y) for name, y in zip(names, outputs, strict=True)}
         return compare(results, self.truth, self.own, self.dtype)

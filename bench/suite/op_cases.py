@@ -15,6 +15,7 @@ from suite.problem import Case, Problem, Shape
 from suite.shapes import GROUPS, PADDED, STAGES, STATES, Draw, growth_shapes, square, stage_shapes
 
 DIRECTIONS = ("lr", "rl", "tb", "bt")
+CROSS_DIRECTIONS = ("lr", "tb", "rl", "bt")  # the order of VMamba's weights
 FEED_FORWARD_RATIOS = {64: 8, 128: 8, 348: 4, 448: 4}  # hidden channels of GroupMamba-T's feed-forward over channels
 Batches = Sequence[int] | None
 
@@ -75,7 +76,7 @@ def _cross(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     inputs = {"u": draw.normal(shape.batch, shape.height, shape.width, shape.channels)}
     inputs |= {name: draw.grouped(shape, width, "group-major") for name, width in (("dt", rank), ("B", 1), ("C", 1))}
     inputs |= _recurrence_inputs(draw, shape.channels, rank)
-    options = {"directions": DIRECTIONS}
+    options = {"directions": CROSS_DIRECTIONS}
     return Problem(
         inputs,
         lambda **tensors: ext.cross_selective_scan(**tensors, **options),

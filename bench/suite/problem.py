@@ -119,24 +119,38 @@ class Calls:
         return {"forward": forward, "backward": backward, "forward+backward": forward + backward}[kind]
 
     def call(
-        self, kind: str, function: Callable | None = None, parameters: dict[str, Tensor] | None = None
+        self,
+        kind: str,
+        function: Callable | None = None,
+        parameters: dict[str, Tensor] | None = None,
+        adapt: Callable | None = None,
     ) -> Callable:
-        """``call(i)`` for a pass of ``function`` (the problem's by default) with ``parameters`` (likewise)."""
+        """``call(i)`` for a pass of ``function`` (the problem's by default).
+
+        Args:
+            kind: of :data:`PASSES`.
+            parameters: those of ``function``; the problem's by default.
+            adapt: makes the inputs of ``function`` from the problem's.
+        """
         function = function or self.problem.function
         shared = list((self.problem.parameters if parameters is None else parameters).values())
         problem = self.problem
+        sets = self.sets
+        if adapt is not None:
+            with torch.no_grad():
+                sets = [leaves(adapt(tensors)) for tensors in sets]
 
         def forward(i: int):
             with autocast(problem):
-                return as_tuple(function(**self.sets[i]))
+                return as_tuple(function(**sets[i]))
 
         def backward(i: int, outputs: tuple[Tensor, ...], retain: bool):
-            wanted = [*self.sets[i].values(), *shared]
+            wanted = [*sets[i].values(), *shared]
             return torch.autograd.grad(outputs, wanted, self.gradients[i], retain_graph=retain)
 
         if kind == "forward":
             return torch.no_grad()(forward)
         if kind == "forward+backward":
             return lambda i: backward(i, forward(i), False)
-        kept = [forward(i) for i in range(len(self.sets))]
+        kept = [forward(i) for i in range(len(sets))]
         return lambda i: backward(i, kept[i], True)

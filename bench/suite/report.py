@@ -166,7 +166,21 @@ def table(rows: Sequence[dict]) -> str:
             share = f"{number(mean['percent_of_copy'])}% of the copy" if mean["percent_of_copy"] else ""
             text = ", ".join(filter(None, (share, ratios)))
             lines.append(f"geometric mean, {mean['dtype']}, {mean['storage']}, {mean['pass']}: {text}")
-    return "\n".join(lines)
+    return "\n".join(lines + ["", *notes(rows)])
+
+
+def notes(rows: Sequence[dict]) -> list[str]:
+    """Why a ratio is missing, each reason once."""
+    reasons: dict[str, str] = {}
+    for row in rows:
+        where = f"{row['op']} {row['shape']} {row['pass']}"
+        if row["graph_error"] is not None:
+            reasons.setdefault(f"{row['label']}: no CUDA graph: {row['graph_error']}", where)
+        for name, peer in row["peers"].items():
+            if peer["error"] is not None:
+                verdict = "RED, no ratio" if peer["red"] else "not compared"
+                reasons.setdefault(f"{name}: {verdict}: {peer['error']}", where)
+    return [f"{reason} ({where})" for reason, where in reasons.items()]
 
 
 def write_json(path: Path, run: dict, *, append: bool) -> None:

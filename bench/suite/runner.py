@@ -75,7 +75,7 @@ class Runner:
             return peer.error, False
         with peer.settings():
             try:
-                check = truth.check_output(peer.function)
+                check = truth.check_output(peer.function, peer.adapt)
             except torch.OutOfMemoryError:
                 return "out of memory", False
             except Exception as error:  # a peer is not this project's code: whatever it raises is its answer
@@ -121,8 +121,8 @@ class Runner:
             return out
         with peer.settings():
             try:
-                call = calls.call(kind, peer.function, peer.parameters)
-                theirs = self.timer.once(call) if peer.slow else self.timer(call, len(calls.sets), graph=peer.graph)
+                call = calls.call(kind, peer.function, peer.parameters, peer.adapt)
+                theirs = self.timer.once(call) if peer.slow else self.timer(call, len(calls.sets))
                 memory = measure.peak_memory(call, self.device)
             except torch.OutOfMemoryError:
                 return out | {"error": "out of memory"}

@@ -66,19 +66,18 @@ class Timer:
         """How many sets of ``nbytes`` (inputs and outputs of a call) keep the cache cold."""
         return min(max(2, 1 + math.ceil(COLD_FACTOR * self.cache / max(nbytes, 1))), MAX_SETS[self.device.type])
 
-    def __call__(self, call: Callable[[int], object], sets: int, *, graph: bool = True) -> Times:
+    def __call__(self, call: Callable[[int], object], sets: int) -> Times:
         """Times ``call(i)``, i running over ``range(sets)`` in turn.
 
         Args:
             call: runs on set ``i`` and returns its outputs.
             sets: how many sets there are.
-            graph: also replay from a CUDA graph (on CUDA).
         """
         estimate = self._warm_up(call, sets)
         calls = sets * max(1, math.ceil(self.sample_us / (sets * estimate)))
         repeats = self._repeats(calls * estimate)
         eager = statistics.median(self._sample(call, sets, calls) for _ in range(repeats))
-        if not (graph and self.cuda):
+        if not self.cuda:
             return Times(eager)
         try:
             return Times(eager, self._graph(call, sets, eager))
