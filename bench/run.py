@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run["copy"] = runner.copy.describe()
         for case in args.cases:
             rows += runner.rows(case)
-            bar.advance()
+            bar.advance(case.title)
     ablation.compare(rows)
     copy = run["copy"]
     print(f"{run['device']['name']}, torch {run['versions']['torch']}, {run['date']}")

@@ -3,7 +3,8 @@
 
 A tensor passes if its relative error is at most twice that of plain PyTorch (float32 arithmetic on the same stored
 inputs, rounded to the same dtype; for a layer, the same autocast region), or a few roundings of the dtype; and if its
-worst element is, too. Both are the rules of `groupmamba selftest`.
+worst element is, too. Both are the rules of `groupmamba selftest`. A peer may be four times as far off: some round their
+steps to the storage dtype, which is their choice and no error.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from suite.problem import Problem, as_tuple, autocast, leaves
 
 FACTOR = 2.0  # times PyTorch's own error
 WORST_FACTOR = 4.0  # the same for the worst element, whose error scatters more
+PEER_SLACK = 4.0
 WORST_FLOORS = 8.0  # a single element may be off by so many times the tolerance of the norm
 
 
@@ -56,7 +58,13 @@ def _errors(got: Tensor, truth: Tensor, size: float) -> tuple[float, float]:
     return difference.norm().item() / scale, (difference.abs() / (truth.abs() + rms)).max().item()
 
 
-def compare(results: dict[str, Tensor], truth: dict[str, Tensor], own: dict[str, Tensor], dtype: torch.dtype) -> Check:
+def compare(
+    results: dict[str, Tensor],
+    truth: dict[str, Tensor],
+    own: dict[str, Tensor],
+    dtype: torch.dtype,
+    slack: float = 1.0,
+) -> Check:
     """Every entry of ``results`` with ``truth``; ``own`` are the results of plain PyTorch, which sets the tolerance.
 
     A single number that is a sum over the image may cancel: its error is taken relative to the size that such a sum has
@@ -71,7 +79,7 @@ def compare(results: dict[str, Tensor], truth: dict[str, Tensor], own: dict[str,
         plain = [e if e < float("inf") else 0.0 for e in _errors(own[name].to(got.dtype), truth[name], size)]
         limits = max(FACTOR * plain[0], floor), max(WORST_FACTOR * plain[1], WORST_FLOORS * floor)
         for error, limit, measure in zip(errors, limits, ("relative", "worst element's"), strict=True):
-            checks.append(Check(error <= limit, name, error, limit, measure))
+            checks.append(Check(error <= slack * limit, name, error, slack * limit, measure))
     return max(checks, key=lambda c: c.error / c.allowed)
 
 
@@ -153,4 +161,4 @@ class Truth:
             outputs = as_tuple(function(**(inputs if adapt is None else adapt(inputs))))
         names = [name for name in self.truth if name.startswith("output")]
         results = {name: self._some(y) for name, y in zip(names, outputs, strict=True)}
-        return compare(results, self.truth, self.own, self.dtype)
+        return compare(results, self.truth, self.own, self.dtype, PEER_SLACK)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A progress bar on stderr: tqdm's where it is installed (`pip install 'groupmamba[bench]'`), else one line a step."""
+"""A progress bar on a terminal's stderr, by tqdm (`pip install 'groupmamba[bench]'`); elsewhere one line a case."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Bar:
     def __init__(self, total: int):
         self.total, self.done = total, 0
         self.bar = None
-        if importlib.util.find_spec("tqdm") is not None:
+        if sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None:
             from tqdm import tqdm
 
             self.bar = tqdm(total=total, unit="case", file=sys.stderr, dynamic_ncols=True, leave=False)
@@ -31,13 +31,13 @@ class Bar:
 
     def say(self, text: str) -> None:
         """What is done now."""
-        if self.bar is None:
-            print(f"[{self.done + 1}/{self.total}] {text}", file=sys.stderr)
-        else:
+        if self.bar is not None:
             self.bar.set_description_str(text)
 
-    def advance(self) -> None:
+    def advance(self, title: str) -> None:
         """A case is done."""
         self.done += 1
-        if self.bar is not None:
+        if self.bar is None:
+            print(f"[{self.done}/{self.total}] {title}", file=sys.stderr, flush=True)
+        else:
             self.bar.update()
