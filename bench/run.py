@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from suite import ablation, layer_cases, op_cases, peers, report  # noqa: E402
+from suite import ablation, layer_cases, measure, op_cases, peers, plot, report  # noqa: E402
 from suite.problem import PASSES  # noqa: E402
 from suite.progress import Bar  # noqa: E402
 from suite.runner import Runner, on_stream  # noqa: E402
@@ -52,12 +52,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--vmamba", type=Path, metavar="PATH", help="a checkout of VMamba, built")
     parser.add_argument("--quick", action="store_true", help="the stage shapes alone, fewer repetitions")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the roofline as a PNG (needs matplotlib)")
     parser.add_argument("--append", action="store_true", help="keep the runs that the file of --json already holds")
     args = parser.parse_args(argv)
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: 'cuda' needs a CUDA device, and torch sees none")
+    if args.plot is not None:
+        try:
+            plot.require_matplotlib()
+        except ModuleNotFoundError as error:
+            parser.error(f"argument --plot: {error}")
     if args.append and args.json is None:
         parser.error("argument --append: needs --json FILE to append to")
     args.op = list(dict.fromkeys(args.op or ("scan", "layer")))
@@ -99,6 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         runner = Runner(timer, args.passes, compared, bar.say)
         bar.say("copy bandwidth")
         run["copy"] = runner.copy.describe()
+        bar.say("matrix product")
+        run["gemm_tflops"] = measure.gemm_tflops(timer, [DTYPES[name] for name in args.dtype])
         for case in args.cases:
             rows += runner.rows(case)
             bar.advance(case.title)
@@ -111,6 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     run |= {"seconds": time.perf_counter() - started, "rows": rows, "geometric_means": report.means(rows)}
     if args.json is not None:
         report.write_json(args.json, run, append=args.append)
+    if args.plot is not None:
+        plot.draw(run, args.plot)
     print(f"\n{len(rows)} rows in {run['seconds']:.0f} s", "; RED: results are wrong" if runner.red else "", sep="")
     return 1 if runner.red else 0
 

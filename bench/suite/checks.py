@@ -3,8 +3,8 @@
 
 A tensor passes if its relative error is at most twice that of plain PyTorch (float32 arithmetic on the same stored
 inputs, rounded to the same dtype; for a layer, the same autocast region), or a few roundings of the dtype; and if its
-worst element is, too. Both are the rules of `groupmamba selftest`. A peer may be four times as far off: some round their
-steps to the storage dtype, which is their choice and no error.
+worst element is within a wider bound of the same kind. A peer may be four times as far off: some round their steps to
+the storage dtype, which is their choice and no error.
 """
 
 from __future__ import annotations

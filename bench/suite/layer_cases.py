@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from groupmamba import GroupedMamba2d
-from suite import truth
+from suite import flops, truth
 from suite.problem import Case, Problem, Shape
 from suite.shapes import GROUPS, STAGES, growth_shapes, square, stage_shapes
 
@@ -97,6 +97,7 @@ def layer_problem(shape: Shape, dtype: torch.dtype, options: dict, device: torch
         partial(released_layer, directions=layer.directions),
         parameters=dict(layer.named_parameters()),
         autocast=None if dtype == torch.float32 else dtype,
+        flops=flops.layer(shape) if layer.scan == "grouped" else {},
         sample=min(SAMPLE_IMAGES, max(1, SAMPLE_TOKENS // (shape.height * shape.width))),
     )
 

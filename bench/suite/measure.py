@@ -46,6 +46,24 @@ def kernels(call: Callable[[int], object], device: torch.device) -> dict[str, in
     return dict(names) or None
 
 
+GEMM_SIDE = {"cuda": 8192, "cpu": 1024}
+
+
+def gemm_tflops(timer: Timer, dtypes: Iterable[torch.dtype]) -> dict[str, float]:
+    """TFLOP/s of a large square matrix product in each dtype: the other roof of the roofline."""
+    side = GEMM_SIDE[timer.device.type]
+    found = {}
+    for dtype in dtypes:
+        a, b = (torch.randn(side, side, device=timer.device).to(dtype) for _ in range(2))
+        found[str(dtype).removeprefix("torch.")] = 2 * side**3 / _matmul_us(timer, a, b) * 1e-6
+    return found
+
+
+def _matmul_us(timer: Timer, a: Tensor, b: Tensor) -> float:
+    out = torch.empty_like(a)
+    return timer(lambda i: torch.matmul(a, b, out=out), 1).us
+
+
 class Copy:
     """The ceiling: `torch.neg(x, out=y)` on float32, an elementwise kernel with 16-byte accesses.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import groupmamba_ext as ext
-from suite import truth
+from suite import flops, truth
 from suite.problem import Case, Problem, Shape
 from suite.shapes import GROUPS, PADDED, STAGES, STATES, Draw, growth_shapes, square, stage_shapes
 
@@ -48,6 +48,7 @@ def _scan(shape: Shape, dtype: torch.dtype, storage: str, device: torch.device) 
         inputs,
         lambda **tensors: ext.grouped_selective_scan(**tensors, **options),
         partial(truth.grouped_selective_scan, **options),
+        flops=flops.scan(shape),
     )
 
 
@@ -81,6 +82,7 @@ def _cross(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
         inputs,
         lambda **tensors: ext.cross_selective_scan(**tensors, **options),
         partial(truth.cross_selective_scan, **options),
+        flops=flops.cross(shape, len(CROSS_DIRECTIONS)),
     )
 
 
@@ -111,6 +113,7 @@ def _conv(shape: Shape, dtype: torch.dtype, grouped: bool, activation: str, devi
         inputs,
         lambda **tensors: ext.depthwise_conv3x3(**tensors, activation=activation),
         partial(ext.reference.depthwise_conv3x3, activation=activation),
+        flops=flops.convolution(shape),
     )
 
 
@@ -132,7 +135,8 @@ def _pool(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     draw = Draw(device, dtype)
     inputs = {"x": draw.normal(shape.batch, shape.height, shape.width, shape.channels)}
     inputs |= {"weight": draw.parameter(shape.channels, mean=1.0, scale=0.1), "bias": draw.parameter(shape.channels)}
-    return Problem(inputs, lambda **tensors: ext.layer_norm_pool(**tensors), ext.reference.layer_norm_pool)
+    reference = ext.reference.layer_norm_pool
+    return Problem(inputs, lambda **tensors: ext.layer_norm_pool(**tensors), reference, flops=flops.norm(shape))
 
 
 def _modulated(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
@@ -145,7 +149,8 @@ def _modulated(shape: Shape, dtype: torch.dtype, device: torch.device) -> Proble
         "bias": draw.parameter(shape.channels, scale=0.1),
         "gate": draw.uniform(shape.batch, shape.channels),
     }
-    return Problem(inputs, lambda **tensors: ext.modulated_layer_norm(**tensors), ext.reference.modulated_layer_norm)
+    reference = ext.reference.modulated_layer_norm
+    return Problem(inputs, lambda **tensors: ext.modulated_layer_norm(**tensors), reference, flops=flops.norm(shape))
 
 
 def norm_cases(device: str, dtypes: Sequence[torch.dtype], quick: bool, batches: Batches) -> Iterator[Case]:

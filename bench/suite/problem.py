@@ -46,6 +46,7 @@ class Problem:
         truth: ``truth(**inputs, **parameters)`` in plain PyTorch, in the dtype of what it is given.
         autocast: the dtype of the autocast region around ``function``, if it runs in one.
         sample: compare at most so many images of the batch with the truth; None for all.
+        flops: floating-point operations of the ``forward`` and the ``backward`` pass (:mod:`suite.flops`).
     """
 
     inputs: dict[str, Tensor]
@@ -54,6 +55,7 @@ class Problem:
     parameters: dict[str, Tensor] = field(default_factory=dict)
     autocast: torch.dtype | None = None
     sample: int | None = None
+    flops: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,12 @@ class Calls:
         generator = torch.Generator(outputs[0].device).manual_seed(1)
         first = tuple(torch.empty_like(y).normal_(generator=generator) for y in outputs)
         self.gradients = [first] + [tuple(t.clone() for t in first) for _ in range(sets - 1)]
+
+    def flops(self, kind: str) -> int | None:
+        """Floating-point operations of a pass; None where they are not counted."""
+        if not self.problem.flops:
+            return None
+        return sum(self.problem.flops[part] for part in kind.split("+"))
 
     def bytes(self, kind: str) -> int:
         """What a pass has to move: every input and output once, gradients included."""

@@ -99,6 +99,7 @@ class Runner:
             "graph_error": times.graph_error,
             "sets": len(calls.sets),
             "bytes": total,
+            "flops": calls.flops(kind),
             "gb_s": total / times.us * 1e-3,
             "copy_us": copy_us,
             "percent_of_copy": 100 * copy_us / times.us,
@@ -142,7 +143,7 @@ class Runner:
 def blank_row(case: Case, kind: str, *, error: str | None = None, check: dict | None = None) -> dict:
     """A row without figures."""
     figures = (
-        "us", "graph_us", "eager_us", "graph_error", "sets", "bytes", "gb_s", "copy_us", "percent_of_copy",
+        "us", "graph_us", "eager_us", "graph_error", "sets", "bytes", "flops", "gb_s", "copy_us", "percent_of_copy",
         "ns_per_token", "images_per_s", "peak_memory_bytes", "launches", "kernels",
     )  # fmt: skip
     shape = case.shape
@@ -154,6 +155,9 @@ def blank_row(case: Case, kind: str, *, error: str | None = None, check: dict | 
         "batch": shape.batch,
         "dtype": str(case.dtype).removeprefix("torch."),
         "storage": case.storage,
+        "height": shape.height,
+        "width": shape.width,
+        "channels": shape.channels,
         "pass": kind,
         **dict.fromkeys(figures),
         "check": check,

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results as Markdown tables for the README: the latest figure of every row, and the runs that they are from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from suite.report import key, number
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+
+def latest(runs: Sequence[dict]) -> list[dict]:
+    """The rows of all runs in order; of rows that appear in several, the last."""
+    rows: dict[tuple, dict] = {}
+    for run in runs:
+        rows |= {key(row): row for row in run["rows"]}
+    return list(rows.values())
+
+
+def tables(runs: Sequence[dict], ops: Sequence[str] | None = None) -> str:
+    """One table for every op (of ``ops``, if given), label and series; a red row says so in place of figures."""
+    blocks: dict[tuple, list[dict]] = {}
+    for row in latest(runs):
+        if ops is not None and row["op"] not in ops:
+            continue
+        blocks.setdefault((row["op"], row["label"], row["series"]), []).append(row)
+    lines = []
+    for run in runs:
+        versions, copy = run["versions"], run["copy"]
+        lines.append(
+            f"{run['device']['name']}, torch {versions['torch']}, groupmamba {versions['groupmamba']}, "
+            f"{run['date'][:10]}; a kernel copy of {copy['bytes'] >> 20} MiB: {copy['gb_s']:,.0f} GB/s.  "
+        )
+    for (_, label, series), rows in blocks.items():
+        lines += ["", f"**{label}**" + ("" if series == "stages" else f", {series}"), "", *_table(rows)]
+    return "\n".join(lines)
+
+
+def _mib(row: dict) -> str:
+    memory = row["peak_memory_bytes"]
+    return "" if memory is None else number(memory / 2**20)
+
+
+COLUMNS = {
+    "us, CUDA graph": lambda row: "" if row["graph_us"] is None else number(row["graph_us"], 4),
+    "us, eager": lambda row: number(row["eager_us"], 4),
+    "% of copy": lambda row: number(row["percent_of_copy"]) if row["percent_of_copy"] and row["op"] != "model" else "",
+    "img/s": lambda row: number(row["images_per_s"], 4) if row["op"] in ("layer", "ablation", "model") else "",
+    "ns a token": lambda row: number(row["ns_per_token"]) if row["series"] == "growth" else "",
+    "peak MiB": _mib,
+    "launches": lambda row: "" if row["launches"] is None else str(row["launches"]),
+}
+
+
+def _ratio(row: dict, name: str) -> str:
+    peer = row["peers"].get(name)
+    if peer is None or peer["ratio"] is None:
+        return "RED" if peer is not None and peer["red"] else ""
+    return f"{number(peer['ratio'])}x" + (" (eager)" if peer["mode"] == "eager" else "")
+
+
+def _table(rows: Sequence[dict]) -> list[str]:
+    """Lines of one table; columns that nothing was measured for are left out."""
+    peers = dict.fromkeys(name for row in rows for name in row["peers"])
+    columns = dict(COLUMNS) | {f"vs {name}": lambda row, name=name: _ratio(row, name) for name in peers}
+    good = [row for row in rows if row["us"] is not None]
+    columns = {title: cell for title, cell in columns.items() if any(cell(row) for row in good)}
+    lines = ["| " + " | ".join(["shape", "batch", "dtype", "pass", *columns]) + " |"]
+    lines.append("|" + "---|" * 4 + "---:|" * len(columns))
+    for row in rows:
+        storage = ", token-major" if row["storage"] == "token-major" else ""
+        cells = [row["shape"] + storage, str(row["batch"]), row["dtype"], row["pass"]]
+        if row["us"] is None:
+            cells += ["RED", *[""] * (len(columns) - 1)]
+        else:
+            cells += [cell(row) for cell in columns.values()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def replace_block(text: str, block: str) -> str:
+    """``text`` with ``block`` between the two markers.
+
+    Raises:
+        ValueError: the markers are missing.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"must hold the lines {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n{block}\n{END}{after}"

@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark: its ground truth, its refusal of wrong results, its tables and files."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import groupmamba_ext as ext
+from groupmamba import GroupedMamba2d, convert_released_state_dict
+from groupmamba_ext.backend import current_backend
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+
+import run as bench  # noqa: E402
+import table  # noqa: E402
+from suite import ablation, layer_cases, markdown, measure, op_cases, peers, report, truth  # noqa: E402
+from suite.checkouts import copy_weights  # noqa: E402
+from suite.checks import Truth  # noqa: E402
+from suite.problem import Calls, Shape  # noqa: E402
+from suite.timing import Timer  # noqa: E402
+
+CPU = torch.device("cpu")
+SHAPE = Shape(2, 12, 5, 7)
+
+
+def quick(*arguments):
+    return bench.main(["--device", "cpu", "--quick", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """A run of every op on the CPU, written to a file."""
+    path = tmp_path_factory.mktemp("bench") / "results" / "cpu.json"
+    assert quick("--op", "scan", "conv", "norm", "layer", "--pass", "forward", "backward", "--json", path) == 0
+    return path
+
+
+# ground truth -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 8, 9, 10, 35])
+def test_two_level_recurrence(length):
+    a, b = torch.rand(2, length, 3, dtype=torch.float64), torch.randn(2, length, 3, dtype=torch.float64)
+    h, expected = torch.zeros(2, 3, dtype=torch.float64), []
+    for t in range(length):
+        h = a[:, t] * h + b[:, t]
+        expected.append(h)
+    torch.testing.assert_close(truth.linear_recurrence(a, b), torch.stack(expected, 1))
+
+
+@pytest.mark.parametrize("storage", ["group-major", "token-major"])
+def test_truth_of_the_scan_is_the_reference(storage):
+    problem = op_cases._scan(SHAPE, torch.float64, storage, CPU)
+    inputs = {name: t.double().requires_grad_() for name, t in problem.inputs.items()}
+    got = problem.truth(**inputs)
+    expected = ext.reference.grouped_selective_scan(**inputs, directions=op_cases.DIRECTIONS)
+    torch.testing.assert_close(got, expected)
+    dy = torch.randn_like(got)
+    for a, b in zip(*(torch.autograd.grad(y, list(inputs.values()), dy) for y in (got, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("options", [{}, {"affinity": False}])
+def test_truth_of_the_layer_is_the_reference(options):
+    problem = layer_cases.layer_problem(SHAPE, torch.float32, options, CPU)
+    layer = GroupedMamba2d(SHAPE.channels, **options).double()
+    layer.load_state_dict({name: p.double() for name, p in problem.parameters.items()})
+    x = problem.inputs["x"].double()
+    with ext.backend("reference"):
+        expected = layer(x)
+    torch.testing.assert_close(problem.truth(x=x, **dict(layer.named_parameters())), expected)
+
+
+# what is measured ---------------------------------------------------------------------------
+
+
+def test_compulsory_bytes_count_every_tensor_once():
+    problem = op_cases._conv(SHAPE, torch.bfloat16, True, "silu", CPU)
+    calls = Calls(problem, 2)
+    image, weights = 2 * 12 * 5 * 7 * 2, (12 * 9 + 12) * 4
+    assert calls.bytes("forward") == 2 * image + weights
+    assert calls.bytes("backward") == 3 * image + 2 * weights  # x, dy, dx; weights and their gradients
+    assert calls.bytes("forward+backward") == calls.bytes("forward") + calls.bytes("backward")
+
+
+def test_sets_of_inputs_exceed_the_cache_and_keep_their_storage():
+    timer = Timer(CPU)
+    size = timer.cache // 2
+    assert timer.sets(size) * size > timer.cache
+    problem = op_cases._scan(SHAPE, torch.float32, "group-major", CPU)
+    calls = Calls(problem, 3)
+    for tensors in calls.sets:
+        assert {name: t.stride() for name, t in tensors.items()} == {n: t.stride() for n, t in problem.inputs.items()}
+    assert len({tensors["u"].data_ptr() for tensors in calls.sets}) == 3
+
+
+def test_backward_pass_is_the_gradient_and_can_be_repeated():
+    problem = op_cases._pool(SHAPE, torch.float32, CPU)
+    calls = Calls(problem, 1)
+    both, alone = calls.call("forward+backward")(0), calls.call("backward")
+    for _ in range(2):
+        for a, b in zip(alone(0), both, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_flops_of_the_layer_are_those_torch_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    shape = Shape(1, 64, 7, 7)
+    problem = layer_cases.layer_problem(shape, torch.float32, {"affinity": False}, CPU)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        problem.function(**problem.inputs)
+    uncounted = 3 * 8 * shape.tokens * shape.channels  # norms
+    assert problem.flops["forward"] - uncounted == counter.get_total_flops()
+
+
+def test_growth_keeps_the_tokens():
+    for shape in layer_cases.growth_shapes():
+        assert abs(shape.tokens / 2**20 - 1) < 0.01
+    assert [shape.height for shape in layer_cases.growth_shapes()][::4] == [56, 1024]
+
+
+# wrong results ------------------------------------------------------------------------------
+
+
+def test_a_single_wrong_image_is_noticed():
+    problem = op_cases._scan(Shape(40, 16, 4, 4), torch.bfloat16, "group-major", CPU)
+    right = problem.function
+    assert Truth(problem).check().passed
+
+    def wrong(**tensors):
+        y = right(**tensors)
+        return torch.cat([y[:-1], 1.2 * y[-1:]])
+
+    problem.function = wrong
+    check = Truth(problem).check()
+    assert not check.passed and "error" in str(check)
+
+
+def test_a_wrong_gradient_is_noticed():
+    problem = op_cases._modulated(SHAPE, torch.float32, CPU)
+    right = problem.function
+    problem.function = lambda **t: right(**(t | {"gate": t["gate"] + 0.1 * (t["gate"] - t["gate"].detach())}))
+    check = Truth(problem).check()
+    assert not check.passed and check.tensor == "dgate"
+
+
+def test_red_rows_have_no_figures_and_the_status_is_1(monkeypatch, capsys, tmp_path):
+    right = ext.grouped_selective_scan
+    monkeypatch.setattr(ext, "grouped_selective_scan", lambda *a, **k: right(*a, **k) * 1.1)
+    path = tmp_path / "red.json"
+    assert quick("--op", "scan", "norm", "--pass", "forward", "--json", path) == 1
+    out = capsys.readouterr().out
+    scan, norm = out.split("norm: layer_norm_pool")
+    assert "RED" in scan and "relative error" in scan and "x" not in scan.split("RED")[1].split("\n")[0]
+    assert "RED" not in norm.split("\n\n")[0]
+    for row in report.read_json(path)[0]["rows"]:
+        red = row["op"] == "scan"
+        assert (row["us"] is None) == red and (row["error"] is not None) == red and bool(row["peers"]) != red
+    assert "| RED |" in markdown.tables(report.read_json(path))
+
+
+def test_a_wrong_peer_gets_no_ratio(monkeypatch, capsys):
+    right = ext.reference.layer_norm_pool
+
+    def wrong(x, *args, **kwargs):
+        y, pooled = right(x, *args, **kwargs)
+        return y + 0.5 * (current_backend() == "reference"), pooled  # right as the truth, wrong as the peer
+
+    monkeypatch.setattr(ext.reference, "layer_norm_pool", wrong)
+    assert quick("--op", "norm", "--pass", "forward") == 1
+    out = capsys.readouterr().out
+    assert "pytorch: RED, no ratio: output 0" in out
+    wrong_block, right_block = out.split("norm: modulated_layer_norm")
+    rows = [line for line in wrong_block.splitlines() if line.startswith(("64x14x14", "348x7x7"))]
+    assert len(rows) == 2 and all(line.endswith("  RED") for line in rows)
+    assert "RED" not in right_block.split("\n\n")[0]
+
+
+# reports ------------------------------------------------------------------------------------
+
+
+def test_table_says_what_it_should(capsys):
+    assert quick("--op", "scan", "--pass", "forward", "backward") == 0
+    out = capsys.readouterr().out
+    header = next(line for line in out.splitlines() if line.startswith("shape"))
+    for column in ("dtype", "storage", "pass", "eager us", "GB/s", "% copy", "vs pytorch"):
+        assert column in header
+    assert "graph us" not in header and "launches" not in header  # not measured on the CPU
+    assert "64x14x14" in out and "348x7x7" in out
+    assert "geometric mean, float32, group-major, forward:" in out and "GB/s (Tensor.copy_" in out
+
+
+def test_json_holds_what_the_figures_need(result):
+    (run,) = report.read_json(result)
+    assert run["device"]["type"] == "cpu" and run["versions"]["torch"] == torch.__version__
+    assert run["copy"]["gb_s"] > 0 and run["gemm_tflops"]["float32"] > 0 and run["date"].startswith("20")
+    assert {row["op"] for row in run["rows"]} == {"scan", "conv", "norm", "layer"}
+    for row in run["rows"]:
+        assert row["check"]["passed"] and row["us"] > 0 and row["bytes"] > 0 and row["flops"] > 0
+        assert row["gb_s"] == pytest.approx(row["bytes"] / row["us"] * 1e-3)
+        assert row["percent_of_copy"] == pytest.approx(100 * row["copy_us"] / row["us"])
+        peer = row["peers"]["pytorch"]
+        assert peer["mode"] == "eager" and peer["ratio"] == pytest.approx(peer["eager_us"] / row["eager_us"])
+    scan = [row for row in run["rows"] if row["op"] == "scan" and row["pass"] == "forward"]
+    mean = next(m for m in run["geometric_means"] if m["op"] == "scan" and m["pass"] == "forward")
+    product = scan[0]["peers"]["pytorch"]["ratio"] * scan[1]["peers"]["pytorch"]["ratio"]
+    assert len(scan) == 2 and mean["ratios"]["pytorch"] == pytest.approx(product**0.5)
+
+
+def test_append_keeps_earlier_runs_and_the_table_takes_the_latest(result, tmp_path, capsys):
+    path = tmp_path / "two.json"
+    path.write_text(result.read_text())
+    assert quick("--op", "conv", "--pass", "forward", "--peers", "none", "--json", path, "--append") == 0
+    first, second = report.read_json(path)
+    rows = markdown.latest([first, second])
+    assert len(rows) == len(first["rows"])
+    assert sum(row in second["rows"] for row in rows) == len(second["rows"]) > 0
+
+    readme = tmp_path / "README.md"
+    readme.write_text(f"above\n{markdown.BEGIN}\nold\n{markdown.END}\nbelow\n")
+    assert table.main([str(path), "--readme", str(readme)]) == 0
+    text = readme.read_text()
+    assert text.startswith("above\n") and text.endswith("\nbelow\n") and "old" not in text
+    assert "**grouped_selective_scan**" in text and "| 64x14x14 | 1 | float32 | forward |" in text
+    readme.write_text("no markers")
+    assert table.main([str(path), "--readme", str(readme)]) == 1
+    assert markdown.BEGIN in capsys.readouterr().err
+
+
+def test_plot(result, tmp_path):
+    pytest.importorskip("matplotlib")
+    from matplotlib.image import imread
+
+    from suite import plot
+
+    (run,) = report.read_json(result)
+    plot.draw(run, tmp_path / "roofline.png")
+    picture = imread(tmp_path / "roofline.png")
+    assert picture.shape[0] > 500 and len(set(map(tuple, picture[::7, ::7, :3].reshape(-1, 3).tolist()))) > 20
+
+
+def test_ablation_ratios_are_to_the_row_before():
+    def row(label, us):
+        found = {"op": "ablation", "label": label, "shape": "s", "batch": 1, "dtype": "d", "pass": "forward"}
+        return found | {"us": us, "graph_us": None, "eager_us": us, "error": None, "peers": {}}
+
+    cross, grouped, affinity = row("4-D scanning", 30.0), row("grouped", 20.0), row("grouped + CAM", 25.0)
+    ablation.compare([cross, grouped, affinity])
+    assert grouped["peers"]["4-D scanning"]["ratio"] == 1.5 and affinity["peers"]["grouped"]["ratio"] == 0.8
+    grouped["us"], affinity["peers"] = None, {}
+    ablation.compare([cross, grouped, affinity])
+    assert affinity["peers"]["grouped"]["ratio"] is None and affinity["peers"]["grouped"]["red"]
+
+
+# arguments and peers ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--op", "scam"], ("--op", "'scam'")),
+        (["--dtype", "int8"], ("--dtype", "'int8'")),
+        (["--batch", "0"], ("--batch", "'0'")),
+        (["--peers", "cuda"], ("--peers", "'cuda'")),
+        (["--peers", "released"], ("--peers", "'released'", "--released PATH")),
+        (["--released", "/nowhere"], ("--released", "'/nowhere'", "classification/models")),
+        (["--vmamba", "/nowhere"], ("--vmamba", "'/nowhere'")),
+        (["--append"], ("--append", "--json")),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, parts, capsys):
+    with pytest.raises(SystemExit) as end:
+        quick(*arguments)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and all(part in message for part in parts), message
+
+
+def test_cuda_needs_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        bench.main(["--device", "cuda"])
+    assert "--device: 'cuda'" in capsys.readouterr().err
+
+
+def test_unreadable_results_are_refused(tmp_path):
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps({"rows": []}))
+    with pytest.raises(ValueError, match="schema"):
+        report.read_json(path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="no JSON"):
+        report.read_json(path)
+
+
+class ReleasedGroup(torch.nn.Module):
+    """The names and shapes of one group of the released layer."""
+
+    def __init__(self, dim):
+        super().__init__()
+        rank = -(-dim // 16)
+        shapes = {
+            "x_proj_weight": (1, rank + 2, dim),
+            "dt_projs_weight": (1, dim, rank),
+            "dt_projs_bias": (1, dim),
+            "A_logs": (dim, 1),
+            "Ds": (dim,),
+        }
+        for name, shape in shapes.items():
+            self.register_parameter(name, torch.nn.Parameter(torch.zeros(shape)))
+        self.in_proj = torch.nn.Linear(dim, 2 * dim, bias=False)
+        self.conv2d = torch.nn.Conv2d(dim, dim, 3, groups=dim)
+        self.out_norm = torch.nn.LayerNorm(dim)
+        self.out_proj = torch.nn.Linear(dim, dim, bias=False)
+
+
+def test_weights_go_back_to_the_released_names():
+    dim = 64
+    released = torch.nn.Module()
+    for group in range(1, 5):
+        released.add_module(f"mamba_g{group}", ReleasedGroup(dim // 4))
+    released.fc1, released.fc2 = torch.nn.Linear(dim, dim // 16), torch.nn.Linear(dim // 16, dim)
+    released.norm, released.proj = torch.nn.LayerNorm(dim), torch.nn.Linear(dim, dim)
+    released.skip_scale = torch.nn.Parameter(torch.zeros(1))
+    ours = layer_cases.make_layer(dim, CPU).state_dict()
+    copy_weights(released, ours)
+    back = convert_released_state_dict(released.state_dict())
+    assert back.keys() == ours.keys()
+    for name, value in back.items():
+        assert torch.equal(value, ours[name]), name
+
+
+def test_compile_peer_is_compared(capsys):
+    assert quick("--op", "norm", "--pass", "forward", "--peers", "compile") == 0
+    assert "x compile" in capsys.readouterr().out
+
+
+def test_a_peer_that_cannot_run_says_why(monkeypatch, capsys):
+    monkeypatch.setattr(peers.Peers, "_pytorch", lambda *_: 1 / 0)
+    assert quick("--op", "norm", "--pass", "forward") == 0
+    assert "pytorch: not compared: ZeroDivisionError" in capsys.readouterr().out
+
+
+def test_copy_moves_what_it_says():
+    copy = measure.Copy(Timer(CPU, quick=True))
+    (x, y), *_ = copy._buffers(1 << 20)
+    assert measure.nbytes((x, y)) == 1 << 20
+    assert copy.us(1 << 20) == copy.us(1 << 20) > 0
