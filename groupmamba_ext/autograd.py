@@ -8,6 +8,7 @@ from torch import Tensor
 
 from groupmamba_ext import layer_ops
 from groupmamba_ext.dispatch import call_backward, define
+from groupmamba_ext.ops import saved_states
 
 
 def _empty_image(like: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ def _scan_fake(
 ):
     _same_device("grouped_selective_scan", u, dt, A, B, C, D, dt_weight, dt_bias, z, norm_weight, norm_bias, gate)
     batch, height, width, groups, dim = u.shape
-    shape = (batch, groups, (height * width + chunk - 1) // chunk, A.shape[2], dim) if save else (0,)
+    shape = (batch, groups, saved_states(height, width, dim, u.device.type), A.shape[2], dim) if save else (0,)
     return _empty_image(u), u.new_empty(shape, dtype=_wide(u.dtype))
 
 

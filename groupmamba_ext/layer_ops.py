@@ -15,7 +15,7 @@ from torch import Tensor
 
 from groupmamba_ext.backend import use_native
 from groupmamba_ext.dispatch import call, call_backward
-from groupmamba_ext.ops import DIRECTIONS, FUSED_CHANNELS, _autocast, chunk_tokens
+from groupmamba_ext.ops import DIRECTIONS, FUSED_CHANNELS, _autocast, chunk_tokens, saved_states
 
 _UNIT = 8  # widths are padded to multiples of this: csrc/ops/grouped_mamba_cuda.cpp
 _PARAMETERS = 16  # of grouped_mamba_fwd, behind x
@@ -34,7 +34,7 @@ def _empty_or_absent(x: Tensor, t: Tensor | None) -> Tensor:
 
 
 def _mamba_fake(x, *args):
-    *parameters, _codes, _eps, _norm_eps, chunk, gate_scan, save_states = args
+    *parameters, _codes, _eps, _norm_eps, _chunk, gate_scan, save_states = args
     fc1_weight, fc2_weight = parameters[2], parameters[4]
     x_proj_weight, A_log = parameters[9], parameters[12]
     batch, height, width, _ = x.shape
@@ -52,7 +52,7 @@ def _mamba_fake(x, *args):
         gate_width = inner_pad if gate_scan else fc2_weight.shape[0] // groups
         gate = x.new_empty((batch, groups, gate_width), **full)
         hidden = x.new_empty((batch, fc1_weight.shape[0]), **full)
-    chunks = (height * width + chunk - 1) // chunk
+    saved = saved_states(height, width, inner_pad, "cuda")
     return (
         y,
         _group_major(x, batch, height, width, groups, dim_pad),
@@ -62,7 +62,7 @@ def _mamba_fake(x, *args):
         x.new_empty((groups, tokens, 2 * inner_pad)),
         x.new_empty((groups, tokens, inner_pad)),
         x.new_empty((groups, tokens, features)),
-        x.new_empty((batch, groups, chunks, states, inner_pad) if save_states else (0,), **full),
+        x.new_empty((batch, groups, saved, states, inner_pad) if save_states else (0,), **full),
     )
 
 
@@ -155,12 +155,7 @@ OPS = {
 def can_fuse(x: Tensor, inner_dim: int) -> bool:
     """True where `grouped_mamba_layer` takes an image ``x`` and groups of ``inner_dim`` scanned channels: on CUDA with
     the compiled ops, and groups that a warp of the scan holds. Anything else goes through the ops one by one."""
-    return (
-        x.device.type == "cuda"
-        and x.numel() > 0
-        and _padded(inner_dim) == inner_dim <= FUSED_CHANNELS
-        and use_native(x, "grouped_mamba")
-    )
+    return x.device.type == "cuda" and x.numel() > 0 and inner_dim <= FUSED_CHANNELS and use_native(x, "grouped_mamba")
 
 
 def grouped_mamba_layer(

@@ -49,6 +49,20 @@ def chunk_tokens(dim: int, device_type: str) -> int:
     return 7 * 128 // lanes
 
 
+def saved_states(height: int, width: int, dim: int, device_type: str) -> int:
+    """States that a forward saves of each plane for its backward.
+
+    On the CPU one a chunk of the path; on CUDA the larger of that and of the slabs along columns, see
+    csrc/cuda/scan_plan.h.
+    """
+    chunk = chunk_tokens(dim, device_type)
+    along_path = -(-height * width // chunk)
+    if device_type == "cpu" or along_path == 0:
+        return along_path
+    columns = min(chunk // 7 // -(-height // 7), width)
+    return max(along_path, -(-width // columns) if columns else width * -(-height // chunk))
+
+
 def grouped_selective_scan(
     u: Tensor,
     dt: Tensor,

@@ -8,30 +8,27 @@
 namespace gm {
 namespace {
 
-constexpr int kTokens = kFwdTokens;
-
-// Rows of the table of channel parameters, and of each thread's parameter sums (kSumWeight + r: dt_weight).
-enum TableRow { kBias, kSkip, kNormWeight, kNormBias, kGate, kA, kWeight };
+// Rows of the table of channel parameters (the gate's for two images), and of each thread's parameter sums (kSumWeight
+// + r: dt_weight).
+enum TableRow { kBias, kSkip, kNormWeight, kNormBias, kA, kCounted, kGate, kWeight = kGate + 2 };
 enum SumRow { kSumA, kSumSkip, kSumBias, kSumProduct, kSumTotal, kSumWeight };
 
 template <class Block>
 struct Layout {
-    int slab_bytes, width;
-    int features, gradients, aggregates, table, sums, barriers, total;
+    int slab_bytes, features, feature_bytes, gradients, aggregates, table, sums, barriers, total;
 
     Layout() = default;
-    __host__ __device__ Layout(int dim, int rank) {
-        slab_bytes = (Block::kSlabTokens * dim * 2 + 127) / 128 * 128;
-        width = (rank + 2 + 3) / 4 * 4;
+    __host__ __device__ explicit Layout(const ScanShape& s) {
+        slab_bytes = Block::slab_bytes(s);
         features = kSm90Stages * 3 * slab_bytes;
-        gradients = features + 2 * Block::kSlabTokens * width * 4;
-        aggregates = gradients + Block::kSlabTokens * width * 4;
+        feature_bytes = (Block::kTokens + 1) * Block::width(s) * 4;
+        gradients = features + 2 * feature_bytes;
+        aggregates = gradients + Block::kTokens * Block::width(s) * 4;
         table = aggregates + 4 * Block::kAggregates * 4;  // forward and adjoint
-        sums = table + (kWeight + rank) * Block::kWidth * 4;
-        barriers = sums + (kSumWeight + rank) * Block::kThreads * 16;
+        sums = table + (kWeight + (s.rank + 1) / 2 * 2) * Block::kWidth * 4;
+        barriers = sums + (kSumWeight + s.rank) * Block::kThreads * 16;
         total = barriers + kSm90Stages * 8;
     }
-    __device__ int box(int stage) const { return stage * 3 * slab_bytes; }
 };
 
 // Makes the compiler forget what it knows of these values, so that it computes what depends on them anew: the decays
@@ -45,56 +42,66 @@ template <class T, class Block>
 __global__ void __launch_bounds__(Block::kThreads, 2)
     grouped_scan_bwd_sm90_kernel(const __grid_constant__ ScanBwdSm90Args args) {
 #if __CUDA_ARCH__ >= 900
+    constexpr int kTokens = kFwdTokens;
     extern __shared__ __align__(128) unsigned char shared[];
     const ScanShape& s = args.scan.shape;
     const SlabPlan& plan = args.plan;
     // What is the same for all threads and slabs waits in shared memory, to spare registers.
-    __shared__ SlabWalk walk;
+    __shared__ SlabWalk<Block, true> walk;
     __shared__ Layout<Block> layout;
-    if (threadIdx.x == 0) walk = SlabWalk(s, args.plan), layout = Layout<Block>(s.dim, s.rank);
+    if (threadIdx.x == 0) walk = SlabWalk<Block, true>(s, plan), layout = Layout<Block>(s);
     __syncthreads();
     float* const gradients = reinterpret_cast<float*>(shared + layout.gradients);
     float* const aggregates = reinterpret_cast<float*>(shared + layout.aggregates);
     float* const table = reinterpret_cast<float*>(shared + layout.table);
     const uint32_t shared_base = shared_address(shared), barriers = shared_base + layout.barriers;
-    const int tid = threadIdx.x;
-    const auto path_index = [&](int n) { return walk.count - 1 - n; };  // of the n-th slab taken
+    const int tid = threadIdx.x, total = static_cast<int>(walk.total(s));
 
-    const auto load = [&](int n) {  // by one thread
-        const int slab = walk.slab(path_index(n));
-        const uint32_t barrier = barriers + n % kSm90Stages * 8, to = shared_base + layout.box(n % kSm90Stages);
-        barrier_expect(barrier, 3 * walk.box_tokens * s.dim * 2);
-        tma_load(to, &args.u[walk.columns], walk.box(s, plan, slab, args.kind[0]), barrier);
-        tma_load(to + layout.slab_bytes, &args.z[walk.columns], walk.box(s, plan, slab, args.kind[1]), barrier);
-        tma_load(to + 2 * layout.slab_bytes, &args.dy[walk.columns], walk.box(s, plan, slab, args.kind[2]), barrier);
+    // u, z and dy by one thread each: that which stored du (dz) there two steps before waits until it has left.
+    const auto load = [&](int n, const SlabCursor& at) {
+        if (tid % 32 != 0 || tid >= 96) return;
+        const int tensor = tid / 32, stage = n % kSm90Stages;
+        const uint32_t barrier = barriers + stage * 8;
+        const uint32_t to = shared_base + (stage * 3 + tensor) * layout.slab_bytes;
+        tma_wait_read();
+        if (tensor == 0) barrier_expect(barrier, 3 * walk.box_bytes(s));
+        const CUtensorMap* const map = (tensor == 0   ? args.u
+                                        : tensor == 1 ? args.z
+                                                      : args.dy) +
+                                       static_cast<int>(walk.columns);
+        walk.boxes(s, at, args.kind[tensor],
+                   [&](const Coordinates& c, int offset) { tma_load(to + offset, map, c, barrier); });
     };
-    if (walk.leaves_slots(plan)) {
-        for (int i = tid * 16; i < layout.features; i += Block::kThreads * 16)
-            *reinterpret_cast<uint4*>(shared + i) = make_uint4(0, 0, 0, 0);
-        proxy_fence();
-        __syncthreads();
-    }
+    // What no load fills is read: clear it once.
+    for (int i = tid * 16; i < layout.gradients; i += Block::kThreads * 16)
+        *reinterpret_cast<uint4*>(shared + i) = make_uint4(0, 0, 0, 0);
     if (tid == 0) {
         for (int i = 0; i < kSm90Stages; ++i) barrier_init(barriers + i * 8, 1);
         barrier_init_fence();
-        proxy_fence();
-        load(0);
     }
+    proxy_fence();
+    const auto put = [&](int row, int c, float value) { table[row * Block::kWidth + c] = value; };
+    const auto put_gate = [&](int image, int batch) {
+        for (int c = tid; c < Block::kWidth; c += Block::kThreads) {
+            const int64_t i = (static_cast<int64_t>(batch) * s.groups + walk.group) * Block::dim(s) + c;
+            put(kGate + image, c, c < Block::dim(s) ? load_param_or<T>(args.scan.gate, i, 1.f) : 0.f);
+        }
+    };
+    SlabCursor now = walk.first(s, plan), next = now;
+    put_gate(0, now.batch);
+#pragma unroll 1
     for (int c = tid; c < Block::kWidth; c += Block::kThreads) {
-        const int64_t i = static_cast<int64_t>(walk.group) * s.dim + c;
-        const int64_t gate_index = static_cast<int64_t>(walk.batch) * s.groups * s.dim + i;
-        const bool in = c < s.dim;
-        const auto put = [&](int row, float value) { table[row * Block::kWidth + c] = value; };
-        // Lanes without channels read those of the first lane: a step of 0, no skip and no gate keep them out of all
-        // sums.
-        put(kBias, in ? load_param_or<T>(args.scan.dt_bias, i, 0.f) * kLog2e : -1e30f);
-        put(kSkip, in ? load_param_or<T>(args.scan.D, i, 0.f) : 0.f);
-        put(kNormWeight, in ? load_param<T>(args.scan.norm_weight, i) : 0.f);
-        put(kNormBias, in ? load_param_or<T>(args.scan.norm_bias, i, 0.f) : 0.f);
-        put(kGate, in ? load_param_or<T>(args.scan.gate, gate_index, 1.f) : 0.f);
-        put(kA, in ? load_param<T>(args.scan.A, i) : 0.f);
-        for (int r = 0; r < s.rank; ++r)
-            put(kWeight + r, in ? load_param<T>(args.scan.dt_weight, i * s.rank + r) * kLog2e : 0.f);
+        const int64_t i = static_cast<int64_t>(walk.group) * Block::dim(s) + c;
+        const bool in = c < Block::dim(s);
+        // Lanes without channels: a step of 0, no skip and no gate keep them out of all sums.
+        put(kBias, c, in ? load_param_or<T>(args.scan.dt_bias, i, 0.f) * kLog2e : -1e30f);
+        put(kSkip, c, in ? load_param_or<T>(args.scan.D, i, 0.f) : 0.f);
+        put(kNormWeight, c, in ? load_param<T>(args.scan.norm_weight, i) : 0.f);
+        put(kNormBias, c, in ? load_param_or<T>(args.scan.norm_bias, i, 0.f) : 0.f);
+        put(kA, c, in ? load_param<T>(args.scan.A, i) : 0.f);
+        put(kCounted, c, c < s.norm_dim ? 1.f : 0.f);
+        for (int r = 0; r < (s.rank + 1) / 2 * 2; ++r)
+            put(kWeight + r, c, in && r < s.rank ? load_param<T>(args.scan.dt_weight, i * s.rank + r) * kLog2e : 0.f);
     }
     float4* const sums = reinterpret_cast<float4*>(shared + layout.sums) + tid;  // this thread's, kThreads apart
     for (int i = 0; i < kSumWeight + s.rank; ++i) sums[i * Block::kThreads] = make_float4(0.f, 0.f, 0.f, 0.f);
@@ -102,19 +109,24 @@ __global__ void __launch_bounds__(Block::kThreads, 2)
         float4& sum = sums[i * Block::kThreads];
         sum.x += v[0], sum.y += v[1], sum.z += v[2], sum.w += v[3];
     };
+    __syncthreads();
+    load(0, now);
+    walk.advance(s, plan, next);
 
     const SlabChunk<Block> chunk(s, plan, walk);
-    StepFeatures<T, Block> fetcher(plan, walk);
+    const bool ragged = is_ragged<Block>(s, plan, walk);
+    StepFeatures<T, Block> fetcher(s, plan, walk);
     const auto features_at = [&](int n) {
-        return reinterpret_cast<float*>(shared + layout.features) + (n & 1) * Block::kSlabTokens * layout.width;
+        return reinterpret_cast<float*>(shared + layout.features + (n & 1) * layout.feature_bytes);
     };
-    const auto fetch = [&](int n) {
-        fetcher.fetch(s, plan, walk, args.scan.dt, args.scan.B, args.scan.C, path_index(n));
+    const auto fetch = [&](const SlabCursor& at) {
+        fetcher.fetch(s, walk, at, args.scan.dt, args.scan.B, args.scan.C);
     };
-    fetch(0);
-    fetcher.keep(s, features_at(0), layout.width);
-    if (walk.count > 1) fetch(1);
+    fetch(now);
+    fetcher.keep(s, features_at(0));
+    if (total > 1) fetch(next);
     float adjoint_carry = 0.f;  // of the channel that this thread scans
+    int image = 0;
     __syncthreads();
 
     const auto table_row = [&](int i, float(&out)[kVec]) {
@@ -124,21 +136,22 @@ __global__ void __launch_bounds__(Block::kThreads, 2)
     const auto weight_row = [&](int r) {
         return *reinterpret_cast<const float4*>(table + (kWeight + r) * Block::kWidth + chunk.c0);
     };
-    const int u_step = chunk.slot_step * s.dim * 2, feature_step = chunk.slot_step * layout.width;
+    const int u_step = chunk.step(s), feature_step = chunk.slot_step * Block::width(s);
     const int scan_channel = tid / Block::kScanLanes;
-    for (int n = 0; n < walk.count; ++n) {
-        const int stage = n % kSm90Stages, slab_index = path_index(n);
-        unsigned char* const box_u =
-            shared + layout.box(stage) + chunk.slot0 * s.dim * 2 + (chunk.active ? chunk.c0 : 0) * 2;
-        const float* const features = features_at(n) + chunk.slot0 * layout.width;
-        float* const token_gradients = gradients + chunk.slot0 * layout.width;
-        const int end = chunk.end(s, plan, walk, walk.slab(slab_index));
-        const bool ragged = chunk.ragged(plan, walk, end);
-        const auto real = [&](int k) { return !ragged || chunk.is_real(k, end); };
+    for (int n = 0; n < total; ++n) {
+        const int stage = n % kSm90Stages;
+        unsigned char* const box_u = shared + stage * 3 * layout.slab_bytes + chunk.offset(s);
+        const float* const features = features_at(n) + chunk.slot0 * Block::width(s);
+        float* const token_gradients = gradients + chunk.slot0 * Block::width(s);
+        const int count = chunk.count(s, walk, now);
+        const auto real = [&](int k) { return !ragged || chunk.is_real(k, count); };
         float saved = 0.f;
-        if (scan_channel < s.dim)
-            saved = args.scan.states[(static_cast<int64_t>(blockIdx.x) * args.scan.num_chunks + slab_index) * s.dim +
-                                     scan_channel];
+        if (scan_channel < Block::dim(s)) {
+            const int64_t plane = static_cast<int64_t>(now.batch) * s.groups + walk.group;
+            saved =
+                args.scan
+                    .states[(plane * args.scan.num_chunks + walk.state(plan, now, 0)) * Block::dim(s) + scan_channel];
+        }
         float steps[kTokens][kVec], h[kTokens][kVec], dy[kTokens][kVec], entering[kVec], A[kVec];
         {
             float bias[kVec];
@@ -146,7 +159,7 @@ __global__ void __launch_bounds__(Block::kThreads, 2)
             load_steps_sm90<T, Block>(features, feature_step, s, make_float4(bias[0], bias[1], bias[2], bias[3]),
                                       weight_row, steps);
         }
-        if (ragged) mask_steps(chunk, end, steps);
+        if (ragged) mask_steps(chunk, count, steps);
         table_row(kA, A);
         barrier_wait(barriers + stage * 8, n / kSm90Stages & 1);
 
@@ -155,7 +168,7 @@ __global__ void __launch_bounds__(Block::kThreads, 2)
             float P[kVec], local[kVec];
 #pragma unroll
             for (int k = 0; k < kTokens; ++k) {
-                const float b = features[k * feature_step + s.rank];
+                const float b = features[k * feature_step];
                 float x[kVec];
                 to_floats(*reinterpret_cast<const Vec4<T>*>(box_u + k * u_step), x);
 #pragma unroll
@@ -172,14 +185,14 @@ __global__ void __launch_bounds__(Block::kThreads, 2)
                 make_float4(local[0], local[1], local[2], local[3]);
         }
         __syncthreads();
-        if (tid == 0 && n + 1 < walk.count) {
-            tma_wait_read();  // du and dz of the slab before have left the stage that is loaded next
-            load(n + 1);
-        }
+        if (n + 1 < total) load(n + 1, next);
         scan_chunks<Block>(aggregates, aggregates + Block::kAggregates, saved, [](int, int, float) {});
-        if (n + 1 < walk.count) {
-            fetcher.keep(s, features_at(n + 1), layout.width);
-            if (n + 2 < walk.count) fetch(n + 2);
+        SlabCursor after = next;
+        if (n + 1 < total) {
+            fetcher.keep(s, features_at(n + 1));
+            if (next.batch != now.batch) put_gate(image ^ 1, next.batch);
+            walk.advance(s, plan, after);
+            if (n + 2 < total) fetch(after);
         }
         __syncthreads();
         {
@@ -191,12 +204,12 @@ __global__ void __launch_bounds__(Block::kThreads, 2)
 
         // y, its norm, and dy through gates and norm; dz takes the place of z
         {
-            const float inverse_dim = 1.f / s.dim;
+            const float inverse_dim = Block::kWhole ? 1.f / Block::kWidth : 1.f / s.norm_dim;
             float moment[kTokens], skip[kVec];
             table_row(kSkip, skip);
 #pragma unroll
             for (int k = 0; k < kTokens; ++k) {
-                const float c = features[k * feature_step + s.rank + 1];
+                const float c = features[k * feature_step + 1];
                 float x[kVec];
                 to_floats(*reinterpret_cast<const Vec4<T>*>(box_u + k * u_step), x);
 #pragma unroll
@@ -208,13 +221,16 @@ __global__ void __launch_bounds__(Block::kThreads, 2)
                 moment[k] = (dy[k][0] + dy[k][1]) + (dy[k][2] + dy[k][3]);
             }
             token_sums<Block::kLanes>(moment);
+            float counted[kVec] = {1.f, 1.f, 1.f, 1.f};
+            if (!Block::kWhole) table_row(kCounted, counted);
 #pragma unroll
             for (int k = 0; k < kTokens; ++k) {
-                const float mean = chunk.active ? mean_of(moment[k], s.dim, inverse_dim) : 0.f;
+                const float mean =
+                    Block::kWhole ? moment[k] * inverse_dim : mean_of(moment[k], s.norm_dim, inverse_dim);
                 moment[k] = 0.f;
 #pragma unroll
                 for (int j = 0; j < kVec; ++j) {
-                    dy[k][j] -= mean;
+                    dy[k][j] = fmaf(-counted[j], mean, dy[k][j]);
                     moment[k] = fmaf(dy[k][j], dy[k][j], moment[k]);
                 }
             }
@@ -222,7 +238,7 @@ __global__ void __launch_bounds__(Block::kThreads, 2)
             float norm_weight[kVec], norm_bias[kVec], gate[kVec], product[kVec] = {}, total[kVec] = {};
             table_row(kNormWeight, norm_weight);
             table_row(kNormBias, norm_bias);
-            table_row(kGate, gate);
+            table_row(kGate + image, gate);
             // A part of the tokens at a time, or their gradients would not fit beside the states.
             constexpr int kPart = 4;
 #pragma unroll
@@ -260,7 +276,7 @@ __global__ void __launch_bounds__(Block::kThreads, 2)
 #pragma unroll
                     for (int j = 0; j < kVec; ++j) {
                         const float d = inverse_std[i] * (through[i][j] - fmaf(dy[k][j], m2, m1));
-                        dy[k][j] = chunk.active && real(k) ? d : 0.f;
+                        dy[k][j] = real(k) ? (Block::kWhole ? d : d * counted[j]) : 0.f;
                     }
                 }
             }
@@ -281,7 +297,7 @@ __global__ void __launch_bounds__(Block::kThreads, 2)
             float P[kVec], local[kVec], dC[kTokens];
 #pragma unroll
             for (int k = kTokens - 1; k >= 0; --k) {
-                const float c = features[k * feature_step + s.rank + 1];
+                const float c = features[k * feature_step + 1];
                 dC[k] = 0.f;
 #pragma unroll
                 for (int j = 0; j < kVec; ++j) {
@@ -294,9 +310,10 @@ __global__ void __launch_bounds__(Block::kThreads, 2)
             *reinterpret_cast<float4*>(adjoint_aggregates + behind) = make_float4(P[0], P[1], P[2], P[3]);
             *reinterpret_cast<float4*>(adjoint_aggregates + Block::kAggregates + behind) =
                 make_float4(local[0], local[1], local[2], local[3]);
-            write_gradient(dC, 1.f, s.rank + 1);
+            write_gradient(dC, 1.f, 1);
         }
         __syncthreads();
+        if (now.step == 0) adjoint_carry = 0.f;
         scan_chunks<Block>(adjoint_aggregates, adjoint_aggregates + Block::kAggregates, adjoint_carry,
                            [](int, int, float) {});
         __syncthreads();
@@ -310,7 +327,7 @@ __global__ void __launch_bounds__(Block::kThreads, 2)
             hide(A);
 #pragma unroll
             for (int k = kTokens - 1; k >= 0; --k) {
-                const float b = features[k * feature_step + s.rank], c = features[k * feature_step + s.rank + 1];
+                const float b = features[k * feature_step], c = features[k * feature_step + 1];
                 T* const u_slot = reinterpret_cast<T*>(box_u + k * u_step);
                 float x[kVec], du[kVec];
                 to_floats(*reinterpret_cast<const Vec4<T>*>(u_slot), x);
@@ -330,7 +347,7 @@ __global__ void __launch_bounds__(Block::kThreads, 2)
                 }
                 if (chunk.active && real(k)) store4<true>(u_slot, du, kVec);
             }
-            write_gradient(dB, kLn2, s.rank);
+            write_gradient(dB, kLn2, 0);
             add_sum(kSumA, dA);
             add_sum(kSumSkip, dskip);
             add_sum(kSumBias, dbias);
@@ -340,75 +357,71 @@ __global__ void __launch_bounds__(Block::kThreads, 2)
             float dw[kVec] = {}, ddt[kTokens];
 #pragma unroll
             for (int k = 0; k < kTokens; ++k) {
-                const float d = features[k * feature_step + r];
+                const float d = features[k * feature_step + 2 + r];
                 ddt[k] = fmaf(steps[k][0], w.x, steps[k][1] * w.y) + fmaf(steps[k][2], w.z, steps[k][3] * w.w);
 #pragma unroll
                 for (int j = 0; j < kVec; ++j) dw[j] = fmaf(steps[k][j], d, dw[j]);
             }
-            write_gradient(ddt, 1.f, r);
+            write_gradient(ddt, 1.f, 2 + r);
             add_sum(kSumWeight + r, dw);
         }
         proxy_fence();
         __syncthreads();
-        if (tid == 0) {
-            const int slab = walk.slab(slab_index);
-            const uint32_t from = shared_base + layout.box(stage);
-            tma_store(from, &args.du[walk.columns], walk.box(s, plan, slab, args.kind[3]));
-            tma_store(from + layout.slab_bytes, &args.dz[walk.columns], walk.box(s, plan, slab, args.kind[4]));
+        if (tid == 0 || tid == 32) {
+            const int tensor = tid / 32;
+            const uint32_t from = shared_base + (stage * 3 + tensor) * layout.slab_bytes;
+            const CUtensorMap* const map = (tensor == 0 ? args.du : args.dz) + static_cast<int>(walk.columns);
+            walk.boxes(s, now, args.kind[3 + tensor],
+                       [&](const Coordinates& c, int offset) { tma_store(from + offset, map, c); });
             tma_commit();
         }
-        int at[Block::kFetchTokens];
-#pragma unroll
-        for (int i = 0; i < Block::kFetchTokens; ++i) at[i] = fetcher.place(s, plan, walk, slab_index, i);
-        fetcher.each(s.rank + 2, [&](int i, int, int f) {
-            if (at[i] < 0) return;
-            const ImageArg& image = f < s.rank ? args.scan.ddt : f == s.rank ? args.scan.dB : args.scan.dC;
-            const int64_t plane = walk.batch * image.batch + walk.group * image.group + (f < s.rank ? f : 0);
-            static_cast<T*>(image.ptr)[plane + static_cast<int64_t>(at[i]) * image.token] =
-                from_float<T>(gradients[fetcher.token(i) * layout.width + f]);
+        fetcher.access(s, walk, now, args.scan.ddt, args.scan.dB, args.scan.dC, [&](int i, int j, T* to, bool exists) {
+            if (exists)
+                *to = from_float<T>(gradients[fetcher.token(i) * Block::width(s) + fetcher.part() + j * Block::kParts]);
         });
-    }
-
-    // The thread's sums, over the chunks of its warp, to the warp's row of partials.
-    const int64_t rows = 1 + kFixedRows + s.rank;
-    float* const partials =
-        args.scan.partials +
-        ((static_cast<int64_t>(walk.batch) * (Block::kThreads / 32) + tid / 32) * s.groups + walk.group) * rows *
-            s.dim +
-        chunk.c0;
-    const auto finish = [&](int sum, int64_t partial, float unit) {
-        const float4 v = sums[sum * Block::kThreads];
-        float x[kVec] = {v.x, v.y, v.z, v.w};
+        if (n + 1 == total || next.batch != now.batch) {
+            // The thread's sums, over the chunks of its warp, to the warp's row of partials.
+            const int64_t rows = 1 + kFixedRows + s.rank, warp = now.batch * int64_t{Block::kThreads / 32} + tid / 32;
+            float* const partials =
+                args.scan.partials + (warp * s.groups + walk.group) * rows * Block::dim(s) + chunk.c0;
+            const auto finish = [&](int sum, int64_t partial, float unit) {
+                const float4 v = sums[sum * Block::kThreads];
+                sums[sum * Block::kThreads] = make_float4(0.f, 0.f, 0.f, 0.f);
+                float x[kVec] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-        for (int j = 0; j < kVec; ++j) {
+                for (int j = 0; j < kVec; ++j) {
 #pragma unroll
-            for (int d = Block::kLanes; d < 32; d *= 2) x[j] += __shfl_xor_sync(kFullWarp, x[j], d);
-            if (chunk.active && tid % 32 < Block::kLanes) partials[partial * s.dim + j] = unit * x[j];
+                    for (int d = Block::kLanes; d < 32; d *= 2) x[j] += __shfl_xor_sync(kFullWarp, x[j], d);
+                    if (chunk.active && tid % 32 < Block::kLanes) partials[partial * Block::dim(s) + j] = unit * x[j];
+                }
+            };
+            finish(kSumA, 0, kLn2);
+            finish(kSumSkip, 1 + kRowSkip, 1.f);
+            finish(kSumBias, 1 + kRowBias, kLog2e);
+            finish(kSumProduct, 1 + kRowProduct, 1.f);
+            finish(kSumTotal, 1 + kRowSum, 1.f);
+            for (int r = 0; r < s.rank; ++r) finish(kSumWeight + r, 1 + kFixedRows + r, kLog2e);
+            image ^= 1;
         }
-    };
-    finish(kSumA, 0, kLn2);
-    finish(kSumSkip, 1 + kRowSkip, 1.f);
-    finish(kSumBias, 1 + kRowBias, kLog2e);
-    finish(kSumProduct, 1 + kRowProduct, 1.f);
-    finish(kSumTotal, 1 + kRowSum, 1.f);
-    for (int r = 0; r < s.rank; ++r) finish(kSumWeight + r, 1 + kFixedRows + r, kLog2e);
-    if (tid == 0) tma_wait_all();
+        now = next, next = after;
+    }
+    if (tid % 32 == 0) tma_wait_all();
 #endif
 }
 
-template <class T, int kLanes>
+template <class T, class Block>
 cudaError_t launch(const ScanBwdSm90Args& args, cudaStream_t stream) {
-    using Block = Sm90Block<kLanes, kSlabThreads>;
-    const Layout<Block> layout(args.scan.shape.dim, args.scan.shape.rank);
-    return launch_sm90(grouped_scan_bwd_sm90_kernel<T, Block>, args.scan.shape, Block::kThreads, layout.total, stream,
-                       args);
+    const ScanShape& shape = args.scan.shape;
+    return launch_sm90(grouped_scan_bwd_sm90_kernel<T, Block>, shape, args.plan, Block::kThreads,
+                       Layout<Block>(shape).total, stream, args);
 }
 
 }  // namespace
 
 cudaError_t launch_grouped_scan_bwd_sm90(const ScanBwdSm90Args& args, DType dtype, cudaStream_t stream) {
-    return dispatch_sm90(dtype, args.scan.shape.lanes, [&](auto tag, auto lanes) {
-        return launch<typename decltype(tag)::type, decltype(lanes)::value>(args, stream);
+    return dispatch_sm90(dtype, args.scan.shape, [&](auto tag, auto lanes, auto whole) {
+        using Block = Sm90Block<decltype(lanes)::value, kSlabThreads, decltype(whole)::value>;
+        return launch<typename decltype(tag)::type, Block>(args, stream);
     });
 }
 

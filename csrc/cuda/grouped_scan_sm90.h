@@ -6,10 +6,6 @@
 
 namespace gm {
 
-struct SlabMapKind {  // see SlabMaps
-    int row_fuse, column_fuse;
-};
-
 struct ScanFwdSm90Args {
     CUtensorMap u[2], z[2], y[2];  // along rows, along columns
     ScanFwdArgs scan;
@@ -39,12 +35,20 @@ inline int sm90_features(int lanes) {
                          : kSm90Features<32>;
 }
 
-// Fills `args` for a scan that these kernels take: 16-bit storage, one state, low-rank softplus step, norm and z given,
-// sm_90 or newer in the machine and in the build, tensors that the copy engine can move. False for any other, which the
-// portable kernel takes.
-bool prepare_grouped_scan_fwd_sm90(const ScanFwdArgs& scan, DType dtype, ScanFwdSm90Args& args);
+// True for a scan that these kernels take: 16-bit storage, one state, low-rank softplus step, norm and z given, sm_90
+// or newer in the machine and in the build. It does not depend on strides: forward and backward of one scan agree.
+bool takes_grouped_scan_sm90(const ScanShape& shape, bool has_z, bool has_norm, DType dtype);
 
-bool prepare_grouped_scan_bwd_sm90(const ScanBwdArgs& scan, DType dtype, ScanBwdSm90Args& args);
+// True where the copy engine can move an image: addresses and strides that are multiples of 16 bytes.
+inline bool allows_slabs(const ImageArg& image, const ScanShape& s) {
+    const auto allowed = [](int64_t size, int64_t stride) { return size == 1 || (stride > 0 && stride % 8 == 0); };
+    return allowed(s.batch, image.batch) && allowed(static_cast<int64_t>(s.height) * s.width, image.token) &&
+           allowed(s.groups, image.group) && reinterpret_cast<uintptr_t>(image.ptr) % 16 == 0;
+}
+
+// `args.scan` to the rest of `args`, for images that allow slabs. False where the driver refuses.
+bool prepare_grouped_scan_fwd_sm90(DType dtype, ScanFwdSm90Args& args);
+bool prepare_grouped_scan_bwd_sm90(DType dtype, ScanBwdSm90Args& args);
 
 bool grouped_scan_sm90_built();
 cudaError_t launch_grouped_scan_fwd_sm90(const ScanFwdSm90Args& args, DType dtype, cudaStream_t stream);

@@ -19,6 +19,7 @@ constexpr int kMaxStagedRank = 64;  // dt_weight is staged in shared memory up t
 constexpr int kFwdTokens = 7;
 constexpr int kFwdThreads = 256;
 constexpr int kBwdSlab = 7 * 128;  // tokens * lanes of the backward's slab: states are saved once a slab
+constexpr int kSlabThreads = kBwdSlab / kFwdTokens;  // of the copy-engine backward; the forward has twice as many
 constexpr int kMaxScanWarps = kFwdThreads / 32;
 
 constexpr int bwd_tokens(bool single_state, int element_size) { return single_state && element_size == 2 ? 7 : 4; }
@@ -41,6 +42,16 @@ inline int scan_fwd_threads(int lanes, int64_t tokens) { return scan_threads(kFw
 inline int scan_bwd_threads(int lanes, int64_t tokens, bool single_state, int element_size) {
     const int per_thread = bwd_tokens(single_state, element_size);
     return scan_threads(kBwdSlab / per_thread, per_thread, lanes, tokens);
+}
+
+// States that CUDA kernels save of a plane, `chunk` = kBwdSlab / lanes tokens to a slab: as many as the portable
+// kernels have slabs along the path, or the copy-engine kernels along columns (slab.h), whichever is more.
+// groupmamba_ext.ops.saved_states repeats it.
+inline int64_t scan_saved_states(int64_t height, int64_t width, int64_t chunk) {
+    if (height == 0 || width == 0) return 0;
+    const int64_t columns = std::min(chunk / kFwdTokens / ((height + kFwdTokens - 1) / kFwdTokens), width);
+    const int64_t column_slabs = columns > 0 ? (width + columns - 1) / columns : width * ((height + chunk - 1) / chunk);
+    return std::max((height * width + chunk - 1) / chunk, column_slabs);
 }
 
 // Rows of the backward's partial sums for one (batch, warp, group), D floats each: A[N], skip, step bias, sum of the

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the sm_90 scan kernels share: how a block walks the slabs of a plane, a thread's chunk in a slab, the step
+// What the sm_90 scan kernels share: how a block walks the slabs of its planes, a thread's chunk in a slab, the step
 // features in shared memory, sums over lanes, and the chunk scan.
 //
 // A flip costs nothing: a reversed path takes slabs, chunks and tokens in reverse. A chunk is 7 tokens of one row-major
@@ -10,7 +10,10 @@
 // where they touch nothing. Those beyond the end of a column lie inside it: their steps are set to 0.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
+#include <utility>
+#include <vector>
 
 #include "cuda/dispatch.h"
 #include "cuda/grouped_scan_sm90.h"
@@ -22,140 +25,191 @@ namespace gm {
 
 constexpr int kSm90Stages = 2;
 
-// Constants of a block of kThreads threads, kLanes of them to a token; it holds kSlabs slabs at a time.
-template <int kLanesOfToken, int kThreadsOfBlock>
+// Constants of a block of kThreads threads, kLanes of them to a token. It holds kSlabs slabs of the backward, as one.
+// kWhole: every lane has 4 channels, and LayerNorm counts them all.
+template <int kLanesOfToken, int kThreadsOfBlock, bool kWholeWidth>
 struct Sm90Block {
     static constexpr int kLanes = kLanesOfToken, kThreads = kThreadsOfBlock;
+    static constexpr bool kWhole = kWholeWidth;
     static constexpr int kWidth = kLanes * kVec;  // channels that the lanes could hold
     static constexpr int kSlabs = kThreads / kSlabThreads;
-    static constexpr int kSlabChunks = kSlabThreads / kLanes, kChunks = kSlabs * kSlabChunks;
-    static constexpr int kSlabTokens = kSlabChunks * kFwdTokens;
+    static constexpr int kChunks = kThreads / kLanes, kTokens = kChunks * kFwdTokens;
     static constexpr int kScanLanes = kChunks / 4;       // lanes of a channel in the chunk scan, 4 chunks each
     static constexpr int kPad = kScanLanes > 1 ? 4 : 0;  // floats after every 4 chunks: their readers hit other banks
     static constexpr int kAggregates = kChunks * kWidth + kChunks / 4 * kPad;
     // Fetching step features: each thread has kFetchTokens tokens and every kParts-th of their features.
-    static constexpr int kFetchTokens = kSlabs * kSlabTokens > kThreads ? 2 : 1;
+    static constexpr int kFetchTokens = kTokens > kThreads ? 2 : 1;
     static constexpr int kParts = kLanes > 8 ? kLanes / 8 : 1;
     static constexpr int kFeatures = kSm90Features<kLanes>;
     static constexpr int kFetch = (kFeatures + kParts - 1) / kParts;
 
     __device__ static int aggregate(int chunk) { return chunk * kWidth + chunk / 4 * kPad; }
+    __host__ __device__ static int dim(const ScanShape& s) { return kWhole ? kWidth : s.dim; }
+    // Floats of a token's features in shared memory: B, C, dt_0, ...; a multiple of 4.
+    __host__ __device__ static int width(const ScanShape& s) { return kFeatures <= 4 ? 4 : (s.rank + 5) / 4 * 4; }
+    // Bytes of one tensor's slab, a multiple of 128. The slot after the last is zeros, for threads without tokens or
+    // channels of their own: what they read, nobody writes.
+    __host__ __device__ static int slab_bytes(const ScanShape& s) {
+        return ((kTokens + 1) * dim(s) * 2 + 127) / 128 * 128;
+    }
 };
 
-// The slabs of one (batch, group) in the order of its path.
+// A slab of a plane: (column, row) of its first token; along rows, its first token as a column.
+struct SlabCursor {
+    int batch, step, column, row;
+};
+
+// The slabs of a block's planes, all of one group: batch by batch, each along its path or, kFromEnd, against it.
+template <class Block, bool kFromEnd>
 struct SlabWalk {
-    int group, batch, count;
-    bool reverse, columns;
+    int group, batch_step, steps;
+    bool reverse, columns, pieces, descending;
     int box_tokens;
 
     SlabWalk() = default;
     __device__ SlabWalk(const ScanShape& s, const SlabPlan& plan) {
         group = blockIdx.x % s.groups;
-        batch = blockIdx.x / s.groups;
+        batch_step = gridDim.x / s.groups;
         const int direction = (s.directions[group >> 4] >> (2 * (group & 15))) & 3;
         reverse = direction & 1;
         columns = direction & 2;
-        count = columns ? plan.column_slabs : plan.row_slabs;
-        box_tokens = columns && plan.columns > 0 ? plan.columns * s.height : plan.tokens;
+        descending = reverse != kFromEnd;
+        pieces = columns && plan.columns == 0;
+        steps = columns ? plan.column_slabs : plan.row_slabs;
+        box_tokens = columns && !pieces ? plan.columns * s.height : Block::kTokens;
     }
-    // Number, in row-major or column-major order, of the i-th slab of the path; -1 beyond the last.
-    __device__ __forceinline__ int slab(int i) const { return i >= count ? -1 : reverse ? count - 1 - i : i; }
-    // First column and row of a slab; along rows, its first token as a column.
-    __device__ __forceinline__ void corner(const SlabPlan& plan, int slab, int& column, int& row) const {
-        row = 0;
-        if (!columns) {
-            column = slab * plan.tokens;
-        } else if (plan.columns > 0) {
-            column = slab * plan.columns;
+    __device__ __forceinline__ int64_t total(const ScanShape& s) const {
+        const int first = blockIdx.x / s.groups;
+        return (s.batch - first + batch_step - 1) / batch_step * steps;
+    }
+    __device__ __forceinline__ void restart(const ScanShape& s, const SlabPlan& plan, SlabCursor& at) const {
+        at.step = 0, at.row = 0, at.column = 0;
+        if (!descending) return;
+        at.column = pieces ? s.width - 1 : (steps - 1) * (columns ? plan.columns : Block::kTokens);
+        if (pieces) at.row = (plan.pieces - 1) * Block::kTokens;
+    }
+    __device__ __forceinline__ SlabCursor first(const ScanShape& s, const SlabPlan& plan) const {
+        SlabCursor at;
+        at.batch = blockIdx.x / s.groups;
+        restart(s, plan, at);
+        return at;
+    }
+    __device__ __forceinline__ void advance(const ScanShape& s, const SlabPlan& plan, SlabCursor& at) const {
+        if (++at.step == steps) {
+            at.batch += batch_step;
+            restart(s, plan, at);
+        } else if (!pieces) {
+            const int stride = columns ? plan.columns : Block::kTokens;
+            at.column += descending ? -stride : stride;
         } else {
-            column = slab / plan.pieces;
-            row = (slab - column * plan.pieces) * plan.tokens;
+            at.row += descending ? -Block::kTokens : Block::kTokens;
+            if (at.row >= 0 && at.row < s.height) return;
+            at.row = descending ? (plan.pieces - 1) * Block::kTokens : 0;
+            at.column += descending ? -1 : 1;
         }
     }
-    __device__ __forceinline__ Coordinates box(const ScanShape& s, const SlabPlan& plan, int slab,
-                                               const SlabMapKind& kind) const {
-        if (!columns) return {0, slab * (plan.tokens / kind.row_fuse), 0, group, batch};
-        int column, row;
-        corner(plan, slab, column, row);
-        if (kind.column_fuse) return {column * s.dim, 0, row, group, batch};
-        return {0, column, row, group, batch};
+    // Number of the slab among those with saved states; a forward block's `half` is the place of its part on the path.
+    __device__ __forceinline__ int state(const SlabPlan& plan, const SlabCursor& at, int half) const {
+        const int part = Block::kSlabs == 1 ? 0 : reverse ? 1 - half : half;
+        if (pieces) return at.column * plan.state_pieces + at.row / (Block::kTokens / Block::kSlabs) + part;
+        return (descending ? steps - 1 - at.step : at.step) * Block::kSlabs + part;
     }
-    // Slots that no load fills but steps of 0 read: they must be cleared once.
-    __device__ bool leaves_slots(const SlabPlan& plan) const { return box_tokens < plan.tokens; }
+    // Visits the boxes of a slab: visit(coordinates, byte offset in shared memory).
+    template <class F>
+    __device__ __forceinline__ void boxes(const ScanShape& s, const SlabCursor& at, const SlabMapKind& kind,
+                                          F&& visit) const {
+        const int parts = Block::kTokens > kBoxLimit ? kind.parts[columns] : 1;
+        const bool fused = columns && kind.column_fuse;
+#pragma unroll 1
+        for (int part = 0; part < parts; ++part) {
+            const int tokens = part * (Block::kTokens / 2);
+            const Coordinates c{fused ? at.column * Block::dim(s) : 0,
+                                fused     ? 0
+                                : columns ? at.column
+                                          : (at.column + tokens) >> kind.row_shift,
+                                columns ? at.row + tokens : 0, group, at.batch};
+            visit(c, tokens * Block::dim(s) * 2);
+        }
+    }
+    __device__ __forceinline__ int box_bytes(const ScanShape& s) const { return box_tokens * Block::dim(s) * 2; }
 };
 
-// This thread's chunk: tokens first..first + 6 of one column of a slab's box (of its one run along rows).
+// This thread's chunk: tokens first..first + 6 of one column of a slab (of its one run along rows).
 template <class Block>
 struct SlabChunk {
-    int c0, half, first, order;
-    int slot0, slot_step;  // path token k is in slot slot0 + k * slot_step of the box
-    bool active, idle, reverse, uneven;
+    int c0, first, order;
+    int slot0, slot_step;  // path token k is in slot slot0 + k * slot_step
+    bool active, idle, reverse;
 
-    __device__ SlabChunk(const ScanShape& s, const SlabPlan& plan, const SlabWalk& walk) {
-        const int chunk = threadIdx.x / Block::kLanes, in_slab = chunk % Block::kSlabChunks;
+    template <class Walk>
+    __device__ SlabChunk(const ScanShape& s, const SlabPlan& plan, const Walk& walk) {
+        const int chunk = threadIdx.x / Block::kLanes;
         c0 = threadIdx.x % Block::kLanes * kVec;
-        half = chunk / Block::kSlabChunks;
-        active = c0 < s.dim;
+        active = Block::kWhole || c0 < s.dim;
         reverse = walk.reverse;
-        const int across = walk.columns && plan.columns > 0 ? plan.columns : 1;
-        const int blocks = walk.columns ? plan.blocks : Block::kSlabChunks;
-        idle = in_slab >= across * blocks;  // columns need not fill the slab
-        const int column = idle ? 0 : in_slab % across, block = idle ? 0 : in_slab / across;
-        const int place = idle ? in_slab : column * blocks + block;
-        first = block * kFwdTokens;
-        order = half * Block::kSlabChunks + (reverse ? Block::kSlabChunks - 1 - place : place);
-        slot_step = reverse ? -across : across;
-        slot0 = first * across + column + (reverse ? (kFwdTokens - 1) * across : 0);
-        uneven = across * blocks < Block::kSlabChunks;
+        const bool whole_columns = walk.columns && !walk.pieces;
+        const int across = whole_columns ? plan.columns : 1, blocks = whole_columns ? plan.blocks : Block::kChunks;
+        // The chunks of each half of a slab are adjacent on the path, those without tokens behind them.
+        constexpr int kHalf = Block::kChunks / Block::kSlabs;
+        const int half_across = whole_columns ? across / Block::kSlabs : 1,
+                  half_blocks = whole_columns ? half_across * blocks : kHalf;
+        idle = chunk >= across * blocks;
+        int place = chunk;
+        if (whole_columns) {
+            const int spare = chunk - across * blocks, spares = max(kHalf - half_blocks, 1), column = chunk % across;
+            const int half = idle ? spare / spares : column / half_across;
+            place =
+                half * kHalf + (idle ? half_blocks + spare % spares : column % half_across * blocks + chunk / across);
+        }
+        first = idle ? 0 : chunk / across * kFwdTokens;
+        order = reverse ? Block::kChunks - 1 - place : place;
+        slot_step = idle ? 0 : reverse ? -across : across;
+        slot0 = idle ? Block::kTokens : first * across + chunk % across + (reverse ? (kFwdTokens - 1) * across : 0);
     }
-    // End of the chunk's column in a slab.
-    __device__ __forceinline__ int end(const ScanShape& s, const SlabPlan& plan, const SlabWalk& walk, int slab) const {
-        if (!walk.columns) return Block::kSlabTokens;
-        if (plan.columns > 0) return s.height;
-        int column, row;
-        walk.corner(plan, max(slab, 0), column, row);
-        return min(s.height - row, plan.tokens);
+    // Byte offset of this thread's channels in a slab at path token 0, and from one path token to the next.
+    __device__ __forceinline__ int offset(const ScanShape& s) const {
+        return ((active ? slot0 : Block::kTokens) * Block::dim(s) + (active ? c0 : 0)) * 2;
     }
-    // True where some chunk of the block has tokens beyond its column.
-    __device__ __forceinline__ bool ragged(const SlabPlan& plan, const SlabWalk& walk, int end) const {
-        return uneven || (walk.columns && plan.blocks * kFwdTokens > end);
+    __device__ __forceinline__ int step(const ScanShape& s) const { return active ? slot_step * Block::dim(s) * 2 : 0; }
+    // How many of the chunk's tokens exist; they are the first of a column, so the last of a reversed path.
+    template <class Walk>
+    __device__ __forceinline__ int count(const ScanShape& s, const Walk& walk, const SlabCursor& at) const {
+        return idle ? 0 : walk.columns ? min(max(s.height - at.row - first, 0), kFwdTokens) : kFwdTokens;
     }
-    __device__ __forceinline__ bool is_real(int k, int end) const {
-        return !idle && first + (reverse ? kFwdTokens - 1 - k : k) < end;
+    __device__ __forceinline__ bool is_real(int k, int count) const {
+        return (reverse ? kFwdTokens - 1 - k : k) < count;
     }
 };
 
-// Step features, B (times ln 2) and C of the slabs in shared memory, [slab of the block][token][width] floats, fetched
-// from device memory one step of the walk ahead.
+// True where some chunk of the block has tokens that do not exist.
+template <class Block, class Walk>
+__device__ __forceinline__ bool is_ragged(const ScanShape& s, const SlabPlan& plan, const Walk& walk) {
+    return walk.columns && (walk.pieces ? s.height % Block::kTokens != 0
+                                        : s.height % kFwdTokens != 0 || plan.columns * plan.blocks < Block::kChunks);
+}
+
+// B (times ln 2), C and step features of a slab in shared memory, [token][width] floats, fetched from device memory one
+// step of the walk ahead.
 template <class T, class Block>
 struct StepFeatures {
-    static constexpr int kTokens = Block::kSlabs * Block::kSlabTokens;
     T fetched[Block::kFetchTokens][Block::kFetch];
-    int in_box[Block::kFetchTokens];  // the token's row << 16 | column in its box, -1 where the box has none
+    // Of this thread's tokens: the row-major distance to the slab's first, and what must be below the room left.
+    int distance[Block::kFetchTokens], bound[Block::kFetchTokens];
 
-    __device__ StepFeatures(const SlabPlan& plan, const SlabWalk& walk) {
-        const int columns = walk.columns && plan.columns > 0 ? plan.columns : 1;
+    template <class Walk>
+    __device__ StepFeatures(const ScanShape& s, const SlabPlan& plan, const Walk& walk) {
+        const int columns = walk.columns && !walk.pieces ? plan.columns : 1;
 #pragma unroll
         for (int i = 0; i < Block::kFetchTokens; ++i) {
-            const int slot = token(i) % Block::kSlabTokens;
-            const bool inside = slot < walk.box_tokens && token(i) < kTokens;
-            in_box[i] = !inside ? -1 : walk.columns ? slot / columns << 16 | slot % columns : slot;
+            const int slot = token(i), row = slot / columns, column = slot - row * columns;
+            distance[i] = walk.columns ? row * s.width + column : slot;
+            bound[i] = slot >= walk.box_tokens ? INT32_MAX : walk.columns && !walk.pieces ? column : slot;
         }
     }
     __device__ static int token(int i) { return threadIdx.x % (Block::kThreads / Block::kParts) + i * Block::kThreads; }
-    __device__ static int part() { return threadIdx.x / (Block::kThreads / Block::kParts); }
+    __device__ static int part() { return Block::kParts == 1 ? 0 : threadIdx.x / (Block::kThreads / Block::kParts); }
 
-    // Row-major number of this thread's i-th token at a step of the walk, -1 where there is none.
-    __device__ __forceinline__ int place(const ScanShape& s, const SlabPlan& plan, const SlabWalk& walk, int step,
-                                         int i) const {
-        const int slab = walk.slab(step * Block::kSlabs + token(i) / Block::kSlabTokens);
-        int column, row;
-        walk.corner(plan, slab, column, row);
-        column += in_box[i] & 0xffff, row += in_box[i] >> 16;
-        const int at = walk.columns ? row * s.width + column : column;
-        const bool inside = walk.columns ? column < s.width && row < s.height : at < s.height * s.width;
-        return in_box[i] >= 0 && slab >= 0 && inside ? at : -1;
-    }
+    // visit(i, j, f): feature f is this thread's j-th of its i-th token. The order of features: B, C, dt_0, ...
     template <class F>
     __device__ __forceinline__ void each(int features, F&& visit) const {
 #pragma unroll
@@ -164,25 +218,54 @@ struct StepFeatures {
             for (int j = 0; j < Block::kFetch; ++j)
                 if (part() + j * Block::kParts < features) visit(i, j, part() + j * Block::kParts);
     }
-    __device__ __forceinline__ void fetch(const ScanShape& s, const SlabPlan& plan, const SlabWalk& walk,
-                                          const ImageArg& dt, const ImageArg& B, const ImageArg& C, int step) {
-        int at[Block::kFetchTokens];
+    // visit(i, j, address, exists) for this thread's features; the address is valid either way.
+    template <class Walk, class F>
+    __device__ __forceinline__ void access(const ScanShape& s, const Walk& walk, const SlabCursor& at,
+                                           const ImageArg& dt, const ImageArg& B, const ImageArg& C, F&& visit) const {
+        const int room = !walk.columns ? s.height * s.width - at.column
+                         : walk.pieces ? s.height - at.row
+                                       : s.width - at.column;
+        const int origin = at.row * s.width + at.column;
+        const auto plane = [&](const ImageArg& image) {
+            return static_cast<T*>(image.ptr) + (at.batch * image.batch + walk.group * image.group);
+        };
+        T *const B_plane = plane(B), *const C_plane = plane(C), *const dt_plane = plane(dt) - 2;
+        bool exists[Block::kFetchTokens];
+        uint32_t place[Block::kFetchTokens];
 #pragma unroll
-        for (int i = 0; i < Block::kFetchTokens; ++i) at[i] = place(s, plan, walk, step, i);
-        each(s.rank + 2, [&](int i, int j, int f) {
-            const ImageArg& image = f < s.rank ? dt : f == s.rank ? B : C;
-            const int64_t plane = walk.batch * image.batch + walk.group * image.group + (f < s.rank ? f : 0);
-            fetched[i][j] = at[i] < 0
-                                ? from_float<T>(0.f)
-                                : static_cast<const T*>(image.ptr)[plane + static_cast<int64_t>(at[i]) * image.token];
+        for (int i = 0; i < Block::kFetchTokens; ++i) {
+            exists[i] = bound[i] < room;
+            place[i] = exists[i] ? origin + distance[i] : 0;
+        }
+        each(Block::kFeatures == 3 ? 3 : s.rank + 2, [&](int i, int j, int f) {
+            T* const base = f == 0 ? B_plane : f == 1 ? C_plane : dt_plane + f;
+            const int64_t stride = f == 0 ? B.token : f == 1 ? C.token : dt.token;
+            visit(i, j, base + static_cast<uint64_t>(place[i]) * static_cast<uint32_t>(stride), exists[i]);
         });
     }
-    __device__ __forceinline__ void keep(const ScanShape& s, float* to, int width) const {
-        each(s.rank + 2, [&](int i, int j, int f) {
-            if (token(i) < kTokens) to[token(i) * width + f] = to_float(fetched[i][j]) * (f == s.rank ? kLn2 : 1.f);
+    template <class Walk>
+    __device__ __forceinline__ void fetch(const ScanShape& s, const Walk& walk, const SlabCursor& at,
+                                          const ImageArg& dt, const ImageArg& B, const ImageArg& C) {
+        access(s, walk, at, dt, B, C, [&](int i, int j, const T* from, bool exists) {
+            const T value = *from;
+            fetched[i][j] = exists ? value : from_float<T>(0.f);
+        });
+    }
+    __device__ __forceinline__ void keep(const ScanShape& s, float* to) const {
+        each(Block::kFeatures == 3 ? 3 : s.rank + 2, [&](int i, int j, int f) {
+            if (Block::kFetchTokens * Block::kThreads == Block::kTokens || token(i) < Block::kTokens)
+                to[token(i) * Block::width(s) + f] = to_float(fetched[i][j]) * (f == 0 ? kLn2 : 1.f);
         });
     }
 };
+
+// B (times ln 2) and C of a token; with few step features by the access that reads them as well.
+template <class Block>
+__device__ __forceinline__ float2 load_features(const float* p) {
+    if constexpr (Block::kFeatures > 4) return *reinterpret_cast<const float2*>(p);
+    const float4 v = *reinterpret_cast<const float4*>(p);
+    return make_float2(v.x, v.y);
+}
 
 // steps[k][j] = softplus(bias + dt_weight dt) of a thread's tokens, in units of ln 2. `weight(r)` gives 4 channels.
 template <class T, class Block, class F>
@@ -196,20 +279,25 @@ __device__ __forceinline__ void load_steps_sm90(const float* features, int featu
         steps[k][2] = fmaf(w.z, d, steps[k][2]), steps[k][3] = fmaf(w.w, d, steps[k][3]);
     };
     if constexpr (Block::kFeatures > 4) {
-        for (int r = 0; r < s.rank; ++r) {
-            const float4 w = weight(r);
+        // In pairs, one 8-byte read each; the second weight of an odd last pair is 0.
+        for (int r = 0; r < s.rank; r += 2) {
+            const float4 w0 = weight(r), w1 = weight(r + 1);
 #pragma unroll
-            for (int k = 0; k < kFwdTokens; ++k) add(k, w, features[k * feature_step + r]);
+            for (int k = 0; k < kFwdTokens; ++k) {
+                const float2 d = *reinterpret_cast<const float2*>(features + k * feature_step + 2 + r);
+                add(k, w0, d.x);
+                add(k, w1, d.y);
+            }
         }
     } else {  // rank 1, or up to 2
         const float4 w0 = weight(0);
         float4 w1 = {};
-        if (Block::kFeatures == 4 && s.rank > 1) w1 = weight(1);
+        if (Block::kFeatures == 4) w1 = weight(1);
 #pragma unroll
         for (int k = 0; k < kFwdTokens; ++k) {
-            const float2 d = *reinterpret_cast<const float2*>(features + k * feature_step);
-            add(k, w0, d.x);
-            if (Block::kFeatures == 4) add(k, w1, d.y);
+            const float4 d = *reinterpret_cast<const float4*>(features + k * feature_step);
+            add(k, w0, d.z);
+            if (Block::kFeatures == 4) add(k, w1, d.w);
         }
     }
 #pragma unroll
@@ -219,12 +307,12 @@ __device__ __forceinline__ void load_steps_sm90(const float* features, int featu
 }
 
 template <class Block>
-__device__ __forceinline__ void mask_steps(const SlabChunk<Block>& chunk, int end, float (&steps)[kFwdTokens][kVec]) {
+__device__ __forceinline__ void mask_steps(const SlabChunk<Block>& chunk, int count, float (&steps)[kFwdTokens][kVec]) {
 #pragma unroll
     for (int k = 0; k < kFwdTokens; ++k)
 #pragma unroll
         for (int j = 0; j < kVec; ++j)
-            if (!chunk.is_real(k, end)) steps[k][j] = 0.f;
+            if (!chunk.is_real(k, count)) steps[k][j] = 0.f;
 }
 
 // Sums over the lanes of a token, several at once; every lane gets all of them.
@@ -300,26 +388,48 @@ __device__ __forceinline__ void scan_chunks(const float* P_in, float* h_in, floa
     }
 }
 
-template <class Kernel, class Args>
-cudaError_t launch_sm90(Kernel kernel, const ScanShape& shape, int threads, int shared, cudaStream_t stream,
-                        const Args& args) {
-    // Two blocks an SM need nearly all of its memory as shared memory.
+// Two blocks an SM need nearly all of its memory as shared memory. Asked of the driver once for each kernel and device.
+inline cudaError_t prefer_shared(const void* kernel, int device) {
+    thread_local std::vector<std::pair<const void*, int>> known;
+    const std::pair<const void*, int> key{kernel, device};
+    if (std::find(known.begin(), known.end(), key) != known.end()) return cudaSuccess;
     const cudaError_t error =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributePreferredSharedMemoryCarveout,
-                             cudaSharedmemCarveoutMaxShared);
-    return error != cudaSuccess ? error
-                                : launch_kernel(kernel, shape.batch * shape.groups, threads, shared, stream, args);
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+    if (error == cudaSuccess) known.push_back(key);
+    return error;
 }
 
-// f(type tag, std::integral_constant<int, lanes>)
+// Small planes: as many blocks as run at once, each with several planes of one group, so that it loads the next plane
+// while it computes and reads its parameters once. Planes of more slabs hide their own loads: a block each.
+constexpr int kFewSlabs = 4;
+
+template <class Kernel, class Args>
+cudaError_t launch_sm90(Kernel kernel, const ScanShape& shape, const SlabPlan& plan, int threads, int shared,
+                        cudaStream_t stream, const Args& args) {
+    int device = 0, multiprocessors = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = prefer_shared(reinterpret_cast<const void*>(kernel), device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (error != cudaSuccess) return error;
+    int64_t blocks = shape.batch * shape.groups;
+    if (std::max(plan.row_slabs, plan.column_slabs) <= kFewSlabs)
+        blocks = std::min<int64_t>(blocks, std::max(2 * multiprocessors / shape.groups, 1) * shape.groups);
+    return launch_kernel(kernel, blocks, threads, shared, stream, args);
+}
+
+// f(type tag, std::integral_constant<int, lanes>, std::bool_constant<whole>)
 template <class F>
-cudaError_t dispatch_sm90(DType dtype, int lanes, F&& f) {
+cudaError_t dispatch_sm90(DType dtype, const ScanShape& shape, F&& f) {
+    const bool whole = shape.dim == shape.lanes * kVec && shape.norm_dim == shape.dim;
+    const auto with_width = [&](auto tag, auto lanes) {
+        return whole ? f(tag, lanes, std::true_type{}) : f(tag, lanes, std::false_type{});
+    };
     const auto with_lanes = [&](auto tag) {
-        switch (lanes) {
-            case 4: return f(tag, std::integral_constant<int, 4>{});
-            case 8: return f(tag, std::integral_constant<int, 8>{});
-            case 16: return f(tag, std::integral_constant<int, 16>{});
-            default: return f(tag, std::integral_constant<int, 32>{});
+        switch (shape.lanes) {
+            case 4: return with_width(tag, std::integral_constant<int, 4>{});
+            case 8: return with_width(tag, std::integral_constant<int, 8>{});
+            case 16: return with_width(tag, std::integral_constant<int, 16>{});
+            default: return with_width(tag, std::integral_constant<int, 32>{});
         }
     };
     return dtype == DType::kHalf ? with_lanes(TypeTag<__half>{}) : with_lanes(TypeTag<__nv_bfloat16>{});

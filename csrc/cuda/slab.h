@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // How the tensor-copy kernels cut a plane into slabs, and the tensor maps that move one.
 //
-// A slab is what 128 threads hold: up to kBwdSlab / lanes tokens. Along rows it is a run of row-major tokens; along
-// columns it is as many whole columns as fit, or a piece of one column where not even one fits. Slabs are counted in
-// row-major (column-major) order; a reversed path walks them from the last to the first.
+// A slab is what a block's threads hold: along rows a run of row-major tokens; along columns as many whole columns as
+// fit, or a piece of one column where not even one fits. Slabs are counted in row-major (column-major) order, whatever
+// way the path goes through them. The backward's blocks have 128 threads, the forward's twice that and slabs of twice
+// the size: states are saved for the slabs of the backward, by their number.
 #pragma once
 
 #include <cuda.h>
@@ -17,53 +18,46 @@
 
 namespace gm {
 
-constexpr int kSlabThreads = kBwdSlab / kFwdTokens;  // 128
+constexpr int kBoxLimit = 256;  // elements of a box in each dimension
 
 struct SlabPlan {
-    int tokens;     // of a full slab along rows: kBwdSlab / lanes
-    int columns;    // whole columns of a slab; 0 where a column is cut into pieces of `tokens`
-    int blocks;     // chunks of kFwdTokens tokens of a column (or piece), the last of them perhaps not full
-    int pieces;     // pieces of a column, else 1
-    int row_slabs;  // slabs of a plane along rows
+    int tokens;        // slots of a slab
+    int columns;       // whole columns of a slab; 0 where a column is cut into pieces of `tokens`
+    int blocks;        // chunks of kFwdTokens tokens of a column (or piece), the last of them perhaps not full
+    int pieces;        // of a column, else 1
+    int state_pieces;  // pieces of the backward's plan
+    int row_slabs;     // of a plane along rows
     int column_slabs;
 };
 
-inline SlabPlan plan_slabs(int height, int width, int lanes) {
+// For blocks of `threads`, a multiple of kSlabThreads.
+inline SlabPlan plan_slabs(int height, int width, int lanes, int threads) {
     SlabPlan plan{};
-    const int chunks = kSlabThreads / lanes;
-    plan.tokens = chunks * kFwdTokens;
+    const int times = threads / kSlabThreads, chunks = kSlabThreads / lanes, state_tokens = chunks * kFwdTokens;
+    plan.tokens = times * state_tokens;
     plan.row_slabs = static_cast<int>((static_cast<int64_t>(height) * width + plan.tokens - 1) / plan.tokens);
     plan.blocks = (height + kFwdTokens - 1) / kFwdTokens;
-    plan.columns = std::min(chunks / plan.blocks, width);
-    plan.pieces = 1;
+    plan.columns = times * std::min(chunks / plan.blocks, width);
+    plan.pieces = plan.state_pieces = 1;
     if (plan.columns == 0) {
-        plan.blocks = chunks;
+        plan.blocks = times * chunks;
         plan.pieces = (height + plan.tokens - 1) / plan.tokens;
+        plan.state_pieces = (height + state_tokens - 1) / state_tokens;
     }
     plan.column_slabs = plan.columns > 0 ? (width + plan.columns - 1) / plan.columns : width * plan.pieces;
     return plan;
 }
 
-// True where every slab starts at a multiple of plan.tokens along its path, whatever the direction: then the states
-// that the portable kernels save and read are those at slab starts.
-inline bool slabs_follow_path(const SlabPlan& plan, int height, int width) {
-    const bool rows = static_cast<int64_t>(height) * width % plan.tokens == 0;
-    const bool columns = plan.columns > 0 ? plan.columns * height == plan.tokens && width % plan.columns == 0
-                                          : height % plan.tokens == 0;
-    return rows && columns;
-}
-
-// Tensor maps of one image tensor: [0] moves a slab along rows, [1] one along columns. Coordinates of a slab's box are
-// (0, first token, 0, group, batch) along rows and (0, column, row, group, batch) along columns; where channels and
-// tokens are contiguous the first two are fused so that the engine moves longer runs, see slab_maps.cpp.
-struct SlabMaps {
-    CUtensorMap map[2];
-    int row_fuse = 1;     // row-major tokens fused into the first dimension
-    int column_fuse = 0;  // 1: (column, channel) fused into the first dimension
+// How the coordinates of a slab's boxes follow from its first (column, row); see slab_maps.cpp.
+struct SlabMapKind {
+    int row_shift;     // log2 of the row-major tokens fused with the channels
+    bool column_fuse;  // columns are fused with the channels
+    int parts[2];      // boxes of a slab along rows, along columns: 2 where one would have too many tokens
 };
 
-// False where the tensor cannot be described (strides that are not multiples of 16 bytes, boxes too large) or the
-// driver is too old; the caller then takes the portable kernels.
-bool make_slab_maps(const ImageArg& image, const ScanShape& shape, const SlabPlan& plan, DType dtype, SlabMaps& maps);
+// False where the copy engine can't move `image`: addresses or strides that are not multiples of 16 bytes, or a driver
+// that refuses. map[0] moves a slab along rows, map[1] one along columns.
+bool make_slab_maps(const ImageArg& image, const ScanShape& shape, const SlabPlan& plan, DType dtype,
+                    CUtensorMap (&map)[2], SlabMapKind& kind);
 
 }  // namespace gm

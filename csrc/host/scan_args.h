@@ -50,8 +50,4 @@ inline ScanSizes check_scan(const Tensor& u, const Tensor& dt, const Tensor& A, 
     return s;
 }
 
-inline Shape states_shape(const ScanSizes& s, int64_t chunk) {
-    return {s.batch, s.groups, (s.tokens() + chunk - 1) / chunk, s.states, s.dim};
-}
-
 }  // namespace gm

@@ -30,6 +30,10 @@ ScanShape scan_shape(const ScanSizes& s, const ScanInputs& in) {
     return shape;
 }
 
+Shape states_shape(const ScanSizes& s, int64_t chunk) {
+    return {s.batch, s.groups, scan_saved_states(s.height, s.width, chunk), s.states, s.dim};
+}
+
 // Scratch for the carries of N > 1 states.
 Tensor carry_scratch(const ScanSizes& s, const Tensor& device_of) {
     return empty({s.batch, s.groups, 2, s.states, s.dim}, ScalarType::Float, device_of);
@@ -50,6 +54,16 @@ ScanSizes check_inputs(const ScanInputs& in) {
 void make_canonical(ScanInputs& in) {
     for (Tensor* t : {&in.u, &in.dt, &in.B, &in.C}) *t = canonical_image(*t);
     if (in.z) in.z = canonical_image(*in.z);
+}
+
+// Copies of those images that the copy engine can't move.
+void make_movable(std::initializer_list<Tensor*> images, const ScanShape& shape) {
+    for (Tensor* t : images) {
+        if (allows_slabs(image_arg(*t), shape)) continue;
+        Tensor copy = empty_image_like(*t);
+        torch::stable::copy_(copy, *t);
+        *t = copy;
+    }
 }
 
 // What forward and backward read, of canonical inputs.
@@ -108,6 +122,8 @@ Tensor scan_fwd_into(const Tensor& y, ScanInputs in, bool save_states) {
     if (s.batch == 0 || s.tokens() == 0) return states;
 
     make_canonical(in);
+    const bool sm90 = takes_grouped_scan_sm90(args.shape, in.z.has_value(), in.norm_weight.has_value(), dtype);
+    if (sm90) make_movable({&in.u, &*in.z}, args.shape);
     ParamHolder param;
     set_inputs(args, in, param);
     args.y = image_arg(y);
@@ -122,12 +138,17 @@ Tensor scan_fwd_into(const Tensor& y, ScanInputs in, bool save_states) {
     const int64_t size = static_cast<int64_t>(in.u.element_size());
     args.shape.aligned = s.dim % kVec == 0 && allows_vectors(args.u, size) && allows_vectors(args.z, size) &&
                          allows_vectors(args.y, size) && (s.rank > 0 || allows_vectors(args.dt, size));
-    args.shape.threads = scan_fwd_threads(args.shape.lanes, s.tokens());
-    ScanFwdSm90Args sm90_args;
-    const bool sm90 = prepare_grouped_scan_fwd_sm90(args, dtype, sm90_args);
-    check_cuda(sm90 ? launch_grouped_scan_fwd_sm90(sm90_args, dtype, context.stream())
-                    : launch_grouped_scan_fwd(args, dtype, context.stream()),
-               "grouped_selective_scan forward");
+    constexpr const char* kName = "grouped_selective_scan forward";
+    if (sm90) {
+        ScanFwdSm90Args sm90_args{};
+        sm90_args.scan = args;
+        GM_CHECK(prepare_grouped_scan_fwd_sm90(dtype, sm90_args), kName, ": the driver refused a tensor map of u ",
+                 show(shape_of(in.u)));
+        check_cuda(launch_grouped_scan_fwd_sm90(sm90_args, dtype, context.stream()), kName);
+    } else {
+        args.shape.threads = scan_fwd_threads(args.shape.lanes, s.tokens());
+        check_cuda(launch_grouped_scan_fwd(args, dtype, context.stream()), kName);
+    }
     return states;
 }
 
@@ -155,6 +176,8 @@ ScanParameterGradients scan_bwd_into(const ScanImageGradients& images, Tensor dy
 
     dy = canonical_image(dy);
     make_canonical(in);
+    const bool sm90 = takes_grouped_scan_sm90(args.shape, in.z.has_value(), in.norm_weight.has_value(), dtype);
+    if (sm90) make_movable({&dy, &in.u, &*in.z}, args.shape);
     if (!states.is_contiguous()) states = torch::stable::contiguous(states);
     ParamHolder param;
     set_inputs(args, in, param);
@@ -174,17 +197,21 @@ ScanParameterGradients scan_bwd_into(const ScanImageGradients& images, Tensor dy
                          allows_vectors(args.dy, size) && allows_vectors(args.du, size) &&
                          allows_vectors(args.dz, size) &&
                          (s.rank > 0 || (allows_vectors(args.dt, size) && allows_vectors(args.ddt, size)));
-    ScanBwdSm90Args sm90_args;
-    const bool sm90 = prepare_grouped_scan_bwd_sm90(args, dtype, sm90_args);
     args.shape.threads =
         sm90 ? kSlabThreads : scan_bwd_threads(args.shape.lanes, s.tokens(), s.states == 1, static_cast<int>(size));
     const int64_t warps = args.shape.threads / 32, rows = s.states + kFixedRows + s.rank;
     Tensor partials = empty({s.batch, warps, s.groups, rows, s.dim}, ScalarType::Float, in.u);
     args.partials = static_cast<float*>(partials.data_ptr());
-    sm90_args.scan.partials = args.partials;
-    check_cuda(sm90 ? launch_grouped_scan_bwd_sm90(sm90_args, dtype, context.stream())
-                    : launch_grouped_scan_bwd(args, dtype, context.stream()),
-               "grouped_selective_scan backward");
+    constexpr const char* kName = "grouped_selective_scan backward";
+    if (sm90) {
+        ScanBwdSm90Args sm90_args{};
+        sm90_args.scan = args;
+        GM_CHECK(prepare_grouped_scan_bwd_sm90(dtype, sm90_args), kName, ": the driver refused a tensor map of u ",
+                 show(shape_of(in.u)));
+        check_cuda(launch_grouped_scan_bwd_sm90(sm90_args, dtype, context.stream()), kName);
+    } else {
+        check_cuda(launch_grouped_scan_bwd(args, dtype, context.stream()), kName);
+    }
 
     ScanReduceArgs reduce;
     reduce.partials = args.partials;
