@@ -7,14 +7,14 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from suite import ablation, layer_cases, measure, op_cases, peers, plot, report  # noqa: E402
+from suite import ablation, layer_cases, measure, model_table, models, op_cases, peers, plot, report  # noqa: E402
 from suite.problem import PASSES  # noqa: E402
 from suite.progress import Bar  # noqa: E402
 from suite.runner import Runner, on_stream  # noqa: E402
@@ -29,6 +29,8 @@ CASES = {
     "layer": layer_cases.layer_cases,
     "ablation": ablation.ablation_cases,
 }
+OPS = (*CASES, "model")
+SIDE, CPU_QUICK_SIDE = 224, 64  # of the images of whole models
 
 
 def positive(text: str) -> int:
@@ -42,7 +44,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; ends the process with status 2 and the argument's name where it is wrong."""
     parser = argparse.ArgumentParser(prog="bench/run.py", description=__doc__)
     every = {"nargs": "+", "action": "extend", "metavar": "NAME"}
-    parser.add_argument("--op", choices=CASES, help=f"of {', '.join(CASES)} (default: scan layer)", **every)
+    parser.add_argument("--op", choices=OPS, help=f"of {', '.join(OPS)} (default: scan layer)", **every)
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     parser.add_argument("--dtype", choices=DTYPES, help=f"of {', '.join(DTYPES)} (bfloat16, cpu: float32)", **every)
     parser.add_argument("--batch", type=positive, nargs="+", metavar="N", help="of the stage shapes (128, cpu: 1)")
@@ -50,6 +52,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--peers", choices=(*peers.NAMES, "none"), help=f"of {', '.join(peers.NAMES)}, none", **every)
     parser.add_argument("--released", type=Path, metavar="PATH", help="a checkout of the released GroupMamba, built")
     parser.add_argument("--vmamba", type=Path, metavar="PATH", help="a checkout of VMamba, built")
+    parser.add_argument("--models", metavar="NAME", nargs="+", help="with --op model: these only (default: all)")
     parser.add_argument("--quick", action="store_true", help="the stage shapes alone, fewer repetitions")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the roofline as a PNG (needs matplotlib)")
@@ -73,7 +76,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     try:
         dtypes = [DTYPES[name] for name in args.dtype]
         for op in args.op:
-            args.cases += CASES[op](args.device, dtypes, args.quick, args.batch)
+            if op == "model":
+                models.require()
+            else:
+                args.cases += CASES[op](args.device, dtypes, args.quick, args.batch)
     except ValueError as error:
         parser.error(f"argument --op: {error}")
     if args.peers is None:
@@ -83,7 +89,57 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         peers.require(args.peers, args.released, args.vmamba)
     except ValueError as error:
         parser.error(str(error))
+    args.entries = []
+    if "model" in args.op:
+        try:
+            args.entries = chosen_models(args)
+        except ValueError as error:
+            parser.error(str(error))
+    if args.append and args.json.exists():
+        try:
+            report.read_json(args.json)
+        except ValueError as error:
+            parser.error(f"argument --json: {error}")
     return args
+
+
+def chosen_models(args: argparse.Namespace) -> list[models.Entry]:
+    """The models asked for.
+
+    Raises:
+        ValueError: there is no model of a name in ``args.models``.
+    """
+    found = models.entries(args.peers, args.released, args.vmamba)
+    if args.models is None:
+        return found
+    names = list(dict.fromkeys(entry.label.removesuffix(models.COMPILED) for entry in found))
+    for name in args.models:
+        if name not in names:
+            raise ValueError(f"argument --models: invalid choice: {name!r} (choose from {', '.join(names)})")
+    return [entry for entry in found if entry.label.removesuffix(models.COMPILED) in args.models]
+
+
+def measured(args: argparse.Namespace, device: torch.device, run: dict) -> Iterator[tuple[list[dict], bool]]:
+    """Fills ``run`` with the ceilings, then gives the rows of every case and model, and whether one of them is red."""
+    timer = Timer(device, quick=args.quick)
+    with on_stream(device), Bar(len(args.cases) + len(args.entries)) as bar:
+        compared = peers.Peers(args.peers, released=args.released, vmamba=args.vmamba)
+        runner = Runner(timer, args.passes, compared, bar.say)
+        bar.say("copy bandwidth")
+        run["copy"] = runner.copy.describe()
+        bar.say("matrix product")
+        run["gemm_tflops"] = measure.gemm_tflops(timer, [DTYPES[name] for name in args.dtype])
+        for case in args.cases:
+            yield list(runner.rows(case)), runner.red
+            bar.advance(case.title)
+        side = CPU_QUICK_SIDE if args.device == "cpu" and args.quick else SIDE
+        runner = models.ModelRunner(timer, side, bar.say)
+        batches = args.batch or [128 if args.device == "cuda" else 1]
+        for entry in args.entries:
+            for batch in batches:
+                for dtype in args.dtype:
+                    yield list(runner.rows(entry, batch, DTYPES[dtype], models.KINDS)), runner.red
+            bar.advance(entry.label)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,30 +155,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     run = report.environment(device)
     rows: list[dict] = []
-    with on_stream(device), Bar(len(args.cases)) as bar:
-        compared = peers.Peers(args.peers, released=args.released, vmamba=args.vmamba)
-        timer = Timer(device, quick=args.quick)
-        runner = Runner(timer, args.passes, compared, bar.say)
-        bar.say("copy bandwidth")
-        run["copy"] = runner.copy.describe()
-        bar.say("matrix product")
-        run["gemm_tflops"] = measure.gemm_tflops(timer, [DTYPES[name] for name in args.dtype])
-        for case in args.cases:
-            rows += runner.rows(case)
-            bar.advance(case.title)
-    ablation.compare(rows)
-    copy = run["copy"]
-    print(f"{run['device']['name']}, torch {run['versions']['torch']}, {run['date']}")
-    print(f"copy of {copy['bytes'] >> 20} MiB by {copy['call']}: {copy['gb_s']:,.0f} GB/s", end="")
-    print(f" (Tensor.copy_: {copy['tensor_copy_gb_s']:,.0f} GB/s)")
+    red = False
+    earlier = report.read_json(args.json) if args.append and args.json.exists() else []
+    for more, wrong in measured(args, device, run):
+        rows += more
+        red |= wrong
+        ablation.compare(rows)
+        models.compare_rows(rows)
+        run |= {"seconds": time.perf_counter() - started, "rows": rows, "geometric_means": report.means(rows)}
+        if args.json is not None:  # after every case: a run that is cut short leaves what it has
+            report.write_json(args.json, [*earlier, run])
+    print(report.head(run))
     print(report.table(rows))
-    run |= {"seconds": time.perf_counter() - started, "rows": rows, "geometric_means": report.means(rows)}
-    if args.json is not None:
-        report.write_json(args.json, run, append=args.append)
+    if args.entries:
+        print(model_table.text(rows))
     if args.plot is not None:
         plot.draw(run, args.plot)
-    print(f"\n{len(rows)} rows in {run['seconds']:.0f} s", "; RED: results are wrong" if runner.red else "", sep="")
-    return 1 if runner.red else 0
+    print(f"\n{len(rows)} rows in {run['seconds']:.0f} s", "; RED: results are wrong" if red else "", sep="")
+    return 1 if red else 0
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 import run as bench  # noqa: E402
 import table  # noqa: E402
-from suite import ablation, layer_cases, markdown, measure, op_cases, peers, report, truth  # noqa: E402
+from suite import ablation, layer_cases, markdown, measure, models, op_cases, peers, report, truth  # noqa: E402
 from suite.checkouts import copy_weights  # noqa: E402
 from suite.checks import Truth  # noqa: E402
 from suite.problem import Calls, Shape  # noqa: E402
@@ -255,6 +255,53 @@ def test_ablation_ratios_are_to_the_row_before():
     grouped["us"], affinity["peers"] = None, {}
     ablation.compare([cross, grouped, affinity])
     assert affinity["peers"]["grouped"]["ratio"] is None and affinity["peers"]["grouped"]["red"]
+
+
+class TinyNet(torch.nn.Module):
+    """A whole model in little, with this project's layer in it."""
+
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.stem, self.layer = torch.nn.Conv2d(3, 16, 8, 8), GroupedMamba2d(16)
+        self.head, self.scale = torch.nn.Linear(16, 10), scale
+
+    def forward(self, x):
+        y = self.head(self.layer(self.stem(x)).mean((2, 3)))
+        reference = current_backend() == "reference"
+        return (y, y) if self.training else y * (1.0 if reference else self.scale)
+
+
+def test_models_side_by_side(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("timm")
+    scale = 1.0
+    monkeypatch.setattr(models, "require", lambda: None)
+    monkeypatch.setattr(models, "TIMM", ("test_convnext",))
+    monkeypatch.setattr(models, "_ours", lambda name: TinyNet(scale))
+    path = tmp_path / "models.json"
+    arguments = ("--op", "model", "--models", "groupmamba_tiny", "test_convnext", "--peers", "timm", "--json", path)
+    assert quick(*arguments) == 0
+    out = capsys.readouterr().out
+    assert "groupmamba_tiny, train (batch 1): " in out and "x test_convnext" in out
+    rows = {(row["label"], row["pass"]): row for row in report.read_json(path)[0]["rows"]}
+    assert set(rows) == {(m, k) for m in ("groupmamba_tiny", "test_convnext") for k in ("eval", "train", "latency")}
+    row, other = (rows[name, "train"] for name in ("groupmamba_tiny", "test_convnext"))
+    assert row["peers"]["test_convnext"]["ratio"] == pytest.approx(other["us"] / row["us"])
+    assert row["images_per_s"] == pytest.approx(1e6 / row["us"]) and row["check"]["passed"]
+    text = markdown.tables(report.read_json(path))
+    assert text.count("| groupmamba_tiny |") == 1 and "x test_convnext" in text
+
+    scale = 1.01
+    assert quick(*arguments) == 1
+    out = capsys.readouterr().out
+    assert "groupmamba_tiny: logits: relative error" in out and "x test_convnext" not in out
+    assert next(line for line in out.splitlines() if line.startswith("groupmamba_tiny ")).split()[1:3] == ["RED", "RED"]
+
+
+def test_unknown_models_are_named(monkeypatch, capsys):
+    monkeypatch.setattr(models, "require", lambda: None)
+    with pytest.raises(SystemExit):
+        quick("--op", "model", "--models", "resnet")
+    assert "argument --models: invalid choice: 'resnet'" in capsys.readouterr().err
 
 
 # arguments and peers ------------------------------------------------------------------------

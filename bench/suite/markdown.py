@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from suite.report import key, number
+from suite import model_table
+from suite.report import THROUGHPUT, key, number
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
@@ -22,7 +23,7 @@ def tables(runs: Sequence[dict], ops: Sequence[str] | None = None) -> str:
     """One table for every op (of ``ops``, if given), label and series; a red row says so in place of figures."""
     blocks: dict[tuple, list[dict]] = {}
     for row in latest(runs):
-        if ops is not None and row["op"] not in ops:
+        if row["op"] == "model" or (ops is not None and row["op"] not in ops):
             continue
         blocks.setdefault((row["op"], row["label"], row["series"]), []).append(row)
     lines = []
@@ -34,7 +35,18 @@ def tables(runs: Sequence[dict], ops: Sequence[str] | None = None) -> str:
         )
     for (_, label, series), rows in blocks.items():
         lines += ["", f"**{label}**" + ("" if series == "stages" else f", {series}"), "", *_table(rows)]
+    if ops is None or "model" in ops:
+        lines += _models(latest(runs))
     return "\n".join(lines)
+
+
+def _models(rows: Sequence[dict]) -> list[str]:
+    body = model_table.lines(rows)
+    if not body:
+        return []
+    rule = "|---|" + "---:|" * (len(body[0]) - 1)
+    head, *rest = ("| " + " | ".join(line) + " |" for line in body)
+    return ["", "**Models**, 224 x 224", "", head, rule, *rest, "", *(f"- {line}" for line in model_table.ratios(rows))]
 
 
 def _mib(row: dict) -> str:
@@ -45,8 +57,8 @@ def _mib(row: dict) -> str:
 COLUMNS = {
     "us, CUDA graph": lambda row: "" if row["graph_us"] is None else number(row["graph_us"], 4),
     "us, eager": lambda row: number(row["eager_us"], 4),
-    "% of copy": lambda row: number(row["percent_of_copy"]) if row["percent_of_copy"] and row["op"] != "model" else "",
-    "img/s": lambda row: number(row["images_per_s"], 4) if row["op"] in ("layer", "ablation", "model") else "",
+    "% of copy": lambda row: number(row["percent_of_copy"]) if row["percent_of_copy"] else "",
+    "img/s": lambda row: number(row["images_per_s"], 4) if row["op"] in THROUGHPUT else "",
     "ns a token": lambda row: number(row["ns_per_token"]) if row["series"] == "growth" else "",
     "peak MiB": _mib,
     "launches": lambda row: "" if row["launches"] is None else str(row["launches"]),

@@ -18,7 +18,7 @@ from suite import checkouts, scan_peers
 from suite.op_cases import CROSS_DIRECTIONS, DIRECTIONS
 from suite.problem import PASSES, Case, Problem, as_tuple
 
-NAMES = ("pytorch", "compile", "mamba_ssm", "released", "vmamba")
+NAMES = ("pytorch", "compile", "mamba_ssm", "timm", "released", "vmamba")
 SEQUENTIAL_TOKENS = 3136  # the reference walks the tokens one by one: longer paths would take minutes
 
 
@@ -64,6 +64,8 @@ class Peers:
             return []
         found = []
         for name in self.names:
+            if not hasattr(self, f"_{name}"):  # a peer of whole models
+                continue
             try:
                 peer = getattr(self, f"_{name}")(case, problem)
             except Exception as error:  # a checkout's import may raise anything; the reason belongs in the report
@@ -122,7 +124,8 @@ class Peers:
 
 def default_names(released: Path | None, vmamba: Path | None) -> list[str]:
     """What is compared with when nothing is asked for: all that is there but `torch.compile`, which takes minutes."""
-    here = {"mamba_ssm": importlib.util.find_spec("mamba_ssm"), "released": released, "vmamba": vmamba}
+    installed = {name: importlib.util.find_spec(name) for name in ("mamba_ssm", "timm")}
+    here = installed | {"released": released, "vmamba": vmamba}
     return ["pytorch", *(name for name, found in here.items() if found is not None)]
 
 
@@ -140,5 +143,6 @@ def require(names: Sequence[str], released: Path | None, vmamba: Path | None) ->
                 checkouts.checkout(name, path)
             except ValueError as error:
                 raise ValueError(f"argument --{name}: {error}") from None
-    if "mamba_ssm" in names and importlib.util.find_spec("mamba_ssm") is None:
-        raise ValueError("argument --peers: 'mamba_ssm' is not installed")
+    for name in ("mamba_ssm", "timm"):
+        if name in names and importlib.util.find_spec(name) is None:
+            raise ValueError(f"argument --peers: {name!r} is not installed")

@@ -17,7 +17,7 @@ import groupmamba_ext as ext
 
 SCHEMA = 1
 UNMEASURED = "-"
-THROUGHPUT = ("layer", "ablation", "model")  # ops whose table has images a second
+THROUGHPUT = ("layer", "ablation")  # ops whose table has images a second
 
 
 def environment(device: torch.device) -> dict:
@@ -74,7 +74,7 @@ def means(rows: Sequence[dict]) -> list[dict]:
     """
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        if row["us"] is not None:
+        if row["us"] is not None and row["op"] != "model":
             fields = ("op", "label", "series", "storage", "dtype", "pass")
             groups.setdefault(tuple((f, row[f]) for f in fields), []).append(row)
     out = []
@@ -148,11 +148,12 @@ def aligned(body: Sequence[Sequence[str]], columns: Sequence[int]) -> list[str]:
 
 
 def table(rows: Sequence[dict]) -> str:
-    """Text with aligned columns, one block for each op, label and series."""
+    """Text with aligned columns, one block for each op, label and series; whole models have a table of their own."""
     lines: list[str] = []
     blocks: dict[tuple, list[dict]] = {}
     for row in rows:
-        blocks.setdefault((row["op"], row["label"], row["series"]), []).append(row)
+        if row["op"] != "model":
+            blocks.setdefault((row["op"], row["label"], row["series"]), []).append(row)
     for (op, label, series), members in blocks.items():
         shown = list(dict.fromkeys(name for row in members for name in row["peers"]))
         header = [*KEYS, *FIGURES, *(f"vs {name}" for name in shown)]
@@ -183,17 +184,22 @@ def notes(rows: Sequence[dict]) -> list[str]:
     return [f"{reason} ({where})" for reason, where in reasons.items()]
 
 
-def write_json(path: Path, run: dict, *, append: bool) -> None:
-    """Writes ``run`` as the only one of the file, or behind those that are there.
+def head(run: dict) -> str:
+    """The device, versions and copy bandwidth of a run."""
+    copy = run["copy"]
+    return (
+        f"{run['device']['name']}, torch {run['versions']['torch']}, {run['date']}\n"
+        f"copy of {copy['bytes'] >> 20} MiB by {copy['call']}: {copy['gb_s']:,.0f} GB/s "
+        f"(Tensor.copy_: {copy['tensor_copy_gb_s']:,.0f} GB/s)"
+    )
 
-    Raises:
-        ValueError: with ``append``, the file is no result of this benchmark.
-    """
-    runs = []
-    if append and path.exists():
-        runs = read_json(path)
+
+def write_json(path: Path, runs: Sequence[dict]) -> None:
+    """Writes a file of runs; whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"schema": SCHEMA, "runs": [*runs, run]}, indent=1) + "\n")
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(json.dumps({"schema": SCHEMA, "runs": runs}, indent=1) + "\n")
+    draft.replace(path)
 
 
 def read_json(path: Path) -> list[dict]:

@@ -73,17 +73,21 @@ class Timer:
             call: runs on set ``i`` and returns its outputs.
             sets: how many sets there are.
         """
+        times = self.eager(call, sets)
+        if not self.cuda:
+            return times
+        try:
+            return Times(times.eager_us, self._graph(call, sets, times.eager_us))
+        except RuntimeError as error:
+            torch.cuda.synchronize()
+            return Times(times.eager_us, graph_error=str(error).splitlines()[0])
+
+    def eager(self, call: Callable[[int], object], sets: int = 1) -> Times:
+        """Without a graph."""
         estimate = self._warm_up(call, sets)
         calls = sets * max(1, math.ceil(self.sample_us / (sets * estimate)))
         repeats = self._repeats(calls * estimate)
-        eager = statistics.median(self._sample(call, sets, calls) for _ in range(repeats))
-        if not self.cuda:
-            return Times(eager)
-        try:
-            return Times(eager, self._graph(call, sets, eager))
-        except RuntimeError as error:
-            torch.cuda.synchronize()
-            return Times(eager, graph_error=str(error).splitlines()[0])
+        return Times(statistics.median(self._sample(call, sets, calls) for _ in range(repeats)))
 
     def once(self, call: Callable[[int], object]) -> Times:
         """For what takes seconds: one call to warm up and the median of three, eager."""
