@@ -232,6 +232,22 @@ def test_append_keeps_earlier_runs_and_the_table_takes_the_latest(result, tmp_pa
     assert markdown.BEGIN in capsys.readouterr().err
 
 
+def test_growth_is_summed_up():
+    def row(side, ns, memory):
+        sizes = {"batch": 1, "height": side, "width": side}
+        return {
+            "pass": "forward",
+            "series": "growth",
+            "us": 1.0,
+            "ns_per_token": ns,
+            "peak_memory_bytes": memory,
+        } | sizes
+
+    (line,) = report.growth([row(10, 2.0, 600), row(20, 3.0, 1600)])
+    assert "of 2 sizes, forward: time 1.50x, memory 1.50x" in line
+    assert report.growth([row(10, 2.0, None) | {"series": "stages"}] * 2) == []
+
+
 def test_plot(result, tmp_path):
     pytest.importorskip("matplotlib")
     from matplotlib.image import imread

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from suite.timing import Timer
 
+# What the profiler puts on a GPU's track besides kernels, copies and fills.
+PROFILER_OWN = ("Activity Buffer", "Context Sync", "Stream Sync", "Stream Wait", "Event Sync", "Lazy Function")
 CALIBRATION_BYTES = {"cuda": 512 << 20, "cpu": 64 << 20}
 
 
@@ -42,7 +44,8 @@ def kernels(call: Callable[[int], object], device: torch.device) -> dict[str, in
         call(0)
         torch.cuda.synchronize()
     cuda = torch.autograd.DeviceType.CUDA
-    names = Counter(event.name for event in profile.events() if event.device_type == cuda)
+    events = (event for event in profile.events() if event.device_type == cuda)
+    names = Counter(event.name for event in events if not event.name.startswith(PROFILER_OWN))
     return dict(names) or None
 
 

@@ -165,6 +165,8 @@ class ModelRunner:
                 continue
             self.progress(f"{entry.label}: {kind}")
             yield self._row(entry, case, kind, model, None if found is None else found.json())
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def _case(self, entry: Entry, batch: int, dtype: torch.dtype) -> Case:
         shape = Shape(batch, 3, self.side, self.side)

@@ -162,12 +162,30 @@ def table(rows: Sequence[dict]) -> str:
         # A column that nothing was measured for (graphs, memory and launches on the CPU) is left out.
         columns = [i for i in range(len(header)) if i < len(KEYS) or any(line[i] != UNMEASURED for line in full)]
         lines += ["", f"{op}: {label}, {series}", *aligned([header, *body], columns)]
+        lines += growth(members)
         for mean in means(members):
             ratios = ", ".join(f"{number(value)}x {name}" for name, value in mean["ratios"].items())
             share = f"{number(mean['percent_of_copy'])}% of the copy" if mean["percent_of_copy"] else ""
             text = ", ".join(filter(None, (share, ratios)))
             lines.append(f"geometric mean, {mean['dtype']}, {mean['storage']}, {mean['pass']}: {text}")
     return "\n".join(lines + ["", *notes(rows)])
+
+
+def growth(rows: Sequence[dict]) -> list[str]:
+    """How much time and memory a token changes over a series of growing images, largest over smallest."""
+    found = []
+    for kind in dict.fromkeys(row["pass"] for row in rows if row["series"] == "growth"):
+        chosen = [row for row in rows if row["pass"] == kind and row["us"] is not None]
+        if len(chosen) < 2:
+            continue
+        spans = {"time": [row["ns_per_token"] for row in chosen]}
+        if all(row["peak_memory_bytes"] for row in chosen):
+            spans["memory"] = [
+                row["peak_memory_bytes"] / (row["batch"] * row["height"] * row["width"]) for row in chosen
+            ]
+        text = ", ".join(f"{name} {max(values) / min(values):.2f}x" for name, values in spans.items())
+        found.append(f"a token, largest over smallest of {len(chosen)} sizes, {kind}: {text}")
+    return found
 
 
 def notes(rows: Sequence[dict]) -> list[str]:
