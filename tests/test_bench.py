@@ -72,7 +72,18 @@ def test_truth_of_the_layer_is_the_reference(options):
     x = problem.inputs["x"].double()
     with ext.backend("reference"):
         expected = layer(x)
-    torch.testing.assert_close(problem.truth(x=x, **dict(layer.named_parameters())), expected)
+    parameters = dict(layer.named_parameters())
+    torch.testing.assert_close(problem.truth(x=x, **parameters), expected)
+    other = GroupedMamba2d(SHAPE.channels, **options)  # of another dtype and with other weights
+    torch.testing.assert_close(layer_cases.by_reference(other)(x, **parameters), expected)
+
+
+@pytest.mark.skipif(not hasattr(ext, "cross_selective_scan"), reason="this version has no cross_selective_scan")
+def test_truth_of_the_cross_scan_is_the_reference():
+    problem = op_cases._cross(SHAPE, torch.float64, CPU)
+    inputs = {name: t.double() for name, t in problem.inputs.items()}
+    expected = ext.reference.cross_selective_scan(**inputs, directions=op_cases.CROSS_DIRECTIONS)
+    torch.testing.assert_close(problem.truth(**inputs), expected)
 
 
 # what is measured ---------------------------------------------------------------------------

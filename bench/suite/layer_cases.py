@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import groupmamba_ext as ext
 from groupmamba import GroupedMamba2d
 from suite import flops, truth
 from suite.problem import Case, Problem, Shape
@@ -66,6 +67,16 @@ def released_layer(x: Tensor, *, directions: Sequence[str], **p: Tensor) -> Tens
     return F.linear(norm(product), p["proj.weight"], p["proj.bias"]).permute(0, 3, 1, 2)
 
 
+def by_reference(layer: nn.Module) -> Callable[..., Tensor]:
+    """Any layer through `ext.backend("reference")`, token by token, on the parameters that it is given."""
+
+    def function(x: Tensor, **parameters: Tensor) -> Tensor:
+        with ext.backend("reference"):
+            return torch.func.functional_call(layer, parameters, (x,))
+
+    return function
+
+
 def make_layer(channels: int, device: torch.device, **options) -> GroupedMamba2d:
     """A layer on ``device``, the same in every run."""
     torch.manual_seed(0)
@@ -91,13 +102,14 @@ def image_input(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tenso
 def layer_problem(shape: Shape, dtype: torch.dtype, options: dict, device: torch.device) -> Problem:
     """A layer on one batch; below float32 under autocast, with float32 parameters."""
     layer = make_layer(shape.channels, device, **options)
+    grouped = layer.scan == "grouped"
     return Problem(
         {"x": image_input(shape, dtype, device)},
         lambda x: layer(x),
-        partial(released_layer, directions=layer.directions),
+        partial(released_layer, directions=layer.directions) if grouped else by_reference(layer),
         parameters=dict(layer.named_parameters()),
         autocast=None if dtype == torch.float32 else dtype,
-        flops=flops.layer(shape) if layer.scan == "grouped" else {},
+        flops=flops.layer(shape) if grouped else {},
         sample=min(SAMPLE_IMAGES, max(1, SAMPLE_TOKENS // (shape.height * shape.width))),
     )
 
