@@ -68,13 +68,13 @@ def key(row: dict) -> tuple:
 
 
 def means(rows: Sequence[dict]) -> list[dict]:
-    """For each op, label, series, storage, dtype and pass: the mean over shapes of the share of the copy and of ratios.
+    """For each op, label, storage, dtype and pass: the mean over the stages of the share of the copy and of ratios.
 
     Rows whose check is red take no part.
     """
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        if row["us"] is not None and row["op"] != "model":
+        if row["us"] is not None and row["op"] != "model" and row["series"] == "stages":
             fields = ("op", "label", "series", "storage", "dtype", "pass")
             groups.setdefault(tuple((f, row[f]) for f in fields), []).append(row)
     out = []
