@@ -8,9 +8,11 @@
 namespace gm {
 namespace {
 
-// Rows of the table of channel parameters (the gate's for two images), and of each thread's parameter sums (kSumWeight
-// + r: dt_weight).
-enum TableRow { kBias, kSkip, kNormWeight, kNormBias, kA, kCounted, kGate, kWeight = kGate + 2 };
+constexpr int kResident = 2;  // blocks an SM, of up to 255 registers a thread
+
+// Rows of the table of channel parameters in shared memory; the gate is folded into the norm's scale and shift, which
+// are kept for two images. Rows of each thread's parameter sums.
+enum TableRow { kBias, kSkip, kA, kCounted, kScale, kShift = kScale + 2, kWeight = kShift + 2 };
 enum SumRow { kSumA, kSumSkip, kSumBias, kSumProduct, kSumTotal, kSumWeight };
 
 template <class Block>
@@ -39,7 +41,7 @@ __device__ __forceinline__ void hide(float (&x)[kVec]) {
 }
 
 template <class T, class Block>
-__global__ void __launch_bounds__(Block::kThreads, 2)
+__global__ void __launch_bounds__(Block::kThreads, kResident)
     grouped_scan_bwd_sm90_kernel(const __grid_constant__ ScanBwdSm90Args args) {
 #if __CUDA_ARCH__ >= 900
     constexpr int kTokens = kFwdTokens;
@@ -65,12 +67,8 @@ __global__ void __launch_bounds__(Block::kThreads, 2)
         const uint32_t to = shared_base + (stage * 3 + tensor) * layout.slab_bytes;
         tma_wait_read();
         if (tensor == 0) barrier_expect(barrier, 3 * walk.box_bytes(s));
-        const CUtensorMap* const map = (tensor == 0   ? args.u
-                                        : tensor == 1 ? args.z
-                                                      : args.dy) +
-                                       static_cast<int>(walk.columns);
-        walk.boxes(s, at, args.kind[tensor],
-                   [&](const Coordinates& c, int offset) { tma_load(to + offset, map, c, barrier); });
+        const CUtensorMap* const maps = tensor == 0 ? args.u : tensor == 1 ? args.z : args.dy;
+        tma_load(to, maps + static_cast<int>(walk.columns), walk.box(s, at, args.kind[tensor]), barrier);
     };
     // What no load fills is read: clear it once.
     for (int i = tid * 16; i < layout.gradients; i += Block::kThreads * 16)
@@ -81,14 +79,19 @@ __global__ void __launch_bounds__(Block::kThreads, 2)
     }
     proxy_fence();
     const auto put = [&](int row, int c, float value) { table[row * Block::kWidth + c] = value; };
-    const auto put_gate = [&](int image, int batch) {
+    const auto put_gated = [&](int image, int batch) {
+#pragma unroll 1
         for (int c = tid; c < Block::kWidth; c += Block::kThreads) {
-            const int64_t i = (static_cast<int64_t>(batch) * s.groups + walk.group) * Block::dim(s) + c;
-            put(kGate + image, c, c < Block::dim(s) ? load_param_or<T>(args.scan.gate, i, 1.f) : 0.f);
+            const int64_t i = static_cast<int64_t>(walk.group) * Block::dim(s) + c;
+            const int64_t gate_index = static_cast<int64_t>(batch) * s.groups * Block::dim(s) + i;
+            const bool in = c < Block::dim(s);
+            const float gate = in ? load_param_or<T>(args.scan.gate, gate_index, 1.f) : 0.f;
+            put(kScale + image, c, in ? gate * load_param<T>(args.scan.norm_weight, i) : 0.f);
+            put(kShift + image, c, in ? gate * load_param_or<T>(args.scan.norm_bias, i, 0.f) : 0.f);
         }
     };
     SlabCursor now = walk.first(s, plan), next = now;
-    put_gate(0, now.batch);
+    put_gated(0, now.batch);
 #pragma unroll 1
     for (int c = tid; c < Block::kWidth; c += Block::kThreads) {
         const int64_t i = static_cast<int64_t>(walk.group) * Block::dim(s) + c;
@@ -96,8 +99,6 @@ __global__ void __launch_bounds__(Block::kThreads, 2)
         // Lanes without channels: a step of 0, no skip and no gate keep them out of all sums.
         put(kBias, c, in ? load_param_or<T>(args.scan.dt_bias, i, 0.f) * kLog2e : -1e30f);
         put(kSkip, c, in ? load_param_or<T>(args.scan.D, i, 0.f) : 0.f);
-        put(kNormWeight, c, in ? load_param<T>(args.scan.norm_weight, i) : 0.f);
-        put(kNormBias, c, in ? load_param_or<T>(args.scan.norm_bias, i, 0.f) : 0.f);
         put(kA, c, in ? load_param<T>(args.scan.A, i) : 0.f);
         put(kCounted, c, c < s.norm_dim ? 1.f : 0.f);
         for (int r = 0; r < (s.rank + 1) / 2 * 2; ++r)
@@ -143,14 +144,10 @@ __global__ void __launch_bounds__(Block::kThreads, 2)
         unsigned char* const box_u = shared + stage * 3 * layout.slab_bytes + chunk.offset(s);
         const float* const features = features_at(n) + chunk.slot0 * Block::width(s);
         float* const token_gradients = gradients + chunk.slot0 * Block::width(s);
-        const int count = chunk.count(s, walk, now);
-        const auto real = [&](int k) { return !ragged || chunk.is_real(k, count); };
         float saved = 0.f;
         if (scan_channel < Block::dim(s)) {
             const int64_t plane = static_cast<int64_t>(now.batch) * s.groups + walk.group;
-            saved =
-                args.scan
-                    .states[(plane * args.scan.num_chunks + walk.state(plan, now, 0)) * Block::dim(s) + scan_channel];
+            saved = args.scan.states[(plane * args.scan.num_chunks + walk.slab(now)) * Block::dim(s) + scan_channel];
         }
         float steps[kTokens][kVec], h[kTokens][kVec], dy[kTokens][kVec], entering[kVec], A[kVec];
         {
@@ -159,7 +156,7 @@ __global__ void __launch_bounds__(Block::kThreads, 2)
             load_steps_sm90<T, Block>(features, feature_step, s, make_float4(bias[0], bias[1], bias[2], bias[3]),
                                       weight_row, steps);
         }
-        if (ragged) mask_steps(chunk, count, steps);
+        if (ragged) mask_steps(chunk, chunk.count(s, walk, now), steps);
         table_row(kA, A);
         barrier_wait(barriers + stage * 8, n / kSm90Stages & 1);
 
@@ -186,11 +183,11 @@ __global__ void __launch_bounds__(Block::kThreads, 2)
         }
         __syncthreads();
         if (n + 1 < total) load(n + 1, next);
-        scan_chunks<Block>(aggregates, aggregates + Block::kAggregates, saved, [](int, int, float) {});
+        scan_chunks<Block>(aggregates, aggregates + Block::kAggregates, saved);
         SlabCursor after = next;
         if (n + 1 < total) {
             fetcher.keep(s, features_at(n + 1));
-            if (next.batch != now.batch) put_gate(image ^ 1, next.batch);
+            if (next.batch != now.batch) put_gated(image ^ 1, next.batch);
             walk.advance(s, plan, after);
             if (n + 2 < total) fetch(after);
         }
@@ -202,7 +199,8 @@ __global__ void __launch_bounds__(Block::kThreads, 2)
         }
         hide(A);
 
-        // y, its norm, and dy through gates and norm; dz takes the place of z
+        // y, its norm, and dy through gates and norm; dz takes the place of z. Tokens that do not exist have u, z and
+        // dy of 0 and send nothing.
         {
             const float inverse_dim = Block::kWhole ? 1.f / Block::kWidth : 1.f / s.norm_dim;
             float moment[kTokens], skip[kVec];
@@ -235,10 +233,9 @@ __global__ void __launch_bounds__(Block::kThreads, 2)
                 }
             }
             token_sums<Block::kLanes>(moment);
-            float norm_weight[kVec], norm_bias[kVec], gate[kVec], product[kVec] = {}, total[kVec] = {};
-            table_row(kNormWeight, norm_weight);
-            table_row(kNormBias, norm_bias);
-            table_row(kGate + image, gate);
+            float scale[kVec], shift[kVec], product[kVec] = {}, gated_sum[kVec] = {};
+            table_row(kScale + image, scale);
+            table_row(kShift + image, shift);
             // A part of the tokens at a time, or their gradients would not fit beside the states.
             constexpr int kPart = 4;
 #pragma unroll
@@ -252,21 +249,18 @@ __global__ void __launch_bounds__(Block::kThreads, 2)
                     float x[kVec], g[kVec], dz[kVec];
                     to_floats(*reinterpret_cast<const Vec4<T>*>(z_slot), x);
                     to_floats(*reinterpret_cast<const Vec4<T>*>(box_u + 2 * layout.slab_bytes + k * u_step), g);
-                    const bool counts = real(k);
 #pragma unroll
                     for (int j = 0; j < kVec; ++j) {
-                        if (!counts) g[j] = 0.f;
                         dy[k][j] *= inverse_std[i];  // the normed value
                         const float sigmoid = Math<T>::sigmoid(x[j]), silu = x[j] * sigmoid, gated = g[j] * silu;
-                        const float affine = fmaf(dy[k][j], norm_weight[j], norm_bias[j]);
-                        dz[j] = g[j] * gate[j] * affine * fmaf(silu, 1.f - sigmoid, sigmoid);
+                        dz[j] = g[j] * fmaf(dy[k][j], scale[j], shift[j]) * fmaf(silu, 1.f - sigmoid, sigmoid);
                         product[j] = fmaf(gated, dy[k][j], product[j]);
-                        total[j] += gated;
-                        through[i][j] = gated * gate[j] * norm_weight[j];
+                        gated_sum[j] += gated;
+                        through[i][j] = gated * scale[j];
                         moments[2 * i] += through[i][j];
                         moments[2 * i + 1] = fmaf(through[i][j], dy[k][j], moments[2 * i + 1]);
                     }
-                    if (chunk.active && counts) store4<true>(z_slot, dz, kVec);
+                    if (chunk.owns) store4<true>(z_slot, dz, kVec);
                 }
                 token_sums<Block::kLanes>(moments);
 #pragma unroll
@@ -276,18 +270,18 @@ __global__ void __launch_bounds__(Block::kThreads, 2)
 #pragma unroll
                     for (int j = 0; j < kVec; ++j) {
                         const float d = inverse_std[i] * (through[i][j] - fmaf(dy[k][j], m2, m1));
-                        dy[k][j] = real(k) ? (Block::kWhole ? d : d * counted[j]) : 0.f;
+                        dy[k][j] = Block::kWhole ? d : d * counted[j];
                     }
                 }
             }
             add_sum(kSumProduct, product);
-            add_sum(kSumTotal, total);
+            add_sum(kSumTotal, gated_sum);
         }
 
         // adjoint of the states: each chunk from 0, then from what the chunks behind it send
         const auto write_gradient = [&](const float(&v)[kTokens], float unit, int feature) {
             scatter_token_sums<Block::kLanes>(v, [&](int k, float sum) {
-                if (real(k)) token_gradients[k * feature_step + feature] = unit * sum;
+                if (!chunk.idle) token_gradients[k * feature_step + feature] = unit * sum;
             });
         };
         float* const adjoint_aggregates = aggregates + 2 * Block::kAggregates;
@@ -314,8 +308,7 @@ __global__ void __launch_bounds__(Block::kThreads, 2)
         }
         __syncthreads();
         if (now.step == 0) adjoint_carry = 0.f;
-        scan_chunks<Block>(adjoint_aggregates, adjoint_aggregates + Block::kAggregates, adjoint_carry,
-                           [](int, int, float) {});
+        scan_chunks<Block>(adjoint_aggregates, adjoint_aggregates + Block::kAggregates, adjoint_carry);
         __syncthreads();
 
         // everything else, from the last token to the first; du takes the place of u, dstep that of the steps
@@ -345,7 +338,7 @@ __global__ void __launch_bounds__(Block::kThreads, 2)
                     steps[k][j] = ds * Math<T>::softplus_slope(steps[k][j]);
                     dbias[j] += steps[k][j];
                 }
-                if (chunk.active && real(k)) store4<true>(u_slot, du, kVec);
+                if (chunk.owns) store4<true>(u_slot, du, kVec);
             }
             write_gradient(dB, kLn2, 0);
             add_sum(kSumA, dA);
@@ -370,9 +363,8 @@ __global__ void __launch_bounds__(Block::kThreads, 2)
         if (tid == 0 || tid == 32) {
             const int tensor = tid / 32;
             const uint32_t from = shared_base + (stage * 3 + tensor) * layout.slab_bytes;
-            const CUtensorMap* const map = (tensor == 0 ? args.du : args.dz) + static_cast<int>(walk.columns);
-            walk.boxes(s, now, args.kind[3 + tensor],
-                       [&](const Coordinates& c, int offset) { tma_store(from + offset, map, c); });
+            tma_store(from, (tensor == 0 ? args.du : args.dz) + static_cast<int>(walk.columns),
+                      walk.box(s, now, args.kind[3 + tensor]));
             tma_commit();
         }
         fetcher.access(s, walk, now, args.scan.ddt, args.scan.dB, args.scan.dC, [&](int i, int j, T* to, bool exists) {
@@ -412,15 +404,15 @@ __global__ void __launch_bounds__(Block::kThreads, 2)
 template <class T, class Block>
 cudaError_t launch(const ScanBwdSm90Args& args, cudaStream_t stream) {
     const ScanShape& shape = args.scan.shape;
-    return launch_sm90(grouped_scan_bwd_sm90_kernel<T, Block>, shape, args.plan, Block::kThreads,
-                       Layout<Block>(shape).total, stream, args);
+    return launch_sm90(grouped_scan_bwd_sm90_kernel<T, Block>, shape, args.plan, kResident, Layout<Block>(shape).total,
+                       stream, args);
 }
 
 }  // namespace
 
 cudaError_t launch_grouped_scan_bwd_sm90(const ScanBwdSm90Args& args, DType dtype, cudaStream_t stream) {
     return dispatch_sm90(dtype, args.scan.shape, [&](auto tag, auto lanes, auto whole) {
-        using Block = Sm90Block<decltype(lanes)::value, kSlabThreads, decltype(whole)::value>;
+        using Block = Sm90Block<decltype(lanes)::value, decltype(whole)::value>;
         return launch<typename decltype(tag)::type, Block>(args, stream);
     });
 }

@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward of the grouped selective scan for sm_90 and newer, 16-bit storage, one state: the maths of
-// grouped_scan_fwd.cu with slabs moved by the tensor copy engine, one step ahead. A block's slab is 256 threads x 7
-// tokens x 4 channels; the result overwrites u in shared memory and leaves from there.
+// grouped_scan_fwd.cu with slabs moved by the tensor copy engine. A block's slab is 128 threads x 7 tokens x 4
+// channels; 4 blocks an SM, so that others compute while one waits at a barrier (2 blocks of 256 threads: 6% slower at
+// 64 x 56). The result overwrites z in shared memory and leaves from there: u, free after the first half of a step, is
+// then loaded one and a half steps ahead.
 #include "cuda/scan_sm90.cuh"
 
 namespace gm {
 namespace {
+
+constexpr int kResident = 4;  // blocks an SM, of up to 128 registers a thread
 
 // Rows of the table of channel parameters in shared memory; the gate is folded into the norm's scale and shift, which
 // are kept for two images.
@@ -23,12 +27,12 @@ struct Layout {
         aggregates = features + 2 * feature_bytes;
         table = aggregates + 2 * Block::kAggregates * 4;
         barriers = table + (kWeight + (s.rank + 1) / 2 * 2) * Block::kWidth * 4;
-        total = barriers + kSm90Stages * 8;
+        total = barriers + kSm90Stages * 2 * 8;
     }
 };
 
 template <class T, class Block>
-__global__ void __launch_bounds__(Block::kThreads, 2)
+__global__ void __launch_bounds__(Block::kThreads, kResident)
     grouped_scan_fwd_sm90_kernel(const __grid_constant__ ScanFwdSm90Args args) {
 #if __CUDA_ARCH__ >= 900
     constexpr int kTokens = kFwdTokens;
@@ -44,22 +48,23 @@ __global__ void __launch_bounds__(Block::kThreads, 2)
     const SlabWalk<Block, false> walk(s, plan);
     const int total = static_cast<int>(walk.total(s));
 
-    // u and z by one thread each; that of u expects the bytes of both and sees to it that the result before has left.
-    const auto load = [&](int n, const SlabCursor& at) {
-        if (tid != 0 && tid != 32) return;
-        const int tensor = tid / 32, stage = n % kSm90Stages;
-        const uint32_t barrier = barriers + stage * 8;
-        const uint32_t to = shared_base + (stage * 2 + tensor) * layout.slab_bytes;
-        if (tensor == 0) barrier_expect(barrier, 2 * walk.box_bytes(s));
-        const CUtensorMap* const map = tensor == 0 ? &args.u[walk.columns] : &args.z[walk.columns];
-        walk.boxes(s, at, args.kind[tensor],
-                   [&](const Coordinates& c, int offset) { tma_load(to + offset, map, c, barrier); });
+    // u by one thread; z by another, which stores the result from its place and sees to it that this has left.
+    constexpr int kU = 0, kZ = 1, kLoadsU = 0, kLoadsZ = 32;
+    const auto barrier_of = [&](int n, int tensor) { return barriers + (n % kSm90Stages * 2 + tensor) * 8; };
+    const auto place_of = [&](int n, int tensor) {
+        return shared_base + (n % kSm90Stages * 2 + tensor) * layout.slab_bytes;
+    };
+    const auto load = [&](int n, const SlabCursor& at, int tensor) {
+        const uint32_t barrier = barrier_of(n, tensor);
+        barrier_expect(barrier, walk.box_bytes(s));
+        tma_load(place_of(n, tensor), (tensor == kU ? args.u : args.z) + static_cast<int>(walk.columns),
+                 walk.box(s, at, args.kind[tensor]), barrier);
     };
     // What no load fills is read: clear it once.
     for (int i = tid * 16; i < layout.aggregates; i += Block::kThreads * 16)
         *reinterpret_cast<uint4*>(shared + i) = make_uint4(0, 0, 0, 0);
     if (tid == 0) {
-        for (int i = 0; i < kSm90Stages; ++i) barrier_init(barriers + i * 8, 1);
+        for (int i = 0; i < kSm90Stages * 2; ++i) barrier_init(barriers + i * 8, 1);
         barrier_init_fence();
     }
     proxy_fence();
@@ -90,8 +95,12 @@ __global__ void __launch_bounds__(Block::kThreads, 2)
             put(kWeight + r, c, in && r < s.rank ? load_param<T>(args.scan.dt_weight, i * s.rank + r) * kLog2e : 0.f);
     }
     __syncthreads();
-    load(0, now);
     walk.advance(s, plan, next);
+    if (tid == kLoadsZ) load(0, now, kZ);
+    if (tid == kLoadsU) {
+        load(0, now, kU);
+        if (total > 1) load(1, next, kU);
+    }
 
     const SlabChunk<Block> chunk(s, plan, walk);
     const bool ragged = is_ragged<Block>(s, plan, walk);
@@ -106,6 +115,7 @@ __global__ void __launch_bounds__(Block::kThreads, 2)
     fetcher.keep(s, features_at(0));
     if (total > 1) fetch(next);
     float carry = 0.f;  // of the channel that this thread scans
+    const int scan_channel = tid / Block::kScanLanes;
     int image = 0;
     __syncthreads();
 
@@ -116,14 +126,13 @@ __global__ void __launch_bounds__(Block::kThreads, 2)
         const int stage = n % kSm90Stages;
         unsigned char* const box_u = shared + stage * 2 * layout.slab_bytes + u_offset;
         const float* const features = features_at(n) + feature_offset;
-        const int count = chunk.count(s, walk, now);
         float y[kTokens][kVec], decayed_C[kTokens][kVec];
-        barrier_wait(barriers + stage * 8, n / kSm90Stages & 1);
+        barrier_wait(barrier_of(n, kU), n / kSm90Stages & 1);
         {
             float(&steps)[kTokens][kVec] = decayed_C;
             load_steps_sm90<T, Block>(
                 features, feature_step, s, row(kBias), [&](int r) { return row(kWeight + r); }, steps);
-            if (ragged) mask_steps(chunk, count, steps);
+            if (ragged) mask_steps(chunk, chunk.count(s, walk, now), steps);
             const float4 A4 = row(kA), skip4 = row(kSkip);
             const float A[kVec] = {A4.x, A4.y, A4.z, A4.w}, skip[kVec] = {skip4.x, skip4.y, skip4.z, skip4.w};
             float P[kVec], h[kVec];
@@ -146,23 +155,22 @@ __global__ void __launch_bounds__(Block::kThreads, 2)
             *reinterpret_cast<float4*>(aggregate_h + at) = make_float4(h[0], h[1], h[2], h[3]);
         }
         __syncthreads();
-        if (n + 1 < total) {
-            if (tid == 0) tma_wait_read();  // the result of the step before has left the stage that is loaded next
-            load(n + 1, next);
+        SlabCursor after = next;
+        if (n + 1 < total) walk.advance(s, plan, after);
+        if (tid == kLoadsU && n + 2 < total) load(n + 2, after, kU);
+        if (tid == kLoadsZ && n + 1 < total) {
+            tma_wait_read();
+            load(n + 1, next, kZ);
         }
         if (now.step == 0) carry = 0.f;
-        scan_chunks<Block>(aggregate_P, aggregate_h, carry, [&](int half, int channel, float state) {
-            if (args.scan.states == nullptr || channel >= Block::dim(s)) return;
-            const int slab = walk.state(plan, now, half);
-            if (slab >= args.scan.num_chunks) return;
+        if (args.scan.states != nullptr && tid % Block::kScanLanes == 0 && scan_channel < Block::dim(s)) {
             const int64_t plane = static_cast<int64_t>(now.batch) * s.groups + walk.group;
-            args.scan.states[(plane * args.scan.num_chunks + slab) * Block::dim(s) + channel] = state;
-        });
-        SlabCursor after = next;
+            args.scan.states[(plane * args.scan.num_chunks + walk.slab(now)) * Block::dim(s) + scan_channel] = carry;
+        }
+        scan_chunks<Block>(aggregate_P, aggregate_h, carry);
         if (n + 1 < total) {
             fetcher.keep(s, features_at(n + 1));
             if (next.batch != now.batch) put_gated(image ^ 1, next.batch);
-            walk.advance(s, plan, after);
             if (n + 2 < total) fetch(after);
         }
         __syncthreads();
@@ -198,7 +206,8 @@ __global__ void __launch_bounds__(Block::kThreads, 2)
             const float4 scale4 = row(kScale + image), shift4 = row(kShift + image);
             const float scale[kVec] = {scale4.x, scale4.y, scale4.z, scale4.w};
             const float shift[kVec] = {shift4.x, shift4.y, shift4.z, shift4.w};
-            const unsigned char* const box_z = box_u + layout.slab_bytes;
+            unsigned char* const box_z = box_u + layout.slab_bytes;
+            barrier_wait(barrier_of(n, kZ), n / kSm90Stages & 1);
 #pragma unroll
             for (int k = 0; k < kTokens; ++k) {
                 const float inverse_std = Math<T>::rsqrt(fmaf(moment[k], inverse_dim, s.norm_eps));
@@ -207,30 +216,27 @@ __global__ void __launch_bounds__(Block::kThreads, 2)
 #pragma unroll
                 for (int j = 0; j < kVec; ++j)
                     out[j] = fmaf(y[k][j] * inverse_std, scale[j], shift[j]) * (x[j] * Math<T>::sigmoid(x[j]));
-                if (chunk.active && (!ragged || chunk.is_real(k, count)))
-                    store4<true>(reinterpret_cast<T*>(box_u + k * u_step), out, kVec);
+                if (chunk.owns) store4<true>(reinterpret_cast<T*>(box_z + k * u_step), out, kVec);
             }
         }
         proxy_fence();
         __syncthreads();
-        if (tid == 0) {
-            const uint32_t from = shared_base + stage * 2 * layout.slab_bytes;
-            walk.boxes(s, now, args.kind[2],
-                       [&](const Coordinates& c, int offset) { tma_store(from + offset, &args.y[walk.columns], c); });
+        if (tid == kLoadsZ) {
+            tma_store(place_of(n, kZ), &args.y[walk.columns], walk.box(s, now, args.kind[2]));
             tma_commit();
         }
         image ^= next.batch != now.batch;
         now = next, next = after;
     }
-    if (tid == 0) tma_wait_all();
+    if (tid == kLoadsZ) tma_wait_all();
 #endif
 }
 
 template <class T, class Block>
 cudaError_t launch(const ScanFwdSm90Args& args, cudaStream_t stream) {
     const ScanShape& shape = args.scan.shape;
-    return launch_sm90(grouped_scan_fwd_sm90_kernel<T, Block>, shape, args.plan, Block::kThreads,
-                       Layout<Block>(shape).total, stream, args);
+    return launch_sm90(grouped_scan_fwd_sm90_kernel<T, Block>, shape, args.plan, kResident, Layout<Block>(shape).total,
+                       stream, args);
 }
 
 }  // namespace
@@ -239,7 +245,7 @@ bool grouped_scan_sm90_built() {
     // An older build's code, run here through PTX, has empty bodies.
     static const bool built = [] {
         cudaFuncAttributes attributes{};
-        const auto kernel = grouped_scan_fwd_sm90_kernel<__nv_bfloat16, Sm90Block<4, kFwdThreads, true>>;
+        const auto kernel = grouped_scan_fwd_sm90_kernel<__nv_bfloat16, Sm90Block<4, true>>;
         return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess &&
                attributes.ptxVersion >= 90;
     }();
@@ -248,7 +254,7 @@ bool grouped_scan_sm90_built() {
 
 cudaError_t launch_grouped_scan_fwd_sm90(const ScanFwdSm90Args& args, DType dtype, cudaStream_t stream) {
     return dispatch_sm90(dtype, args.scan.shape, [&](auto tag, auto lanes, auto whole) {
-        using Block = Sm90Block<decltype(lanes)::value, kFwdThreads, decltype(whole)::value>;
+        using Block = Sm90Block<decltype(lanes)::value, decltype(whole)::value>;
         return launch<typename decltype(tag)::type, Block>(args, stream);
     });
 }

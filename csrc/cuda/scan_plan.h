@@ -19,7 +19,7 @@ constexpr int kMaxStagedRank = 64;  // dt_weight is staged in shared memory up t
 constexpr int kFwdTokens = 7;
 constexpr int kFwdThreads = 256;
 constexpr int kBwdSlab = 7 * 128;  // tokens * lanes of the backward's slab: states are saved once a slab
-constexpr int kSlabThreads = kBwdSlab / kFwdTokens;  // of the copy-engine backward; the forward has twice as many
+constexpr int kSlabThreads = kBwdSlab / kFwdTokens;  // of the copy-engine kernels' blocks
 constexpr int kMaxScanWarps = kFwdThreads / 32;
 
 constexpr int bwd_tokens(bool single_state, int element_size) { return single_state && element_size == 2 ? 7 : 4; }

@@ -25,14 +25,13 @@ namespace gm {
 
 constexpr int kSm90Stages = 2;
 
-// Constants of a block of kThreads threads, kLanes of them to a token. It holds kSlabs slabs of the backward, as one.
-// kWhole: every lane has 4 channels, and LayerNorm counts them all.
-template <int kLanesOfToken, int kThreadsOfBlock, bool kWholeWidth>
+// Constants of a block of 128 threads, kLanes of them to a token. kWhole: every lane has 4 channels, and LayerNorm
+// counts them all.
+template <int kLanesOfToken, bool kWholeWidth>
 struct Sm90Block {
-    static constexpr int kLanes = kLanesOfToken, kThreads = kThreadsOfBlock;
+    static constexpr int kLanes = kLanesOfToken, kThreads = kSlabThreads;
     static constexpr bool kWhole = kWholeWidth;
     static constexpr int kWidth = kLanes * kVec;  // channels that the lanes could hold
-    static constexpr int kSlabs = kThreads / kSlabThreads;
     static constexpr int kChunks = kThreads / kLanes, kTokens = kChunks * kFwdTokens;
     static constexpr int kScanLanes = kChunks / 4;       // lanes of a channel in the chunk scan, 4 chunks each
     static constexpr int kPad = kScanLanes > 1 ? 4 : 0;  // floats after every 4 chunks: their readers hit other banks
@@ -42,6 +41,7 @@ struct Sm90Block {
     static constexpr int kParts = kLanes > 8 ? kLanes / 8 : 1;
     static constexpr int kFeatures = kSm90Features<kLanes>;
     static constexpr int kFetch = (kFeatures + kParts - 1) / kParts;
+    static_assert(kTokens <= kBoxLimit, "a slab is one box");
 
     __device__ static int aggregate(int chunk) { return chunk * kWidth + chunk / 4 * kPad; }
     __host__ __device__ static int dim(const ScanShape& s) { return kWhole ? kWidth : s.dim; }
@@ -108,28 +108,18 @@ struct SlabWalk {
             at.column += descending ? -1 : 1;
         }
     }
-    // Number of the slab among those with saved states; a forward block's `half` is the place of its part on the path.
-    __device__ __forceinline__ int state(const SlabPlan& plan, const SlabCursor& at, int half) const {
-        const int part = Block::kSlabs == 1 ? 0 : reverse ? 1 - half : half;
-        if (pieces) return at.column * plan.state_pieces + at.row / (Block::kTokens / Block::kSlabs) + part;
-        return (descending ? steps - 1 - at.step : at.step) * Block::kSlabs + part;
+    // Number of the slab.
+    __device__ __forceinline__ int slab(const SlabCursor& at) const {
+        return descending ? steps - 1 - at.step : at.step;
     }
-    // Visits the boxes of a slab: visit(coordinates, byte offset in shared memory).
-    template <class F>
-    __device__ __forceinline__ void boxes(const ScanShape& s, const SlabCursor& at, const SlabMapKind& kind,
-                                          F&& visit) const {
-        const int parts = Block::kTokens > kBoxLimit ? kind.parts[columns] : 1;
+    __device__ __forceinline__ Coordinates box(const ScanShape& s, const SlabCursor& at,
+                                               const SlabMapKind& kind) const {
         const bool fused = columns && kind.column_fuse;
-#pragma unroll 1
-        for (int part = 0; part < parts; ++part) {
-            const int tokens = part * (Block::kTokens / 2);
-            const Coordinates c{fused ? at.column * Block::dim(s) : 0,
-                                fused     ? 0
-                                : columns ? at.column
-                                          : (at.column + tokens) >> kind.row_shift,
-                                columns ? at.row + tokens : 0, group, at.batch};
-            visit(c, tokens * Block::dim(s) * 2);
-        }
+        return {fused ? at.column * Block::dim(s) : 0,
+                fused     ? 0
+                : columns ? at.column
+                          : at.column >> kind.row_shift,
+                at.row, group, at.batch};
     }
     __device__ __forceinline__ int box_bytes(const ScanShape& s) const { return box_tokens * Block::dim(s) * 2; }
 };
@@ -139,7 +129,7 @@ template <class Block>
 struct SlabChunk {
     int c0, first, order;
     int slot0, slot_step;  // path token k is in slot slot0 + k * slot_step
-    bool active, idle, reverse;
+    bool active, idle, owns, reverse;
 
     template <class Walk>
     __device__ SlabChunk(const ScanShape& s, const SlabPlan& plan, const Walk& walk) {
@@ -149,20 +139,11 @@ struct SlabChunk {
         reverse = walk.reverse;
         const bool whole_columns = walk.columns && !walk.pieces;
         const int across = whole_columns ? plan.columns : 1, blocks = whole_columns ? plan.blocks : Block::kChunks;
-        // The chunks of each half of a slab are adjacent on the path, those without tokens behind them.
-        constexpr int kHalf = Block::kChunks / Block::kSlabs;
-        const int half_across = whole_columns ? across / Block::kSlabs : 1,
-                  half_blocks = whole_columns ? half_across * blocks : kHalf;
-        idle = chunk >= across * blocks;
-        int place = chunk;
-        if (whole_columns) {
-            const int spare = chunk - across * blocks, spares = max(kHalf - half_blocks, 1), column = chunk % across;
-            const int half = idle ? spare / spares : column / half_across;
-            place =
-                half * kHalf + (idle ? half_blocks + spare % spares : column % half_across * blocks + chunk / across);
-        }
+        idle = chunk >= across * blocks;  // columns need not fill the slab
+        const int place = idle ? chunk : chunk % across * blocks + chunk / across;
         first = idle ? 0 : chunk / across * kFwdTokens;
         order = reverse ? Block::kChunks - 1 - place : place;
+        owns = active && !idle;
         slot_step = idle ? 0 : reverse ? -across : across;
         slot0 = idle ? Block::kTokens : first * across + chunk % across + (reverse ? (kFwdTokens - 1) * across : 0);
     }
@@ -171,7 +152,8 @@ struct SlabChunk {
         return ((active ? slot0 : Block::kTokens) * Block::dim(s) + (active ? c0 : 0)) * 2;
     }
     __device__ __forceinline__ int step(const ScanShape& s) const { return active ? slot_step * Block::dim(s) * 2 : 0; }
-    // How many of the chunk's tokens exist; they are the first of a column, so the last of a reversed path.
+    // How many of the chunk's tokens exist; they are the first of a column, so the last of a reversed path. The slots
+    // of the others hold zeros, and are nobody else's.
     template <class Walk>
     __device__ __forceinline__ int count(const ScanShape& s, const Walk& walk, const SlabCursor& at) const {
         return idle ? 0 : walk.columns ? min(max(s.height - at.row - first, 0), kFwdTokens) : kFwdTokens;
@@ -252,10 +234,22 @@ struct StepFeatures {
         });
     }
     __device__ __forceinline__ void keep(const ScanShape& s, float* to) const {
-        each(Block::kFeatures == 3 ? 3 : s.rank + 2, [&](int i, int j, int f) {
-            if (Block::kFetchTokens * Block::kThreads == Block::kTokens || token(i) < Block::kTokens)
-                to[token(i) * Block::width(s) + f] = to_float(fetched[i][j]) * (f == 0 ? kLn2 : 1.f);
-        });
+        if constexpr (Block::kFeatures <= 4) {
+#pragma unroll
+            for (int i = 0; i < Block::kFetchTokens; ++i) {
+                float v[4] = {};
+#pragma unroll
+                for (int j = 0; j < Block::kFeatures; ++j)
+                    if (j < s.rank + 2) v[j] = to_float(fetched[i][j]) * (j == 0 ? kLn2 : 1.f);
+                if (Block::kFetchTokens * Block::kThreads == Block::kTokens || token(i) < Block::kTokens)
+                    *reinterpret_cast<float4*>(to + token(i) * 4) = make_float4(v[0], v[1], v[2], v[3]);
+            }
+        } else {
+            each(s.rank + 2, [&](int i, int j, int f) {
+                if (Block::kFetchTokens * Block::kThreads == Block::kTokens || token(i) < Block::kTokens)
+                    to[token(i) * Block::width(s) + f] = to_float(fetched[i][j]) * (f == 0 ? kLn2 : 1.f);
+            });
+        }
     }
 };
 
@@ -357,9 +351,9 @@ __device__ __forceinline__ void scatter_token_sums(const float (&v)[kFwdTokens],
 
 // Chunk aggregates (P, h) in shared memory, by order, to the states entering the chunks (in place of h). kScanLanes
 // neighbouring threads serve a channel. `carry` is the state of the thread's channel before the first chunk and becomes
-// the one after the last; `at_slab(i, channel, state)` sees the state entering the i-th slab of the block.
-template <class Block, class F>
-__device__ __forceinline__ void scan_chunks(const float* P_in, float* h_in, float& carry, F&& at_slab) {
+// the one after the last.
+template <class Block>
+__device__ __forceinline__ void scan_chunks(const float* P_in, float* h_in, float& carry) {
     constexpr int kLanes = Block::kScanLanes;
     const int channel = threadIdx.x / kLanes, q = threadIdx.x % kLanes;
     float P4[4], h4[4];
@@ -379,7 +373,6 @@ __device__ __forceinline__ void scan_chunks(const float* P_in, float* h_in, floa
     }
     const float P_before = __shfl_up_sync(kFullWarp, P, 1, kLanes), h_before = __shfl_up_sync(kFullWarp, h, 1, kLanes);
     float state = q == 0 ? carry : fmaf(P_before, carry, h_before);
-    if (q % (kLanes / Block::kSlabs) == 0) at_slab(q / (kLanes / Block::kSlabs), channel, state);
     carry = __shfl_sync(kFullWarp, fmaf(P, carry, h), kLanes - 1, kLanes);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -400,11 +393,12 @@ inline cudaError_t prefer_shared(const void* kernel, int device) {
 }
 
 // Small planes: as many blocks as run at once, each with several planes of one group, so that it loads the next plane
-// while it computes and reads its parameters once. Planes of more slabs hide their own loads: a block each.
+// while it computes and reads its parameters once. Planes of more slabs hide their own loads: a block each. `resident`:
+// blocks an SM.
 constexpr int kFewSlabs = 4;
 
 template <class Kernel, class Args>
-cudaError_t launch_sm90(Kernel kernel, const ScanShape& shape, const SlabPlan& plan, int threads, int shared,
+cudaError_t launch_sm90(Kernel kernel, const ScanShape& shape, const SlabPlan& plan, int resident, int shared,
                         cudaStream_t stream, const Args& args) {
     int device = 0, multiprocessors = 0;
     cudaError_t error = cudaGetDevice(&device);
@@ -413,8 +407,8 @@ cudaError_t launch_sm90(Kernel kernel, const ScanShape& shape, const SlabPlan& p
     if (error != cudaSuccess) return error;
     int64_t blocks = shape.batch * shape.groups;
     if (std::max(plan.row_slabs, plan.column_slabs) <= kFewSlabs)
-        blocks = std::min<int64_t>(blocks, std::max(2 * multiprocessors / shape.groups, 1) * shape.groups);
-    return launch_kernel(kernel, blocks, threads, shared, stream, args);
+        blocks = std::min<int64_t>(blocks, std::max(resident * multiprocessors / shape.groups, 1) * shape.groups);
+    return launch_kernel(kernel, blocks, kSlabThreads, shared, stream, args);
 }
 
 // f(type tag, std::integral_constant<int, lanes>, std::bool_constant<whole>)

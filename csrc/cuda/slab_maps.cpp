@@ -42,8 +42,18 @@ bool encode(CUtensorMap& map, const ImageArg& image, DType dtype, int64_t elemen
     if (box[0] * element % 16 != 0 || reinterpret_cast<uintptr_t>(image.ptr) % 16 != 0) return false;
     const CUtensorMapDataType type =
         dtype == DType::kHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    return find_encoder()(&map, type, kRank, image.ptr, dims, steps, boxes, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                          CU_TENSOR_MAP_SWIZZLE_NONE, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+    const auto try_to = [&] {
+        return find_encoder()(&map, type, kRank, image.ptr, dims, steps, boxes, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                              CU_TENSOR_MAP_SWIZZLE_NONE, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    };
+    CUresult result = try_to();
+    if (result == CUDA_ERROR_INVALID_CONTEXT || result == CUDA_ERROR_NOT_INITIALIZED) {
+        // A thread that has not called the driver yet, such as autograd's at its first backward: setting the device
+        // gives it the device's context.
+        int device = 0;
+        if (cudaGetDevice(&device) == cudaSuccess && cudaSetDevice(device) == cudaSuccess) result = try_to();
+    }
+    return result == CUDA_SUCCESS;
 }
 
 }  // namespace
@@ -55,30 +65,25 @@ bool make_slab_maps(const ImageArg& image, const ScanShape& s, const SlabPlan& p
     const bool contiguous = image.token == dim;
     // Fetching whole lines ahead pays where a plane's tokens follow one another; elsewhere it drags in other groups.
     const auto promotion = contiguous ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_NONE;
-    const auto parts = [](int64_t n) { return n > kBoxLimit ? 2 : 1; };
 
     // Rows: (channel, token). Fused for longer runs: the largest power of two of tokens that divides plane and slab.
     kind.row_shift = 0;
     while (contiguous && (dim << (kind.row_shift + 1)) <= kBoxLimit && (tokens >> kind.row_shift) % 2 == 0 &&
-           (plan.tokens >> kind.row_shift) % 4 == 0)
+           (plan.tokens >> kind.row_shift) % 2 == 0)
         ++kind.row_shift;
     const int64_t fuse = int64_t{1} << kind.row_shift;
-    kind.parts[0] = parts(plan.tokens / fuse);
     if (!encode(map[0], image, dtype, element, {dim * fuse, tokens / fuse, 1, s.groups, s.batch},
-                {image.token * fuse, 16, image.group, image.batch}, {dim * fuse, plan.tokens / fuse / kind.parts[0], 1},
-                promotion))
+                {image.token * fuse, 16, image.group, image.batch}, {dim * fuse, plan.tokens / fuse, 1}, promotion))
         return false;
 
     // Columns: (channel, column, row), or (channel of a column, row) fused.
     const int64_t columns = plan.columns > 0 ? plan.columns : 1, rows = plan.columns > 0 ? height : plan.tokens;
     kind.column_fuse = contiguous && columns * dim <= kBoxLimit;
-    kind.parts[1] = parts(rows);
-    const int64_t box_rows = rows / kind.parts[1];
     if (kind.column_fuse)
         return encode(map[1], image, dtype, element, {dim * width, 1, height, s.groups, s.batch},
-                      {16, image.token * width, image.group, image.batch}, {dim * columns, 1, box_rows}, promotion);
+                      {16, image.token * width, image.group, image.batch}, {dim * columns, 1, rows}, promotion);
     return encode(map[1], image, dtype, element, {dim, width, height, s.groups, s.batch},
-                  {image.token, image.token * width, image.group, image.batch}, {dim, columns, box_rows}, promotion);
+                  {image.token, image.token * width, image.group, image.batch}, {dim, columns, rows}, promotion);
 }
 
 bool takes_grouped_scan_sm90(const ScanShape& s, bool has_z, bool has_norm, DType dtype) {
@@ -93,7 +98,7 @@ bool takes_grouped_scan_sm90(const ScanShape& s, bool has_z, bool has_norm, DTyp
 
 bool prepare_grouped_scan_fwd_sm90(DType dtype, ScanFwdSm90Args& args) {
     const ScanShape& s = args.scan.shape;
-    args.plan = plan_slabs(s.height, s.width, s.lanes, kFwdThreads);
+    args.plan = plan_slabs(s.height, s.width, s.lanes);
     const auto make = [&](const ImageArg& image, CUtensorMap(&map)[2], SlabMapKind& kind) {
         return make_slab_maps(image, s, args.plan, dtype, map, kind);
     };
@@ -103,7 +108,7 @@ bool prepare_grouped_scan_fwd_sm90(DType dtype, ScanFwdSm90Args& args) {
 
 bool prepare_grouped_scan_bwd_sm90(DType dtype, ScanBwdSm90Args& args) {
     const ScanShape& s = args.scan.shape;
-    args.plan = plan_slabs(s.height, s.width, s.lanes, kSlabThreads);
+    args.plan = plan_slabs(s.height, s.width, s.lanes);
     const auto make = [&](const ImageArg& image, CUtensorMap(&map)[2], SlabMapKind& kind) {
         return make_slab_maps(image, s, args.plan, dtype, map, kind);
     };
