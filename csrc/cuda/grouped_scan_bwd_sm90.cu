@@ -51,6 +51,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
     // What is the same for all threads and slabs waits in shared memory, to spare registers.
     __shared__ SlabWalk<Block, true> walk;
     __shared__ Layout<Block> layout;
+    __shared__ T* gradient_planes[3];  // of dB, dC, d(dt) in the current image
     if (threadIdx.x == 0) walk = SlabWalk<Block, true>(s, plan), layout = Layout<Block>(s);
     __syncthreads();
     float* const gradients = reinterpret_cast<float*>(shared + layout.gradients);
@@ -116,13 +117,12 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
 
     const SlabChunk<Block> chunk(s, plan, walk);
     const bool ragged = is_ragged<Block>(s, plan, walk);
-    StepFeatures<T, Block> fetcher(s, plan, walk);
+    const FeatureImages features_in{args.scan.B, args.scan.C, args.scan.dt};
+    StepFeatures<T, Block> fetcher(s, plan, walk, features_in);
     const auto features_at = [&](int n) {
         return reinterpret_cast<float*>(shared + layout.features + (n & 1) * layout.feature_bytes);
     };
-    const auto fetch = [&](const SlabCursor& at) {
-        fetcher.fetch(s, walk, at, args.scan.dt, args.scan.B, args.scan.C);
-    };
+    const auto fetch = [&](const SlabCursor& at) { fetcher.fetch(s, walk, at, features_in); };
     fetch(now);
     fetcher.keep(s, features_at(0));
     if (total > 1) fetch(next);
@@ -183,6 +183,10 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
         }
         __syncthreads();
         if (n + 1 < total) load(n + 1, next);
+        if (now.step == 0 && tid < 3) {
+            const ImageArg& image = tid == 0 ? args.scan.dB : tid == 1 ? args.scan.dC : args.scan.ddt;
+            gradient_planes[tid] = plane_of<T>(image, now.batch, walk.group);
+        }
         scan_chunks<Block>(aggregates, aggregates + Block::kAggregates, saved);
         SlabCursor after = next;
         if (n + 1 < total) {
@@ -367,10 +371,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
                       walk.box(s, now, args.kind[3 + tensor]));
             tma_commit();
         }
-        fetcher.access(s, walk, now, args.scan.ddt, args.scan.dB, args.scan.dC, [&](int i, int j, T* to, bool exists) {
-            if (exists)
-                *to = from_float<T>(gradients[fetcher.token(i) * Block::width(s) + fetcher.part() + j * Block::kParts]);
-        });
+        fetcher.send(s, walk, now, gradients, gradient_planes, {args.scan.dB, args.scan.dC, args.scan.ddt});
         if (n + 1 == total || next.batch != now.batch) {
             // The thread's sums, over the chunks of its warp, to the warp's row of partials.
             const int64_t rows = 1 + kFixedRows + s.rank, warp = now.batch * int64_t{Block::kThreads / 32} + tid / 32;

@@ -104,13 +104,12 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
 
     const SlabChunk<Block> chunk(s, plan, walk);
     const bool ragged = is_ragged<Block>(s, plan, walk);
-    StepFeatures<T, Block> fetcher(s, plan, walk);
+    const FeatureImages features_in{args.scan.B, args.scan.C, args.scan.dt};
+    StepFeatures<T, Block> fetcher(s, plan, walk, features_in);
     const auto features_at = [&](int n) {
         return reinterpret_cast<float*>(shared + layout.features + (n & 1) * layout.feature_bytes);
     };
-    const auto fetch = [&](const SlabCursor& at) {
-        fetcher.fetch(s, walk, at, args.scan.dt, args.scan.B, args.scan.C);
-    };
+    const auto fetch = [&](const SlabCursor& at) { fetcher.fetch(s, walk, at, features_in); };
     fetch(now);
     fetcher.keep(s, features_at(0));
     if (total > 1) fetch(next);

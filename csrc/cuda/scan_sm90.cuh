@@ -54,9 +54,10 @@ struct Sm90Block {
     }
 };
 
-// A slab of a plane: (column, row) of its first token; along rows, its first token as a column.
+// A slab of a plane: (column, row) of its first token, and its row-major number, the origin; along rows, that as
+// column.
 struct SlabCursor {
-    int batch, step, column, row;
+    int batch, step, column, row, origin;
 };
 
 // The slabs of a block's planes, all of one group: batch by batch, each along its path or, kFromEnd, against it.
@@ -64,7 +65,7 @@ template <class Block, bool kFromEnd>
 struct SlabWalk {
     int group, batch_step, steps;
     bool reverse, columns, pieces, descending;
-    int box_tokens;
+    int box_tokens, stride;
 
     SlabWalk() = default;
     __device__ SlabWalk(const ScanShape& s, const SlabPlan& plan) {
@@ -77,16 +78,18 @@ struct SlabWalk {
         pieces = columns && plan.columns == 0;
         steps = columns ? plan.column_slabs : plan.row_slabs;
         box_tokens = columns && !pieces ? plan.columns * s.height : Block::kTokens;
+        stride = columns ? plan.columns : Block::kTokens;
+        if (descending) stride = -stride;
     }
     __device__ __forceinline__ int64_t total(const ScanShape& s) const {
         const int first = blockIdx.x / s.groups;
         return (s.batch - first + batch_step - 1) / batch_step * steps;
     }
     __device__ __forceinline__ void restart(const ScanShape& s, const SlabPlan& plan, SlabCursor& at) const {
-        at.step = 0, at.row = 0, at.column = 0;
-        if (!descending) return;
-        at.column = pieces ? s.width - 1 : (steps - 1) * (columns ? plan.columns : Block::kTokens);
-        if (pieces) at.row = (plan.pieces - 1) * Block::kTokens;
+        at.step = 0;
+        at.row = pieces && descending ? (plan.pieces - 1) * Block::kTokens : 0;
+        at.column = !descending ? 0 : pieces ? s.width - 1 : (steps - 1) * (columns ? plan.columns : Block::kTokens);
+        at.origin = at.row * s.width + at.column;
     }
     __device__ __forceinline__ SlabCursor first(const ScanShape& s, const SlabPlan& plan) const {
         SlabCursor at;
@@ -99,13 +102,15 @@ struct SlabWalk {
             at.batch += batch_step;
             restart(s, plan, at);
         } else if (!pieces) {
-            const int stride = columns ? plan.columns : Block::kTokens;
-            at.column += descending ? -stride : stride;
+            at.column += stride;
+            at.origin = at.column;
         } else {
             at.row += descending ? -Block::kTokens : Block::kTokens;
-            if (at.row >= 0 && at.row < s.height) return;
-            at.row = descending ? (plan.pieces - 1) * Block::kTokens : 0;
-            at.column += descending ? -1 : 1;
+            if (at.row < 0 || at.row >= s.height) {
+                at.row = descending ? (plan.pieces - 1) * Block::kTokens : 0;
+                at.column += descending ? -1 : 1;
+            }
+            at.origin = at.row * s.width + at.column;
         }
     }
     // Number of the slab.
@@ -170,85 +175,118 @@ __device__ __forceinline__ bool is_ragged(const ScanShape& s, const SlabPlan& pl
                                         : s.height % kFwdTokens != 0 || plan.columns * plan.blocks < Block::kChunks);
 }
 
+// The features of a token are numbered B, C, dt_0, dt_1, ...; images of them are given in the order B, C, dt.
+struct FeatureImages {
+    const ImageArg &B, &C, &dt;
+    __device__ const ImageArg& operator[](int i) const { return i == 0 ? B : i == 1 ? C : dt; }
+};
+
+// First element of an image for a batch and group.
+template <class T>
+__device__ __forceinline__ T* plane_of(const ImageArg& image, int batch, int group) {
+    return static_cast<T*>(image.ptr) + (batch * image.batch + group * image.group);
+}
+
 // B (times ln 2), C and step features of a slab in shared memory, [token][width] floats, fetched from device memory one
-// step of the walk ahead.
+// step of the walk ahead. A thread has kFetchTokens tokens and of those every kParts-th feature.
 template <class T, class Block>
 struct StepFeatures {
+    // Where a thread's features differ in image only by its part, it keeps its own first image and dt.
+    static constexpr int kImages = Block::kParts == 1 ? 3 : 2;
     T fetched[Block::kFetchTokens][Block::kFetch];
-    // Of this thread's tokens: the row-major distance to the slab's first, and what must be below the room left.
-    int distance[Block::kFetchTokens], bound[Block::kFetchTokens];
+    // Of this thread's tokens: the row-major distance to the slab's first, and what the cursor must be below for it to
+    // exist.
+    int distance[Block::kFetchTokens], limit[Block::kFetchTokens];
+    const T* plane[kImages];
+    uint32_t own_stride;
 
     template <class Walk>
-    __device__ StepFeatures(const ScanShape& s, const SlabPlan& plan, const Walk& walk) {
+    __device__ StepFeatures(const ScanShape& s, const SlabPlan& plan, const Walk& walk, const FeatureImages& images) {
         const int columns = walk.columns && !walk.pieces ? plan.columns : 1;
 #pragma unroll
         for (int i = 0; i < Block::kFetchTokens; ++i) {
             const int slot = token(i), row = slot / columns, column = slot - row * columns;
             distance[i] = walk.columns ? row * s.width + column : slot;
-            bound[i] = slot >= walk.box_tokens ? INT32_MAX : walk.columns && !walk.pieces ? column : slot;
+            limit[i] = !walk.columns ? s.height * s.width - slot : walk.pieces ? s.height - row : s.width - column;
+            if (slot >= walk.box_tokens) limit[i] = INT32_MIN;
         }
+        own_stride = static_cast<uint32_t>(images[min(part(), 2)].token);
     }
     __device__ static int token(int i) { return threadIdx.x % (Block::kThreads / Block::kParts) + i * Block::kThreads; }
     __device__ static int part() { return Block::kParts == 1 ? 0 : threadIdx.x / (Block::kThreads / Block::kParts); }
-
-    // visit(i, j, f): feature f is this thread's j-th of its i-th token. The order of features: B, C, dt_0, ...
-    template <class F>
-    __device__ __forceinline__ void each(int features, F&& visit) const {
-#pragma unroll
-        for (int i = 0; i < Block::kFetchTokens; ++i)
-#pragma unroll
-            for (int j = 0; j < Block::kFetch; ++j)
-                if (part() + j * Block::kParts < features) visit(i, j, part() + j * Block::kParts);
+    // Of this thread's j-th feature.
+    __device__ static int feature(int j) { return part() + j * Block::kParts; }
+    __device__ static bool has(const ScanShape& s, int j) {
+        return Block::kFeatures == 3 ? j < 3 : feature(j) < s.rank + 2;
     }
-    // visit(i, j, address, exists) for this thread's features; the address is valid either way.
-    template <class Walk, class F>
-    __device__ __forceinline__ void access(const ScanShape& s, const Walk& walk, const SlabCursor& at,
-                                           const ImageArg& dt, const ImageArg& B, const ImageArg& C, F&& visit) const {
-        const int room = !walk.columns ? s.height * s.width - at.column
-                         : walk.pieces ? s.height - at.row
-                                       : s.width - at.column;
-        const int origin = at.row * s.width + at.column;
-        const auto plane = [&](const ImageArg& image) {
-            return static_cast<T*>(image.ptr) + (at.batch * image.batch + walk.group * image.group);
-        };
-        T *const B_plane = plane(B), *const C_plane = plane(C), *const dt_plane = plane(dt) - 2;
-        bool exists[Block::kFetchTokens];
-        uint32_t place[Block::kFetchTokens];
-#pragma unroll
-        for (int i = 0; i < Block::kFetchTokens; ++i) {
-            exists[i] = bound[i] < room;
-            place[i] = exists[i] ? origin + distance[i] : 0;
-        }
-        each(Block::kFeatures == 3 ? 3 : s.rank + 2, [&](int i, int j, int f) {
-            T* const base = f == 0 ? B_plane : f == 1 ? C_plane : dt_plane + f;
-            const int64_t stride = f == 0 ? B.token : f == 1 ? C.token : dt.token;
-            visit(i, j, base + static_cast<uint64_t>(place[i]) * static_cast<uint32_t>(stride), exists[i]);
-        });
+    __device__ static bool in_slab(int i) {
+        return Block::kFetchTokens * Block::kThreads == Block::kTokens || token(i) < Block::kTokens;
     }
     template <class Walk>
+    __device__ __forceinline__ bool exists(const Walk& walk, const SlabCursor& at, int i) const {
+        return (walk.pieces ? at.row : at.column) < limit[i];
+    }
+    __device__ __forceinline__ uint32_t place(const SlabCursor& at, int i) const { return at.origin + distance[i]; }
+
+    template <class Walk>
     __device__ __forceinline__ void fetch(const ScanShape& s, const Walk& walk, const SlabCursor& at,
-                                          const ImageArg& dt, const ImageArg& B, const ImageArg& C) {
-        access(s, walk, at, dt, B, C, [&](int i, int j, const T* from, bool exists) {
-            const T value = *from;
-            fetched[i][j] = exists ? value : from_float<T>(0.f);
-        });
+                                          const FeatureImages& images) {
+        if (at.step == 0) {
+            const int first = Block::kParts == 1 ? 0 : min(part(), 2);
+            plane[0] = plane_of<const T>(images[first], at.batch, walk.group) + (first == 2 ? part() - 2 : 0);
+            if (Block::kParts == 1) plane[1] = plane_of<const T>(images.C, at.batch, walk.group);
+            plane[kImages - 1] = plane_of<const T>(images.dt, at.batch, walk.group) + part() - 2;
+        }
+#pragma unroll
+        for (int i = 0; i < Block::kFetchTokens; ++i) {
+            const bool real = exists(walk, at, i);
+            const uint32_t from = real ? place(at, i) : 0;  // a valid address either way
+#pragma unroll
+            for (int j = 0; j < Block::kFetch; ++j) {
+                if (!has(s, j)) continue;
+                const int image = min(j, kImages - 1);
+                const uint32_t stride = image == kImages - 1 ? static_cast<uint32_t>(images.dt.token)
+                                        : image == 1         ? static_cast<uint32_t>(images.C.token)
+                                                             : own_stride;
+                const int ahead = image == kImages - 1 ? j * Block::kParts : 0;
+                const T value = plane[image][static_cast<uint64_t>(from) * stride + ahead];
+                fetched[i][j] = real ? value : from_float<T>(0.f);
+            }
+        }
     }
     __device__ __forceinline__ void keep(const ScanShape& s, float* to) const {
-        if constexpr (Block::kFeatures <= 4) {
 #pragma unroll
-            for (int i = 0; i < Block::kFetchTokens; ++i) {
+        for (int i = 0; i < Block::kFetchTokens; ++i) {
+            if constexpr (Block::kFeatures <= 4) {
                 float v[4] = {};
 #pragma unroll
                 for (int j = 0; j < Block::kFeatures; ++j)
-                    if (j < s.rank + 2) v[j] = to_float(fetched[i][j]) * (j == 0 ? kLn2 : 1.f);
-                if (Block::kFetchTokens * Block::kThreads == Block::kTokens || token(i) < Block::kTokens)
-                    *reinterpret_cast<float4*>(to + token(i) * 4) = make_float4(v[0], v[1], v[2], v[3]);
+                    if (has(s, j)) v[j] = to_float(fetched[i][j]) * (j == 0 ? kLn2 : 1.f);
+                if (in_slab(i)) *reinterpret_cast<float4*>(to + token(i) * 4) = make_float4(v[0], v[1], v[2], v[3]);
+            } else {
+#pragma unroll
+                for (int j = 0; j < Block::kFetch; ++j)
+                    if (has(s, j) && in_slab(i))
+                        to[token(i) * Block::width(s) + feature(j)] =
+                            to_float(fetched[i][j]) * (feature(j) == 0 ? kLn2 : 1.f);
             }
-        } else {
-            each(s.rank + 2, [&](int i, int j, int f) {
-                if (Block::kFetchTokens * Block::kThreads == Block::kTokens || token(i) < Block::kTokens)
-                    to[token(i) * Block::width(s) + f] = to_float(fetched[i][j]) * (f == 0 ? kLn2 : 1.f);
-            });
+        }
+    }
+    // Gradients of this thread's features from shared memory to their images.
+    template <class Walk>
+    __device__ __forceinline__ void send(const ScanShape& s, const Walk& walk, const SlabCursor& at, const float* from,
+                                         T* const (&planes)[3], const FeatureImages& images) const {
+#pragma unroll
+        for (int i = 0; i < Block::kFetchTokens; ++i) {
+            if (!exists(walk, at, i)) continue;
+#pragma unroll
+            for (int j = 0; j < Block::kFetch; ++j) {
+                if (!has(s, j)) continue;
+                const int f = feature(j), image = min(f, 2);
+                const uint32_t stride = static_cast<uint32_t>(images[image].token);
+                planes[image][static_cast<uint64_t>(place(at, i)) * stride + f - image] =
+                    from_float<T>(from[token(i) * Block::width(s) + f]);
+            }
         }
     }
 };
@@ -356,11 +394,12 @@ template <class Block>
 __device__ __forceinline__ void scan_chunks(const float* P_in, float* h_in, float& carry) {
     constexpr int kLanes = Block::kScanLanes;
     const int channel = threadIdx.x / kLanes, q = threadIdx.x % kLanes;
+    const int first = q * (4 * Block::kWidth + Block::kPad) + channel;  // aggregate(4 q), the others kWidth apart
     float P4[4], h4[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        P4[i] = P_in[Block::aggregate(q * 4 + i) + channel];
-        h4[i] = h_in[Block::aggregate(q * 4 + i) + channel];
+        P4[i] = P_in[first + i * Block::kWidth];
+        h4[i] = h_in[first + i * Block::kWidth];
     }
     float P = P4[0], h = h4[0];
 #pragma unroll
@@ -376,7 +415,7 @@ __device__ __forceinline__ void scan_chunks(const float* P_in, float* h_in, floa
     carry = __shfl_sync(kFullWarp, fmaf(P, carry, h), kLanes - 1, kLanes);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        h_in[Block::aggregate(q * 4 + i) + channel] = state;
+        h_in[first + i * Block::kWidth] = state;
         state = fmaf(P4[i], state, h4[i]);
     }
 }
