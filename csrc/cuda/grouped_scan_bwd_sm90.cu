@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
     };
     const auto fetch = [&](const SlabCursor& at) { fetcher.fetch(s, walk, at, features_in); };
     fetch(now);
-    fetcher.keep(s, features_at(0));
+    fetcher.keep(s, walk, now, features_at(0));
     if (total > 1) fetch(next);
     float adjoint_carry = 0.f;  // of the channel that this thread scans
     int image = 0;
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
         scan_chunks<Block>(aggregates, aggregates + Block::kAggregates, saved);
         SlabCursor after = next;
         if (n + 1 < total) {
-            fetcher.keep(s, features_at(n + 1));
+            fetcher.keep(s, walk, next, features_at(n + 1));
             if (next.batch != now.batch) put_gated(image ^ 1, next.batch);
             walk.advance(s, plan, after);
             if (n + 2 < total) fetch(after);

@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
     };
     const auto fetch = [&](const SlabCursor& at) { fetcher.fetch(s, walk, at, features_in); };
     fetch(now);
-    fetcher.keep(s, features_at(0));
+    fetcher.keep(s, walk, now, features_at(0));
     if (total > 1) fetch(next);
     float carry = 0.f;  // of the channel that this thread scans
     const int scan_channel = tid / Block::kScanLanes;
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
         }
         scan_chunks<Block>(aggregate_P, aggregate_h, carry);
         if (n + 1 < total) {
-            fetcher.keep(s, features_at(n + 1));
+            fetcher.keep(s, walk, next, features_at(n + 1));
             if (next.batch != now.batch) put_gated(image ^ 1, next.batch);
             if (n + 2 < total) fetch(after);
         }

@@ -239,8 +239,7 @@ struct StepFeatures {
         }
 #pragma unroll
         for (int i = 0; i < Block::kFetchTokens; ++i) {
-            const bool real = exists(walk, at, i);
-            const uint32_t from = real ? place(at, i) : 0;  // a valid address either way
+            const uint32_t from = exists(walk, at, i) ? place(at, i) : 0;  // a valid address either way
 #pragma unroll
             for (int j = 0; j < Block::kFetch; ++j) {
                 if (!has(s, j)) continue;
@@ -249,26 +248,29 @@ struct StepFeatures {
                                         : image == 1         ? static_cast<uint32_t>(images.C.token)
                                                              : own_stride;
                 const int ahead = image == kImages - 1 ? j * Block::kParts : 0;
-                const T value = plane[image][static_cast<uint64_t>(from) * stride + ahead];
-                fetched[i][j] = real ? value : from_float<T>(0.f);
+                fetched[i][j] = plane[image][static_cast<uint64_t>(from) * stride + ahead];
             }
         }
     }
-    __device__ __forceinline__ void keep(const ScanShape& s, float* to) const {
+    // What was fetched for the slab `at`; only now are its values waited for.
+    template <class Walk>
+    __device__ __forceinline__ void keep(const ScanShape& s, const Walk& walk, const SlabCursor& at, float* to) const {
 #pragma unroll
         for (int i = 0; i < Block::kFetchTokens; ++i) {
+            const bool real = exists(walk, at, i);
+            const auto value = [&](int j) {
+                return real ? to_float(fetched[i][j]) * (feature(j) == 0 ? kLn2 : 1.f) : 0.f;
+            };
             if constexpr (Block::kFeatures <= 4) {
                 float v[4] = {};
 #pragma unroll
                 for (int j = 0; j < Block::kFeatures; ++j)
-                    if (has(s, j)) v[j] = to_float(fetched[i][j]) * (j == 0 ? kLn2 : 1.f);
+                    if (has(s, j)) v[j] = value(j);
                 if (in_slab(i)) *reinterpret_cast<float4*>(to + token(i) * 4) = make_float4(v[0], v[1], v[2], v[3]);
             } else {
 #pragma unroll
                 for (int j = 0; j < Block::kFetch; ++j)
-                    if (has(s, j) && in_slab(i))
-                        to[token(i) * Block::width(s) + feature(j)] =
-                            to_float(fetched[i][j]) * (feature(j) == 0 ? kLn2 : 1.f);
+                    if (has(s, j) && in_slab(i)) to[token(i) * Block::width(s) + feature(j)] = value(j);
             }
         }
     }
