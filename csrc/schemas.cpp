@@ -24,6 +24,17 @@ STABLE_TORCH_LIBRARY(groupmamba, m) {
         "-> (Tensor du, Tensor ddt, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor ddt_weight, "
         "Tensor ddt_bias, Tensor dz, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dgate)");
 
+    // u, dy, y (batch, H, W, G, D); K directions, each with its own dt (batch, H, W, G, K, R or D), B and C
+    // (batch, H, W, G, K, N), A (G, K, D, N), dt_weight (G, K, D, R), D and dt_bias (G, K, D); y is the sum over K.
+    // states (G, batch, K, S, N, D)
+    m.def(
+        "cross_selective_scan_fwd(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_weight, "
+        "Tensor? dt_bias, int[] directions, bool softplus, int chunk, bool save_states) -> (Tensor y, Tensor states)");
+    m.def(
+        "cross_selective_scan_bwd(Tensor dy, Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, "
+        "Tensor? dt_weight, Tensor? dt_bias, Tensor states, int[] directions, bool softplus, int chunk) "
+        "-> (Tensor du, Tensor ddt, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor ddt_weight, Tensor ddt_bias)");
+
     // weight (G, D, 3, 3), bias (G, D); zero padding of one pixel, cross-correlation
     m.def("depthwise_conv3x3_fwd(Tensor x, Tensor weight, Tensor? bias, int activation) -> Tensor");
     m.def(

@@ -9,6 +9,7 @@ from groupmamba_ext import _load, reference
 from groupmamba_ext._load import build_info
 from groupmamba_ext._version import __version__
 from groupmamba_ext.backend import backend
+from groupmamba_ext.cross_scan import cross_selective_scan
 from groupmamba_ext.ops import (
     DIRECTIONS,
     depthwise_conv3x3,
@@ -22,6 +23,7 @@ __all__ = [
     "__version__",
     "backend",
     "build_info",
+    "cross_selective_scan",
     "depthwise_conv3x3",
     "grouped_selective_scan",
     "layer_norm_pool",

@@ -69,11 +69,13 @@ class Arguments:
         if not value >= 0:
             raise ValueError(f"{self.op}: {name} must be at least 0, got {value!r}")
 
-    def directions(self, value: object, count: int, choices: Sequence[str]) -> tuple[int, ...]:
-        """Direction names to their codes, one a group."""
+    def directions(self, value: object, count: int | None, choices: Sequence[str]) -> tuple[int, ...]:
+        """Direction names to their codes, one a group, or with ``count`` None any number from 1 on."""
         if isinstance(value, str) or not isinstance(value, Sequence):
             raise TypeError(f"{self.op}: directions must be a sequence of names from {tuple(choices)}, got {value!r}")
-        if len(value) != count:
+        if count is None and len(value) < 1:
+            raise ValueError(f"{self.op}: directions must name at least one direction, got {tuple(value)!r}")
+        if count is not None and len(value) != count:
             raise ValueError(f"{self.op}: directions must name one direction a group ({count}), got {tuple(value)!r}")
         for name in value:
             if name not in choices:

@@ -87,6 +87,42 @@ def _scan_backward(ctx, dy, _dstates):
     return (*(g if t is not None else None for g, t in zip(grads, tensors, strict=True)), None, None, None, None, None)
 
 
+# cross_selective_scan ----------------------------------------------------------------------
+
+
+def _cross_fake(u, dt, A, B, C, D, dt_weight, dt_bias, directions, softplus, chunk, save):
+    _same_device("cross_selective_scan", u, dt, A, B, C, D, dt_weight, dt_bias)
+    batch, height, width, groups, dim = u.shape
+    shape = (groups, batch, len(directions), (height * width + chunk - 1) // chunk, A.shape[3], dim) if save else (0,)
+    return _empty_image(u), u.new_empty(shape, dtype=_wide(u.dtype))
+
+
+def _cross_bwd_fake(dy, u, dt, A, B, C, D, dt_weight, dt_bias, states, directions, softplus, chunk):
+    _same_device("cross_selective_scan", dy, u, dt, A, B, C, D, dt_weight, dt_bias, states)
+    absent = u.new_empty((0,))
+    parameters = (absent.clone() if t is None else _empty(t) for t in (D, dt_weight, dt_bias))
+    return _empty_image(u), _empty(dt), _empty(A), _empty(B), _empty(C), *parameters
+
+
+def _cross_setup(ctx, inputs, output):
+    *tensors, directions, softplus, chunk, save_states = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.scalars = (directions, softplus, chunk)
+    ctx.saved_states = save_states
+
+
+def _cross_backward(ctx, dy, _dstates):
+    if dy is None:
+        return (None,) * 12
+    if not ctx.saved_states:
+        raise RuntimeError("cross_selective_scan: backward needs a forward run with save_states=True")
+    *tensors, states = ctx.saved_tensors
+    grads = call_backward("cross_selective_scan", dy, *tensors, states, *ctx.scalars)
+    return (*(g if t is not None else None for g, t in zip(grads, tensors, strict=True)), None, None, None, None)
+
+
 # depthwise_conv3x3 -------------------------------------------------------------------------
 
 
@@ -169,6 +205,7 @@ def _modulated_backward(ctx, dy):
 
 _OPS = {
     "grouped_selective_scan": (_scan_fake, _scan_setup, _scan_backward, _scan_bwd_fake),
+    "cross_selective_scan": (_cross_fake, _cross_setup, _cross_backward, _cross_bwd_fake),
     "depthwise_conv3x3": (_conv_fake, _conv_setup, _conv_backward, _conv_bwd_fake),
     "layer_norm_pool": (_pool_fake, _pool_setup, _pool_backward, _pool_bwd_fake),
     "modulated_layer_norm": (_modulated_fake, _modulated_setup, _modulated_backward, _modulated_bwd_fake),

@@ -18,17 +18,27 @@ def _numel(shape) -> int:
     return count
 
 
+def _scan_channel_flops(A_shape, D_shape=None, dt_weight_shape=None) -> int:
+    per_channel = 1 + 7 * A_shape[-1]
+    if D_shape is not None:
+        per_channel += 2
+    if dt_weight_shape is not None:
+        per_channel += 2 * dt_weight_shape[-1]
+    return per_channel
+
+
 def grouped_scan_flops(u_shape, A_shape, D_shape=None, dt_weight_shape=None) -> int:
     """One forward scan: step * A, exp, a * h + (step * u) * B and C . h for each state, the skip, the projection.
 
     A token and channel costs 1 + 7 N, 2 more with the skip, 2 R more with the low-rank step.
     """
-    per_channel = 1 + 7 * A_shape[2]
-    if D_shape is not None:
-        per_channel += 2
-    if dt_weight_shape is not None:
-        per_channel += 2 * dt_weight_shape[2]
-    return _numel(u_shape) * per_channel
+    return _numel(u_shape) * _scan_channel_flops(A_shape, D_shape, dt_weight_shape)
+
+
+def cross_scan_flops(u_shape, A_shape, D_shape=None, dt_weight_shape=None) -> int:
+    """One forward cross scan: as many grouped scans as directions, and an addition a direction but the first."""
+    count = A_shape[-3]
+    return _numel(u_shape) * (count * _scan_channel_flops(A_shape, D_shape, dt_weight_shape) + count - 1)
 
 
 def _scan_fwd(u, dt, A, B, C, D=None, dt_weight=None, *args, out_shape=None, **kwargs) -> int:
@@ -38,6 +48,14 @@ def _scan_fwd(u, dt, A, B, C, D=None, dt_weight=None, *args, out_shape=None, **k
 def _scan_bwd(dy, u, dt, A, B, C, D=None, dt_weight=None, *args, out_shape=None, **kwargs) -> int:
     # The states are recomputed, then every product has two derivatives.
     return 3 * grouped_scan_flops(u, A, D, dt_weight)
+
+
+def _cross_fwd(u, dt, A, B, C, D=None, dt_weight=None, *args, out_shape=None, **kwargs) -> int:
+    return cross_scan_flops(u, A, D, dt_weight)
+
+
+def _cross_bwd(dy, u, dt, A, B, C, D=None, dt_weight=None, *args, out_shape=None, **kwargs) -> int:
+    return 3 * cross_scan_flops(u, A, D, dt_weight)
 
 
 def _conv_fwd(x, weight, *args, out_shape=None, **kwargs) -> int:
@@ -53,5 +71,7 @@ def register() -> None:
     ops = torch.ops.groupmamba
     register_flop_formula(ops.grouped_selective_scan_fwd)(_scan_fwd)
     register_flop_formula(ops.grouped_selective_scan_bwd)(_scan_bwd)
+    register_flop_formula(ops.cross_selective_scan_fwd)(_cross_fwd)
+    register_flop_formula(ops.cross_selective_scan_bwd)(_cross_bwd)
     register_flop_formula(ops.depthwise_conv3x3_fwd)(_conv_fwd)
     register_flop_formula(ops.depthwise_conv3x3_bwd)(_conv_bwd)

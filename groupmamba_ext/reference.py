@@ -95,6 +95,37 @@ def grouped_selective_scan(
     return y
 
 
+def cross_selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    dt_weight: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    directions: Sequence[str] = DIRECTIONS,
+    softplus: bool = True,
+) -> Tensor:
+    """See :func:`groupmamba_ext.cross_selective_scan`."""
+    if u.dim() == 4:  # one group
+        dt, B, C = (t.unsqueeze(3) for t in (dt, B, C))
+        A, D, dt_weight, dt_bias = (None if t is None else t.unsqueeze(0) for t in (A, D, dt_weight, dt_bias))
+        return cross_selective_scan(
+            u.unsqueeze(3), dt, A, B, C, D, dt_weight=dt_weight, dt_bias=dt_bias, directions=directions,
+            softplus=softplus,
+        ).squeeze(3)  # fmt: skip
+    groups, count = u.shape[3], len(directions)
+    dt, B, C = (t.flatten(3, 4) for t in (dt, B, C))
+    A, D, dt_weight, dt_bias = (None if t is None else t.flatten(0, 1) for t in (A, D, dt_weight, dt_bias))
+    y = grouped_selective_scan(
+        u.repeat_interleave(count, dim=3), dt, A, B, C, D, dt_weight=dt_weight, dt_bias=dt_bias,
+        directions=tuple(directions) * groups, softplus=softplus,
+    )  # fmt: skip
+    return y.unflatten(3, (groups, count)).sum(4)
+
+
 def depthwise_conv3x3(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None
 ) -> Tensor:

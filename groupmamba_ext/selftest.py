@@ -44,6 +44,9 @@ def _cases(generator: torch.Generator) -> dict[str, tuple[str, dict[str, Tensor]
             "gate": torch.rand(batch, groups, dim, dtype=torch.float64, generator=generator),
         }
 
+    cross_names = ("u", "dt", "A", "B", "C", "D", "dt_weight", "dt_bias")
+    cross = {name: scan(1, 2)[name] for name in cross_names}
+    cross["u"] = cross["u"][:, :, :, 0]  # the groups' parameters become the directions'
     channels = groups * dim
     image = (batch, height, width)
     conv = {"x": normal(*image, channels), "weight": normal(channels, 3, 3), "bias": normal(channels)}
@@ -58,6 +61,7 @@ def _cases(generator: torch.Generator) -> dict[str, tuple[str, dict[str, Tensor]
     return {
         "grouped_selective_scan": ("grouped_selective_scan", scan(1, 2), {}),
         "grouped_selective_scan, 4 states": ("grouped_selective_scan", scan(4, 1), {}),
+        "cross_selective_scan": ("cross_selective_scan", cross, {}),
         "depthwise_conv3x3": ("depthwise_conv3x3", conv, {"activation": "silu"}),
         "layer_norm_pool": ("layer_norm_pool", {"x": normal(*image, channels), **norm}, {}),
         # with a small eps the gradient of scale cancels, since a norm follows it

@@ -50,6 +50,20 @@ inline void scatter_rows(const Accumulate<T>* from, int64_t pitch, const int64_t
     }
 }
 
+// The same into a wide image, or with `add` onto it.
+template <class A>
+inline void scatter_sums(const A* from, int64_t pitch, const int64_t* tokens, int64_t count, int64_t size, bool add,
+                         int64_t stride, A* rows) {
+    for (int64_t t = 0; t < count; ++t) {
+        A* row = rows + tokens[t] * stride;
+        const A* in = from + t * pitch;
+        for_vectors<A>(size, [&](int64_t i, auto lanes) {
+            const Vec<A> v = load(in + i);
+            store(row + i, add ? v + load(row + i, lanes) : v, lanes);
+        });
+    }
+}
+
 // Which channels of which group. `pitch` is the length of their rows in scratch: `channels` rounded up to kRowUnit.
 struct Slice {
     int64_t batch, group, first_channel, channels, pitch;

@@ -239,7 +239,12 @@ void scan_group(const ScanParams& p, const ScanGradients& grads, const Slice& s,
             scatter_rows<T>(rows, pitch, scratch.block.tokens, count, size, out.token,
                             rows_of<T>(out, s.batch, s.group));
         };
-        scatter(scratch.du, s.pitch, s.channels, grads.du);
+        if (grads.du_sum.data != nullptr) {
+            scatter_sums(scratch.du, s.pitch, scratch.block.tokens, count, s.channels, s.group > 0, grads.du_sum.token,
+                         rows_of<A>(grads.du_sum, s.batch, 0));
+        } else {
+            scatter(scratch.du, s.pitch, s.channels, grads.du);
+        }
         scatter(scratch.dB, p.states, p.states, grads.dB);
         scatter(scratch.dC, p.states, p.states, grads.dC);
         if (p.rank > 0) {

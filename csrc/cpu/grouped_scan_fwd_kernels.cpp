@@ -50,6 +50,11 @@ void store_outputs(const ScanParams& p, const ScanOutputs& out, const Slice& s, 
                    int64_t count, const ForwardScratch<Accumulate<T>>& scratch) {
     using A = Accumulate<T>;
     const A eps = static_cast<A>(p.norm_eps);
+    if (out.sum.data != nullptr) {
+        A* sum = rows_of<A>(out.sum, s.batch, 0) + s.first_channel;
+        scatter_sums(scratch.y, s.pitch, scratch.block.tokens, count, s.channels, s.group > 0, out.sum.token, sum);
+        return;
+    }
     T* y_rows = rows_of<T>(out.y, s.batch, s.group) + s.first_channel;
     const T* z_rows = p.z.data == nullptr ? nullptr : rows_of<T>(p.z, s.batch, s.group) + s.first_channel;
     for (int64_t t = 0; t < count; ++t) {

@@ -40,6 +40,7 @@ struct ScanParams {
 struct ScanOutputs {
     Image y;
     void* states;  // wide (batch, groups, chunks, states, dim), not padded; null: not saved
+    Image sum{};   // a wide image, instead of y: the scan is written there by group 0 and added there by the others
 };
 
 struct ScanGradients {
@@ -48,6 +49,7 @@ struct ScanGradients {
     Image du, ddt, dB, dC, dz;
     // (batch, groups, states + rank + 5, padded): rows of dA, ddt_weight, ddt_bias, dD, dnorm_weight, dnorm_bias, dgate
     double* partials;
+    Image du_sum{};  // instead of du, as ScanOutputs::sum
 };
 
 enum class Activation { kNone, kSilu, kGelu };

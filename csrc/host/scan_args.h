@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The grouped scan's inputs as both devices' entries see them: sizes, and checks that repeat the Python layer's.
+// The inputs of the grouped and the cross scan as both devices' entries see them: sizes, and checks that repeat the
+// Python layer's.
 #pragma once
 
 #include "host/tensor.h"
@@ -48,6 +49,41 @@ inline ScanSizes check_scan(const Tensor& u, const Tensor& dt, const Tensor& A, 
     GM_CHECK(!norm_bias || norm_weight, "norm_bias needs norm_weight");
     check_parameter(gate, "gate", {s.batch, s.groups, s.dim}, u);
     return s;
+}
+
+// The cross scan: `scans` directions of each group.
+struct CrossSizes : ScanSizes {
+    int64_t scans;
+};
+
+inline CrossSizes check_cross_scan(const Tensor& u, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
+                                   const OptTensor& D, const OptTensor& dt_weight, const OptTensor& dt_bias,
+                                   const std::vector<int64_t>& directions, int64_t chunk) {
+    GM_CHECK(u.dim() == 5, "u must be (batch, H, W, G, D), got ", show(shape_of(u)));
+    GM_CHECK(A.dim() == 4, "A must be (G, K, D, N), got ", show(shape_of(A)));
+    GM_CHECK(!dt_weight || dt_weight->dim() == 4, "dt_weight must be (G, K, D, R)");
+    const int64_t rank = dt_weight ? dt_weight->size(3) : 0, scans = static_cast<int64_t>(directions.size());
+    const CrossSizes s{{u.size(0), u.size(1), u.size(2), u.size(3), u.size(4), A.size(3), rank}, scans};
+    GM_CHECK(s.states >= 1 && s.states <= 256, "A must have 1 to 256 states, got ", s.states);
+    GM_CHECK(s.groups >= 1 && s.dim >= 1, "u must have at least one group and one channel, got ", show(shape_of(u)));
+    GM_CHECK(!dt_weight || s.rank >= 1, "dt_weight must have a rank of at least 1");
+    GM_CHECK(s.tokens() <= INT32_MAX, "H * W must be below 2^31, got ", s.tokens());
+    GM_CHECK(chunk >= 1, "chunk must be positive, got ", chunk);
+    GM_CHECK(s.scans >= 1, "directions must name at least one direction");
+    for (const int64_t code : directions) GM_CHECK(code >= 0 && code <= 3, "a direction must be 0 to 3, got ", code);
+    const auto tokens = [&](int64_t last) { return Shape{s.batch, s.height, s.width, s.groups, s.scans, last}; };
+    check_image(dt, "dt", tokens(dt_weight ? s.rank : s.dim), u);
+    check_image(B, "B", tokens(s.states), u);
+    check_image(C, "C", tokens(s.states), u);
+    check_parameter(A, "A", {s.groups, s.scans, s.dim, s.states}, u);
+    check_parameter(D, "D", {s.groups, s.scans, s.dim}, u);
+    check_parameter(dt_weight, "dt_weight", {s.groups, s.scans, s.dim, s.rank}, u);
+    check_parameter(dt_bias, "dt_bias", {s.groups, s.scans, s.dim}, u);
+    return s;
+}
+
+inline Shape cross_states_shape(const CrossSizes& s, int64_t chunk) {
+    return {s.groups, s.batch, s.scans, (s.tokens() + chunk - 1) / chunk, s.states, s.dim};
 }
 
 }  // namespace gm
