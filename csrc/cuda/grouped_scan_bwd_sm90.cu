@@ -69,7 +69,9 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
         tma_wait_read();
         if (tensor == 0) barrier_expect(barrier, 3 * walk.box_bytes(s));
         const CUtensorMap* const maps = tensor == 0 ? args.u : tensor == 1 ? args.z : args.dy;
-        tma_load(to, maps + static_cast<int>(walk.columns), walk.box(s, at, args.kind[tensor]), barrier);
+        walk.boxes(s, at, args.kind[tensor], [&](const Coordinates& c, int offset) {
+            tma_load(to + offset, maps + static_cast<int>(walk.columns), c, barrier);
+        });
     };
     // What no load fills is read: clear it once.
     for (int i = tid * 16; i < layout.gradients; i += Block::kThreads * 16)
@@ -147,7 +149,9 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
         float saved = 0.f;
         if (scan_channel < Block::dim(s)) {
             const int64_t plane = static_cast<int64_t>(now.batch) * s.groups + walk.group;
-            saved = args.scan.states[(plane * args.scan.num_chunks + walk.slab(now)) * Block::dim(s) + scan_channel];
+            saved =
+                args.scan
+                    .states[(plane * args.scan.num_chunks + walk.part(plan, now, 0)) * Block::dim(s) + scan_channel];
         }
         float steps[kTokens][kVec], h[kTokens][kVec], dy[kTokens][kVec], entering[kVec], A[kVec];
         {
@@ -187,7 +191,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
             const ImageArg& image = tid == 0 ? args.scan.dB : tid == 1 ? args.scan.dC : args.scan.ddt;
             gradient_planes[tid] = plane_of<T>(image, now.batch, walk.group);
         }
-        scan_chunks<Block>(aggregates, aggregates + Block::kAggregates, saved);
+        scan_chunks<Block>(aggregates, aggregates + Block::kAggregates, saved, [](int, int, float) {});
         SlabCursor after = next;
         if (n + 1 < total) {
             fetcher.keep(s, walk, next, features_at(n + 1));
@@ -312,7 +316,8 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
         }
         __syncthreads();
         if (now.step == 0) adjoint_carry = 0.f;
-        scan_chunks<Block>(adjoint_aggregates, adjoint_aggregates + Block::kAggregates, adjoint_carry);
+        scan_chunks<Block>(adjoint_aggregates, adjoint_aggregates + Block::kAggregates, adjoint_carry,
+                           [](int, int, float) {});
         __syncthreads();
 
         // everything else, from the last token to the first; du takes the place of u, dstep that of the steps
@@ -367,8 +372,10 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
         if (tid == 0 || tid == 32) {
             const int tensor = tid / 32;
             const uint32_t from = shared_base + (stage * 3 + tensor) * layout.slab_bytes;
-            tma_store(from, (tensor == 0 ? args.du : args.dz) + static_cast<int>(walk.columns),
-                      walk.box(s, now, args.kind[3 + tensor]));
+            const CUtensorMap* const maps = tensor == 0 ? args.du : args.dz;
+            walk.boxes(s, now, args.kind[3 + tensor], [&](const Coordinates& c, int offset) {
+                tma_store(from + offset, maps + static_cast<int>(walk.columns), c);
+            });
             tma_commit();
         }
         fetcher.send(s, walk, now, gradients, gradient_planes, {args.scan.dB, args.scan.dC, args.scan.ddt});
@@ -405,15 +412,15 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
 template <class T, class Block>
 cudaError_t launch(const ScanBwdSm90Args& args, cudaStream_t stream) {
     const ScanShape& shape = args.scan.shape;
-    return launch_sm90(grouped_scan_bwd_sm90_kernel<T, Block>, shape, args.plan, kResident, Layout<Block>(shape).total,
-                       stream, args);
+    return launch_sm90(grouped_scan_bwd_sm90_kernel<T, Block>, shape, args.plan, Block::kThreads, kResident,
+                       Layout<Block>(shape).total, stream, args);
 }
 
 }  // namespace
 
 cudaError_t launch_grouped_scan_bwd_sm90(const ScanBwdSm90Args& args, DType dtype, cudaStream_t stream) {
     return dispatch_sm90(dtype, args.scan.shape, [&](auto tag, auto lanes, auto whole) {
-        using Block = Sm90Block<decltype(lanes)::value, decltype(whole)::value>;
+        using Block = Sm90Block<decltype(lanes)::value, decltype(whole)::value, 1>;
         return launch<typename decltype(tag)::type, Block>(args, stream);
     });
 }

@@ -1,15 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward of the grouped selective scan for sm_90 and newer, 16-bit storage, one state: the maths of
-// grouped_scan_fwd.cu with slabs moved by the tensor copy engine. A block's slab is 128 threads x 7 tokens x 4
-// channels; 4 blocks an SM, so that others compute while one waits at a barrier (2 blocks of 256 threads: 6% slower at
-// 64 x 56). The result overwrites z in shared memory and leaves from there: u, free after the first half of a step, is
-// then loaded one and a half steps ahead.
+// grouped_scan_fwd.cu with slabs moved by the tensor copy engine. A block's slab is 128 or 256 threads x 7 tokens x 4
+// channels; 4 or 2 blocks an SM, so that others compute while one waits at a barrier. The result overwrites z in shared
+// memory and leaves from there: u, free after the first half of a step, is then loaded one and a half steps ahead.
 #include "cuda/scan_sm90.cuh"
 
 namespace gm {
 namespace {
 
-constexpr int kResident = 4;  // blocks an SM, of up to 128 registers a thread
+constexpr int kThreadsOfSM = 512;  // of up to 128 registers
 
 // Rows of the table of channel parameters in shared memory; the gate is folded into the norm's scale and shift, which
 // are kept for two images.
@@ -32,7 +31,7 @@ struct Layout {
 };
 
 template <class T, class Block>
-__global__ void __launch_bounds__(Block::kThreads, kResident)
+__global__ void __launch_bounds__(Block::kThreads, kThreadsOfSM / Block::kThreads)
     grouped_scan_fwd_sm90_kernel(const __grid_constant__ ScanFwdSm90Args args) {
 #if __CUDA_ARCH__ >= 900
     constexpr int kTokens = kFwdTokens;
@@ -57,8 +56,10 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
     const auto load = [&](int n, const SlabCursor& at, int tensor) {
         const uint32_t barrier = barrier_of(n, tensor);
         barrier_expect(barrier, walk.box_bytes(s));
-        tma_load(place_of(n, tensor), (tensor == kU ? args.u : args.z) + static_cast<int>(walk.columns),
-                 walk.box(s, at, args.kind[tensor]), barrier);
+        const CUtensorMap* const maps = tensor == kU ? args.u : args.z;
+        walk.boxes(s, at, args.kind[tensor], [&](const Coordinates& c, int offset) {
+            tma_load(place_of(n, tensor) + offset, maps + static_cast<int>(walk.columns), c, barrier);
+        });
     };
     // What no load fills is read: clear it once.
     for (int i = tid * 16; i < layout.aggregates; i += Block::kThreads * 16)
@@ -114,7 +115,6 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
     fetcher.keep(s, walk, now, features_at(0));
     if (total > 1) fetch(next);
     float carry = 0.f;  // of the channel that this thread scans
-    const int scan_channel = tid / Block::kScanLanes;
     int image = 0;
     __syncthreads();
 
@@ -162,11 +162,13 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
             load(n + 1, next, kZ);
         }
         if (now.step == 0) carry = 0.f;
-        if (args.scan.states != nullptr && tid % Block::kScanLanes == 0 && scan_channel < Block::dim(s)) {
+        scan_chunks<Block>(aggregate_P, aggregate_h, carry, [&](int part, int channel, float state) {
+            if (args.scan.states == nullptr || channel >= Block::dim(s)) return;
+            const int number = walk.part(plan, now, part);
+            if (Block::kParts > 1 && number >= args.scan.num_chunks) return;
             const int64_t plane = static_cast<int64_t>(now.batch) * s.groups + walk.group;
-            args.scan.states[(plane * args.scan.num_chunks + walk.slab(now)) * Block::dim(s) + scan_channel] = carry;
-        }
-        scan_chunks<Block>(aggregate_P, aggregate_h, carry);
+            args.scan.states[(plane * args.scan.num_chunks + number) * Block::dim(s) + channel] = state;
+        });
         if (n + 1 < total) {
             fetcher.keep(s, walk, next, features_at(n + 1));
             if (next.batch != now.batch) put_gated(image ^ 1, next.batch);
@@ -221,7 +223,9 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
         proxy_fence();
         __syncthreads();
         if (tid == kLoadsZ) {
-            tma_store(place_of(n, kZ), &args.y[walk.columns], walk.box(s, now, args.kind[2]));
+            walk.boxes(s, now, args.kind[2], [&](const Coordinates& c, int offset) {
+                tma_store(place_of(n, kZ) + offset, &args.y[walk.columns], c);
+            });
             tma_commit();
         }
         image ^= next.batch != now.batch;
@@ -234,8 +238,8 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
 template <class T, class Block>
 cudaError_t launch(const ScanFwdSm90Args& args, cudaStream_t stream) {
     const ScanShape& shape = args.scan.shape;
-    return launch_sm90(grouped_scan_fwd_sm90_kernel<T, Block>, shape, args.plan, kResident, Layout<Block>(shape).total,
-                       stream, args);
+    return launch_sm90(grouped_scan_fwd_sm90_kernel<T, Block>, shape, args.plan, Block::kThreads,
+                       kThreadsOfSM / Block::kThreads, Layout<Block>(shape).total, stream, args);
 }
 
 }  // namespace
@@ -244,7 +248,7 @@ bool grouped_scan_sm90_built() {
     // An older build's code, run here through PTX, has empty bodies.
     static const bool built = [] {
         cudaFuncAttributes attributes{};
-        const auto kernel = grouped_scan_fwd_sm90_kernel<__nv_bfloat16, Sm90Block<4, true>>;
+        const auto kernel = grouped_scan_fwd_sm90_kernel<__nv_bfloat16, Sm90Block<4, true, sm90_fwd_parts(4)>>;
         return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess &&
                attributes.ptxVersion >= 90;
     }();
@@ -253,7 +257,8 @@ bool grouped_scan_sm90_built() {
 
 cudaError_t launch_grouped_scan_fwd_sm90(const ScanFwdSm90Args& args, DType dtype, cudaStream_t stream) {
     return dispatch_sm90(dtype, args.scan.shape, [&](auto tag, auto lanes, auto whole) {
-        using Block = Sm90Block<decltype(lanes)::value, decltype(whole)::value>;
+        constexpr int kLanes = decltype(lanes)::value;
+        using Block = Sm90Block<kLanes, decltype(whole)::value, sm90_fwd_parts(kLanes)>;
         return launch<typename decltype(tag)::type, Block>(args, stream);
     });
 }
