@@ -10,10 +10,6 @@ namespace {
 
 constexpr int kThreadsOfSM = 512;  // of up to 128 registers
 
-// Rows of the table of channel parameters in shared memory; the gate is folded into the norm's scale and shift, which
-// are kept for two images.
-enum TableRow { kBias, kSkip, kA, kCounted, kScale, kShift = kScale + 2, kWeight = kShift + 2 };
-
 // Byte offsets in dynamic shared memory.
 template <class Block>
 struct Layout {
@@ -25,7 +21,7 @@ struct Layout {
         feature_bytes = (Block::kTokens + 1) * Block::width(s) * 4;
         aggregates = features + 2 * feature_bytes;
         table = aggregates + 2 * Block::kAggregates * 4;
-        barriers = table + (kWeight + (s.rank + 1) / 2 * 2) * Block::kWidth * 4;
+        barriers = table + table_rows(s) * Block::kWidth * 4;
         total = barriers + kSm90Stages * 2 * 8;
     }
 };
@@ -61,48 +57,15 @@ __global__ void __launch_bounds__(Block::kThreads, kThreadsOfSM / Block::kThread
             tma_load(place_of(n, tensor) + offset, maps + static_cast<int>(walk.columns), c, barrier);
         });
     };
-    // What no load fills is read: clear it once.
-    for (int i = tid * 16; i < layout.aggregates; i += Block::kThreads * 16)
-        *reinterpret_cast<uint4*>(shared + i) = make_uint4(0, 0, 0, 0);
+    SlabCursor now = walk.first(s, plan), next = now;
+    walk.advance(s, plan, next);
     if (tid == 0) {
         for (int i = 0; i < kSm90Stages * 2; ++i) barrier_init(barriers + i * 8, 1);
         barrier_init_fence();
-    }
-    proxy_fence();
-    const auto put = [&](int row, int c, float value) { table[row * Block::kWidth + c] = value; };
-    const auto put_gated = [&](int image, int batch) {
-#pragma unroll 1
-        for (int c = tid; c < Block::kWidth; c += Block::kThreads) {
-            const int64_t i = static_cast<int64_t>(walk.group) * Block::dim(s) + c;
-            const int64_t gate_index = static_cast<int64_t>(batch) * s.groups * Block::dim(s) + i;
-            const bool in = c < Block::dim(s);
-            const float gate = in ? load_param_or<T>(args.scan.gate, gate_index, 1.f) : 0.f;
-            put(kScale + image, c, in ? gate * load_param<T>(args.scan.norm_weight, i) : 0.f);
-            put(kShift + image, c, in ? gate * load_param_or<T>(args.scan.norm_bias, i, 0.f) : 0.f);
-        }
-    };
-    SlabCursor now = walk.first(s, plan), next = now;
-    put_gated(0, now.batch);
-#pragma unroll 1
-    for (int c = tid; c < Block::kWidth; c += Block::kThreads) {
-        const int64_t i = static_cast<int64_t>(walk.group) * Block::dim(s) + c;
-        const bool in = c < Block::dim(s);
-        // Lanes without channels: a step of 0 and no skip keep their y at 0.
-        put(kBias, c, in ? load_param_or<T>(args.scan.dt_bias, i, 0.f) * kLog2e : -1e30f);
-        put(kSkip, c, in ? load_param_or<T>(args.scan.D, i, 0.f) : 0.f);
-        put(kA, c, in ? load_param<T>(args.scan.A, i) : 0.f);
-        put(kCounted, c, c < s.norm_dim ? 1.f : 0.f);
-        for (int r = 0; r < (s.rank + 1) / 2 * 2; ++r)
-            put(kWeight + r, c, in && r < s.rank ? load_param<T>(args.scan.dt_weight, i * s.rank + r) * kLog2e : 0.f);
-    }
-    __syncthreads();
-    walk.advance(s, plan, next);
-    if (tid == kLoadsZ) load(0, now, kZ);
-    if (tid == kLoadsU) {
         load(0, now, kU);
+        load(0, now, kZ);
         if (total > 1) load(1, next, kU);
     }
-
     const SlabChunk<Block> chunk(s, plan, walk);
     const bool ragged = is_ragged<Block>(s, plan, walk);
     const FeatureImages features_in{args.scan.B, args.scan.C, args.scan.dt};
@@ -112,6 +75,11 @@ __global__ void __launch_bounds__(Block::kThreads, kThreadsOfSM / Block::kThread
     };
     const auto fetch = [&](const SlabCursor& at) { fetcher.fetch(s, walk, at, features_in); };
     fetch(now);
+    put_rows<T, Block>(args.scan, table, walk.group);
+    put_gated_rows<T, Block>(args.scan, table, 0, now.batch, walk.group);
+    clear_tails<Block>(shared, kSm90Stages * 2, layout.slab_bytes, walk.box_bytes(s));
+    clear_features<Block>(features_at(0), 2, layout.feature_bytes);
+    __syncthreads();
     fetcher.keep(s, walk, now, features_at(0));
     if (total > 1) fetch(next);
     float carry = 0.f;  // of the channel that this thread scans
@@ -171,7 +139,7 @@ __global__ void __launch_bounds__(Block::kThreads, kThreadsOfSM / Block::kThread
         });
         if (n + 1 < total) {
             fetcher.keep(s, walk, next, features_at(n + 1));
-            if (next.batch != now.batch) put_gated(image ^ 1, next.batch);
+            if (next.batch != now.batch) put_gated_rows<T, Block>(args.scan, table, image ^ 1, next.batch, walk.group);
             if (n + 2 < total) fetch(after);
         }
         __syncthreads();
@@ -238,8 +206,8 @@ __global__ void __launch_bounds__(Block::kThreads, kThreadsOfSM / Block::kThread
 template <class T, class Block>
 cudaError_t launch(const ScanFwdSm90Args& args, cudaStream_t stream) {
     const ScanShape& shape = args.scan.shape;
-    return launch_sm90(grouped_scan_fwd_sm90_kernel<T, Block>, shape, args.plan, Block::kThreads,
-                       kThreadsOfSM / Block::kThreads, Layout<Block>(shape).total, stream, args);
+    return launch_sm90(grouped_scan_fwd_sm90_kernel<T, Block>, shape, Block::kThreads, kThreadsOfSM / Block::kThreads,
+                       Layout<Block>(shape).total, stream, args);
 }
 
 }  // namespace

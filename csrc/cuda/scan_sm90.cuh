@@ -319,6 +319,68 @@ struct StepFeatures {
     }
 };
 
+// Rows of the table of channel parameters in shared memory, kWidth floats each; the gate is folded into the norm's
+// scale and shift, which are kept for two images. kWeight + r: dt_weight, an even number of rows.
+enum TableRow { kBias, kSkip, kA, kCounted, kScale, kShift = kScale + 2, kWeight = kShift + 2 };
+
+__host__ __device__ inline int table_rows(const ScanShape& s) { return kWeight + (s.rank + 1) / 2 * 2; }
+
+template <class T, class Block, class Args>
+__device__ __forceinline__ void put_gated_rows(const Args& args, float* table, int image, int batch, int group) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < 2 * Block::kWidth; i += Block::kThreads) {
+        const int row = i / Block::kWidth, c = i % Block::kWidth, dim = Block::dim(args.shape);
+        const int64_t channel = static_cast<int64_t>(group) * dim + c;
+        float value = 0.f;
+        if (c < dim) {
+            const float gate =
+                load_param_or<T>(args.gate, static_cast<int64_t>(batch) * args.shape.groups * dim + channel, 1.f);
+            value = gate * load_param_or<T>(row == 0 ? args.norm_weight : args.norm_bias, channel, 0.f);
+        }
+        table[(row == 0 ? kScale : kShift) * Block::kWidth + image * Block::kWidth + c] = value;
+    }
+}
+
+// All rows but the gated ones. Lanes without channels: a step of 0 and no skip keep them at 0 and out of all sums.
+template <class T, class Block, class Args>
+__device__ __forceinline__ void put_rows(const Args& args, float* table, int group) {
+    const ScanShape& s = args.shape;
+    const int dim = Block::dim(s);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < table_rows(s) * Block::kWidth; i += Block::kThreads) {
+        const int row = i / Block::kWidth, c = i % Block::kWidth, r = row - kWeight;
+        const int64_t channel = static_cast<int64_t>(group) * dim + c;
+        const bool in = c < dim;
+        if (row >= kScale && row < kWeight) continue;
+        float value = 0.f;
+        if (row == kBias) {
+            value = in ? load_param_or<T>(args.dt_bias, channel, 0.f) * kLog2e : -1e30f;
+        } else if (row == kCounted) {
+            value = c < s.norm_dim ? 1.f : 0.f;
+        } else if (in && r < s.rank) {
+            const ParamArg& parameter = row == kSkip ? args.D : row == kA ? args.A : args.dt_weight;
+            value = load_param_or<T>(parameter, r < 0 ? channel : channel * s.rank + r, 0.f) * (r < 0 ? 1.f : kLog2e);
+        }
+        table[i] = value;
+    }
+}
+
+// Zeros where `count` slabs have no box: the slots behind it, and that of threads without tokens or channels.
+template <class Block>
+__device__ __forceinline__ void clear_tails(unsigned char* slabs, int count, int slab_bytes, int box_bytes) {
+    const int tail = (slab_bytes - box_bytes) / 16;
+    for (int i = threadIdx.x; i < count * tail; i += Block::kThreads)
+        *reinterpret_cast<uint4*>(slabs + i / tail * slab_bytes + box_bytes + i % tail * 16) = make_uint4(0, 0, 0, 0);
+}
+
+// Zeros where no thread puts features: that of threads without tokens, and the ends of rows that are not full.
+template <class Block>
+__device__ __forceinline__ void clear_features(float* features, int count, int feature_bytes) {
+    const int first = Block::kFeatures <= 4 ? Block::kTokens * 4 : 0, floats = feature_bytes / 4 - first;
+    for (int i = threadIdx.x; i < count * floats; i += Block::kThreads)
+        features[i / floats * (feature_bytes / 4) + first + i % floats] = 0.f;
+}
+
 // B (times ln 2) and C of a token; with few step features by the access that reads them as well.
 template <class Block>
 __device__ __forceinline__ float2 load_features(const float* p) {
@@ -460,22 +522,18 @@ inline cudaError_t prefer_shared(const void* kernel, int device) {
     return error;
 }
 
-// Small planes: as many blocks as run at once, each with several planes of one group, so that it loads the next plane
-// while it computes and reads its parameters once. Planes of more slabs hide their own loads: a block each. `resident`:
-// blocks an SM.
-constexpr int kFewSlabs = 4;
-
+// As many blocks as run at once, `resident` an SM, each with several planes of one group: it loads the next plane while
+// it computes, and reads its parameters once (2% at 64 x 56 against a block a plane).
 template <class Kernel, class Args>
-cudaError_t launch_sm90(Kernel kernel, const ScanShape& shape, const SlabPlan& plan, int threads, int resident,
-                        int shared, cudaStream_t stream, const Args& args) {
+cudaError_t launch_sm90(Kernel kernel, const ScanShape& shape, int threads, int resident, int shared,
+                        cudaStream_t stream, const Args& args) {
     int device = 0, multiprocessors = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) error = prefer_shared(reinterpret_cast<const void*>(kernel), device);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
     if (error != cudaSuccess) return error;
-    int64_t blocks = shape.batch * shape.groups;
-    if (std::max(plan.row_slabs, plan.column_slabs) <= kFewSlabs)
-        blocks = std::min<int64_t>(blocks, std::max(resident * multiprocessors / shape.groups, 1) * shape.groups);
+    const int64_t at_once = std::max(resident * multiprocessors / shape.groups, 1) * int64_t{shape.groups};
+    const int64_t blocks = std::min(shape.batch * shape.groups, at_once);
     return launch_kernel(kernel, blocks, threads, shared, stream, args);
 }
 
