@@ -42,18 +42,8 @@ bool encode(CUtensorMap& map, const ImageArg& image, DType dtype, int64_t elemen
     if (box[0] * element % 16 != 0 || reinterpret_cast<uintptr_t>(image.ptr) % 16 != 0) return false;
     const CUtensorMapDataType type =
         dtype == DType::kHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    const auto try_to = [&] {
-        return find_encoder()(&map, type, kRank, image.ptr, dims, steps, boxes, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                              CU_TENSOR_MAP_SWIZZLE_NONE, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    };
-    CUresult result = try_to();
-    if (result == CUDA_ERROR_INVALID_CONTEXT || result == CUDA_ERROR_NOT_INITIALIZED) {
-        // A thread that has not called the driver yet, such as autograd's at its first backward: setting the device
-        // gives it the device's context.
-        int device = 0;
-        if (cudaGetDevice(&device) == cudaSuccess && cudaSetDevice(device) == cudaSuccess) result = try_to();
-    }
-    return result == CUDA_SUCCESS;
+    return find_encoder()(&map, type, kRank, image.ptr, dims, steps, boxes, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                          CU_TENSOR_MAP_SWIZZLE_NONE, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 }  // namespace
