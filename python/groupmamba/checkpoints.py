@@ -81,8 +81,8 @@ def convert_released_state_dict(sd: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Entries are renamed, lose a dimension of size 1, or are stacked over the four groups, and nothing else: no
     arithmetic, cast or reordering. So it holds for anything with one tensor a parameter: weights, gradients, optimizer
-    moments, moving averages. Entries that belong to neither a layer nor a released model pass unchanged. Tensors that are
-    not stacked are the ones given, not copies.
+    moments, moving averages. Entries that belong to neither a layer nor a released model pass unchanged. Tensors that
+    are not stacked are the ones given, not copies.
 
     Args:
         sd: released names to tensors, of one ``GroupMambaLayer`` or of any model around such layers. Entries may be

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GroupMamba (Shaker et al., CVPR 2025, arXiv 2407.13772): hierarchical image models of modulated group Mamba layers."""
+"""GroupMamba (Shaker et al., CVPR 2025, arXiv 2407.13772): image models of modulated group Mamba layers."""
 
 from __future__ import annotations
 
