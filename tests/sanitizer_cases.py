@@ -9,10 +9,10 @@ import torch
 
 import groupmamba_ext as ext
 from common import group_major, padded_channels
+from scan_tools import IMAGES
+from scan_tools import inputs as scan_inputs
 from test_conv import inputs as conv_inputs
 from test_norms import modulated_inputs, pool_inputs
-from test_scan import IMAGES
-from test_scan import inputs as scan_inputs
 
 SCANS = [  # dim, rank, states, h, w: the portable kernels, aligned and not
     (3, 1, 1, 5, 7), (16, None, 1, 9, 11), (87, 6, 1, 7, 9), (20, 2, 3, 11, 13), (128, 8, 2, 6, 9), (4, 1, 1, 43, 43),

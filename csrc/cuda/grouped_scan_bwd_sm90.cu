@@ -10,9 +10,7 @@ namespace {
 
 constexpr int kResident = 2;  // blocks an SM, of up to 255 registers a thread
 
-// Rows of the table of channel parameters in shared memory; the gate is folded into the norm's scale and shift, which
-// are kept for two images. Rows of each thread's parameter sums.
-enum TableRow { kBias, kSkip, kA, kCounted, kScale, kShift = kScale + 2, kWeight = kShift + 2 };
+// Rows of each thread's parameter sums; kSumWeight + r: dt_weight.
 enum SumRow { kSumA, kSumSkip, kSumBias, kSumProduct, kSumTotal, kSumWeight };
 
 template <class Block>
@@ -27,7 +25,7 @@ struct Layout {
         gradients = features + 2 * feature_bytes;
         aggregates = gradients + Block::kTokens * Block::width(s) * 4;
         table = aggregates + 4 * Block::kAggregates * 4;  // forward and adjoint
-        sums = table + (kWeight + (s.rank + 1) / 2 * 2) * Block::kWidth * 4;
+        sums = table + table_rows(s) * Block::kWidth * 4;
         barriers = sums + (kSumWeight + s.rank) * Block::kThreads * 16;
         total = barriers + kSm90Stages * 8;
     }
@@ -61,49 +59,22 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
     const int tid = threadIdx.x, total = static_cast<int>(walk.total(s));
 
     // u, z and dy by one thread each: that which stored du (dz) there two steps before waits until it has left.
-    const auto load = [&](int n, const SlabCursor& at) {
-        if (tid % 32 != 0 || tid >= 96) return;
-        const int tensor = tid / 32, stage = n % kSm90Stages;
+    const auto load = [&](int n, const SlabCursor& at, int tensor) {
+        const int stage = n % kSm90Stages;
         const uint32_t barrier = barriers + stage * 8;
         const uint32_t to = shared_base + (stage * 3 + tensor) * layout.slab_bytes;
-        tma_wait_read();
         if (tensor == 0) barrier_expect(barrier, 3 * walk.box_bytes(s));
         const CUtensorMap* const maps = tensor == 0 ? args.u : tensor == 1 ? args.z : args.dy;
-        tma_load(to, maps + static_cast<int>(walk.columns), walk.box(s, at, args.kind[tensor]), barrier);
+        walk.boxes(s, at, args.kind[tensor], [&](const Coordinates& c, int offset) {
+            tma_load(to + offset, maps + static_cast<int>(walk.columns), c, barrier);
+        });
     };
-    // What no load fills is read: clear it once.
-    for (int i = tid * 16; i < layout.gradients; i += Block::kThreads * 16)
-        *reinterpret_cast<uint4*>(shared + i) = make_uint4(0, 0, 0, 0);
+    SlabCursor now = walk.first(s, plan), next = now;
+    walk.advance(s, plan, next);
     if (tid == 0) {
         for (int i = 0; i < kSm90Stages; ++i) barrier_init(barriers + i * 8, 1);
         barrier_init_fence();
-    }
-    proxy_fence();
-    const auto put = [&](int row, int c, float value) { table[row * Block::kWidth + c] = value; };
-    const auto put_gated = [&](int image, int batch) {
-#pragma unroll 1
-        for (int c = tid; c < Block::kWidth; c += Block::kThreads) {
-            const int64_t i = static_cast<int64_t>(walk.group) * Block::dim(s) + c;
-            const int64_t gate_index = static_cast<int64_t>(batch) * s.groups * Block::dim(s) + i;
-            const bool in = c < Block::dim(s);
-            const float gate = in ? load_param_or<T>(args.scan.gate, gate_index, 1.f) : 0.f;
-            put(kScale + image, c, in ? gate * load_param<T>(args.scan.norm_weight, i) : 0.f);
-            put(kShift + image, c, in ? gate * load_param_or<T>(args.scan.norm_bias, i, 0.f) : 0.f);
-        }
-    };
-    SlabCursor now = walk.first(s, plan), next = now;
-    put_gated(0, now.batch);
-#pragma unroll 1
-    for (int c = tid; c < Block::kWidth; c += Block::kThreads) {
-        const int64_t i = static_cast<int64_t>(walk.group) * Block::dim(s) + c;
-        const bool in = c < Block::dim(s);
-        // Lanes without channels: a step of 0, no skip and no gate keep them out of all sums.
-        put(kBias, c, in ? load_param_or<T>(args.scan.dt_bias, i, 0.f) * kLog2e : -1e30f);
-        put(kSkip, c, in ? load_param_or<T>(args.scan.D, i, 0.f) : 0.f);
-        put(kA, c, in ? load_param<T>(args.scan.A, i) : 0.f);
-        put(kCounted, c, c < s.norm_dim ? 1.f : 0.f);
-        for (int r = 0; r < (s.rank + 1) / 2 * 2; ++r)
-            put(kWeight + r, c, in && r < s.rank ? load_param<T>(args.scan.dt_weight, i * s.rank + r) * kLog2e : 0.f);
+        for (int tensor = 0; tensor < 3; ++tensor) load(0, now, tensor);
     }
     float4* const sums = reinterpret_cast<float4*>(shared + layout.sums) + tid;  // this thread's, kThreads apart
     for (int i = 0; i < kSumWeight + s.rank; ++i) sums[i * Block::kThreads] = make_float4(0.f, 0.f, 0.f, 0.f);
@@ -111,10 +82,6 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
         float4& sum = sums[i * Block::kThreads];
         sum.x += v[0], sum.y += v[1], sum.z += v[2], sum.w += v[3];
     };
-    __syncthreads();
-    load(0, now);
-    walk.advance(s, plan, next);
-
     const SlabChunk<Block> chunk(s, plan, walk);
     const bool ragged = is_ragged<Block>(s, plan, walk);
     const FeatureImages features_in{args.scan.B, args.scan.C, args.scan.dt};
@@ -124,6 +91,11 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
     };
     const auto fetch = [&](const SlabCursor& at) { fetcher.fetch(s, walk, at, features_in); };
     fetch(now);
+    put_rows<T, Block>(args.scan, table, walk.group);
+    put_gated_rows<T, Block>(args.scan, table, 0, now.batch, walk.group);
+    clear_tails<Block>(shared, kSm90Stages * 3, layout.slab_bytes, walk.box_bytes(s));
+    clear_features<Block>(features_at(0), 2, layout.feature_bytes);
+    __syncthreads();
     fetcher.keep(s, walk, now, features_at(0));
     if (total > 1) fetch(next);
     float adjoint_carry = 0.f;  // of the channel that this thread scans
@@ -147,7 +119,9 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
         float saved = 0.f;
         if (scan_channel < Block::dim(s)) {
             const int64_t plane = static_cast<int64_t>(now.batch) * s.groups + walk.group;
-            saved = args.scan.states[(plane * args.scan.num_chunks + walk.slab(now)) * Block::dim(s) + scan_channel];
+            saved =
+                args.scan
+                    .states[(plane * args.scan.num_chunks + walk.part(plan, now, 0)) * Block::dim(s) + scan_channel];
         }
         float steps[kTokens][kVec], h[kTokens][kVec], dy[kTokens][kVec], entering[kVec], A[kVec];
         {
@@ -182,16 +156,19 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
                 make_float4(local[0], local[1], local[2], local[3]);
         }
         __syncthreads();
-        if (n + 1 < total) load(n + 1, next);
+        if (n + 1 < total && tid % 32 == 0 && tid < 96) {
+            tma_wait_read();
+            load(n + 1, next, tid / 32);
+        }
         if (now.step == 0 && tid < 3) {
             const ImageArg& image = tid == 0 ? args.scan.dB : tid == 1 ? args.scan.dC : args.scan.ddt;
             gradient_planes[tid] = plane_of<T>(image, now.batch, walk.group);
         }
-        scan_chunks<Block>(aggregates, aggregates + Block::kAggregates, saved);
+        scan_chunks<Block>(aggregates, aggregates + Block::kAggregates, saved, [](int, int, float) {});
         SlabCursor after = next;
         if (n + 1 < total) {
             fetcher.keep(s, walk, next, features_at(n + 1));
-            if (next.batch != now.batch) put_gated(image ^ 1, next.batch);
+            if (next.batch != now.batch) put_gated_rows<T, Block>(args.scan, table, image ^ 1, next.batch, walk.group);
             walk.advance(s, plan, after);
             if (n + 2 < total) fetch(after);
         }
@@ -312,7 +289,8 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
         }
         __syncthreads();
         if (now.step == 0) adjoint_carry = 0.f;
-        scan_chunks<Block>(adjoint_aggregates, adjoint_aggregates + Block::kAggregates, adjoint_carry);
+        scan_chunks<Block>(adjoint_aggregates, adjoint_aggregates + Block::kAggregates, adjoint_carry,
+                           [](int, int, float) {});
         __syncthreads();
 
         // everything else, from the last token to the first; du takes the place of u, dstep that of the steps
@@ -367,8 +345,10 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
         if (tid == 0 || tid == 32) {
             const int tensor = tid / 32;
             const uint32_t from = shared_base + (stage * 3 + tensor) * layout.slab_bytes;
-            tma_store(from, (tensor == 0 ? args.du : args.dz) + static_cast<int>(walk.columns),
-                      walk.box(s, now, args.kind[3 + tensor]));
+            const CUtensorMap* const maps = tensor == 0 ? args.du : args.dz;
+            walk.boxes(s, now, args.kind[3 + tensor], [&](const Coordinates& c, int offset) {
+                tma_store(from + offset, maps + static_cast<int>(walk.columns), c);
+            });
             tma_commit();
         }
         fetcher.send(s, walk, now, gradients, gradient_planes, {args.scan.dB, args.scan.dC, args.scan.ddt});
@@ -405,15 +385,15 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
 template <class T, class Block>
 cudaError_t launch(const ScanBwdSm90Args& args, cudaStream_t stream) {
     const ScanShape& shape = args.scan.shape;
-    return launch_sm90(grouped_scan_bwd_sm90_kernel<T, Block>, shape, args.plan, kResident, Layout<Block>(shape).total,
-                       stream, args);
+    return launch_sm90(grouped_scan_bwd_sm90_kernel<T, Block>, shape, Block::kThreads, kResident,
+                       Layout<Block>(shape).total, stream, args);
 }
 
 }  // namespace
 
 cudaError_t launch_grouped_scan_bwd_sm90(const ScanBwdSm90Args& args, DType dtype, cudaStream_t stream) {
     return dispatch_sm90(dtype, args.scan.shape, [&](auto tag, auto lanes, auto whole) {
-        using Block = Sm90Block<decltype(lanes)::value, decltype(whole)::value>;
+        using Block = Sm90Block<decltype(lanes)::value, decltype(whole)::value, 1>;
         return launch<typename decltype(tag)::type, Block>(args, stream);
     });
 }

@@ -1,19 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward of the grouped selective scan for sm_90 and newer, 16-bit storage, one state: the maths of
-// grouped_scan_fwd.cu with slabs moved by the tensor copy engine. A block's slab is 128 threads x 7 tokens x 4
-// channels; 4 blocks an SM, so that others compute while one waits at a barrier (2 blocks of 256 threads: 6% slower at
-// 64 x 56). The result overwrites z in shared memory and leaves from there: u, free after the first half of a step, is
-// then loaded one and a half steps ahead.
+// grouped_scan_fwd.cu with slabs moved by the tensor copy engine. A block's slab is 128 or 256 threads x 7 tokens x 4
+// channels; 4 or 2 blocks an SM, so that others compute while one waits at a barrier. The result overwrites z in shared
+// memory and leaves from there: u, free after the first half of a step, is then loaded one and a half steps ahead.
 #include "cuda/scan_sm90.cuh"
 
 namespace gm {
 namespace {
 
-constexpr int kResident = 4;  // blocks an SM, of up to 128 registers a thread
-
-// Rows of the table of channel parameters in shared memory; the gate is folded into the norm's scale and shift, which
-// are kept for two images.
-enum TableRow { kBias, kSkip, kA, kCounted, kScale, kShift = kScale + 2, kWeight = kShift + 2 };
+constexpr int kThreadsOfSM = 512;  // of up to 128 registers
 
 // Byte offsets in dynamic shared memory.
 template <class Block>
@@ -26,13 +21,13 @@ struct Layout {
         feature_bytes = (Block::kTokens + 1) * Block::width(s) * 4;
         aggregates = features + 2 * feature_bytes;
         table = aggregates + 2 * Block::kAggregates * 4;
-        barriers = table + (kWeight + (s.rank + 1) / 2 * 2) * Block::kWidth * 4;
+        barriers = table + table_rows(s) * Block::kWidth * 4;
         total = barriers + kSm90Stages * 2 * 8;
     }
 };
 
 template <class T, class Block>
-__global__ void __launch_bounds__(Block::kThreads, kResident)
+__global__ void __launch_bounds__(Block::kThreads, kThreadsOfSM / Block::kThreads)
     grouped_scan_fwd_sm90_kernel(const __grid_constant__ ScanFwdSm90Args args) {
 #if __CUDA_ARCH__ >= 900
     constexpr int kTokens = kFwdTokens;
@@ -57,51 +52,20 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
     const auto load = [&](int n, const SlabCursor& at, int tensor) {
         const uint32_t barrier = barrier_of(n, tensor);
         barrier_expect(barrier, walk.box_bytes(s));
-        tma_load(place_of(n, tensor), (tensor == kU ? args.u : args.z) + static_cast<int>(walk.columns),
-                 walk.box(s, at, args.kind[tensor]), barrier);
+        const CUtensorMap* const maps = tensor == kU ? args.u : args.z;
+        walk.boxes(s, at, args.kind[tensor], [&](const Coordinates& c, int offset) {
+            tma_load(place_of(n, tensor) + offset, maps + static_cast<int>(walk.columns), c, barrier);
+        });
     };
-    // What no load fills is read: clear it once.
-    for (int i = tid * 16; i < layout.aggregates; i += Block::kThreads * 16)
-        *reinterpret_cast<uint4*>(shared + i) = make_uint4(0, 0, 0, 0);
+    SlabCursor now = walk.first(s, plan), next = now;
+    walk.advance(s, plan, next);
     if (tid == 0) {
         for (int i = 0; i < kSm90Stages * 2; ++i) barrier_init(barriers + i * 8, 1);
         barrier_init_fence();
-    }
-    proxy_fence();
-    const auto put = [&](int row, int c, float value) { table[row * Block::kWidth + c] = value; };
-    const auto put_gated = [&](int image, int batch) {
-#pragma unroll 1
-        for (int c = tid; c < Block::kWidth; c += Block::kThreads) {
-            const int64_t i = static_cast<int64_t>(walk.group) * Block::dim(s) + c;
-            const int64_t gate_index = static_cast<int64_t>(batch) * s.groups * Block::dim(s) + i;
-            const bool in = c < Block::dim(s);
-            const float gate = in ? load_param_or<T>(args.scan.gate, gate_index, 1.f) : 0.f;
-            put(kScale + image, c, in ? gate * load_param<T>(args.scan.norm_weight, i) : 0.f);
-            put(kShift + image, c, in ? gate * load_param_or<T>(args.scan.norm_bias, i, 0.f) : 0.f);
-        }
-    };
-    SlabCursor now = walk.first(s, plan), next = now;
-    put_gated(0, now.batch);
-#pragma unroll 1
-    for (int c = tid; c < Block::kWidth; c += Block::kThreads) {
-        const int64_t i = static_cast<int64_t>(walk.group) * Block::dim(s) + c;
-        const bool in = c < Block::dim(s);
-        // Lanes without channels: a step of 0 and no skip keep their y at 0.
-        put(kBias, c, in ? load_param_or<T>(args.scan.dt_bias, i, 0.f) * kLog2e : -1e30f);
-        put(kSkip, c, in ? load_param_or<T>(args.scan.D, i, 0.f) : 0.f);
-        put(kA, c, in ? load_param<T>(args.scan.A, i) : 0.f);
-        put(kCounted, c, c < s.norm_dim ? 1.f : 0.f);
-        for (int r = 0; r < (s.rank + 1) / 2 * 2; ++r)
-            put(kWeight + r, c, in && r < s.rank ? load_param<T>(args.scan.dt_weight, i * s.rank + r) * kLog2e : 0.f);
-    }
-    __syncthreads();
-    walk.advance(s, plan, next);
-    if (tid == kLoadsZ) load(0, now, kZ);
-    if (tid == kLoadsU) {
         load(0, now, kU);
+        load(0, now, kZ);
         if (total > 1) load(1, next, kU);
     }
-
     const SlabChunk<Block> chunk(s, plan, walk);
     const bool ragged = is_ragged<Block>(s, plan, walk);
     const FeatureImages features_in{args.scan.B, args.scan.C, args.scan.dt};
@@ -111,10 +75,14 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
     };
     const auto fetch = [&](const SlabCursor& at) { fetcher.fetch(s, walk, at, features_in); };
     fetch(now);
+    put_rows<T, Block>(args.scan, table, walk.group);
+    put_gated_rows<T, Block>(args.scan, table, 0, now.batch, walk.group);
+    clear_tails<Block>(shared, kSm90Stages * 2, layout.slab_bytes, walk.box_bytes(s));
+    clear_features<Block>(features_at(0), 2, layout.feature_bytes);
+    __syncthreads();
     fetcher.keep(s, walk, now, features_at(0));
     if (total > 1) fetch(next);
     float carry = 0.f;  // of the channel that this thread scans
-    const int scan_channel = tid / Block::kScanLanes;
     int image = 0;
     __syncthreads();
 
@@ -162,14 +130,16 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
             load(n + 1, next, kZ);
         }
         if (now.step == 0) carry = 0.f;
-        if (args.scan.states != nullptr && tid % Block::kScanLanes == 0 && scan_channel < Block::dim(s)) {
+        scan_chunks<Block>(aggregate_P, aggregate_h, carry, [&](int part, int channel, float state) {
+            if (args.scan.states == nullptr || channel >= Block::dim(s)) return;
+            const int number = walk.part(plan, now, part);
+            if (Block::kParts > 1 && number >= args.scan.num_chunks) return;
             const int64_t plane = static_cast<int64_t>(now.batch) * s.groups + walk.group;
-            args.scan.states[(plane * args.scan.num_chunks + walk.slab(now)) * Block::dim(s) + scan_channel] = carry;
-        }
-        scan_chunks<Block>(aggregate_P, aggregate_h, carry);
+            args.scan.states[(plane * args.scan.num_chunks + number) * Block::dim(s) + channel] = state;
+        });
         if (n + 1 < total) {
             fetcher.keep(s, walk, next, features_at(n + 1));
-            if (next.batch != now.batch) put_gated(image ^ 1, next.batch);
+            if (next.batch != now.batch) put_gated_rows<T, Block>(args.scan, table, image ^ 1, next.batch, walk.group);
             if (n + 2 < total) fetch(after);
         }
         __syncthreads();
@@ -221,7 +191,9 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
         proxy_fence();
         __syncthreads();
         if (tid == kLoadsZ) {
-            tma_store(place_of(n, kZ), &args.y[walk.columns], walk.box(s, now, args.kind[2]));
+            walk.boxes(s, now, args.kind[2], [&](const Coordinates& c, int offset) {
+                tma_store(place_of(n, kZ) + offset, &args.y[walk.columns], c);
+            });
             tma_commit();
         }
         image ^= next.batch != now.batch;
@@ -234,8 +206,8 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
 template <class T, class Block>
 cudaError_t launch(const ScanFwdSm90Args& args, cudaStream_t stream) {
     const ScanShape& shape = args.scan.shape;
-    return launch_sm90(grouped_scan_fwd_sm90_kernel<T, Block>, shape, args.plan, kResident, Layout<Block>(shape).total,
-                       stream, args);
+    return launch_sm90(grouped_scan_fwd_sm90_kernel<T, Block>, shape, Block::kThreads, kThreadsOfSM / Block::kThreads,
+                       Layout<Block>(shape).total, stream, args);
 }
 
 }  // namespace
@@ -244,7 +216,7 @@ bool grouped_scan_sm90_built() {
     // An older build's code, run here through PTX, has empty bodies.
     static const bool built = [] {
         cudaFuncAttributes attributes{};
-        const auto kernel = grouped_scan_fwd_sm90_kernel<__nv_bfloat16, Sm90Block<4, true>>;
+        const auto kernel = grouped_scan_fwd_sm90_kernel<__nv_bfloat16, Sm90Block<4, true, sm90_fwd_parts(4)>>;
         return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess &&
                attributes.ptxVersion >= 90;
     }();
@@ -253,7 +225,8 @@ bool grouped_scan_sm90_built() {
 
 cudaError_t launch_grouped_scan_fwd_sm90(const ScanFwdSm90Args& args, DType dtype, cudaStream_t stream) {
     return dispatch_sm90(dtype, args.scan.shape, [&](auto tag, auto lanes, auto whole) {
-        using Block = Sm90Block<decltype(lanes)::value, decltype(whole)::value>;
+        constexpr int kLanes = decltype(lanes)::value;
+        using Block = Sm90Block<kLanes, decltype(whole)::value, sm90_fwd_parts(kLanes)>;
         return launch<typename decltype(tag)::type, Block>(args, stream);
     });
 }

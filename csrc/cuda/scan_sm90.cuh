@@ -25,23 +25,23 @@ namespace gm {
 
 constexpr int kSm90Stages = 2;
 
-// Constants of a block of 128 threads, kLanes of them to a token. kWhole: every lane has 4 channels, and LayerNorm
-// counts them all.
-template <int kLanesOfToken, bool kWholeWidth>
+// Constants of a block whose slab has kParts parts of 128 threads, kLanes of them to a token. kWhole: every lane has 4
+// channels, and LayerNorm counts them all.
+template <int kLanesOfToken, bool kWholeWidth, int kPartsOfSlab>
 struct Sm90Block {
-    static constexpr int kLanes = kLanesOfToken, kThreads = kSlabThreads;
+    static constexpr int kLanes = kLanesOfToken, kParts = kPartsOfSlab, kThreads = kParts * kSlabThreads;
     static constexpr bool kWhole = kWholeWidth;
     static constexpr int kWidth = kLanes * kVec;  // channels that the lanes could hold
     static constexpr int kChunks = kThreads / kLanes, kTokens = kChunks * kFwdTokens;
     static constexpr int kScanLanes = kChunks / 4;       // lanes of a channel in the chunk scan, 4 chunks each
     static constexpr int kPad = kScanLanes > 1 ? 4 : 0;  // floats after every 4 chunks: their readers hit other banks
     static constexpr int kAggregates = kChunks * kWidth + kChunks / 4 * kPad;
-    // Fetching step features: each thread has kFetchTokens tokens and every kParts-th of their features.
+    // Fetching step features: each thread has kFetchTokens tokens and every kSharers-th of their features.
     static constexpr int kFetchTokens = kTokens > kThreads ? 2 : 1;
-    static constexpr int kParts = kLanes > 8 ? kLanes / 8 : 1;
+    static constexpr int kSharers = kLanes > 8 ? kLanes / 8 / kParts : 1;
+    static_assert(kParts == 1 || kLanes <= 8);
     static constexpr int kFeatures = kSm90Features<kLanes>;
-    static constexpr int kFetch = (kFeatures + kParts - 1) / kParts;
-    static_assert(kTokens <= kBoxLimit, "a slab is one box");
+    static constexpr int kFetch = (kFeatures + kSharers - 1) / kSharers;
 
     __device__ static int aggregate(int chunk) { return chunk * kWidth + chunk / 4 * kPad; }
     __host__ __device__ static int dim(const ScanShape& s) { return kWhole ? kWidth : s.dim; }
@@ -113,18 +113,31 @@ struct SlabWalk {
             at.origin = at.row * s.width + at.column;
         }
     }
-    // Number of the slab.
-    __device__ __forceinline__ int slab(const SlabCursor& at) const {
-        return descending ? steps - 1 - at.step : at.step;
+    // Number of a slab's part, the part-th along the path; beyond all others where it has no tokens.
+    __device__ __forceinline__ int part(const SlabPlan& plan, const SlabCursor& at, int part) const {
+        const int place = Block::kParts == 1 ? 0 : reverse ? 1 - part : part;
+        if (Block::kParts > 1 && pieces) {
+            const int piece = at.row / (Block::kTokens / 2) + place;
+            return piece < plan.part_pieces ? at.column * plan.part_pieces + piece : INT32_MAX;
+        }
+        return (descending ? steps - 1 - at.step : at.step) * Block::kParts + place;
     }
-    __device__ __forceinline__ Coordinates box(const ScanShape& s, const SlabCursor& at,
-                                               const SlabMapKind& kind) const {
+    // Visits the boxes of a slab: visit(coordinates, byte offset in shared memory).
+    template <class F>
+    __device__ __forceinline__ void boxes(const ScanShape& s, const SlabCursor& at, const SlabMapKind& kind,
+                                          F&& visit) const {
+        const int count = Block::kTokens > kBoxLimit ? kind.boxes[columns] : 1;
         const bool fused = columns && kind.column_fuse;
-        return {fused ? at.column * Block::dim(s) : 0,
-                fused     ? 0
-                : columns ? at.column
-                          : at.column >> kind.row_shift,
-                at.row, group, at.batch};
+#pragma unroll 1
+        for (int box = 0; box < count; ++box) {
+            const int tokens = box * (Block::kTokens / 2);
+            visit(Coordinates{fused ? at.column * Block::dim(s) : 0,
+                              fused     ? 0
+                              : columns ? at.column
+                                        : (at.column + tokens) >> kind.row_shift,
+                              columns ? at.row + tokens : 0, group, at.batch},
+                  tokens * Block::dim(s) * 2);
+        }
     }
     __device__ __forceinline__ int box_bytes(const ScanShape& s) const { return box_tokens * Block::dim(s) * 2; }
 };
@@ -145,7 +158,16 @@ struct SlabChunk {
         const bool whole_columns = walk.columns && !walk.pieces;
         const int across = whole_columns ? plan.columns : 1, blocks = whole_columns ? plan.blocks : Block::kChunks;
         idle = chunk >= across * blocks;  // columns need not fill the slab
-        const int place = idle ? chunk : chunk % across * blocks + chunk / across;
+        int place = idle ? chunk : chunk % across * blocks + chunk / across;
+        if (Block::kParts > 1 && whole_columns) {
+            // The chunks of a part are adjacent on the path, those without tokens behind them.
+            constexpr int kPartChunks = Block::kChunks / Block::kParts;
+            const int part_across = across / Block::kParts, used = part_across * blocks;
+            const int spare = chunk - across * blocks, spares = max(kPartChunks - used, 1), column = chunk % across;
+            const int part = idle ? spare / spares : column / part_across;
+            place =
+                part * kPartChunks + (idle ? used + spare % spares : column % part_across * blocks + chunk / across);
+        }
         first = idle ? 0 : chunk / across * kFwdTokens;
         order = reverse ? Block::kChunks - 1 - place : place;
         owns = active && !idle;
@@ -188,11 +210,11 @@ __device__ __forceinline__ T* plane_of(const ImageArg& image, int batch, int gro
 }
 
 // B (times ln 2), C and step features of a slab in shared memory, [token][width] floats, fetched from device memory one
-// step of the walk ahead. A thread has kFetchTokens tokens and of those every kParts-th feature.
+// step of the walk ahead. A thread has kFetchTokens tokens and of those every kSharers-th feature.
 template <class T, class Block>
 struct StepFeatures {
-    // Where a thread's features differ in image only by its part, it keeps its own first image and dt.
-    static constexpr int kImages = Block::kParts == 1 ? 3 : 2;
+    // Where threads share the features of a token, one keeps the image of its own first feature, and dt.
+    static constexpr int kImages = Block::kSharers == 1 ? 3 : 2;
     T fetched[Block::kFetchTokens][Block::kFetch];
     // Of this thread's tokens: the row-major distance to the slab's first, and what the cursor must be below for it to
     // exist.
@@ -210,12 +232,16 @@ struct StepFeatures {
             limit[i] = !walk.columns ? s.height * s.width - slot : walk.pieces ? s.height - row : s.width - column;
             if (slot >= walk.box_tokens) limit[i] = INT32_MIN;
         }
-        own_stride = static_cast<uint32_t>(images[min(part(), 2)].token);
+        own_stride = static_cast<uint32_t>(images[min(sharer(), 2)].token);
     }
-    __device__ static int token(int i) { return threadIdx.x % (Block::kThreads / Block::kParts) + i * Block::kThreads; }
-    __device__ static int part() { return Block::kParts == 1 ? 0 : threadIdx.x / (Block::kThreads / Block::kParts); }
+    __device__ static int token(int i) {
+        return threadIdx.x % (Block::kThreads / Block::kSharers) + i * Block::kThreads;
+    }
+    __device__ static int sharer() {
+        return Block::kSharers == 1 ? 0 : threadIdx.x / (Block::kThreads / Block::kSharers);
+    }
     // Of this thread's j-th feature.
-    __device__ static int feature(int j) { return part() + j * Block::kParts; }
+    __device__ static int feature(int j) { return sharer() + j * Block::kSharers; }
     __device__ static bool has(const ScanShape& s, int j) {
         return Block::kFeatures == 3 ? j < 3 : feature(j) < s.rank + 2;
     }
@@ -232,10 +258,10 @@ struct StepFeatures {
     __device__ __forceinline__ void fetch(const ScanShape& s, const Walk& walk, const SlabCursor& at,
                                           const FeatureImages& images) {
         if (at.step == 0) {
-            const int first = Block::kParts == 1 ? 0 : min(part(), 2);
-            plane[0] = plane_of<const T>(images[first], at.batch, walk.group) + (first == 2 ? part() - 2 : 0);
-            if (Block::kParts == 1) plane[1] = plane_of<const T>(images.C, at.batch, walk.group);
-            plane[kImages - 1] = plane_of<const T>(images.dt, at.batch, walk.group) + part() - 2;
+            const int first = Block::kSharers == 1 ? 0 : min(sharer(), 2);
+            plane[0] = plane_of<const T>(images[first], at.batch, walk.group) + (first == 2 ? sharer() - 2 : 0);
+            if (Block::kSharers == 1) plane[1] = plane_of<const T>(images.C, at.batch, walk.group);
+            plane[kImages - 1] = plane_of<const T>(images.dt, at.batch, walk.group) + sharer() - 2;
         }
 #pragma unroll
         for (int i = 0; i < Block::kFetchTokens; ++i) {
@@ -247,7 +273,7 @@ struct StepFeatures {
                 const uint32_t stride = image == kImages - 1 ? static_cast<uint32_t>(images.dt.token)
                                         : image == 1         ? static_cast<uint32_t>(images.C.token)
                                                              : own_stride;
-                const int ahead = image == kImages - 1 ? j * Block::kParts : 0;
+                const int ahead = image == kImages - 1 ? j * Block::kSharers : 0;
                 fetched[i][j] = plane[image][static_cast<uint64_t>(from) * stride + ahead];
             }
         }
@@ -292,6 +318,68 @@ struct StepFeatures {
         }
     }
 };
+
+// Rows of the table of channel parameters in shared memory, kWidth floats each; the gate is folded into the norm's
+// scale and shift, which are kept for two images. kWeight + r: dt_weight, an even number of rows.
+enum TableRow { kBias, kSkip, kA, kCounted, kScale, kShift = kScale + 2, kWeight = kShift + 2 };
+
+__host__ __device__ inline int table_rows(const ScanShape& s) { return kWeight + (s.rank + 1) / 2 * 2; }
+
+template <class T, class Block, class Args>
+__device__ __forceinline__ void put_gated_rows(const Args& args, float* table, int image, int batch, int group) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < 2 * Block::kWidth; i += Block::kThreads) {
+        const int row = i / Block::kWidth, c = i % Block::kWidth, dim = Block::dim(args.shape);
+        const int64_t channel = static_cast<int64_t>(group) * dim + c;
+        float value = 0.f;
+        if (c < dim) {
+            const float gate =
+                load_param_or<T>(args.gate, static_cast<int64_t>(batch) * args.shape.groups * dim + channel, 1.f);
+            value = gate * load_param_or<T>(row == 0 ? args.norm_weight : args.norm_bias, channel, 0.f);
+        }
+        table[(row == 0 ? kScale : kShift) * Block::kWidth + image * Block::kWidth + c] = value;
+    }
+}
+
+// All rows but the gated ones. Lanes without channels: a step of 0 and no skip keep them at 0 and out of all sums.
+template <class T, class Block, class Args>
+__device__ __forceinline__ void put_rows(const Args& args, float* table, int group) {
+    const ScanShape& s = args.shape;
+    const int dim = Block::dim(s);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < table_rows(s) * Block::kWidth; i += Block::kThreads) {
+        const int row = i / Block::kWidth, c = i % Block::kWidth, r = row - kWeight;
+        const int64_t channel = static_cast<int64_t>(group) * dim + c;
+        const bool in = c < dim;
+        if (row >= kScale && row < kWeight) continue;
+        float value = 0.f;
+        if (row == kBias) {
+            value = in ? load_param_or<T>(args.dt_bias, channel, 0.f) * kLog2e : -1e30f;
+        } else if (row == kCounted) {
+            value = c < s.norm_dim ? 1.f : 0.f;
+        } else if (in && r < s.rank) {
+            const ParamArg& parameter = row == kSkip ? args.D : row == kA ? args.A : args.dt_weight;
+            value = load_param_or<T>(parameter, r < 0 ? channel : channel * s.rank + r, 0.f) * (r < 0 ? 1.f : kLog2e);
+        }
+        table[i] = value;
+    }
+}
+
+// Zeros where `count` slabs have no box: the slots behind it, and that of threads without tokens or channels.
+template <class Block>
+__device__ __forceinline__ void clear_tails(unsigned char* slabs, int count, int slab_bytes, int box_bytes) {
+    const int tail = (slab_bytes - box_bytes) / 16;
+    for (int i = threadIdx.x; i < count * tail; i += Block::kThreads)
+        *reinterpret_cast<uint4*>(slabs + i / tail * slab_bytes + box_bytes + i % tail * 16) = make_uint4(0, 0, 0, 0);
+}
+
+// Zeros where no thread puts features: that of threads without tokens, and the ends of rows that are not full.
+template <class Block>
+__device__ __forceinline__ void clear_features(float* features, int count, int feature_bytes) {
+    const int first = Block::kFeatures <= 4 ? Block::kTokens * 4 : 0, floats = feature_bytes / 4 - first;
+    for (int i = threadIdx.x; i < count * floats; i += Block::kThreads)
+        features[i / floats * (feature_bytes / 4) + first + i % floats] = 0.f;
+}
 
 // B (times ln 2) and C of a token; with few step features by the access that reads them as well.
 template <class Block>
@@ -391,9 +479,9 @@ __device__ __forceinline__ void scatter_token_sums(const float (&v)[kFwdTokens],
 
 // Chunk aggregates (P, h) in shared memory, by order, to the states entering the chunks (in place of h). kScanLanes
 // neighbouring threads serve a channel. `carry` is the state of the thread's channel before the first chunk and becomes
-// the one after the last.
-template <class Block>
-__device__ __forceinline__ void scan_chunks(const float* P_in, float* h_in, float& carry) {
+// the one after the last. enters(part, channel, state) sees the state entering each part of the slab.
+template <class Block, class F>
+__device__ __forceinline__ void scan_chunks(const float* P_in, float* h_in, float& carry, F&& enters) {
     constexpr int kLanes = Block::kScanLanes;
     const int channel = threadIdx.x / kLanes, q = threadIdx.x % kLanes;
     const int first = q * (4 * Block::kWidth + Block::kPad) + channel;  // aggregate(4 q), the others kWidth apart
@@ -414,6 +502,7 @@ __device__ __forceinline__ void scan_chunks(const float* P_in, float* h_in, floa
     }
     const float P_before = __shfl_up_sync(kFullWarp, P, 1, kLanes), h_before = __shfl_up_sync(kFullWarp, h, 1, kLanes);
     float state = q == 0 ? carry : fmaf(P_before, carry, h_before);
+    if (q % (kLanes / Block::kParts) == 0) enters(q / (kLanes / Block::kParts), channel, state);
     carry = __shfl_sync(kFullWarp, fmaf(P, carry, h), kLanes - 1, kLanes);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -433,23 +522,19 @@ inline cudaError_t prefer_shared(const void* kernel, int device) {
     return error;
 }
 
-// Small planes: as many blocks as run at once, each with several planes of one group, so that it loads the next plane
-// while it computes and reads its parameters once. Planes of more slabs hide their own loads: a block each. `resident`:
-// blocks an SM.
-constexpr int kFewSlabs = 4;
-
+// As many blocks as run at once, `resident` an SM, each with several planes of one group: it loads the next plane while
+// it computes, and reads its parameters once (2% at 64 x 56 against a block a plane).
 template <class Kernel, class Args>
-cudaError_t launch_sm90(Kernel kernel, const ScanShape& shape, const SlabPlan& plan, int resident, int shared,
+cudaError_t launch_sm90(Kernel kernel, const ScanShape& shape, int threads, int resident, int shared,
                         cudaStream_t stream, const Args& args) {
     int device = 0, multiprocessors = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) error = prefer_shared(reinterpret_cast<const void*>(kernel), device);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
     if (error != cudaSuccess) return error;
-    int64_t blocks = shape.batch * shape.groups;
-    if (std::max(plan.row_slabs, plan.column_slabs) <= kFewSlabs)
-        blocks = std::min<int64_t>(blocks, std::max(resident * multiprocessors / shape.groups, 1) * shape.groups);
-    return launch_kernel(kernel, blocks, kSlabThreads, shared, stream, args);
+    const int64_t at_once = std::max(resident * multiprocessors / shape.groups, 1) * int64_t{shape.groups};
+    const int64_t blocks = std::min(shape.batch * shape.groups, at_once);
+    return launch_kernel(kernel, blocks, threads, shared, stream, args);
 }
 
 // f(type tag, std::integral_constant<int, lanes>, std::bool_constant<whole>)

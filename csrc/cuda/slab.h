@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // How the tensor-copy kernels cut a plane into slabs, and the tensor maps that move one.
 //
-// A slab is what a block's 128 threads hold: along rows a run of row-major tokens; along columns as many whole columns
-// as fit, or a piece of one column where not even one fits. Slabs are counted in row-major (column-major) order,
-// whatever way the path goes through them, and states are saved by that number.
+// A slab is what a block's threads hold: along rows a run of row-major tokens; along columns as many whole columns as
+// fit, or a piece of one column where not even one fits. Slabs are counted in row-major (column-major) order, whatever
+// way the path goes through them. The backward's blocks have kSlabThreads threads; the forward's may have twice that
+// and slabs of twice the size, two `parts`. States are saved for parts, by their number.
 #pragma once
 
 #include <cuda.h>
@@ -20,34 +21,37 @@ namespace gm {
 constexpr int kBoxLimit = 256;  // elements of a box in each dimension
 
 struct SlabPlan {
-    int tokens;     // slots of a slab
-    int columns;    // whole columns of a slab; 0 where a column is cut into pieces of `tokens`
-    int blocks;     // chunks of kFwdTokens tokens of a column (or piece), the last of them perhaps not full
-    int pieces;     // of a column, else 1
-    int row_slabs;  // of a plane along rows
+    int tokens;       // slots of a slab
+    int columns;      // whole columns of a slab; 0 where a column is cut into pieces of `tokens`
+    int blocks;       // chunks of kFwdTokens tokens of a column (or piece), the last of them perhaps not full
+    int pieces;       // of a column, else 1
+    int part_pieces;  // pieces of a column where a slab is one part
+    int row_slabs;    // of a plane along rows
     int column_slabs;
 };
 
-inline SlabPlan plan_slabs(int height, int width, int lanes) {
+inline SlabPlan plan_slabs(int height, int width, int lanes, int parts) {
     SlabPlan plan{};
-    const int chunks = kSlabThreads / lanes;
-    plan.tokens = chunks * kFwdTokens;
+    const int part_chunks = kSlabThreads / lanes, part_tokens = part_chunks * kFwdTokens;
+    plan.tokens = parts * part_tokens;
     plan.row_slabs = static_cast<int>((static_cast<int64_t>(height) * width + plan.tokens - 1) / plan.tokens);
     plan.blocks = (height + kFwdTokens - 1) / kFwdTokens;
-    plan.columns = std::min(chunks / plan.blocks, width);
-    plan.pieces = 1;
+    plan.columns = parts * std::min(part_chunks / plan.blocks, width);
+    plan.pieces = plan.part_pieces = 1;
     if (plan.columns == 0) {
-        plan.blocks = chunks;
+        plan.blocks = parts * part_chunks;
         plan.pieces = (height + plan.tokens - 1) / plan.tokens;
+        plan.part_pieces = (height + part_tokens - 1) / part_tokens;
     }
     plan.column_slabs = plan.columns > 0 ? (width + plan.columns - 1) / plan.columns : width * plan.pieces;
     return plan;
 }
 
-// How the coordinates of a slab's box follow from its first (column, row); see slab_maps.cpp.
+// How the coordinates of a slab's boxes follow from its first (column, row); see slab_maps.cpp.
 struct SlabMapKind {
     int row_shift;     // log2 of the row-major tokens fused with the channels
     bool column_fuse;  // columns are fused with the channels
+    int boxes[2];      // of a slab along rows, along columns: 2 where one would have too many tokens
 };
 
 // False where the copy engine can't move `image`: addresses or strides that are not multiples of 16 bytes, or a driver

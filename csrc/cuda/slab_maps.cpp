@@ -42,18 +42,8 @@ bool encode(CUtensorMap& map, const ImageArg& image, DType dtype, int64_t elemen
     if (box[0] * element % 16 != 0 || reinterpret_cast<uintptr_t>(image.ptr) % 16 != 0) return false;
     const CUtensorMapDataType type =
         dtype == DType::kHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    const auto try_to = [&] {
-        return find_encoder()(&map, type, kRank, image.ptr, dims, steps, boxes, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                              CU_TENSOR_MAP_SWIZZLE_NONE, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    };
-    CUresult result = try_to();
-    if (result == CUDA_ERROR_INVALID_CONTEXT || result == CUDA_ERROR_NOT_INITIALIZED) {
-        // A thread that has not called the driver yet, such as autograd's at its first backward: setting the device
-        // gives it the device's context.
-        int device = 0;
-        if (cudaGetDevice(&device) == cudaSuccess && cudaSetDevice(device) == cudaSuccess) result = try_to();
-    }
-    return result == CUDA_SUCCESS;
+    return find_encoder()(&map, type, kRank, image.ptr, dims, steps, boxes, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                          CU_TENSOR_MAP_SWIZZLE_NONE, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 }  // namespace
@@ -72,18 +62,22 @@ bool make_slab_maps(const ImageArg& image, const ScanShape& s, const SlabPlan& p
            (plan.tokens >> kind.row_shift) % 2 == 0)
         ++kind.row_shift;
     const int64_t fuse = int64_t{1} << kind.row_shift;
+    kind.boxes[0] = plan.tokens / fuse > kBoxLimit ? 2 : 1;
     if (!encode(map[0], image, dtype, element, {dim * fuse, tokens / fuse, 1, s.groups, s.batch},
-                {image.token * fuse, 16, image.group, image.batch}, {dim * fuse, plan.tokens / fuse, 1}, promotion))
+                {image.token * fuse, 16, image.group, image.batch}, {dim * fuse, plan.tokens / fuse / kind.boxes[0], 1},
+                promotion))
         return false;
 
     // Columns: (channel, column, row), or (channel of a column, row) fused.
     const int64_t columns = plan.columns > 0 ? plan.columns : 1, rows = plan.columns > 0 ? height : plan.tokens;
+    kind.boxes[1] = rows > kBoxLimit ? 2 : 1;
+    const int64_t box_rows = rows / kind.boxes[1];
     kind.column_fuse = contiguous && columns * dim <= kBoxLimit;
     if (kind.column_fuse)
         return encode(map[1], image, dtype, element, {dim * width, 1, height, s.groups, s.batch},
-                      {16, image.token * width, image.group, image.batch}, {dim * columns, 1, rows}, promotion);
+                      {16, image.token * width, image.group, image.batch}, {dim * columns, 1, box_rows}, promotion);
     return encode(map[1], image, dtype, element, {dim, width, height, s.groups, s.batch},
-                  {image.token, image.token * width, image.group, image.batch}, {dim, columns, rows}, promotion);
+                  {image.token, image.token * width, image.group, image.batch}, {dim, columns, box_rows}, promotion);
 }
 
 bool takes_grouped_scan_sm90(const ScanShape& s, bool has_z, bool has_norm, DType dtype) {
@@ -98,7 +92,7 @@ bool takes_grouped_scan_sm90(const ScanShape& s, bool has_z, bool has_norm, DTyp
 
 bool prepare_grouped_scan_fwd_sm90(DType dtype, ScanFwdSm90Args& args) {
     const ScanShape& s = args.scan.shape;
-    args.plan = plan_slabs(s.height, s.width, s.lanes);
+    args.plan = plan_slabs(s.height, s.width, s.lanes, sm90_fwd_parts(s.lanes));
     const auto make = [&](const ImageArg& image, CUtensorMap(&map)[2], SlabMapKind& kind) {
         return make_slab_maps(image, s, args.plan, dtype, map, kind);
     };
@@ -108,7 +102,7 @@ bool prepare_grouped_scan_fwd_sm90(DType dtype, ScanFwdSm90Args& args) {
 
 bool prepare_grouped_scan_bwd_sm90(DType dtype, ScanBwdSm90Args& args) {
     const ScanShape& s = args.scan.shape;
-    args.plan = plan_slabs(s.height, s.width, s.lanes);
+    args.plan = plan_slabs(s.height, s.width, s.lanes, 1);
     const auto make = [&](const ImageArg& image, CUtensorMap(&map)[2], SlabMapKind& kind) {
         return make_slab_maps(image, s, args.plan, dtype, map, kind);
     };

@@ -18,6 +18,14 @@ class CudaContext {
 public:
     explicit CudaContext(const Tensor& t) : guard_(t.get_device_index()) {
         GM_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch is a CPU build and has no CUDA streams");
+        // A thread that has not met the driver yet, such as autograd's at its first backward, has no context, which
+        // tensor maps and cuBLAS need: setting the device gives it that of the device.
+        thread_local int32_t met = -1;
+        if (met != t.get_device_index()) {
+            const cudaError_t error = cudaSetDevice(t.get_device_index());
+            GM_CHECK(error == cudaSuccess, "setting the device: ", cudaGetErrorString(error));
+            met = t.get_device_index();
+        }
         void* stream = nullptr;
         GM_TORCH_CALL(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
         stream_ = static_cast<cudaStream_t>(stream);

@@ -214,8 +214,10 @@ CoreGradients grouped_mamba_bwd(Tensor dy, OptTensor dxn, OptTensor dgate, Tenso
         ParamHolder param;
         const int64_t gates = fc2_weight->size(0) / g;
         AffinityArgs args = affinity_args(affinity, x, gates, gate_scan ? e_pad : gates, param);
-        const Tensor dgate_full = gate_scan ? scan.dgate : *dgate;
-        GM_CHECK(dgate_full.scalar_type() == ScalarType::Float && dgate_full.is_contiguous(), "dgate must be float32");
+        Tensor dgate_full = gate_scan ? scan.dgate : *dgate;
+        check_shape(dgate_full, "dgate", shape_of(gate));
+        GM_CHECK(dgate_full.scalar_type() == ScalarType::Float, "dgate must be float32");
+        if (!dgate_full.is_contiguous()) dgate_full = torch::stable::contiguous(dgate_full);
         Tensor scratch = empty({s.batch, args.out_dim + args.hidden}, ScalarType::Float, x);
         dfc1_weight = empty_like_or_absent(fc1_weight, x), dfc1_bias = empty_like_or_absent(fc1_bias, x);
         dfc2_weight = empty_like_or_absent(fc2_weight, x), dfc2_bias = empty_like_or_absent(fc2_bias, x);

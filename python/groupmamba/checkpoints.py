@@ -36,16 +36,53 @@ _LAYER_ENTRIES = {
     "proj.weight": "proj.weight",
     "proj.bias": "proj.bias",
 }
+# Entries of a whole released model: pattern and replacement, the first that matches.
+_MODEL_ENTRIES = [
+    (re.compile(r"patch_embed1\.(.+)"), r"stem.\1"),
+    (re.compile(r"patch_embed(\d)\.(.+)"), lambda m: f"stages.{int(m[1]) - 1}.downsample.{m[2]}"),
+    (re.compile(r"block(\d)\.(\d+)\.mlp\.dwconv\.dwconv\.(.+)"), lambda m: f"{_block(m)}.mlp.dwconv.{m[3]}"),
+    (re.compile(r"block(\d)\.(\d+)\.(.+)"), lambda m: f"{_block(m)}.{m[3]}"),
+    (re.compile(r"norm([123])\.(.+)"), lambda m: f"stage_norms.{int(m[1]) - 1}.{m[2]}"),
+    (re.compile(r"norm4\.(.+)"), r"norm.\1"),
+    (re.compile(r"post_network\.0\.(.+)"), r"class_block.\1"),
+]
 _GROUP_NAME = re.compile(r"(?P<layer>(?:.*\.)?)mamba_g(?P<group>\d+)\.(?P<entry>.+)")
 
 
+def _block(match: re.Match) -> str:
+    return f"stages.{int(match[1]) - 1}.blocks.{match[2]}"
+
+
+def is_released_state_dict(sd: Mapping[str, Tensor]) -> bool:
+    """True where names are those of the authors' code."""
+    return any(_GROUP_NAME.fullmatch(name) for name in sd)
+
+
+def unwrap_checkpoint(checkpoint: Mapping) -> Mapping[str, Tensor]:
+    """The names and tensors inside a training checkpoint.
+
+    Goes into the entries "model_ema", "model", "state_dict" and "state_dict_ema" (the first that is there, averages
+    before weights) and drops the prefix "module." of data-parallel training.
+
+    Raises:
+        TypeError: ``checkpoint`` is no mapping.
+    """
+    if not isinstance(checkpoint, Mapping):
+        raise TypeError(f"checkpoint must be a mapping, got {type(checkpoint).__name__}")
+    for key in ("model_ema", "state_dict_ema", "model", "state_dict"):
+        if isinstance(checkpoint.get(key), Mapping):
+            return unwrap_checkpoint(checkpoint[key])
+    return {name.removeprefix("module."): value for name, value in checkpoint.items()}
+
+
 def convert_released_state_dict(sd: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Renames and stacks the entries of the authors' released code to those of ``GroupedMamba2d(variant="released")``.
+    """Renames and stacks the entries of the authors' released code to those of ``GroupedMamba2d(variant="released")``
+    or, for a whole model, of :class:`groupmamba.models.GroupMamba`.
 
     Entries are renamed, lose a dimension of size 1, or are stacked over the four groups, and nothing else: no
     arithmetic, cast or reordering. So it holds for anything with one tensor a parameter: weights, gradients, optimizer
-    moments, moving averages. Entries outside the group Mamba layers pass unchanged. Tensors that are not stacked are
-    the ones given, not copies.
+    moments, moving averages. Entries that belong to neither a layer nor a released model pass unchanged. Tensors that
+    are not stacked are the ones given, not copies.
 
     Args:
         sd: released names to tensors, of one ``GroupMambaLayer`` or of any model around such layers. Entries may be
@@ -80,13 +117,21 @@ def convert_released_state_dict(sd: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if match["entry"] not in _GROUP_ENTRIES or not 1 <= int(match["group"]) <= GROUPS:
                 raise ValueError(f"sd[{name!r}] is no entry of a released group Mamba layer")
             new = f"{match['layer']}mamba.{_GROUP_ENTRIES[match['entry']][0]}"
-            if new in out:
+            if _rename_model_entry(new) in out:
                 continue  # the first of the four brought all
             value = _stack_groups(sd, match["layer"], match["entry"])
+        new = _rename_model_entry(new)
         if new in out:
             raise ValueError(f"sd[{name!r}] and another entry both become {new!r}")
         out[new] = value
     return out
+
+
+def _rename_model_entry(name: str) -> str:
+    for pattern, replacement in _MODEL_ENTRIES:
+        if pattern.fullmatch(name):
+            return pattern.sub(replacement, name)
+    return name
 
 
 def _rename_layer_entry(name: str, layers: set[str]) -> str:

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The feed-forward network of a GroupMamba block: two products with a depthwise convolution and GELU between them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import groupmamba_ext as ext
+from groupmamba.layers._checks import positive_int
+from groupmamba.layers.token_linear import token_linear
+
+
+class ConvFeedForward(nn.Module):
+    """``fc2(gelu(dwconv3x3(fc1(x))))`` on channels-last images, GELU by the error function (as the authors' code).
+
+    The hidden image is the widest tensor of a block; a kernel that never writes it would replace :meth:`forward`.
+
+    Args:
+        dim: channels in and out.
+        hidden_dim: channels between.
+        device, dtype: of the parameters.
+
+    Shape: (batch, H, W, dim) in and out.
+
+    State: ``fc1.weight`` (hidden, dim), ``fc1.bias``, ``dwconv.weight`` (hidden, 1, 3, 3), ``dwconv.bias``,
+    ``fc2.weight`` (dim, hidden), ``fc2.bias``.
+
+    Raises:
+        TypeError, ValueError: ``dim`` or ``hidden_dim`` is not a positive int.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dim, hidden_dim = positive_int("dim", dim), positive_int("hidden_dim", hidden_dim)
+        place = {"device": device, "dtype": dtype}
+        self.fc1 = nn.Linear(dim, hidden_dim, **place)
+        self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, **place)
+        self.fc2 = nn.Linear(hidden_dim, dim, **place)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = _linear(x, self.fc1)
+        hidden = ext.depthwise_conv3x3(hidden, self.dwconv.weight, self.dwconv.bias, activation="gelu")
+        return _linear(hidden, self.fc2)
+
+
+def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    y = token_linear(x.flatten(0, 2).unsqueeze(0), layer.weight.unsqueeze(0), layer.bias)
+    return y.view(*x.shape[:3], layer.out_features)

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of a GroupMamba model: stem, downsampling, block, stage, class block. Images are (batch, H, W, C)."""
+
+from __future__ import annotations
+
+import timm.layers
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from groupmamba.layers import GroupedMamba2d
+from groupmamba.layers.feed_forward import ConvFeedForward
+from groupmamba.layers.token_norm import TokenNorm
+
+BLOCK_EPS = 1e-6  # block, class-block and stage norms
+CONV_EPS = 1e-5  # norms behind the stem and downsampling convolutions
+
+for _module in (GroupedMamba2d, ConvFeedForward, TokenNorm):
+    timm.layers.register_notrace_module(_module)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """(batch, C, H, W) to contiguous (batch, H, W, C): a view of a channels-last image."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+class Stem(nn.Module):
+    """(batch, in_chans, H, W) to (batch, H / 4, W / 4, dim), sizes rounded up.
+
+    As released: 7x7 convolution of stride 2, two of 3x3 (no bias; each with BatchNorm and ReLU), 3x3 of stride 2,
+    LayerNorm. ``paper``: two 3x3 convolutions of stride 2, the first with BatchNorm and ReLU, then LayerNorm.
+    """
+
+    def __init__(self, in_chans: int, stem_dim: int, dim: int, *, paper: bool):
+        super().__init__()
+        layers: list[nn.Module] = []
+        shapes = [(in_chans, 3, 2)] if paper else [(in_chans, 7, 2), (stem_dim, 3, 1), (stem_dim, 3, 1)]
+        for channels, kernel, stride in shapes:
+            conv = nn.Conv2d(channels, stem_dim, kernel, stride, kernel // 2, bias=False)
+            layers += [conv, nn.BatchNorm2d(stem_dim), nn.ReLU(inplace=True)]
+        self.conv = nn.Sequential(*layers)
+        self.proj = nn.Conv2d(stem_dim, dim, 3, 2, 1)
+        self.norm = TokenNorm(dim, eps=CONV_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(_tokens(self.proj(self.conv(x))))
+
+
+class Downsample(nn.Module):
+    """(batch, H, W, in_dim) to (batch, H / 2, W / 2, dim), sizes rounded up: 3x3 convolution of stride 2, LayerNorm."""
+
+    def __init__(self, in_dim: int, dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_dim, dim, 3, 2, 1)
+        self.norm = TokenNorm(dim, eps=CONV_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(_tokens(self.proj(x.permute(0, 3, 1, 2))))
+
+
+class GroupMambaBlock(nn.Module):
+    """``x = x + attn(x); x = x + mlp(norm2(x))`` with drop path on both branches; the layer has its own norm.
+
+    The paper's variant has one branch: ``x = x + mlp(norm2(attn(x)))``.
+    """
+
+    def __init__(self, dim: int, mlp_ratio: float, drop_path: float, **layer_options):
+        super().__init__()
+        self.attn = GroupedMamba2d(dim, **layer_options)
+        self.norm2 = TokenNorm(dim, eps=BLOCK_EPS)
+        self.mlp = ConvFeedForward(dim, int(dim * mlp_ratio))
+        self.drop_path = timm.layers.DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.paper = self.attn.variant == "paper"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.paper:
+            mixed = _tokens(self.attn(x.permute(0, 3, 1, 2)))
+            return x + self.drop_path(self.mlp(self.norm2(mixed)))
+        x = x + self.drop_path(_mix(self.attn, x))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def _mix(layer: GroupedMamba2d, x: Tensor) -> Tensor:
+    """The layer as a module, so that hooks and tracers see its call; its permutations of a token image are views."""
+    return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class Stage(nn.Module):
+    """Downsampling (but in the first) and blocks."""
+
+    def __init__(
+        self, in_dim: int, dim: int, depth: int, mlp_ratio: float, drop_path: list[float], downsample: bool, **options
+    ):
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = Downsample(in_dim, dim) if downsample else nn.Identity()
+        self.blocks = nn.Sequential(*(GroupMambaBlock(dim, mlp_ratio, drop_path[i], **options) for i in range(depth)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        if not self.grad_checkpointing:
+            return self.blocks(x)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x
+
+
+class ClassBlock(nn.Module):
+    """On the pooled image as an image of one token: ``t = t + norm1(attn(t)); t = t + mlp(norm2(t))``.
+
+    Shape: (batch, dim) in and out.
+    """
+
+    def __init__(self, dim: int, mlp_ratio: float, **layer_options):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=BLOCK_EPS)
+        self.norm2 = nn.LayerNorm(dim, eps=BLOCK_EPS)
+        self.attn = GroupedMamba2d(dim, **layer_options)
+        self.mlp = timm.layers.Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, t: Tensor) -> Tensor:
+        mixed = self.attn(t[:, :, None, None])[:, :, 0, 0]
+        t = t + self.norm1(mixed)
+        return t + self.mlp(self.norm2(t))

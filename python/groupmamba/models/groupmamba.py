@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GroupMamba (Shaker et al., CVPR 2025, arXiv 2407.13772): image models of modulated group Mamba layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from groupmamba.checkpoints import convert_released_state_dict, is_released_state_dict, unwrap_checkpoint
+from groupmamba.layers.token_norm import TokenNorm
+from groupmamba.models.blocks import BLOCK_EPS, ClassBlock, Stage, Stem
+
+
+class GroupMamba(nn.Module):
+    """Stem, four stages of blocks, a class block on the pooled image, and a head; by default as the authors' code.
+
+    Args:
+        in_chans: channels of the image.
+        num_classes: outputs of the head; 0 for none.
+        global_pool: ``"avg"``, or ``""`` for the map of the last stage in place of pooled features (no head then).
+        stem_dim, dims, depths, mlp_ratios: sizes, one of each a stage.
+        variant, scan, affinity, d_state, directions: of every :class:`~groupmamba.GroupedMamba2d`. With
+            ``variant="paper"`` stem and blocks are the paper's too, see :mod:`groupmamba.models.blocks`.
+        distillation: a second head, for a teacher's labels. Its output is averaged with the first's; in training
+            after ``set_distilled_training(True)`` the pair is returned.
+        drop_rate: dropout before the heads.
+        drop_path_rate: rises linearly over all blocks to this.
+
+    Shape:
+        (batch, in_chans, H, W), H and W at least 32, to (batch, num_classes). Images in ``torch.channels_last`` format
+        are used without a copy; so are models, whose only 4-D weights are convolutions.
+
+    Under autocast the residual stream is low precision, see :class:`~groupmamba.layers.token_norm.TokenNorm`.
+
+    State: weights of the authors' code become this model's by :func:`groupmamba.convert_released_state_dict`.
+
+    Raises:
+        ValueError: sizes that are not one a stage, an unknown ``global_pool``, or what the layer refuses.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        stem_dim: int = 32,
+        dims: Sequence[int] = (64, 128, 348, 448),
+        depths: Sequence[int] = (3, 4, 9, 3),
+        mlp_ratios: Sequence[float] = (8, 8, 4, 4),
+        variant: str = "released",
+        scan: str = "grouped",
+        affinity: bool = True,
+        d_state: int = 1,
+        directions: Sequence[str] | None = None,
+        distillation: bool = True,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        super().__init__()
+        for name, sizes in (("depths", depths), ("mlp_ratios", mlp_ratios)):
+            if len(sizes) != len(dims):
+                raise ValueError(f"{name} must have one entry a stage ({len(dims)}), got {tuple(sizes)}")
+        options = {
+            "variant": variant,
+            "scan": scan,
+            "affinity": affinity,
+            "d_state": d_state,
+            "directions": directions,
+        }
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.distillation = distillation
+        self.distilled_training = False
+        self.grad_checkpointing = False
+
+        self.stem = Stem(in_chans, stem_dim, dims[0], paper=variant == "paper")
+        rates = torch.linspace(0, drop_path_rate, sum(depths)).split(list(depths))
+        self.stages = nn.ModuleList(
+            Stage(dims[max(i - 1, 0)], dim, depths[i], mlp_ratios[i], rates[i].tolist(), i > 0, **options)
+            for i, dim in enumerate(dims)
+        )
+        # Behind all stages but the last, and in front of the next one's downsampling.
+        self.stage_norms = nn.ModuleList(TokenNorm(dim, eps=BLOCK_EPS) for dim in dims[:-1])
+        self.class_block = ClassBlock(dims[-1], mlp_ratios[-1], **options)
+        self.norm = nn.LayerNorm(dims[-1], eps=BLOCK_EPS)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.feature_info = [
+            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
+        ]
+        self._set_pool(global_pool)
+        self._set_heads()
+        self.init_weights()
+
+    def _set_pool(self, global_pool: str) -> None:
+        if global_pool not in ("avg", ""):
+            raise ValueError(f"global_pool must be 'avg' or '', got {global_pool!r}")
+        self.global_pool = global_pool
+
+    def _set_heads(self) -> None:
+        def head() -> nn.Module:
+            return nn.Linear(self.num_features, self.num_classes) if self.num_classes > 0 else nn.Identity()
+
+        self.head = head()
+        self.dist_head = head() if self.distillation else None
+
+    def init_weights(self) -> None:
+        """The released initialisation of products and convolutions; the layers have their own."""
+        self.apply(_init_weights)
+
+    def no_weight_decay(self) -> set[str]:
+        """``A_log``, ``D`` and step biases of all layers."""
+        return {name for name, p in self.named_parameters() if getattr(p, "_no_weight_decay", False)}
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Groups of parameters for layer-wise learning rates."""
+        blocks = [
+            (r"^stages\.(\d+)\.downsample", (0,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^stage_norms\.(\d+)", (0,)),
+            (r"^(?:class_block|norm)", (99999,)),
+        ]
+        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass in place of keeping what it computed."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    def set_distilled_training(self, enable: bool = True) -> None:
+        """In training return (head, distillation head) in place of their mean.
+
+        Raises:
+            ValueError: the model was made with ``distillation=False``.
+        """
+        if enable and not self.distillation:
+            raise ValueError("set_distilled_training needs a model with distillation=True")
+        self.distilled_training = enable
+
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
+        return self.head if self.dist_head is None else (self.head, self.dist_head)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """New heads for ``num_classes`` (0 for none), and another ``global_pool`` if given."""
+        self.num_classes = num_classes
+        if global_pool is not None:
+            self._set_pool(global_pool)
+        like = self.norm.weight
+        self._set_heads()
+        for head in (self.head, self.dist_head):
+            if head is not None:
+                head.apply(_init_weights).to(like.device, like.dtype)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The normed outputs of stages 1 to 3 and the raw output of the last, those that ``indices`` choose.
+
+        Args:
+            x: (batch, in_chans, H, W).
+            indices: the last n if int, all if None, or these.
+            norm: without effect: no norm of the image follows the last stage.
+            stop_early: leave out the stages behind the last one chosen.
+            output_fmt: ``"NCHW"`` or ``"NHWC"``.
+            intermediates_only: leave out the final map.
+
+        Returns:
+            The maps, or the final map and the maps.
+
+        Raises:
+            ValueError: an unknown ``output_fmt``.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
+        take, last = feature_take_indices(len(self.stages), indices)
+
+        def out(t: Tensor) -> Tensor:
+            return t.permute(0, 3, 1, 2) if output_fmt == "NCHW" else t
+
+        intermediates = []
+        x = self.stem(x)
+        for i, stage in enumerate(self.stages):
+            x = stage(x)
+            if i < len(self.stage_norms):
+                x = self.stage_norms[i](x)
+            if i in take:
+                intermediates.append(out(x))
+            if stop_early and i == last:
+                break
+        return intermediates if intermediates_only else (out(x), intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the chosen intermediates do not need; returns their indices."""
+        take, last = feature_take_indices(len(self.stages), indices)
+        shorter = last + 1 < len(self.stages)
+        self.stages = self.stages[: last + 1]
+        self.stage_norms = self.stage_norms[: last + 1]
+        if prune_norm or shorter:
+            self.norm = nn.Identity()
+        if prune_head or shorter:
+            self.class_block = nn.Identity()
+            self.num_classes = 0
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+            self._set_heads()
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(batch, in_chans, H, W) to the last map, (batch, C, H / 32, W / 32)."""
+        x = self.stem(x)
+        for i, stage in enumerate(self.stages):
+            x = stage(x)
+            if i < len(self.stage_norms):
+                x = self.stage_norms[i](x)
+        return x.permute(0, 3, 1, 2)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Mean over the map, class block, norm, heads; ``pre_logits`` stops before the heads."""
+        if self.global_pool == "":
+            return x
+        t = self.head_drop(self.norm(self.class_block(x.mean((2, 3)))))
+        if pre_logits:
+            return t
+        if self.dist_head is None:
+            return self.head(t)
+        first, second = self.head(t), self.dist_head(t)
+        if self.distilled_training and self.training:
+            return first, second
+        return (first + second) / 2
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return self.forward_head(self.forward_features(x))
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
+    """What timm loads: this project's names, from a checkpoint of this project or of the authors' code."""
+    state_dict = unwrap_checkpoint(state_dict)
+    return convert_released_state_dict(state_dict) if is_released_state_dict(state_dict) else state_dict
+
+
+def _cfg(hub: str, **changes) -> dict:
+    return {
+        "hf_hub_id": hub,
+        "hf_hub_filename": "pytorch_model.bin",  # timm takes model.safetensors where the repository has it
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv.0",
+        "classifier": ("head", "dist_head"),
+        "license": "mit",
+        "paper_ids": "arXiv:2407.13772",
+        "paper_name": "GroupMamba: Efficient Group-Based Visual State Space Model",
+        "origin_url": "https://github.com/Amshaker/GroupMamba",
+        **changes,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "groupmamba_tiny.in1k": _cfg("Abdelrahman-shaker/GroupMamba-Tiny"),
+        "groupmamba_small.in1k": _cfg("Abdelrahman-shaker/GroupMamba-Small"),
+        "groupmamba_base.in1k": _cfg("Abdelrahman-shaker/GroupMamba-Base"),
+    }
+)
+
+SIZES = {
+    "groupmamba_tiny": {"stem_dim": 32, "dims": (64, 128, 348, 448), "depths": (3, 4, 9, 3)},
+    "groupmamba_small": {"stem_dim": 64, "dims": (64, 128, 348, 512), "depths": (3, 4, 16, 3)},
+    "groupmamba_base": {"stem_dim": 64, "dims": (96, 192, 424, 512), "depths": (3, 6, 21, 3)},
+}
+
+
+def _create(variant_name: str, pretrained: bool, **kwargs) -> GroupMamba:
+    if not kwargs.get("distillation", True) and pretrained:
+        kwargs.setdefault("pretrained_strict", False)  # the second head stays behind
+    return build_model_with_cfg(
+        GroupMamba,
+        variant_name,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+        **SIZES[variant_name],
+        **kwargs,
+    )
+
+
+@register_model
+def groupmamba_tiny(pretrained: bool = False, **kwargs) -> GroupMamba:
+    """GroupMamba-T: 23.4 M parameters with both heads. ``kwargs`` go to :class:`GroupMamba` and timm's builder."""
+    return _create("groupmamba_tiny", pretrained, **kwargs)
+
+
+@register_model
+def groupmamba_small(pretrained: bool = False, **kwargs) -> GroupMamba:
+    """GroupMamba-S: 34.8 M parameters with both heads. ``kwargs`` as for :func:`groupmamba_tiny`."""
+    return _create("groupmamba_small", pretrained, **kwargs)
+
+
+@register_model
+def groupmamba_base(pretrained: bool = False, **kwargs) -> GroupMamba:
+    """GroupMamba-B: 57.2 M parameters with both heads. ``kwargs`` as for :func:`groupmamba_tiny`."""
+    return _create("groupmamba_base", pretrained, **kwargs)

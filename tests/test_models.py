@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The models against the authors' released code in float64, and what timm's users expect of them."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+timm = pytest.importorskip("timm", reason="needs the extra 'models'")
+
+from common import relative_error  # noqa: E402
+from groupmamba import convert_released_state_dict  # noqa: E402
+from groupmamba.models import GroupMamba, groupmamba_base, groupmamba_small, groupmamba_tiny  # noqa: E402
+
+GOLDEN = Path(__file__).parent / "golden"
+MODELS = {"tiny": groupmamba_tiny, "small": groupmamba_small, "base": groupmamba_base}
+PARAMETERS = {"tiny": 23_361_917, "small": 34_781_555, "base": 57_150_838}  # with both heads
+SMALL = {"stem_dim": 8, "dims": (16, 24, 32, 40), "depths": (1, 2, 1, 1), "mlp_ratios": (2, 2, 2, 2)}
+
+
+def _weights():
+    spec = importlib.util.spec_from_file_location("golden_weights", GOLDEN / "weights.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+weights = _weights()
+
+
+def released_state_dict(kind):
+    shapes = json.loads((GOLDEN / "state_dict_manifest.json").read_text())[f"groupmamba_{kind}"]
+    return {name: torch.from_numpy(np.asarray(weights.fill(name, tuple(shape)))) for name, shape in shapes.items()}
+
+
+def golden(stem):
+    """A model with the file's weights in float64, its input, and the file's arrays."""
+    kind, height, width, batch = re.fullmatch(r"model_([a-z]+)(?:_train)?_(\d+)x(\d+)_b(\d+)", stem).groups()
+    model = MODELS[kind]().double()
+    model.load_state_dict(convert_released_state_dict(released_state_dict(kind)), strict=True)
+    x = torch.from_numpy(weights.image(stem, (int(batch), 3, int(height), int(width))))
+    with np.load(GOLDEN / f"{stem}.npz") as arrays:
+        return model, x, {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+
+
+def small(**options):
+    torch.manual_seed(0)
+    return GroupMamba(num_classes=10, **{**SMALL, **options}).eval()
+
+
+@pytest.mark.parametrize("stem", ["model_tiny_64x64_b2", "model_small_64x96_b1", "model_base_64x64_b1"])
+def test_golden_logits(stem):
+    model, x, arrays = golden(stem)
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[stem.split("_")[1]]
+    model.eval()
+    with torch.no_grad():
+        assert relative_error(model(x), arrays["logits"]) < 1e-8
+        assert relative_error(model.float()(x.float()), arrays["logits"]) < 5e-4
+
+
+def test_golden_logits_at_224():
+    model, x, arrays = golden("model_tiny_224x224_b1")
+    with torch.no_grad():
+        assert relative_error(model.float().eval()(x.float()), arrays["logits"]) < 5e-4
+
+
+def test_golden_heads_in_training():
+    model, x, arrays = golden("model_tiny_train_64x64_b2")
+    model.train()
+    model.set_distilled_training(True)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    with torch.no_grad():
+        head, dist_head = model(x)
+    assert relative_error(head, arrays["head"]) < 1e-8
+    assert relative_error(dist_head, arrays["dist_head"]) < 1e-8
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("stem", ["model_tiny_224x224_b1", "model_small_64x96_b1", "model_base_64x64_b1"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_golden_logits_on_cuda(monkeypatch, stem, channels_last):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    model, x, arrays = golden(stem)
+    model.float().eval().cuda()
+    x = x.float().cuda()
+    if channels_last:
+        model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        assert relative_error(model(x), arrays["logits"]) < 5e-4
+        with torch.autocast("cuda", torch.bfloat16):
+            assert relative_error(model(x), arrays["logits"]) < 0.1
+
+
+def test_variants_and_sizes(device):
+    for options in ({}, {"variant": "fused"}, {"variant": "paper"}, {"affinity": False}, {"distillation": False}):
+        model = small(**options).to(device).train()
+        for shape in ((2, 3, 32, 32), (1, 3, 45, 71), (1, 3, 64, 33)):
+            model.zero_grad()
+            x = torch.randn(shape, device=device, requires_grad=True)
+            y = model(x)
+            assert y.shape == (shape[0], 10)
+            y.square().sum().backward()
+            missing = [name for name, p in model.named_parameters() if p.grad is None]
+            assert not missing, (options, missing)
+            assert torch.isfinite(x.grad).all()
+
+
+def test_autocast_keeps_the_stream_low(device):
+    model = small().to(device)
+    seen = []
+    model.stages[1].blocks[0].register_forward_hook(lambda module, args, out: seen.append((args[0].dtype, out.dtype)))
+    with torch.autocast(device, torch.bfloat16), torch.no_grad():
+        y = model(torch.randn(1, 3, 64, 64, device=device))
+    assert torch.isfinite(y).all()
+    if device == "cuda":
+        assert seen == [(torch.bfloat16, torch.bfloat16)]
+
+
+def test_heads():
+    model = small().train()
+    x = torch.randn(2, 3, 32, 32)
+    mean = model.eval()(x)
+    model.set_distilled_training(True)
+    assert torch.equal(model(x), mean)  # in evaluation the mean all the same
+    first, second = model.train()(x)
+    assert first.shape == second.shape == (2, 10)
+    with pytest.raises(ValueError, match="distillation"):
+        small(distillation=False).set_distilled_training(True)
+    model.eval().reset_classifier(7)
+    assert model(x).shape == (2, 7)
+    model.reset_classifier(0)
+    assert torch.equal(model(x), model.forward_head(model.forward_features(x), pre_logits=True))
+    model.reset_classifier(0, "")
+    assert torch.equal(model(x), model.forward_features(x))
+    with pytest.raises(ValueError, match="global_pool .* got 'max'"):
+        model.reset_classifier(3, "max")
+
+
+def test_no_weight_decay_and_groups():
+    model = small()
+    names = {name for name, _ in model.named_parameters()}
+    skipped = model.no_weight_decay()
+    assert skipped == {n for n in names if n.endswith((".A_log", "mamba.D", ".dt_bias"))}
+    assert len(skipped) == 3 * (5 + 1)
+    from timm.optim import param_groups_layer_decay
+
+    groups = param_groups_layer_decay(model, weight_decay=0.05, no_weight_decay_list=skipped, layer_decay=0.9)
+    assert sum(len(group["params"]) for group in groups) == len(names)
+
+
+def test_timm_entry_points(tmp_path):
+    assert timm.is_model("groupmamba_tiny")
+    model = timm.create_model("groupmamba_tiny", num_classes=5, in_chans=1, drop_path_rate=0.1)
+    assert model(torch.randn(1, 1, 32, 32)).shape == (1, 5)
+    rates = [b.drop_path.drop_prob for s in model.stages for b in s.blocks if hasattr(b.drop_path, "drop_prob")]
+    assert rates == pytest.approx([0.1 * i / 18 for i in range(1, 19)])
+    config = model.pretrained_cfg
+    assert (config["interpolation"], config["crop_pct"], config["classifier"]) == (
+        "bicubic",
+        0.875,
+        ("head", "dist_head"),
+    )
+    assert config["hf_hub_id"] == "Abdelrahman-shaker/GroupMamba-Tiny"
+
+
+def test_features():
+    backbone = timm.create_model("groupmamba_tiny", features_only=True, out_indices=(0, 2, 3)).eval()
+    x = torch.randn(1, 3, 64, 96)
+    maps = backbone(x)
+    assert [tuple(m.shape[1:]) for m in maps] == [(64, 16, 24), (348, 4, 6), (448, 2, 3)]
+    assert backbone.feature_info.channels() == [64, 348, 448]
+    assert backbone.feature_info.reduction() == [4, 16, 32]
+    model = small()
+    final, maps = model.forward_intermediates(x)
+    assert torch.equal(final, model.forward_features(x))
+    assert torch.equal(maps[-1], final)
+    last = model.forward_intermediates(x, indices=[1], stop_early=True, intermediates_only=True, output_fmt="NHWC")
+    assert torch.equal(last[0].permute(0, 3, 1, 2), maps[1])
+    normed = maps[1].permute(0, 2, 3, 1)
+    assert normed.mean(-1).abs().max() < 1e-4  # weight 1, bias 0
+    with pytest.raises(ValueError, match="output_fmt .* got 'NLC'"):
+        model.forward_intermediates(x, output_fmt="NLC")
+
+
+@pytest.mark.parametrize("wrap", ["plain", "model", "model_ema", "module"])
+def test_released_checkpoints_load_by_path(tmp_path, wrap):
+    released = {name: value.float() for name, value in released_state_dict("tiny").items()}
+    other = {"model": {"head.bias": torch.zeros(1)}}
+    checkpoint = {
+        "plain": released,
+        "model": {"model": released, "epoch": 3},
+        "model_ema": {**other, "model_ema": released},
+        "module": {"state_dict": {f"module.{name}": value for name, value in released.items()}},
+    }[wrap]
+    path = tmp_path / "checkpoint.pth"
+    torch.save(checkpoint, path)
+    model = timm.create_model("groupmamba_tiny", pretrained=True, pretrained_cfg_overlay={"file": str(path)})
+    expected = convert_released_state_dict(released)
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    if wrap == "plain":
+        few = timm.create_model(
+            "groupmamba_tiny",
+            pretrained=True,
+            num_classes=4,
+            distillation=False,
+            pretrained_cfg_overlay={"file": str(path)},
+        )
+        assert few.head.weight.shape == (4, 448)
+        assert torch.equal(few.class_block.norm2.weight, expected["class_block.norm2.weight"])
+
+
+def test_gradient_checkpointing():
+    x = torch.randn(2, 3, 32, 32)
+    gradients = []
+    for enable in (False, True):
+        model = small(drop_path_rate=0.0).train()
+        model.set_grad_checkpointing(enable)
+        model(x).sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
+def test_compile_and_trace():
+    model = small()
+    x = torch.randn(1, 3, 64, 32)
+    expected = model(x)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(x), expected, rtol=1e-4, atol=1e-5)
+    pytest.importorskip("torchvision")
+    from timm.models._features_fx import create_feature_extractor
+
+    taps = create_feature_extractor(model, {"stages.1": "middle"})
+    assert torch.equal(taps(x)["middle"], model.stages[1](model.stage_norms[0](model.stages[0](model.stem(x)))))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"depths": (1, 2)}, r"depths must have one entry a stage \(4\), got \(1, 2\)"),
+        ({"mlp_ratios": (1,)}, r"mlp_ratios must have one entry a stage"),
+        ({"global_pool": "catavgmax"}, "global_pool .* got 'catavgmax'"),
+        ({"variant": "new"}, "variant .* got 'new'"),
+        ({"dims": (16, 24, 32, 42)}, "dim must be a multiple of 4, got 42"),
+    ],
+)
+def test_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        small(**options)
