@@ -6,6 +6,7 @@ import torch
 from groupmamba import GroupedMamba2d
 
 VARIANTS = ("released", "fused", "paper")
+SCANS = ("grouped", "cross")
 
 
 def make(dim=16, *, seed=0, cls=GroupedMamba2d, **options):

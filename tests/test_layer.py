@@ -9,13 +9,14 @@ import torch
 
 import groupmamba_ext as ext
 from groupmamba import VSSSBlock
-from layer_tools import VARIANTS, image, make, run
+from layer_tools import SCANS, VARIANTS, image, make, run
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (5, 7), (8, 8)])
-def test_shapes(variant, size):
-    layer = make(variant=variant)
+@pytest.mark.parametrize("scan", SCANS)
+def test_shapes(variant, scan, size):
+    layer = make(variant=variant, scan=scan)
     x = image(2, 16, *size, dtype=torch.float32)
     y = layer(x)
     assert y.shape == x.shape and y.dtype == x.dtype
@@ -24,16 +25,18 @@ def test_shapes(variant, size):
 
 @pytest.mark.parametrize("shape", [(0, 16, 5, 7), (2, 16, 0, 7), (2, 16, 5, 0), (16, 0, 7)])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_empty_images(variant, shape):
-    results = run(make(variant=variant), image(*shape, dtype=torch.float32))
+@pytest.mark.parametrize("scan", SCANS)
+def test_empty_images(variant, scan, shape):
+    results = run(make(variant=variant, scan=scan), image(*shape, dtype=torch.float32))
     assert results["y"].shape == shape
     for name, value in results.items():
         assert value.numel() == 0 or not value.any(), name
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_unbatched(variant):
-    layer = make(variant=variant)
+@pytest.mark.parametrize("scan", SCANS)
+def test_unbatched(variant, scan):
+    layer = make(variant=variant, scan=scan)
     x = image(16, 5, 7, dtype=torch.float32)
     torch.testing.assert_close(layer(x), layer(x.unsqueeze(0)).squeeze(0), rtol=0, atol=0)
 
@@ -57,8 +60,9 @@ def test_channels_last_is_not_copied(variant, batch, monkeypatch):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("layout", ("channels_last", "strided"))
-def test_result_does_not_depend_on_layout(variant, layout):
-    layer = make(variant=variant)
+@pytest.mark.parametrize("scan", SCANS)
+def test_result_does_not_depend_on_layout(variant, scan, layout):
+    layer = make(variant=variant, scan=scan)
     x = image(2, 16, 5, 7, dtype=torch.float32)
     if layout == "channels_last":
         other = x.to(memory_format=torch.channels_last)
@@ -88,8 +92,9 @@ def test_group_core_works_in_group_major_storage(monkeypatch):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-2), (torch.bfloat16, 0.1)])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_module_dtypes(variant, dtype, tolerance, device):
-    layer = make(32, variant=variant, dtype=torch.float64)
+@pytest.mark.parametrize("scan", SCANS)
+def test_module_dtypes(variant, scan, dtype, tolerance, device):
+    layer = make(32, variant=variant, scan=scan, dtype=torch.float64)
     x = image(2, 32, 5, 7)
     expected = run(layer, x)
     actual = run(layer.to(device, dtype), x.to(device, dtype))
@@ -101,8 +106,9 @@ def test_module_dtypes(variant, dtype, tolerance, device):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_autocast(variant, device):
-    layer = make(32, variant=variant, device=device)
+@pytest.mark.parametrize("scan", SCANS)
+def test_autocast(variant, scan, device):
+    layer = make(32, variant=variant, scan=scan, device=device)
     x = image(2, 32, 5, 7, dtype=torch.float32, device=device)
     expected = run(layer, x)
     with torch.autocast(device, torch.bfloat16):
@@ -123,15 +129,17 @@ def test_autocast(variant, device):
 
 @pytest.mark.parametrize("options", [{}, {"affinity": False}, {"d_conv": 1}, {"d_state": 4}, {"expand": 2.0}], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_parameter_gets_a_gradient(variant, options, device):
-    layer = make(32, variant=variant, device=device, **options)
+@pytest.mark.parametrize("scan", SCANS)
+def test_every_parameter_gets_a_gradient(variant, scan, options, device):
+    layer = make(32, variant=variant, scan=scan, device=device, **options)
     for name, value in run(layer, image(2, 32, 5, 7, dtype=torch.float32, device=device)).items():
         assert value.isfinite().all() and value.any(), name
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_backward_is_bitwise_repeatable(variant, device):
-    layer = make(64, variant=variant, device=device)
+@pytest.mark.parametrize("scan", SCANS)
+def test_backward_is_bitwise_repeatable(variant, scan, device):
+    layer = make(64, variant=variant, scan=scan, device=device)
     x = image(3, 64, 17, 23, dtype=torch.float32, device=device)
     first, second = run(layer, x), run(layer, x)
     for name, value in first.items():
@@ -139,8 +147,9 @@ def test_backward_is_bitwise_repeatable(variant, device):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_native_matches_reference(variant, device):
-    layer = make(32, variant=variant, device=device)
+@pytest.mark.parametrize("scan", SCANS)
+def test_native_matches_reference(variant, scan, device):
+    layer = make(32, variant=variant, scan=scan, device=device)
     x = image(2, 32, 9, 6, dtype=torch.float32, device=device)
     with ext.backend("native"):
         actual = run(layer, x)
@@ -151,8 +160,9 @@ def test_native_matches_reference(variant, device):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_compiles_as_one_graph(variant, device):
-    layer = make(variant=variant, device=device)
+@pytest.mark.parametrize("scan", SCANS)
+def test_compiles_as_one_graph(variant, scan, device):
+    layer = make(variant=variant, scan=scan, device=device)
     x = image(2, 16, 3, 4, dtype=torch.float32, device=device)
     expected = run(layer, x)
     torch._dynamo.reset()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from groupmamba import GroupedMamba2d, VSSSBlock
-from layer_tools import VARIANTS, image, make
+from layer_tools import SCANS, VARIANTS, image, make
 
 CORE_STATE = {
     "in_proj_weight": (4, 16, 8),
@@ -64,22 +64,35 @@ def test_state_dict_names_and_shapes(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_state_dict_round_trip(variant):
-    first, second = make(variant=variant, seed=0), make(variant=variant, seed=5)
+def test_state_dict_of_a_cross_scan(variant):
+    """As of a grouped scan, with all directions as a second dimension of what each has of its own."""
+    layer = GroupedMamba2d(32, variant=variant, scan="cross", d_state=2, directions=("lr", "tb", "rl"))
+    own = {"x_proj_weight", "dt_weight", "dt_bias", "A_log", "D"}
+    expected = {
+        name: (4, 3, *shape[1:]) if name.rsplit(".", 1)[-1] in own else shape for name, shape in STATES[variant].items()
+    }
+    assert {name: tuple(value.shape) for name, value in layer.state_dict().items()} == expected
+
+
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_state_dict_round_trip(variant, scan):
+    first, second = (make(variant=variant, scan=scan, seed=seed) for seed in (0, 5))
     x = image(2, 16, 5, 7, dtype=torch.float32)
     second.load_state_dict(first.state_dict(), strict=True)
     assert torch.equal(first(x), second(x))
 
 
+@pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_meta_device(variant):
-    layer = GroupedMamba2d(32, variant=variant, device="meta")
+def test_meta_device(variant, scan):
+    layer = GroupedMamba2d(32, variant=variant, scan=scan, device="meta")
     assert {p.device.type for p in layer.parameters()} == {"meta"}
     layer.to_empty(device="cpu")
     torch.manual_seed(3)
     layer.reset_parameters()
     torch.manual_seed(3)
-    expected = GroupedMamba2d(32, variant=variant)
+    expected = GroupedMamba2d(32, variant=variant, scan=scan)
     expected.reset_parameters()
     other = dict(expected.named_parameters())
     torch.manual_seed(3)
@@ -102,12 +115,13 @@ def test_no_weight_decay_marks(layer):
     assert marked(module.half())
 
 
+@pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_initialisation(variant):
+def test_initialisation(variant, scan):
     torch.manual_seed(0)
-    layer = GroupedMamba2d(256, variant=variant, d_state=3)
+    layer = GroupedMamba2d(256, variant=variant, scan=scan, d_state=3)
     core = layer.vsss.mamba if variant == "paper" else layer.mamba
-    torch.testing.assert_close(core.A_log.exp(), torch.tensor([1.0, 2.0, 3.0]).expand(4, 64, 3))
+    torch.testing.assert_close(core.A_log.exp(), torch.tensor([1.0, 2.0, 3.0]).expand_as(core.A_log))
     steps = F.softplus(core.dt_bias)
     assert 1e-3 <= steps.min() < 2e-3 and 0.05 < steps.max() <= 0.1001
     assert core.x_proj_weight.abs().max() <= 64**-0.5 and core.dt_weight.abs().max() <= 4**-0.5
@@ -123,6 +137,7 @@ def test_initialisation(variant):
 
 
 def test_repr_names_the_configuration():
+    assert "scan='cross'" in repr(GroupedMamba2d(16, scan="cross"))
     text = repr(GroupedMamba2d(64, d_state=2))
     for part in ("dim=64", "variant='released'", "d_state=2", "('lr', 'tb', 'rl', 'bt')", "dt_rank=1"):
         assert part in text
@@ -135,8 +150,9 @@ def test_repr_names_the_configuration():
         ({"dim": 0}, ValueError, ("dim", "0")),
         ({"dim": 16.0}, TypeError, ("dim", "16.0")),
         ({"variant": "new"}, ValueError, ("variant", "'new'")),
-        ({"scan": "cross"}, ValueError, ("scan", "cross_selective_scan")),
-        ({"scan": "zigzag"}, ValueError, ("scan", "'zigzag'")),
+        ({"scan": "zigzag"}, ValueError, ("scan", "'grouped', 'cross'", "'zigzag'")),
+        ({"scan": "cross", "directions": ()}, ValueError, ("directions", "()")),
+        ({"scan": "cross", "directions": ("lr", "up")}, ValueError, ("directions", "('lr', 'up')")),
         ({"directions": ("lr", "rl")}, ValueError, ("directions", "('lr', 'rl')")),
         ({"directions": ("lr", "rl", "tb", "up")}, ValueError, ("directions", "'up'")),
         ({"directions": "lrrl"}, TypeError, ("directions", "'lrrl'")),

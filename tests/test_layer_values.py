@@ -32,15 +32,22 @@ def naive_scan(u, dt, A, B, C, D, direction):
 
 def naive_mamba(core, g, x, gate=None):
     """Group g of a GroupCore on x (batch, H, W, D)."""
+
+    def scan(own, direction):  # own: this scan's part of a parameter
+        dt, B, C = F.linear(u, own(core.x_proj_weight)).split((rank, states, states), -1)
+        step = F.softplus(F.linear(dt, own(core.dt_weight)) + own(core.dt_bias))
+        return naive_scan(u, step, -own(core.A_log).exp(), B, C, own(core.D), direction)
+
     inner, rank, states = core.inner_dim, core.dt_rank, core.d_state
     u, z = F.linear(x, core.in_proj_weight[g]).split(inner, -1)
     if core.d_conv == 3:
         kernel = core.conv_weight[g].unsqueeze(1)
         u = F.conv2d(u.permute(0, 3, 1, 2), kernel, core.conv_bias[g], padding=1, groups=inner).permute(0, 2, 3, 1)
     u = F.silu(u)
-    dt, B, C = F.linear(u, core.x_proj_weight[g]).split((rank, states, states), -1)
-    dt = F.softplus(F.linear(dt, core.dt_weight[g]) + core.dt_bias[g])
-    y = naive_scan(u, dt, -core.A_log[g].exp(), B, C, core.D[g], core.directions[g])
+    if core.scan == "cross":
+        y = sum(scan(lambda p, k=k: p[g, k], direction) for k, direction in enumerate(core.directions))
+    else:
+        y = scan(lambda p: p[g], core.directions[g])
     y = F.layer_norm(y, (inner,), core.out_norm_weight[g], core.out_norm_bias[g]) * F.silu(z)
     if gate is not None:
         y = y * gate[:, None, None]
@@ -88,6 +95,9 @@ def naive_layer(layer, x):
         {"dt_rank": 3},
         {"reduction": 4},
         {"directions": ("bt", "bt", "rl", "lr")},
+        {"scan": "cross"},
+        {"scan": "cross", "affinity": False, "d_state": 3, "d_conv": 1, "dt_rank": 3},
+        {"scan": "cross", "expand": 2.0, "directions": ("bt", "lr", "tb")},
         {"dim": 28},
         {"dim": 80},
         {"dim": 4},

@@ -30,12 +30,15 @@ def scaled_width(name: str, ratio: object, width: int) -> int:
     return scaled
 
 
-def direction_names(value: Sequence[str], count: int) -> tuple[str, ...]:
-    """``value`` as a tuple of ``count`` direction names."""
+def direction_names(value: Sequence[str], count: int | None) -> tuple[str, ...]:
+    """``value`` as a tuple of ``count`` direction names, of any number from 1 on with ``count`` None."""
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise TypeError(f"directions must be a sequence of names from {DIRECTIONS}, got {value!r}")
-    if len(value) != count or any(name not in DIRECTIONS for name in value):
-        raise ValueError(f"directions must be {count} names from {DIRECTIONS}, got {tuple(value)!r}")
+    right = len(value) >= 1 if count is None else len(value) == count
+    if not right or any(name not in DIRECTIONS for name in value):
+        raise ValueError(
+            f"directions must be {'some' if count is None else count} names from {DIRECTIONS}, got {tuple(value)!r}"
+        )
     return tuple(value)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Mamba of each channel group, all groups at once: in_proj, convolution, scan along a path, out_proj."""
+"""The Mamba of each channel group, all groups at once: in_proj, convolution, scan along paths, out_proj."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import groupmamba_ext as ext
 from groupmamba.layers._checks import direction_names, positive_int, scaled_width
 from groupmamba.layers.token_linear import token_linear
 
+SCANS = ("grouped", "cross")
+NORM_EPS = 1e-5
 STEP_MIN, STEP_MAX, STEP_FLOOR = 1e-3, 0.1, 1e-4
 
 
@@ -26,15 +28,21 @@ class GroupCore(nn.Module):
         h_t = exp(step_t A) h_{t-1} + step_t B_t u_t;   y_t = C_t . h_t + D u_t;      A = -exp(A_log)
         o_g = out_proj_g( LayerNorm(y; out_norm, eps 1e-5) * silu(z) [* gate] )
 
+    With ``scan="cross"`` every group is scanned along all K directions, each with its own x_proj, dt, A and D, and y is
+    the sum over them (4-D scanning, the paper's ablation).
+
     With E = int(expand * D) scanned channels, N states and R = ceil(D / 16) step features (``dt_rank="auto"``), the
     state is ``in_proj_weight`` (G, 2E, D), ``conv_weight`` (G, E, 3, 3), ``conv_bias`` (G, E), ``x_proj_weight``
     (G, R + 2N, E), ``dt_weight`` (G, E, R), ``dt_bias`` (G, E), ``A_log`` (G, E, N), ``D`` (G, E), ``out_norm_weight``
-    and ``out_norm_bias`` (G, E), ``out_proj_weight`` (G, D, E). ``dt_bias``, ``A_log`` and ``D`` carry
-    ``_no_weight_decay = True``.
+    and ``out_norm_bias`` (G, E), ``out_proj_weight`` (G, D, E). With ``scan="cross"``, ``x_proj_weight``,
+    ``dt_weight``, ``dt_bias``, ``A_log`` and ``D`` have K as a second dimension: (G, K, R + 2N, E) and so on.
+    ``dt_bias``, ``A_log`` and ``D`` carry ``_no_weight_decay = True``.
 
     Args:
         groups, dim: G and D.
-        directions: one of ``"lr"``, ``"rl"``, ``"tb"``, ``"bt"`` for each group.
+        directions: one of ``"lr"``, ``"rl"``, ``"tb"``, ``"bt"`` for each group; with ``scan="cross"`` the K directions
+            of every group.
+        scan: ``"grouped"`` or ``"cross"``.
         d_state: N.
         d_conv: 3, or 1 for no convolution (``u = silu(u)``, as released).
         expand: E / D.
@@ -52,6 +60,7 @@ class GroupCore(nn.Module):
         dim: int,
         *,
         directions: Sequence[str],
+        scan: str = "grouped",
         d_state: int = 1,
         d_conv: int = 3,
         expand: float = 1.0,
@@ -63,7 +72,10 @@ class GroupCore(nn.Module):
         super().__init__()
         self.groups = positive_int("groups", groups)
         self.dim = positive_int("dim", dim)
-        self.directions = direction_names(directions, groups)
+        if scan not in SCANS:
+            raise ValueError(f"scan must be one of {SCANS}, got {scan!r}")
+        self.scan = scan
+        self.directions = direction_names(directions, None if scan == "cross" else groups)
         self.d_state = positive_int("d_state", d_state)
         if d_conv not in (1, 3):
             raise ValueError(f"d_conv must be 1 or 3, got {d_conv!r}")
@@ -77,14 +89,15 @@ class GroupCore(nn.Module):
             return nn.Parameter(torch.empty(groups, *shape, device=device, dtype=dtype))
 
         inner, states, rank = self.inner_dim, self.d_state, self.dt_rank
+        scans = (len(self.directions),) if scan == "cross" else ()
         self.in_proj_weight = parameter(2 * inner, dim)
         self.conv_weight = parameter(inner, 3, 3) if d_conv == 3 else None
         self.conv_bias = parameter(inner) if d_conv == 3 else None
-        self.x_proj_weight = parameter(rank + 2 * states, inner)
-        self.dt_weight = parameter(inner, rank)
-        self.dt_bias = parameter(inner)
-        self.A_log = parameter(inner, states)
-        self.D = parameter(inner)
+        self.x_proj_weight = parameter(*scans, rank + 2 * states, inner)
+        self.dt_weight = parameter(*scans, inner, rank)
+        self.dt_bias = parameter(*scans, inner)
+        self.A_log = parameter(*scans, inner, states)
+        self.D = parameter(*scans, inner)
         self.out_norm_weight = parameter(inner)
         self.out_norm_bias = parameter(inner)
         self.out_proj_weight = parameter(dim, inner) if out_proj else None
@@ -147,31 +160,38 @@ class GroupCore(nn.Module):
         else:
             u = nn.functional.silu(u)
         # The library is several times slower where an output is not a multiple of 8 channels wide.
-        pad = -self.x_proj_weight.shape[1] % 8 if u.is_cuda else 0
-        features = token_linear(rows(u), nn.functional.pad(self.x_proj_weight, (0, 0, 0, pad)))
-        dt, B, C, _ = (image(t) for t in features.split((self.dt_rank, self.d_state, self.d_state, pad), dim=-1))
+        x_proj = self.x_proj_weight.flatten(1, -2)  # with all directions of a cross scan in one product
+        pad = -x_proj.shape[1] % 8 if u.is_cuda else 0
+        features = token_linear(rows(u), nn.functional.pad(x_proj, (0, 0, 0, pad)))
+        parts = (self.dt_rank, self.d_state, self.d_state)
         wide = torch.float64 if self.A_log.dtype == torch.float64 else torch.float32
-        y = ext.grouped_selective_scan(
-            u,
-            dt,
-            -torch.exp(self.A_log.to(wide)),
-            B,
-            C,
-            self.D,
-            dt_weight=self.dt_weight,
-            dt_bias=self.dt_bias,
-            z=z,
-            norm_weight=self.out_norm_weight,
-            norm_bias=self.out_norm_bias,
-            gate=gate,
-            directions=self.directions,
-        )
+        A = -torch.exp(self.A_log.to(wide))
+        step = {"dt_weight": self.dt_weight, "dt_bias": self.dt_bias, "directions": self.directions}
+        if self.scan == "cross":
+            features = image(features)[..., : x_proj.shape[1]].unflatten(-1, (len(self.directions), -1))
+            dt, B, C = features.split(parts, dim=-1)
+            y = self._norm_and_gates(ext.cross_selective_scan(u, dt, A, B, C, self.D, **step), z, gate)
+        else:
+            dt, B, C, _ = (image(t) for t in features.split((*parts, pad), dim=-1))
+            y = ext.grouped_selective_scan(
+                u, dt, A, B, C, self.D, z=z, norm_weight=self.out_norm_weight, norm_bias=self.out_norm_bias,
+                norm_eps=NORM_EPS, gate=gate, **step,
+            )  # fmt: skip
         if self.out_proj_weight is None:
             return y
         return image(token_linear(rows(y), self.out_proj_weight))
 
+    def _norm_and_gates(self, y: Tensor, z: Tensor, gate: Tensor | None) -> Tensor:
+        """What the grouped scan does in its own pass."""
+        dtype = y.dtype
+        y = torch.addcmul(
+            self.out_norm_bias, nn.functional.layer_norm(y, y.shape[-1:], eps=NORM_EPS), self.out_norm_weight
+        )
+        y = y * nn.functional.silu(z)
+        return (y if gate is None else y * gate[:, None, None]).to(dtype)
+
     def extra_repr(self) -> str:
         return (
             f"groups={self.groups}, dim={self.dim}, inner_dim={self.inner_dim}, d_state={self.d_state}, "
-            f"d_conv={self.d_conv}, dt_rank={self.dt_rank}, directions={self.directions}"
+            f"d_conv={self.d_conv}, dt_rank={self.dt_rank}, scan={self.scan!r}, directions={self.directions}"
         )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import groupmamba_ext as ext
 from groupmamba.layers._checks import direction_names, image_input, positive_int
 from groupmamba.layers.channel_affinity import ChannelAffinity
-from groupmamba.layers.group_core import GroupCore
+from groupmamba.layers.group_core import SCANS, GroupCore
 from groupmamba.layers.token_linear import token_linear
 from groupmamba.layers.vsss import GroupedVSSS
 from groupmamba_ext.layer_ops import can_fuse, grouped_mamba_layer
@@ -42,7 +42,8 @@ class GroupedMamba2d(nn.Module):
     Args:
         dim: channels, a multiple of 4.
         variant: ``"released"``, ``"fused"`` or ``"paper"``.
-        scan: ``"grouped"``: one direction a group.
+        scan: ``"grouped"``: one direction a group. ``"cross"``: every group along all directions, each with its own
+            parameters, and the results added (4-D scanning, the paper's ablation).
         affinity: False drops the channel affinity (the paper's ablation).
         d_state: states a channel.
         d_conv: 3, or 1 for no depthwise convolution before the scan.
@@ -50,7 +51,7 @@ class GroupedMamba2d(nn.Module):
         dt_rank: step features a group, ``"auto"`` for ceil(dim / 64).
         directions: four of ``"lr"`` (row-major path over the image), ``"rl"`` (its reverse), ``"tb"`` (column-major),
             ``"bt"`` (its reverse). By default the variant's own: released (lr, tb, rl, bt), as weights of the authors'
-            code need it; fused and paper (lr, rl, tb, bt).
+            code need it; fused and paper (lr, rl, tb, bt). With ``scan="cross"`` any number of them, for every group.
         reduction: the affinity's hidden width is ``dim // reduction``.
         device, dtype: of the parameters.
 
@@ -62,10 +63,10 @@ class GroupedMamba2d(nn.Module):
     computed in float32 (float64 for float64).
 
     State: ``mamba.*`` (see :class:`~groupmamba.layers.group_core.GroupCore`; no ``out_proj_weight`` in the fused
-    variant), ``norm.weight``, ``norm.bias`` (dim,), ``affinity.fc1.*``, ``affinity.fc2.*``, ``proj.weight``
-    (dim, dim), ``proj.bias`` and, released only, ``skip_scale`` (1,). The paper variant has ``vsss.*`` (see
-    :class:`~groupmamba.layers.vsss.GroupedVSSS`) and ``affinity.*``. Weights of the authors' code are converted by
-    :func:`groupmamba.convert_released_state_dict`.
+    variant, more dimensions with ``scan="cross"``), ``norm.weight``, ``norm.bias`` (dim,), ``affinity.fc1.*``,
+    ``affinity.fc2.*``, ``proj.weight`` (dim, dim), ``proj.bias`` and, released only, ``skip_scale`` (1,). The paper
+    variant has ``vsss.*`` (see :class:`~groupmamba.layers.vsss.GroupedVSSS`) and ``affinity.*``. Weights of the
+    authors' code are converted by :func:`groupmamba.convert_released_state_dict`.
 
     Raises:
         TypeError: an argument or the input has a wrong type or dtype.
@@ -93,20 +94,17 @@ class GroupedMamba2d(nn.Module):
             raise ValueError(f"dim must be a multiple of {GROUPS}, got {dim}")
         if variant not in VARIANT_DIRECTIONS:
             raise ValueError(f"variant must be one of {tuple(VARIANT_DIRECTIONS)}, got {variant!r}")
-        if scan == "cross":
-            raise ValueError(
-                "scan='cross' needs groupmamba_ext.cross_selective_scan, which this version does not have; "
-                "use scan='grouped'"
-            )
-        if scan != "grouped":
-            raise ValueError(f"scan must be 'grouped', got {scan!r}")
+        if scan not in SCANS:
+            raise ValueError(f"scan must be one of {SCANS}, got {scan!r}")
         self.dim = dim
         self.variant = variant
         self.scan = scan
-        self.directions = direction_names(VARIANT_DIRECTIONS[variant] if directions is None else directions, GROUPS)
+        directions = VARIANT_DIRECTIONS[variant] if directions is None else directions
+        self.directions = direction_names(directions, None if scan == "cross" else GROUPS)
         place = {"device": device, "dtype": dtype}
         options = {
             "directions": self.directions,
+            "scan": scan,
             "d_state": d_state,
             "d_conv": d_conv,
             "expand": expand,
@@ -152,7 +150,7 @@ class GroupedMamba2d(nn.Module):
 
     def forward_tokens(self, x: Tensor) -> Tensor:
         """The released and fused variants on channels-last images: contiguous (batch, H, W, dim) in and out."""
-        if self.mamba.conv_weight is not None and can_fuse(x, self.mamba.inner_dim):
+        if self.scan == "grouped" and self.mamba.conv_weight is not None and can_fuse(x, self.mamba.inner_dim):
             return self._fused(x)
         mixed = self._mix(x)
         y = token_linear(mixed.flatten(0, 2).unsqueeze(0), self.proj.weight.unsqueeze(0), self.proj.bias)
