@@ -145,6 +145,21 @@ def test_heads():
         model.reset_classifier(3, "max")
 
 
+@pytest.mark.parametrize("variant", ["released", "paper"])
+def test_folded_batch_norms(variant):
+    model = small(variant=variant).double()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    x = torch.randn(2, 3, 40, 48, dtype=torch.float64)
+    expected = model(x)
+    with pytest.raises(RuntimeError, match="eval"):
+        model.train().fold_batch_norms()
+    assert relative_error(model.eval().fold_batch_norms()(x), expected) < 1e-12
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+
+
 def test_no_weight_decay_and_groups():
     model = small()
     names = {name for name, _ in model.named_parameters()}
