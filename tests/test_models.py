@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The models against the authors' released code in float64, and what timm's users expect of them."""
 
-import importlib.util
-import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,27 +13,9 @@ from common import relative_error  # noqa: E402
 from groupmamba import convert_released_state_dict  # noqa: E402
 from groupmamba.cli import main  # noqa: E402
 from groupmamba.model_info import multiply_adds  # noqa: E402
-from groupmamba.models import GroupMamba, groupmamba_base, groupmamba_small, groupmamba_tiny  # noqa: E402
+from model_tools import GOLDEN, MODELS, released_state_dict, small, weights  # noqa: E402
 
-GOLDEN = Path(__file__).parent / "golden"
-MODELS = {"tiny": groupmamba_tiny, "small": groupmamba_small, "base": groupmamba_base}
 PARAMETERS = {"tiny": 23_361_917, "small": 34_781_555, "base": 57_150_838}  # with both heads
-SMALL = {"stem_dim": 8, "dims": (16, 24, 32, 40), "depths": (1, 2, 1, 1), "mlp_ratios": (2, 2, 2, 2)}
-
-
-def _weights():
-    spec = importlib.util.spec_from_file_location("golden_weights", GOLDEN / "weights.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-weights = _weights()
-
-
-def released_state_dict(kind):
-    shapes = json.loads((GOLDEN / "state_dict_manifest.json").read_text())[f"groupmamba_{kind}"]
-    return {name: torch.from_numpy(np.asarray(weights.fill(name, tuple(shape)))) for name, shape in shapes.items()}
 
 
 def golden(stem):
@@ -47,11 +26,6 @@ def golden(stem):
     x = torch.from_numpy(weights.image(stem, (int(batch), 3, int(height), int(width))))
     with np.load(GOLDEN / f"{stem}.npz") as arrays:
         return model, x, {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-
-
-def small(**options):
-    torch.manual_seed(0)
-    return GroupMamba(num_classes=10, **{**SMALL, **options}).eval()
 
 
 @pytest.mark.parametrize("stem", ["model_tiny_64x64_b2", "model_small_64x96_b1", "model_base_64x64_b1"])
@@ -160,16 +134,45 @@ def test_folded_batch_norms(variant):
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
 
 
-def test_no_weight_decay_and_groups():
+@pytest.mark.parametrize("variant", ["released", "paper"])
+def test_no_weight_decay(variant):
+    from timm.optim import param_groups_weight_decay
+
+    model = small(variant=variant)
+    still, decayed = param_groups_weight_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay())
+    assert (still["weight_decay"], decayed["weight_decay"]) == (0, 0.05)
+    decayed = {id(p) for p in decayed["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in decayed}
+    batch_norms = {"stem.conv.1.weight", "stem.conv.4.weight", "stem.conv.7.weight"}
+    vectors = ("bias", "A_log", ".D", "skip_scale")
+    assert names == {
+        name
+        for name, _ in model.named_parameters()
+        if not name.endswith(vectors) and "norm" not in name and name not in batch_norms
+    }
+
+
+def test_layer_decay_groups():
+    from timm.models import group_parameters
+
     model = small()
     names = {name for name, _ in model.named_parameters()}
-    skipped = model.no_weight_decay()
-    assert skipped == {n for n in names if n.endswith((".A_log", "mamba.D", ".dt_bias"))}
-    assert len(skipped) == 3 * (5 + 1)
-    from timm.optim import param_groups_layer_decay
+    for coarse, count in ((False, 1 + 5 + 1), (True, 1 + 4 + 1)):  # the stem, blocks or stages, the heads
+        groups = group_parameters(model, model.group_matcher(coarse=coarse))
+        assert len(groups) == count
+        assert {name for group in groups.values() for name in group} == names
+        layer = {name: i for i, group in groups.items() for name in group}
+        last = "stages.3.blocks.0.mlp.fc1.weight"
+        assert layer["stage_norms.2.weight"] == layer["stages.3.downsample.proj.weight"] == layer[last]
+        assert layer["class_block.norm1.weight"] == layer["norm.weight"] == layer[last] < layer["head.weight"]
 
-    groups = param_groups_layer_decay(model, weight_decay=0.05, no_weight_decay_list=skipped, layer_decay=0.9)
-    assert sum(len(group["params"]) for group in groups) == len(names)
+
+def test_pruned_to_intermediates():
+    model = small()
+    assert model.prune_intermediate_layers([1]) == [1]
+    model.reset_classifier(0)
+    x = torch.randn(1, 3, 32, 32)
+    assert model(x).shape == (1, 24) and len(model.forward_intermediates(x, intermediates_only=True)) == 2
 
 
 def test_timm_entry_points(tmp_path):
@@ -204,56 +207,6 @@ def test_features():
     assert normed.mean(-1).abs().max() < 1e-4  # weight 1, bias 0
     with pytest.raises(ValueError, match="output_fmt .* got 'NLC'"):
         model.forward_intermediates(x, output_fmt="NLC")
-
-
-@pytest.mark.parametrize("wrap", ["plain", "model", "model_ema", "module"])
-def test_released_checkpoints_load_by_path(tmp_path, wrap):
-    released = {name: value.float() for name, value in released_state_dict("tiny").items()}
-    other = {"model": {"head.bias": torch.zeros(1)}}
-    checkpoint = {
-        "plain": released,
-        "model": {"model": released, "epoch": 3},
-        "model_ema": {**other, "model_ema": released},
-        "module": {"state_dict": {f"module.{name}": value for name, value in released.items()}},
-    }[wrap]
-    path = tmp_path / "checkpoint.pth"
-    torch.save(checkpoint, path)
-    model = timm.create_model("groupmamba_tiny", pretrained=True, pretrained_cfg_overlay={"file": str(path)})
-    expected = convert_released_state_dict(released)
-    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
-    if wrap == "plain":
-        few = timm.create_model(
-            "groupmamba_tiny",
-            pretrained=True,
-            num_classes=4,
-            distillation=False,
-            pretrained_cfg_overlay={"file": str(path)},
-        )
-        assert few.head.weight.shape == (4, 448)
-        assert torch.equal(few.class_block.norm2.weight, expected["class_block.norm2.weight"])
-
-
-def test_weights_from_elsewhere(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=r"weights .* got '.*none\.pth'"):
-        groupmamba_tiny(weights=tmp_path / "none.pth")
-    path = tmp_path / "checkpoint.pth"
-    torch.save({"model": groupmamba_tiny().state_dict()}, path)
-    expected = torch.load(path, weights_only=True)["model"]
-    loaded = groupmamba_tiny(weights=path).state_dict()
-    assert all(torch.equal(value, expected[name]) for name, value in loaded.items())
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(RuntimeError, match=r"Abdelrahman-shaker/GroupMamba-Small.*groupmamba_small\(weights="):
-        groupmamba_small(pretrained=True)
-
-
-def test_hub_round_trip(tmp_path):
-    model = small(variant="fused")
-    model.save_pretrained(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} >= {"config.json", "model.safetensors"}
-    again = GroupMamba.from_pretrained(tmp_path).eval()
-    x = torch.randn(1, 3, 32, 32)
-    assert torch.equal(again(x), model(x))
 
 
 @pytest.mark.parametrize("kind, paper", [("tiny", 4.5e9), ("small", 7.0e9), ("base", 14e9)])
@@ -305,6 +258,9 @@ def test_compile_and_trace():
         ({"mlp_ratios": (1,)}, r"mlp_ratios must have one entry a stage"),
         ({"global_pool": "catavgmax"}, "global_pool .* got 'catavgmax'"),
         ({"variant": "new"}, "variant .* got 'new'"),
+        ({"num_classes": -1}, "num_classes .* got -1"),
+        ({"in_chans": 0}, "in_chans .* got 0"),
+        ({"drop_path_rate": 1.5}, "drop_path_rate .* got 1.5"),
         ({"dims": (16, 24, 32, 42)}, "dim must be a multiple of 4, got 42"),
     ],
 )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import timm.layers
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
@@ -16,7 +17,7 @@ BLOCK_EPS = 1e-6  # block, class-block and stage norms
 CONV_EPS = 1e-5  # norms behind the stem and downsampling convolutions
 
 for _module in (GroupedMamba2d, ConvFeedForward, TokenNorm):
-    timm.layers.register_notrace_module(_module)
+    register_notrace_module(_module)
 
 
 def _tokens(x: Tensor) -> Tensor:

@@ -4,20 +4,18 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
-from huggingface_hub.errors import HfHubHTTPError
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from groupmamba.checkpoints import convert_released_state_dict, is_released_state_dict, unwrap_checkpoint
+from groupmamba.layers._checks import positive_int
 from groupmamba.layers.token_norm import TokenNorm
 from groupmamba.models.blocks import BLOCK_EPS, ClassBlock, Stage, Stem
+from groupmamba.models.pretrained import build, default_cfgs  # noqa: F401  timm's registry looks for default_cfgs here
 
 
 class GroupMamba(
@@ -25,8 +23,8 @@ class GroupMamba(
     PyTorchModelHubMixin,
     library_name="groupmamba",
     paper_url="https://arxiv.org/abs/2407.13772",
-    license="apache-2.0",
     pipeline_tag="image-classification",
+    tags=["groupmamba", "timm"],
 ):
     """Stem, four stages of blocks, a class block on the pooled image, and a head; by default as the authors' code.
 
@@ -76,6 +74,9 @@ class GroupMamba(
         drop_path_rate: float = 0.0,
     ):
         super().__init__()
+        positive_int("in_chans", in_chans)
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate must be from 0 up to but not 1, got {drop_path_rate!r}")
         for name, sizes in (("depths", depths), ("mlp_ratios", mlp_ratios)):
             if len(sizes) != len(dims):
                 raise ValueError(f"{name} must have one entry a stage ({len(dims)}), got {tuple(sizes)}")
@@ -86,7 +87,8 @@ class GroupMamba(
             "d_state": d_state,
             "directions": directions,
         }
-        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.num_classes = _class_count(num_classes)
         self.num_features = self.head_hidden_size = dims[-1]
         self.distillation = distillation
         self.distilled_training = False
@@ -127,18 +129,30 @@ class GroupMamba(
         self.apply(_init_weights)
 
     def no_weight_decay(self) -> set[str]:
-        """``A_log``, ``D`` and step biases of all layers."""
-        return {name for name, p in self.named_parameters() if getattr(p, "_no_weight_decay", False)}
+        """What is not decayed: ``A_log``, ``D``, step biases, and the norms and biases that are stacked by group.
+
+        The latter have two dimensions, so that the usual rule (vectors are not decayed) does not find them.
+        """
+        return {
+            name
+            for name, p in self.named_parameters()
+            if getattr(p, "_no_weight_decay", False)
+            or name.endswith(("_bias", "norm_weight", "norm1_weight", "norm2_weight"))
+        }
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Groups of parameters for layer-wise learning rates."""
-        blocks = [
-            (r"^stages\.(\d+)\.downsample", (0,)),
-            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            (r"^stage_norms\.(\d+)", (0,)),
-            (r"^(?:class_block|norm)", (99999,)),
-        ]
-        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
+        """Groups of parameters for layer-wise learning rates: the stem, each block, the heads.
+
+        A stage's norm and the downsampling behind it belong to the next stage's first block, class block and last norm
+        to the last block. ``coarse``: stages in place of blocks.
+        """
+        first = () if coarse else (0,)
+        blocks = [(rf"^stage_norms\.{i}\.", (i + 1, *first)) for i in range(len(self.stage_norms))]
+        if coarse:
+            blocks.append((r"^stages\.(\d+)", None))
+        else:
+            blocks += [(r"^stages\.(\d+)\.downsample", first), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
+        return {"stem": r"^stem", "blocks": [*blocks, (r"^(?:class_block|norm)\.", (99999,))]}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass in place of keeping what it computed."""
@@ -173,10 +187,12 @@ class GroupMamba(
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """New heads for ``num_classes`` (0 for none), and another ``global_pool`` if given."""
-        self.num_classes = num_classes
+        self.num_classes = _class_count(num_classes)
         if global_pool is not None:
             self._set_pool(global_pool)
-        like = self.norm.weight
+        # What save_pretrained writes to config.json.
+        self._hub_mixin_config.update(num_classes=self.num_classes, global_pool=self.global_pool)
+        like = self.stem.proj.weight
         self._set_heads()
         for head in (self.head, self.dist_head):
             if head is not None:
@@ -270,6 +286,12 @@ class GroupMamba(
         return self.forward_head(self.forward_features(x))
 
 
+def _class_count(value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"num_classes must be an int of at least 0, got {value!r}")
+    return value
+
+
 def _init_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
@@ -282,41 +304,6 @@ def _init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
-    """What timm loads: this project's names, from a checkpoint of this project or of the authors' code."""
-    state_dict = unwrap_checkpoint(state_dict)
-    return convert_released_state_dict(state_dict) if is_released_state_dict(state_dict) else state_dict
-
-
-def _cfg(hub: str, **changes) -> dict:
-    return {
-        "hf_hub_id": hub,
-        "hf_hub_filename": "pytorch_model.bin",  # timm takes model.safetensors where the repository has it
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv.0",
-        "classifier": ("head", "dist_head"),
-        "license": "mit",
-        "paper_ids": "arXiv:2407.13772",
-        "paper_name": "GroupMamba: Efficient Group-Based Visual State Space Model",
-        "origin_url": "https://github.com/Amshaker/GroupMamba",
-        **changes,
-    }
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        "groupmamba_tiny.in1k": _cfg("Abdelrahman-shaker/GroupMamba-Tiny"),
-        "groupmamba_small.in1k": _cfg("Abdelrahman-shaker/GroupMamba-Small"),
-        "groupmamba_base.in1k": _cfg("Abdelrahman-shaker/GroupMamba-Base"),
-    }
-)
-
 SIZES = {
     "groupmamba_tiny": {"stem_dim": 32, "dims": (64, 128, 348, 448), "depths": (3, 4, 9, 3)},
     "groupmamba_small": {"stem_dim": 64, "dims": (64, 128, 348, 512), "depths": (3, 4, 16, 3)},
@@ -324,33 +311,8 @@ SIZES = {
 }
 
 
-def _create(
-    name: str, pretrained: bool, weights: str | os.PathLike | None = None, pretrained_cfg_overlay=None, **kwargs
-) -> GroupMamba:
-    if weights is not None:
-        if not os.path.isfile(weights):
-            raise FileNotFoundError(f"weights must be the path of a checkpoint, got {os.fspath(weights)!r}")
-        pretrained, pretrained_cfg_overlay = True, {**(pretrained_cfg_overlay or {}), "file": os.fspath(weights)}
-    if pretrained and not kwargs.get("distillation", True):
-        kwargs.setdefault("pretrained_strict", False)  # the second head stays behind
-    try:
-        return build_model_with_cfg(
-            GroupMamba,
-            name,
-            pretrained,
-            pretrained_cfg_overlay=pretrained_cfg_overlay,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-            **SIZES[name],
-            **kwargs,
-        )
-    except (OSError, HfHubHTTPError) as error:
-        hub = default_cfgs[name].default.hf_hub_id
-        raise RuntimeError(
-            f"{name}: the weights could not be loaded ({type(error).__name__}). With pretrained=True they come from "
-            f"huggingface.co/{hub}; without a network give the file of a checkpoint, of that repository or of the "
-            f"authors' code: {name}(weights='path/to/checkpoint.pth')"
-        ) from error
+def _create(name: str, pretrained: bool, **kwargs) -> GroupMamba:
+    return build(GroupMamba, name, pretrained, **SIZES[name], **kwargs)
 
 
 @register_model
@@ -365,7 +327,7 @@ def groupmamba_tiny(pretrained: bool = False, **kwargs) -> GroupMamba:
 
     Raises:
         FileNotFoundError: ``weights`` is no file.
-        RuntimeError: the weights can't be had, or do not fit.
+        RuntimeError: the weights can't be had, can't be read safely, or do not fit.
     """
     return _create("groupmamba_tiny", pretrained, **kwargs)
 
