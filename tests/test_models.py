@@ -14,6 +14,8 @@ timm = pytest.importorskip("timm", reason="needs the extra 'models'")
 
 from common import relative_error  # noqa: E402
 from groupmamba import convert_released_state_dict  # noqa: E402
+from groupmamba.cli import main  # noqa: E402
+from groupmamba.model_info import multiply_adds  # noqa: E402
 from groupmamba.models import GroupMamba, groupmamba_base, groupmamba_small, groupmamba_tiny  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -143,6 +145,21 @@ def test_heads():
         model.reset_classifier(3, "max")
 
 
+@pytest.mark.parametrize("variant", ["released", "paper"])
+def test_folded_batch_norms(variant):
+    model = small(variant=variant).double()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    x = torch.randn(2, 3, 40, 48, dtype=torch.float64)
+    expected = model(x)
+    with pytest.raises(RuntimeError, match="eval"):
+        model.train().fold_batch_norms()
+    assert relative_error(model.eval().fold_batch_norms()(x), expected) < 1e-12
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+
+
 def test_no_weight_decay_and_groups():
     model = small()
     names = {name for name, _ in model.named_parameters()}
@@ -214,6 +231,47 @@ def test_released_checkpoints_load_by_path(tmp_path, wrap):
         )
         assert few.head.weight.shape == (4, 448)
         assert torch.equal(few.class_block.norm2.weight, expected["class_block.norm2.weight"])
+
+
+def test_weights_from_elsewhere(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"weights .* got '.*none\.pth'"):
+        groupmamba_tiny(weights=tmp_path / "none.pth")
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"model": groupmamba_tiny().state_dict()}, path)
+    expected = torch.load(path, weights_only=True)["model"]
+    loaded = groupmamba_tiny(weights=path).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.items())
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(RuntimeError, match=r"Abdelrahman-shaker/GroupMamba-Small.*groupmamba_small\(weights="):
+        groupmamba_small(pretrained=True)
+
+
+def test_hub_round_trip(tmp_path):
+    model = small(variant="fused")
+    model.save_pretrained(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} >= {"config.json", "model.safetensors"}
+    again = GroupMamba.from_pretrained(tmp_path).eval()
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize("kind, paper", [("tiny", 4.5e9), ("small", 7.0e9), ("base", 14e9)])
+def test_multiply_adds_agree_with_the_paper(kind, paper):
+    assert multiply_adds(MODELS[kind](), 224) == pytest.approx(paper, rel=0.05)
+
+
+def test_info_command(capsys, monkeypatch):
+    monkeypatch.setattr("groupmamba.model_info.SECONDS", 0.0)
+    assert main(["info", "groupmamba_tiny", "--batch", "1", "--size", "64", "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    assert "23.36 M" in text
+    assert re.search(r"inference +[\d.,]+ images/s, float32, batch 1, cpu", text)
+    assert main(["info", "groupmamba_huge"]) == 1
+    assert "got 'groupmamba_huge'" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["info", "groupmamba_tiny", "--batch", "0"])
+    assert "got '0'" in capsys.readouterr().err
 
 
 def test_gradient_checkpointing():

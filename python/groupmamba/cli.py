@@ -43,16 +43,31 @@ def info() -> int:
     return 0 if usable else 1
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
+    return int(text)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status."""
     parser = argparse.ArgumentParser(prog="groupmamba", description="Grouped selective-scan vision layers for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True)
     demo.add_arguments(commands.add_parser("demo", help="run the layer on a photograph and draw what it does"))
-    commands.add_parser("info", help="versions, what the ops were built for, and the devices present")
+    about = commands.add_parser("info", help="what was built and the devices present; or facts on a model")
+    about.add_argument("model", nargs="?", help="such as groupmamba_tiny: parameters, multiply-adds, speed, memory")
+    about.add_argument("--batch", type=_positive, help="images at a time (default: 128 on a GPU, 8 on the CPU)")
+    about.add_argument("--size", type=_positive, default=224, help="pixels of a side (default: %(default)s)")
+    about.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
     commands.add_parser("selftest", help="check every op against its reference on the devices present")
     args = parser.parse_args(argv)
     if args.command == "info":
-        return info()
+        if args.model is None:
+            return info()
+        from groupmamba.model_info import describe
+
+        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return describe(args.model, args.batch or (128 if device == "cuda" else 8), args.size, device)
     if args.command == "selftest":
         from groupmamba_ext import selftest
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import timm.layers
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
 from groupmamba.layers import GroupedMamba2d
@@ -43,6 +44,16 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(_tokens(self.proj(self.conv(x))))
+
+    def fold_batch_norms(self) -> None:
+        """Each BatchNorm becomes part of the convolution before it. In evaluation mode only."""
+        layers = []
+        for layer in self.conv:
+            if isinstance(layer, nn.BatchNorm2d):
+                layers[-1] = fuse_conv_bn_eval(layers[-1], layer)
+            else:
+                layers.append(layer)
+        self.conv = nn.Sequential(*layers)
 
 
 class Downsample(nn.Module):

@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 
 import torch
+from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub.errors import HfHubHTTPError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
@@ -17,7 +20,14 @@ from groupmamba.layers.token_norm import TokenNorm
 from groupmamba.models.blocks import BLOCK_EPS, ClassBlock, Stage, Stem
 
 
-class GroupMamba(nn.Module):
+class GroupMamba(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="groupmamba",
+    paper_url="https://arxiv.org/abs/2407.13772",
+    license="apache-2.0",
+    pipeline_tag="image-classification",
+):
     """Stem, four stages of blocks, a class block on the pooled image, and a head; by default as the authors' code.
 
     Args:
@@ -39,6 +49,9 @@ class GroupMamba(nn.Module):
     Under autocast the residual stream is low precision, see :class:`~groupmamba.layers.token_norm.TokenNorm`.
 
     State: weights of the authors' code become this model's by :func:`groupmamba.convert_released_state_dict`.
+
+    ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` are those of the Hugging Face hub (safetensors and the
+    arguments above as config.json).
 
     Raises:
         ValueError: sizes that are not one a stage, an unknown ``global_pool``, or what the layer refuses.
@@ -141,6 +154,19 @@ class GroupMamba(nn.Module):
         if enable and not self.distillation:
             raise ValueError("set_distilled_training needs a model with distillation=True")
         self.distilled_training = enable
+
+    def fold_batch_norms(self) -> GroupMamba:
+        """For inference: the stem's BatchNorms become part of its convolutions, in place; returns the model.
+
+        Outputs stay the same to rounding; the ``state_dict`` loses the folded entries.
+
+        Raises:
+            RuntimeError: the model is in training mode.
+        """
+        if self.training:
+            raise RuntimeError("fold_batch_norms needs the model in evaluation mode: call eval() first")
+        self.stem.fold_batch_norms()
+        return self
 
     def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
         return self.head if self.dist_head is None else (self.head, self.dist_head)
@@ -298,33 +324,59 @@ SIZES = {
 }
 
 
-def _create(variant_name: str, pretrained: bool, **kwargs) -> GroupMamba:
-    if not kwargs.get("distillation", True) and pretrained:
+def _create(
+    name: str, pretrained: bool, weights: str | os.PathLike | None = None, pretrained_cfg_overlay=None, **kwargs
+) -> GroupMamba:
+    if weights is not None:
+        if not os.path.isfile(weights):
+            raise FileNotFoundError(f"weights must be the path of a checkpoint, got {os.fspath(weights)!r}")
+        pretrained, pretrained_cfg_overlay = True, {**(pretrained_cfg_overlay or {}), "file": os.fspath(weights)}
+    if pretrained and not kwargs.get("distillation", True):
         kwargs.setdefault("pretrained_strict", False)  # the second head stays behind
-    return build_model_with_cfg(
-        GroupMamba,
-        variant_name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **SIZES[variant_name],
-        **kwargs,
-    )
+    try:
+        return build_model_with_cfg(
+            GroupMamba,
+            name,
+            pretrained,
+            pretrained_cfg_overlay=pretrained_cfg_overlay,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+            **SIZES[name],
+            **kwargs,
+        )
+    except (OSError, HfHubHTTPError) as error:
+        hub = default_cfgs[name].default.hf_hub_id
+        raise RuntimeError(
+            f"{name}: the weights could not be loaded ({type(error).__name__}). With pretrained=True they come from "
+            f"huggingface.co/{hub}; without a network give the file of a checkpoint, of that repository or of the "
+            f"authors' code: {name}(weights='path/to/checkpoint.pth')"
+        ) from error
 
 
 @register_model
 def groupmamba_tiny(pretrained: bool = False, **kwargs) -> GroupMamba:
-    """GroupMamba-T: 23.4 M parameters with both heads. ``kwargs`` go to :class:`GroupMamba` and timm's builder."""
+    """GroupMamba-T: 23.4 M parameters with both heads, 4.66 G multiply-adds at 224 x 224 (the paper: 4.5 G).
+
+    Args:
+        pretrained: load the authors' ImageNet weights from the Hugging Face hub.
+        kwargs: ``weights``, the path of a checkpoint to load instead, of this project or of the authors' code (in a
+            training checkpoint the averaged weights are preferred); the others go to :class:`GroupMamba` and to
+            timm's builder: ``features_only``, ``out_indices``, ``pretrained_cfg_overlay``, ...
+
+    Raises:
+        FileNotFoundError: ``weights`` is no file.
+        RuntimeError: the weights can't be had, or do not fit.
+    """
     return _create("groupmamba_tiny", pretrained, **kwargs)
 
 
 @register_model
 def groupmamba_small(pretrained: bool = False, **kwargs) -> GroupMamba:
-    """GroupMamba-S: 34.8 M parameters with both heads. ``kwargs`` as for :func:`groupmamba_tiny`."""
+    """GroupMamba-S: 34.8 M parameters, 7.22 G multiply-adds (the paper: 7.0 G). See :func:`groupmamba_tiny`."""
     return _create("groupmamba_small", pretrained, **kwargs)
 
 
 @register_model
 def groupmamba_base(pretrained: bool = False, **kwargs) -> GroupMamba:
-    """GroupMamba-B: 57.2 M parameters with both heads. ``kwargs`` as for :func:`groupmamba_tiny`."""
+    """GroupMamba-B: 57.2 M parameters, 14.1 G multiply-adds (the paper: 14 G). See :func:`groupmamba_tiny`."""
     return _create("groupmamba_base", pretrained, **kwargs)

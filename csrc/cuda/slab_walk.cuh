@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0
+// How a block of the sm_90 scan kernels walks the slabs of its planes, and a thread's chunk in a slab.
+//
+// A flip costs nothing: a reversed path takes slabs, chunks and tokens in reverse. A chunk is 7 tokens of one row-major
+// run or of one column; along columns neighbouring chunks of threads take neighbouring columns, so that their rows of
+// shared memory are adjacent (no bank conflicts), and `order` is a chunk's place on the path.
+//
+// Tokens beyond the plane's last row or column come as zeros and lie at the end (reversed: the start) of the path,
+// where they touch nothing. Those beyond the end of a column lie inside it: their steps are set to 0.
+#pragma once
+
+#include "cuda/grouped_scan_sm90.h"
+#include "cuda/math.cuh"
+#include "cuda/tma.cuh"
+
+namespace gm {
+
+constexpr int kSm90Stages = 2;
+
+// Constants of a block whose slab has kParts parts of 128 threads, kLanes of them to a token. kWhole: every lane has 4
+// channels, and LayerNorm counts them all.
+template <int kLanesOfToken, bool kWholeWidth, int kPartsOfSlab>
+struct Sm90Block {
+    static constexpr int kLanes = kLanesOfToken, kParts = kPartsOfSlab, kThreads = kParts * kSlabThreads;
+    static constexpr bool kWhole = kWholeWidth;
+    static constexpr int kWidth = kLanes * kVec;  // channels that the lanes could hold
+    static constexpr int kChunks = kThreads / kLanes, kTokens = kChunks * kFwdTokens;
+    static constexpr int kScanLanes = kChunks / 4;       // lanes of a channel in the chunk scan, 4 chunks each
+    static constexpr int kPad = kScanLanes > 1 ? 4 : 0;  // floats after every 4 chunks: their readers hit other banks
+    static constexpr int kAggregates = kChunks * kWidth + kChunks / 4 * kPad;
+    // Fetching step features: each thread has kFetchTokens tokens and every kSharers-th of their features.
+    static constexpr int kFetchTokens = kTokens > kThreads ? 2 : 1;
+    static constexpr int kSharers = kLanes > 8 ? kLanes / 8 / kParts : 1;
+    static_assert(kParts == 1 || kLanes <= 8);
+    static constexpr int kFeatures = kSm90Features<kLanes>;
+    static constexpr int kFetch = (kFeatures + kSharers - 1) / kSharers;
+
+    __device__ static int aggregate(int chunk) { return chunk * kWidth + chunk / 4 * kPad; }
+    __host__ __device__ static int dim(const ScanShape& s) { return kWhole ? kWidth : s.dim; }
+    // Floats of a token's features in shared memory: B, C, dt_0, ...; a multiple of 4.
+    __host__ __device__ static int width(const ScanShape& s) { return kFeatures <= 4 ? 4 : (s.rank + 5) / 4 * 4; }
+    // Bytes of one tensor's slab, a multiple of 128. The slot after the last is zeros, for threads without tokens or
+    // channels of their own: what they read, nobody writes.
+    __host__ __device__ static int slab_bytes(const ScanShape& s) {
+        return ((kTokens + 1) * dim(s) * 2 + 127) / 128 * 128;
+    }
+};
+
+// A slab of a plane: (column, row) of its first token, and its row-major number, the origin; along rows, that as
+// column.
+struct SlabCursor {
+    int batch, step, column, row, origin;
+};
+
+// The slabs of a block's planes, all of one group: batch by batch, each along its path or, kFromEnd, against it.
+template <class Block, bool kFromEnd>
+struct SlabWalk {
+    int group, batch_step, steps;
+    bool reverse, columns, pieces, descending;
+    int box_tokens, stride;
+
+    SlabWalk() = default;
+    __device__ SlabWalk(const ScanShape& s, const SlabPlan& plan) {
+        group = blockIdx.x % s.groups;
+        batch_step = gridDim.x / s.groups;
+        const int direction = (s.directions[group >> 4] >> (2 * (group & 15))) & 3;
+        reverse = direction & 1;
+        columns = direction & 2;
+        descending = reverse != kFromEnd;
+        pieces = columns && plan.columns == 0;
+        steps = columns ? plan.column_slabs : plan.row_slabs;
+        box_tokens = columns && !pieces ? plan.columns * s.height : Block::kTokens;
+        stride = columns ? plan.columns : Block::kTokens;
+        if (descending) stride = -stride;
+    }
+    __device__ __forceinline__ int64_t total(const ScanShape& s) const {
+        const int first = blockIdx.x / s.groups;
+        return (s.batch - first + batch_step - 1) / batch_step * steps;
+    }
+    __device__ __forceinline__ void restart(const ScanShape& s, const SlabPlan& plan, SlabCursor& at) const {
+        at.step = 0;
+        at.row = pieces && descending ? (plan.pieces - 1) * Block::kTokens : 0;
+        at.column = !descending ? 0 : pieces ? s.width - 1 : (steps - 1) * (columns ? plan.columns : Block::kTokens);
+        at.origin = at.row * s.width + at.column;
+    }
+    __device__ __forceinline__ SlabCursor first(const ScanShape& s, const SlabPlan& plan) const {
+        SlabCursor at;
+        at.batch = blockIdx.x / s.groups;
+        restart(s, plan, at);
+        return at;
+    }
+    __device__ __forceinline__ void advance(const ScanShape& s, const SlabPlan& plan, SlabCursor& at) const {
+        if (++at.step == steps) {
+            at.batch += batch_step;
+            restart(s, plan, at);
+        } else if (!pieces) {
+            at.column += stride;
+            at.origin = at.column;
+        } else {
+            at.row += descending ? -Block::kTokens : Block::kTokens;
+            if (at.row < 0 || at.row >= s.height) {
+                at.row = descending ? (plan.pieces - 1) * Block::kTokens : 0;
+                at.column += descending ? -1 : 1;
+            }
+            at.origin = at.row * s.width + at.column;
+        }
+    }
+    // Number of a slab's part, the part-th along the path; beyond all others where it has no tokens.
+    __device__ __forceinline__ int part(const SlabPlan& plan, const SlabCursor& at, int part) const {
+        const int place = Block::kParts == 1 ? 0 : reverse ? 1 - part : part;
+        if (Block::kParts > 1 && pieces) {
+            const int piece = at.row / (Block::kTokens / 2) + place;
+            return piece < plan.part_pieces ? at.column * plan.part_pieces + piece : INT32_MAX;
+        }
+        return (descending ? steps - 1 - at.step : at.step) * Block::kParts + place;
+    }
+    // Visits the boxes of a slab: visit(coordinates, byte offset in shared memory).
+    template <class F>
+    __device__ __forceinline__ void boxes(const ScanShape& s, const SlabCursor& at, const SlabMapKind& kind,
+                                          F&& visit) const {
+        const int count = Block::kTokens > kBoxLimit ? kind.boxes[columns] : 1;
+        const bool fused = columns && kind.column_fuse;
+#pragma unroll 1
+        for (int box = 0; box < count; ++box) {
+            const int tokens = box * (Block::kTokens / 2);
+            visit(Coordinates{fused ? at.column * Block::dim(s) : 0,
+                              fused     ? 0
+                              : columns ? at.column
+                                        : (at.column + tokens) >> kind.row_shift,
+                              columns ? at.row + tokens : 0, group, at.batch},
+                  tokens * Block::dim(s) * 2);
+        }
+    }
+    __device__ __forceinline__ int box_bytes(const ScanShape& s) const { return box_tokens * Block::dim(s) * 2; }
+};
+
+// This thread's chunk: tokens first..first + 6 of one column of a slab (of its one run along rows).
+template <class Block>
+struct SlabChunk {
+    int c0, first, order;
+    int slot0, slot_step;  // path token k is in slot slot0 + k * slot_step
+    bool active, idle, owns, reverse;
+
+    template <class Walk>
+    __device__ SlabChunk(const ScanShape& s, const SlabPlan& plan, const Walk& walk) {
+        const int chunk = threadIdx.x / Block::kLanes;
+        c0 = threadIdx.x % Block::kLanes * kVec;
+        active = Block::kWhole || c0 < s.dim;
+        reverse = walk.reverse;
+        const bool whole_columns = walk.columns && !walk.pieces;
+        const int across = whole_columns ? plan.columns : 1, blocks = whole_columns ? plan.blocks : Block::kChunks;
+        idle = chunk >= across * blocks;  // columns need not fill the slab
+        int place = idle ? chunk : chunk % across * blocks + chunk / across;
+        if (Block::kParts > 1 && whole_columns) {
+            // The chunks of a part are adjacent on the path, those without tokens behind them.
+            constexpr int kPartChunks = Block::kChunks / Block::kParts;
+            const int part_across = across / Block::kParts, used = part_across * blocks;
+            const int spare = chunk - across * blocks, spares = max(kPartChunks - used, 1), column = chunk % across;
+            const int part = idle ? spare / spares : column / part_across;
+            place =
+                part * kPartChunks + (idle ? used + spare % spares : column % part_across * blocks + chunk / across);
+        }
+        first = idle ? 0 : chunk / across * kFwdTokens;
+        order = reverse ? Block::kChunks - 1 - place : place;
+        owns = active && !idle;
+        slot_step = idle ? 0 : reverse ? -across : across;
+        slot0 = idle ? Block::kTokens : first * across + chunk % across + (reverse ? (kFwdTokens - 1) * across : 0);
+    }
+    // Byte offset of this thread's channels in a slab at path token 0, and from one path token to the next.
+    __device__ __forceinline__ int offset(const ScanShape& s) const {
+        return ((active ? slot0 : Block::kTokens) * Block::dim(s) + (active ? c0 : 0)) * 2;
+    }
+    __device__ __forceinline__ int step(const ScanShape& s) const { return active ? slot_step * Block::dim(s) * 2 : 0; }
+    // How many of the chunk's tokens exist; they are the first of a column, so the last of a reversed path. The slots
+    // of the others hold zeros, and are nobody else's.
+    template <class Walk>
+    __device__ __forceinline__ int count(const ScanShape& s, const Walk& walk, const SlabCursor& at) const {
+        return idle ? 0 : walk.columns ? min(max(s.height - at.row - first, 0), kFwdTokens) : kFwdTokens;
+    }
+    __device__ __forceinline__ bool is_real(int k, int count) const {
+        return (reverse ? kFwdTokens - 1 - k : k) < count;
+    }
+};
+
+// True where some chunk of the block has tokens that do not exist.
+template <class Block, class Walk>
+__device__ __forceinline__ bool is_ragged(const ScanShape& s, const SlabPlan& plan, const Walk& walk) {
+    return walk.columns && (walk.pieces ? s.height % Block::kTokens != 0
+                                        : s.height % kFwdTokens != 0 || plan.columns * plan.blocks < Block::kChunks);
+}
+
+}  // namespace gm
