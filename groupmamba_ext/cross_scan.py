@@ -12,12 +12,12 @@ from groupmamba_ext import reference
 from groupmamba_ext._checks import Arguments, last_size
 from groupmamba_ext.backend import use_native
 from groupmamba_ext.dispatch import call
-from groupmamba_ext.ops import DIRECTIONS, MAX_STATES, _autocast, chunk_tokens, grouped_selective_scan
+from groupmamba_ext.ops import DIRECTIONS, MAX_STATES, _autocast, chunk_tokens
 
 
 def saved_chunk(dim: int, device_type: str) -> int:
-    """Path tokens between two saved states."""
-    return chunk_tokens(dim, device_type)
+    """Path tokens between two saved states; on CUDA kCrossChunk of csrc/cuda/cross_plan.h."""
+    return chunk_tokens(dim, device_type) if device_type == "cpu" else 112
 
 
 def cross_selective_scan(
@@ -114,28 +114,7 @@ def cross_selective_scan(
 
 def _native_cross(u, dt, A, B, C, D, dt_weight, dt_bias, codes, softplus) -> Tensor:
     """With groups: u (batch, H, W, G, D), A (G, K, D, N)."""
-    if u.device.type == "cuda":
-        return _composed_cross(u, dt, A, B, C, D, dt_weight, dt_bias, codes, softplus)
     tensors = (u, dt, A, B, C, D, dt_weight, dt_bias)
     save_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     y, _ = call("cross_selective_scan", *tensors, codes, softplus, saved_chunk(u.shape[-1], u.device.type), save_states)
     return y
-
-
-def _composed_cross(u, dt, A, B, C, D, dt_weight, dt_bias, codes, softplus) -> Tensor:
-    """Each group as a grouped scan of K groups that share one image, then the sum over them; in float32, so that
-    nothing is rounded before the sum."""
-    dtype = u.dtype
-    u, dt, B, C = (t.float() for t in (u, dt, B, C))
-    A, D, dt_weight, dt_bias = (None if t is None else t.float() for t in (A, D, dt_weight, dt_bias))
-
-    def one(g: int) -> Tensor:
-        image = u[:, :, :, g, None].expand(-1, -1, -1, len(codes), -1)
-        D_g, weight, bias = (None if t is None else t[g] for t in (D, dt_weight, dt_bias))
-        y = grouped_selective_scan(
-            image, dt[:, :, :, g], A[g], B[:, :, :, g], C[:, :, :, g], D_g, dt_weight=weight, dt_bias=bias,
-            directions=[DIRECTIONS[code] for code in codes], softplus=softplus,
-        )  # fmt: skip
-        return y.sum(3)
-
-    return torch.stack([one(g) for g in range(u.shape[3])], 3).to(dtype)

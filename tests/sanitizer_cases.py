@@ -12,6 +12,7 @@ from common import group_major, padded_channels
 from scan_tools import IMAGES
 from scan_tools import inputs as scan_inputs
 from test_conv import inputs as conv_inputs
+from test_cross_scan import inputs as cross_inputs
 from test_norms import modulated_inputs, pool_inputs
 
 SCANS = [  # dim, rank, states, h, w: the portable kernels, aligned and not
@@ -19,6 +20,9 @@ SCANS = [  # dim, rank, states, h, w: the portable kernels, aligned and not
     # the tensor-copy kernels: whole slabs, ragged columns, pieces of columns, one token
     (16, 1, 1, 56, 56), (32, 2, 1, 14, 16), (88, 6, 1, 14, 14), (64, 6, 1, 56, 2), (128, 14, 1, 56, 14),
     (16, 1, 1, 60, 50), (24, 2, 1, 29, 31), (112, 7, 1, 7, 7), (48, 3, 1, 1, 1), (16, 1, 1, 230, 5),
+]  # fmt: skip
+CROSS = [  # dim, rank, states, h, w: sums in shared memory, in slices of the channels, in device memory
+    (3, 1, 1, 5, 7), (16, 1, 1, 56, 56), (40, 2, 3, 29, 31), (87, 6, 1, 7, 9), (16, None, 1, 9, 11), (32, 2, 2, 90, 91),
 ]  # fmt: skip
 
 
@@ -39,6 +43,10 @@ def main() -> None:
                 if layout is not None:
                     tensors = {k: layout(v) if k in IMAGES else v for k, v in tensors.items()}
                 run(ext.grouped_selective_scan, tensors)
+        for dim, rank, states, h, w in CROSS:
+            tensors = cross_inputs("cuda", dtype, batch=1, h=h, w=w, dim=dim, n=states, rank=rank)
+            run(ext.cross_selective_scan, tensors)
+            run(ext.cross_selective_scan, {k: padded_channels(v) if k in IMAGES else v for k, v in tensors.items()})
         for channels, h, w in ((1, 3, 5), (16, 7, 7), (87, 14, 9), (130, 5, 33)):
             for activation in (None, "silu", "gelu"):
                 tensors = conv_inputs("cuda", dtype, groups=3, channels=channels, h=h, w=w)

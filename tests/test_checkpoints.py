@@ -52,22 +52,29 @@ def test_one_layer_loads_strictly():
     assert torch.equal(layer.affinity.fc1.weight, sd["fc1.weight"])
 
 
-def test_whole_model_keeps_the_rest():
-    rest = {
-        "patch_embed1.conv.1.num_batches_tracked": torch.tensor(7),
-        "block1.0.norm2.weight": torch.ones(16),
-        "block1.0.mlp.fc1.weight": torch.ones(64, 16),
-        "norm1.weight": torch.ones(16),
-        "head.weight": torch.ones(10, 16),
+def test_whole_model():
+    rest = {  # released name, ours
+        "patch_embed1.conv.1.num_batches_tracked": "stem.conv.1.num_batches_tracked",
+        "patch_embed1.proj.weight": "stem.proj.weight",
+        "patch_embed3.norm.bias": "stages.2.downsample.norm.bias",
+        "block1.0.norm2.weight": "stages.0.blocks.0.norm2.weight",
+        "block3.12.mlp.fc1.weight": "stages.2.blocks.12.mlp.fc1.weight",
+        "block3.12.mlp.dwconv.dwconv.weight": "stages.2.blocks.12.mlp.dwconv.weight",
+        "norm1.weight": "stage_norms.0.weight",
+        "norm4.weight": "norm.weight",
+        "post_network.0.norm1.bias": "class_block.norm1.bias",
+        "head.weight": "head.weight",
+        "something.else": "something.else",
     }
-    sd = {**rest, **released("block1.0.attn."), **released("post_network.0.attn.")}
+    values = {name: torch.rand(2, 3) for name in rest}
+    sd = {**values, **released("block1.0.attn."), **released("post_network.0.attn.")}
     out = convert_released_state_dict(sd)
-    for name, value in rest.items():
-        assert out[name] is value
+    for name, new in rest.items():
+        assert out[new] is values[name]
     assert sum(value.numel() for value in out.values()) == sum(value.numel() for value in sd.values())
     layer = set(GroupedMamba2d(16, d_state=2).state_dict())
-    prefixes = ("block1.0.attn.", "post_network.0.attn.")
-    assert set(out) == set(rest) | {prefix + name for prefix in prefixes for name in layer}
+    prefixes = ("stages.0.blocks.0.attn.", "class_block.attn.")
+    assert set(out) == set(rest.values()) | {prefix + name for prefix in prefixes for name in layer}
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16, torch.int64))

@@ -18,63 +18,11 @@
 namespace gm {
 namespace {
 
-// Makes the compiler forget what it knows of these values, so that it computes what depends on them anew. The backward
-// does that to the decays exp(step A): kept over all phases, they would cost 28 registers.
-__device__ __forceinline__ void hide(float (&x)[kVec]) {
-#pragma unroll
-    for (int j = 0; j < kVec; ++j) asm volatile("" : "+f"(x[j]));
-}
-
-template <class T, int kTokens, bool kAligned>
-struct ScanBackward {
-    const ScanBwdArgs& args;
-    const ScanShape& s;
-    const Tile& tile;
-    ScanExchange& exchange;
-    int& buffer;
-    const Plane<const T>&u, &B;
-
-    // States of one slab for state n: h[k] after token k, `entering` before the first.
-    __device__ __forceinline__ void states_forward(int n, const Path<kTokens>& path, const float (&A)[kVec],
-                                                   const float (&step)[kTokens][kVec], const float* saved,
-                                                   float (&h)[kTokens][kVec], float (&entering)[kVec]) {
-        float a[kTokens][kVec], P[kVec], local[kVec], carry[kVec];
-#pragma unroll
-        for (int j = 0; j < kVec; ++j) {
-            P[j] = 1.f;
-            local[j] = 0.f;
-            carry[j] = j < tile.valid ? saved[static_cast<int64_t>(n) * s.dim + j] : 0.f;
-        }
-#pragma unroll
-        for (int k = 0; k < kTokens; ++k) {
-            const float b = Math<T>::kStepUnit * to_float(B.at(path.token[k])[n]);
-            const Vec4<T> uv = load4<kAligned>(u.at(path.token[k]), tile.valid);
-#pragma unroll
-            for (int j = 0; j < kVec; ++j) {
-                a[k][j] = Math<T>::decay(step[k][j], A[j]);
-                h[k][j] = step[k][j] * (b * to_float(uv.v[j]));
-                local[j] = fmaf(a[k][j], local[j], h[k][j]);
-                P[j] *= a[k][j];
-            }
-        }
-        block_scan<false>(tile, exchange, buffer, P, local, carry, entering);
-#pragma unroll
-        for (int j = 0; j < kVec; ++j) {
-            float state = entering[j];
-#pragma unroll
-            for (int k = 0; k < kTokens; ++k) {
-                state = fmaf(a[k][j], state, h[k][j]);
-                h[k][j] = state;
-            }
-        }
-    }
-};
-
 template <class T, bool kSingle, bool kAligned>
 __global__ void __launch_bounds__(kBwdSlab / kBwdTokens<T, kSingle>, kSingle&& kAligned && sizeof(T) == 2 ? 2 : 1)
     grouped_scan_bwd_kernel(const __grid_constant__ ScanBwdArgs args) {
     constexpr int kTokens = kBwdTokens<T, kSingle>, kThreads = kBwdSlab / kTokens;
-    __shared__ ScanExchange exchange;
+    __shared__ ScanExchange<> exchange;
     enum { kBias, kSkip, kNormWeight, kNormBias, kGate };
     __shared__ ChannelTable<5> table;
     extern __shared__ float4 dynamic_shared[];
@@ -136,7 +84,17 @@ __global__ void __launch_bounds__(kBwdSlab / kBwdTokens<T, kSingle>, kSingle&& k
     };
 
     int buffer = 0;
-    ScanBackward<T, kTokens, kAligned> slab_states{args, s, tile, exchange, buffer, u, B};
+    const auto states_forward = [&](int n, const Path<kTokens>& path, const float(&A)[kVec],
+                                    const float(&step)[kTokens][kVec], const float* saved, float(&h)[kTokens][kVec],
+                                    float(&entering)[kVec]) {
+        float carry[kVec];
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) carry[j] = j < valid ? saved[static_cast<int64_t>(n) * s.dim + j] : 0.f;
+        slab_states<T>(
+            tile, exchange, buffer, A, step,
+            [&](int k) { return Math<T>::kStepUnit * to_float(B.at(path.token[k])[n]); },
+            [&](int k) { return load4<kAligned>(u.at(path.token[k]), valid); }, carry, h, entering);
+    };
     // Each thread's sums for the parameters, parked in shared memory between the phases that add to them.
     __shared__ float4 parked[kFixedRows + 1][kThreads];
     constexpr int kParkedA = kFixedRows;
@@ -170,7 +128,7 @@ __global__ void __launch_bounds__(kBwdSlab / kBwdTokens<T, kSingle>, kSingle&& k
 #pragma unroll
                 for (int j = 0; j < kVec; ++j) A[j] = j < valid ? load_param<T>(args.A, (param + j) * states + n) : 0.f;
             }
-            slab_states.states_forward(n, path, A, step, saved, h, entering);
+            states_forward(n, path, A, step, saved, h, entering);
 #pragma unroll
             for (int k = 0; k < kTokens; ++k) {
                 const float c = to_float(C.at(path.token[k])[n]);
@@ -285,7 +243,7 @@ __global__ void __launch_bounds__(kBwdSlab / kBwdTokens<T, kSingle>, kSingle&& k
                                            : 0.f;
                     dA[j] = 0.f;
                 }
-                slab_states.states_forward(n, path, A, step, saved, h, entering);
+                states_forward(n, path, A, step, saved, h, entering);
             }
             float P[kVec], local[kVec], adjoint[kVec], dC[kTokens], dB[kTokens];
             hide(A);

@@ -10,6 +10,8 @@ namespace gm {
 
 cudaError_t launch_grouped_scan_fwd(const ScanFwdArgs& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_grouped_scan_bwd(const ScanBwdArgs& args, DType dtype, cudaStream_t stream);
+cudaError_t launch_cross_scan_fwd(const CrossFwdArgs& args, DType dtype, cudaStream_t stream);
+cudaError_t launch_cross_scan_bwd(const CrossBwdArgs& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_scan_reduce(const ScanReduceArgs& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_depthwise_conv_fwd(const ConvFwdArgs& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_depthwise_conv_bwd(const ConvBwdArgs& args, DType dtype, cudaStream_t stream);

@@ -65,6 +65,39 @@ struct ScanBwdArgs {
     int64_t num_chunks = 0;
 };
 
+// The cross scan; plan in cross_plan.h. `shape.groups` are the image's, `shape.directions` one code a scan of a group;
+// parameters are (G, K, ...), K scans of each group.
+struct CrossImageArg : ImageArg {
+    int64_t scan = 0;
+};
+
+struct CrossArgs {
+    ScanShape shape;
+    int scans = 0, slices = 0;
+    ImageArg u;
+    CrossImageArg dt, B, C;
+    ParamArg A, D, dt_weight, dt_bias;
+    size_t sums_bytes = 0;   // of shared memory for the sums over scans, or 0
+    float* sums = nullptr;   // without: (batch, G, slices, tokens, 4 * lanes)
+    float* carry = nullptr;  // (batch, G, slices, 2, N, 4 * lanes) scratch for N > 1
+    int64_t num_chunks = 0;
+};
+
+struct CrossFwdArgs : CrossArgs {
+    ImageArg y;
+    float* states = nullptr;  // (G, batch, K, num_chunks, N, D), or null
+};
+
+struct CrossBwdArgs : CrossArgs {
+    ImageArg dy, du;
+    const float* states = nullptr;
+    // Gradients (batch, tokens, G, K, .), contiguous, in the images' dtype; with several slices, which add up to them,
+    // in float, `slice_stride` elements apart. ddt with rank 0 is in the images' dtype and of no slice alone.
+    void *ddt = nullptr, *dB = nullptr, *dC = nullptr;
+    int64_t slice_stride = 0;
+    float* partials = nullptr;  // (batch, warps, G * K, rows, D); rows: ScanPartialRow
+};
+
 // Second stage of the backward's parameter sums.
 struct ScanReduceArgs {
     const float* partials = nullptr;  // (batch, warps, G, rows, D), see ScanPartialRow

@@ -30,6 +30,7 @@ __global__ void __launch_bounds__(kReduceColumns* kRowThreads)
     const int fixed = row - args.states;
     if (fixed == kRowSum) return;  // done together with kRowProduct
     if (fixed == kRowProduct) {
+        if (!args.dnorm_weight.ptr && !args.dnorm_bias.ptr && !args.dgate.ptr) return;
         const float weight = in ? load_param_or<T>(args.norm_weight, channel, 1.f) : 0.f;
         const float bias = in ? load_param_or<T>(args.norm_bias, channel, 0.f) : 0.f;
         float dweight = 0.f, dbias = 0.f;

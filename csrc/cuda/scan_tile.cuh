@@ -24,16 +24,19 @@ struct Tile {
     int channel, valid;  // first channel of the thread, how many of its 4 exist
     int lanes;
 
-    __device__ explicit Tile(const ScanShape& s) {
-        group = blockIdx.x % s.groups;
-        batch = blockIdx.x / s.groups;
-        direction = (s.directions[group >> 4] >> (2 * (group & 15))) & 3;
-        lanes = s.lanes;
+    __device__ explicit Tile(const ScanShape& s) : Tile(blockIdx.x / s.groups, blockIdx.x % s.groups, s.lanes, s.dim) {
+        direction = direction_of(s, group);
+    }
+    // `channels`: of the block, from its first on.
+    __device__ Tile(int batch, int group, int lanes, int channels) : batch(batch), group(group), lanes(lanes) {
         chunks_per_warp = 32 / lanes;
         chunk = threadIdx.x / lanes;
         chunk_in_warp = chunk & (chunks_per_warp - 1);
         channel = lane() * kVec;
-        valid = min(max(s.dim - channel, 0), kVec);
+        valid = min(max(channels - channel, 0), kVec);
+    }
+    static __device__ __forceinline__ int direction_of(const ScanShape& s, int scan) {
+        return (s.directions[scan >> 4] >> (2 * (scan & 15))) & 3;
     }
     // Found anew where needed, to spare registers.
     __device__ __forceinline__ int lane() const { return threadIdx.x & (lanes - 1); }  // among those of its token
@@ -92,7 +95,7 @@ struct Plane {
     T* base;
     uint32_t stride;  // bytes
     Plane() = default;
-    __device__ Plane(const ImageArg& image, const Tile& tile, int channel)
+    __device__ Plane(const ImageArg& image, const Tile& tile, int64_t channel)
         : base(static_cast<T*>(image.ptr) + tile.batch * image.batch + tile.group * image.group + channel),
           stride(static_cast<uint32_t>(image.token * sizeof(T))) {}
     __device__ __forceinline__ T* at(int token) const {
@@ -102,15 +105,15 @@ struct Plane {
     }
 };
 
-// kRows floats of each of the group's channels in shared memory, 0 for channels that do not exist.
-template <int kRows>
+// kRows floats of each of the block's channels in shared memory, 0 for channels that do not exist.
+template <int kRows, int kChannels = kMaxScanDim>
 struct alignas(16) ChannelTable {
-    float rows[kRows][32 * kVec];
+    float rows[kRows][kChannels];
 
     // `value(channel, row values)`; the caller's __syncthreads makes the table visible.
     template <class F>
     __device__ void fill(int dim, F&& value) {
-        for (int c = threadIdx.x; c < 32 * kVec; c += blockDim.x) {
+        for (int c = threadIdx.x; c < kChannels; c += blockDim.x) {
             float row[kRows] = {};
             if (c < dim) value(c, row);
 #pragma unroll
@@ -141,15 +144,16 @@ __device__ __forceinline__ float chunk_sum(float x, int lanes) {
 
 // Warp totals (P, h) for every channel, double-buffered so that one barrier an exchange is enough: a warp that runs
 // ahead writes the other buffer, and cannot pass the next barrier before all have read this one.
+template <int kWarps = kMaxScanWarps, int kChannels = kMaxScanDim>
 struct ScanExchange {
-    float P[2][kMaxScanWarps][32 * kVec];
-    float h[2][kMaxScanWarps][32 * kVec];
+    float P[2][kWarps][kChannels];
+    float h[2][kWarps][kChannels];
 };
 
 // Turns each thread's chunk aggregate (P, h) into the state entering its chunk. `carry` is the state entering the slab
 // and becomes the one leaving it; `kReverse` runs from the last chunk to the first. One __syncthreads.
-template <bool kReverse>
-__device__ __forceinline__ void block_scan(const Tile& tile, ScanExchange& shared, int& buffer, float (&P)[kVec],
+template <bool kReverse, class Exchange>
+__device__ __forceinline__ void block_scan(const Tile& tile, Exchange& shared, int& buffer, float (&P)[kVec],
                                            float (&h)[kVec], float (&carry)[kVec], float (&entering)[kVec]) {
     const int lanes = tile.lanes;
     const int rank = kReverse ? tile.chunks_per_warp - 1 - tile.chunk_in_warp : tile.chunk_in_warp;
@@ -166,8 +170,7 @@ __device__ __forceinline__ void block_scan(const Tile& tile, ScanExchange& share
             }
         }
     }
-    float(*sP)[32 * kVec] = shared.P[buffer];
-    float(*sh)[32 * kVec] = shared.h[buffer];
+    const auto sP = shared.P[buffer], sh = shared.h[buffer];
     buffer ^= 1;
     if (rank == tile.chunks_per_warp - 1) {
 #pragma unroll
@@ -195,9 +198,9 @@ __device__ __forceinline__ void block_scan(const Tile& tile, ScanExchange& share
     }
 }
 
-// dt_weight / kStepUnit of the group as [rank][32 * kVec] floats in shared memory; ranks beyond kMaxStagedRank are read
-// in place.
-template <class T>
+// dt_weight / kStepUnit of the block's channels, `first` on, as [rank][kChannels] floats in shared memory; ranks beyond
+// kMaxStagedRank are read in place.
+template <class T, int kChannels = kMaxScanDim>
 struct StepWeight {
     const float* staged;
     ParamArg weight;
@@ -205,23 +208,26 @@ struct StepWeight {
     int rank, channel, valid;
 
     __device__ StepWeight(const ScanShape& s, const ParamArg& w, const Tile& tile, float* shared)
+        : StepWeight(s, w, tile, tile.group, 0, shared) {}
+    __device__ StepWeight(const ScanShape& s, const ParamArg& w, const Tile& tile, int64_t scan, int first,
+                          float* shared)
         : staged(shared),
           weight(w),
-          row((static_cast<int64_t>(tile.group) * s.dim + tile.channel) * s.rank),
+          row((scan * s.dim + first + tile.channel) * s.rank),
           rank(s.rank),
           channel(tile.channel),
           valid(tile.valid) {
         if (rank == 0 || rank > kMaxStagedRank) return;
-        for (int i = threadIdx.x; i < rank * 32 * kVec; i += blockDim.x) {
-            const int r = i / (32 * kVec), c = i % (32 * kVec);
-            const int64_t at = (static_cast<int64_t>(tile.group) * s.dim + c) * rank + r;
+        for (int i = threadIdx.x; i < rank * kChannels; i += blockDim.x) {
+            const int r = i / kChannels, c = first + i % kChannels;
+            const int64_t at = (scan * s.dim + c) * rank + r;
             shared[i] = c < s.dim ? load_param<T>(w, at) / Math<T>::kStepUnit : 0.f;
         }
         // the caller's __syncthreads makes it visible
     }
     __device__ __forceinline__ void get(int r, float (&w)[kVec]) const {
         if (rank <= kMaxStagedRank) {
-            const float4 v = *reinterpret_cast<const float4*>(staged + r * 32 * kVec + channel);
+            const float4 v = *reinterpret_cast<const float4*>(staged + r * kChannels + channel);
             w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
         } else {
 #pragma unroll
@@ -234,8 +240,8 @@ struct StepWeight {
 
 // step[k][j] of a thread's tokens in units of Math<T>::kStepUnit, as `bias` is; 0 for tokens past the end, so that they
 // leave the state alone (a = 1, b = 0). c0, valid: the thread's first channel and how many it has.
-template <bool kAligned, class T, int kTokens>
-__device__ __forceinline__ void load_steps(const ScanShape& s, const Plane<const T>& dt, const StepWeight<T>& weight,
+template <bool kAligned, class T, int kTokens, class Weight>
+__device__ __forceinline__ void load_steps(const ScanShape& s, const Plane<const T>& dt, const Weight& weight,
                                            const float (&bias)[kVec], const Path<kTokens>& path, int c0, int valid,
                                            float (&step)[kTokens][kVec]) {
     if (s.rank == 0) {
@@ -273,6 +279,46 @@ __device__ __forceinline__ void load_steps(const ScanShape& s, const Plane<const
 #pragma unroll
             for (int j = 0; j < kVec; ++j)
                 if (k >= path.count) step[k][j] = 0.f;
+    }
+}
+
+// Makes the compiler forget what it knows of these values, so that it computes what depends on them anew. The backward
+// does that to the decays exp(step A): kept over all phases, they would cost 28 registers.
+__device__ __forceinline__ void hide(float (&x)[kVec]) {
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) asm volatile("" : "+f"(x[j]));
+}
+
+// States of one slab: h[k] after the thread's token k, `entering` before its first; `carry` is the state entering the
+// slab and becomes the one leaving it. b(k) is B in units of the step, u(k) the four channels of the input.
+template <class T, int kTokens, class Exchange, class LoadB, class LoadU>
+__device__ __forceinline__ void slab_states(const Tile& tile, Exchange& exchange, int& buffer, const float (&A)[kVec],
+                                            const float (&step)[kTokens][kVec], LoadB&& b, LoadU&& u,
+                                            float (&carry)[kVec], float (&h)[kTokens][kVec], float (&entering)[kVec]) {
+    float a[kTokens][kVec], P[kVec], local[kVec];
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) P[j] = 1.f, local[j] = 0.f;
+#pragma unroll
+    for (int k = 0; k < kTokens; ++k) {
+        const float bk = b(k);
+        const Vec4<T> uv = u(k);
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) {
+            a[k][j] = Math<T>::decay(step[k][j], A[j]);
+            h[k][j] = step[k][j] * (bk * to_float(uv.v[j]));
+            local[j] = fmaf(a[k][j], local[j], h[k][j]);
+            P[j] *= a[k][j];
+        }
+    }
+    block_scan<false>(tile, exchange, buffer, P, local, carry, entering);
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) {
+        float state = entering[j];
+#pragma unroll
+        for (int k = 0; k < kTokens; ++k) {
+            state = fmaf(a[k][j], state, h[k][j]);
+            h[k][j] = state;
+        }
     }
 }
 
