@@ -56,40 +56,50 @@ STABLE_TORCH_LIBRARY(groupmamba, m) {
         "modulated_layer_norm_bwd(Tensor dy, Tensor o, Tensor x, Tensor scale, Tensor? gate, Tensor weight, "
         "float eps) -> (Tensor do, Tensor dx, Tensor dscale, Tensor dgate, Tensor dweight, Tensor dbias)");
 
+    // LayerNorm alone, on CUDA
+    m.def("token_norm_fwd(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor");
+    m.def("token_norm_bwd(Tensor dy, Tensor x, Tensor weight, float eps) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+
     // The layer on CUDA, variants released and fused; x (batch, H, W, C), D = C / G channels a group, E scanned ones, N
-    // states, R step features; Dp, Ep, Fp: D, E and R + 2 N rounded up to multiples of 8, pads zero. gate_scan
-    // puts the gate (batch, G, E) into the scan (and pads it); else the merge takes it, (batch, G, D). Without
-    // fc1_weight there is no gate: (0,). Group-major images are stored (G, batch, H, W, .).
-    //   y (batch, H, W, G, Ep): group-major, with gate_scan token-major      xn (batch, H, W, G, Dp) group-major
-    //   pooled (batch, C), hidden (batch, C'), states: float32               uz (G, T, 2 Ep), u (G, T, Ep)
-    //   features (G, T, Fp): dt, B, C                                        T = batch * H * W
+    // states, R step features; Cp, Dp, Ep, Fp: C, D, E and R + 2 N rounded up to multiples of 8, pads zero. With
+    // out_proj_weight (G, D, E): out = proj(LayerNorm(out_proj(y) * skip_scale * xn * gate)), gate (batch, G, D).
+    // Without: out = proj(y), the gate (batch, G, Ep) meets the scan, and o, mixed are (0,). Without fc1_weight there
+    // is no gate, and it, pooled and hidden are (0,). residual: out += x. Group-major images are stored
+    // (G, batch, H, W, .); T = batch * H * W.
+    //   out, dx (batch, H, W, C), pixels Cp apart            xn (batch, H, W, G, Dp) group-major
+    //   pooled (batch, C), hidden (batch, C'), states: float32   uz (G, T, 2 Ep), u (G, T, Ep)
+    //   features (G, T, Fp): dt, B, C                        y (batch, H, W, G, Ep): group-major with out_proj_weight
+    //   o (batch, H, W, G, Dp) group-major                   mixed (batch, H, W, G, Dp)
     m.def(
-        "grouped_mamba_fwd(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor? fc1_weight, Tensor? fc1_bias, "
+        "grouped_mamba_layer_fwd(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor? fc1_weight, "
+        "Tensor? fc1_bias, Tensor? fc2_weight, Tensor? fc2_bias, Tensor in_proj_weight, Tensor conv_weight, "
+        "Tensor conv_bias, Tensor x_proj_weight, Tensor dt_weight, Tensor dt_bias, Tensor A_log, Tensor D, "
+        "Tensor out_norm_weight, Tensor out_norm_bias, Tensor? out_proj_weight, Tensor? skip_scale, "
+        "Tensor proj_weight, Tensor proj_bias, int[] directions, float eps, float norm_eps, int chunk, bool residual, "
+        "bool save_states) -> (Tensor out, Tensor xn, Tensor gate, Tensor pooled, Tensor hidden, Tensor uz, Tensor u, "
+        "Tensor features, Tensor states, Tensor y, Tensor o, Tensor mixed)");
+    m.def(
+        "grouped_mamba_layer_bwd(Tensor dout, Tensor x, Tensor norm_weight, Tensor? fc1_weight, Tensor? fc1_bias, "
         "Tensor? fc2_weight, Tensor? fc2_bias, Tensor in_proj_weight, Tensor conv_weight, Tensor conv_bias, "
         "Tensor x_proj_weight, Tensor dt_weight, Tensor dt_bias, Tensor A_log, Tensor D, Tensor out_norm_weight, "
-        "Tensor out_norm_bias, int[] directions, float eps, float norm_eps, int chunk, bool gate_scan, "
-        "bool save_states) -> (Tensor y, Tensor xn, Tensor gate, Tensor pooled, Tensor hidden, Tensor uz, Tensor u, "
-        "Tensor features, Tensor states)");
-    m.def(
-        "grouped_mamba_bwd(Tensor dy, Tensor? dxn, Tensor? dgate, Tensor x, Tensor norm_weight, "
-        "Tensor? fc1_weight, Tensor? fc1_bias, Tensor? fc2_weight, Tensor? fc2_bias, Tensor in_proj_weight, "
-        "Tensor conv_weight, Tensor conv_bias, Tensor x_proj_weight, Tensor dt_weight, Tensor dt_bias, Tensor A_log, "
-        "Tensor D, Tensor out_norm_weight, Tensor out_norm_bias, Tensor xn, Tensor gate, Tensor pooled, "
-        "Tensor hidden, Tensor uz, Tensor u, Tensor features, Tensor states, int[] directions, float eps, "
-        "float norm_eps, int chunk, bool gate_scan) -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, "
-        "Tensor dfc1_weight, Tensor dfc1_bias, Tensor dfc2_weight, Tensor dfc2_bias, Tensor din_proj_weight, "
-        "Tensor dconv_weight, Tensor dconv_bias, Tensor dx_proj_weight, Tensor ddt_weight, Tensor ddt_bias, "
-        "Tensor dA_log, Tensor dD, Tensor dout_norm_weight, Tensor dout_norm_bias)");
+        "Tensor out_norm_bias, Tensor? out_proj_weight, Tensor? skip_scale, Tensor proj_weight, Tensor proj_bias, "
+        "Tensor xn, Tensor gate, Tensor pooled, Tensor hidden, Tensor uz, Tensor u, Tensor features, Tensor states, "
+        "Tensor y, Tensor o, Tensor mixed, int[] directions, float eps, float norm_eps, int chunk, bool residual) "
+        "-> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dfc1_weight, Tensor dfc1_bias, "
+        "Tensor dfc2_weight, Tensor dfc2_bias, Tensor din_proj_weight, Tensor dconv_weight, Tensor dconv_bias, "
+        "Tensor dx_proj_weight, Tensor ddt_weight, Tensor ddt_bias, Tensor dA_log, Tensor dD, "
+        "Tensor dout_norm_weight, Tensor dout_norm_bias, Tensor dout_proj_weight, Tensor dskip_scale, "
+        "Tensor dproj_weight, Tensor dproj_bias)");
 
-    // With out_proj_weight (G, D, E): proj(LayerNorm(out_proj(y) * skip_scale * xn * gate)); without: proj(y), and o,
-    // mixed are (0,). o (batch, H, W, G, Dp) group-major, mixed (batch, H, W, G, Dp).
+    // The feed-forward network on CUDA: [x +] fc2(gelu(conv3x3(fc1(LayerNorm(x))))); x, out, dx as above, H hidden
+    // channels, Hp rounded up. xn (T, Cp), hidden (T, Hp): what the convolution reads.
     m.def(
-        "grouped_merge_fwd(Tensor y, Tensor xn, Tensor? gate, Tensor? out_proj_weight, Tensor? skip_scale, "
-        "Tensor norm_weight, Tensor norm_bias, Tensor proj_weight, Tensor proj_bias, float eps) "
-        "-> (Tensor out, Tensor o, Tensor mixed)");
+        "feed_forward_fwd(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor fc1_bias, "
+        "Tensor conv_weight, Tensor conv_bias, Tensor fc2_weight, Tensor fc2_bias, float eps, bool residual) "
+        "-> (Tensor out, Tensor xn, Tensor hidden)");
     m.def(
-        "grouped_merge_bwd(Tensor dout, Tensor y, Tensor xn, Tensor? gate, Tensor? out_proj_weight, "
-        "Tensor? skip_scale, Tensor norm_weight, Tensor proj_weight, Tensor proj_bias, Tensor o, Tensor mixed, "
-        "float eps) -> (Tensor dy, Tensor dxn, Tensor dgate, Tensor dout_proj_weight, "
-        "Tensor dskip_scale, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dproj_weight, Tensor dproj_bias)");
+        "feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight, Tensor fc1_weight, Tensor fc1_bias, "
+        "Tensor conv_weight, Tensor conv_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor xn, Tensor hidden, "
+        "float eps, bool residual) -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dfc1_weight, "
+        "Tensor dfc1_bias, Tensor dconv_weight, Tensor dconv_bias, Tensor dfc2_weight, Tensor dfc2_bias)");
 }

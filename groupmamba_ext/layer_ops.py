@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole GroupMamba layer as two CUDA ops: fakes, gradients, and the function that calls them.
+"""The GroupMamba layer and the feed-forward network as one CUDA op each: fakes, gradients, and what calls them.
 
-They queue the kernels and matrix products of a layer from one call each, with every image between them group-major and
-padded to aligned widths. `groupmamba.GroupedMamba2d` takes them where `can_fuse` says so, and composes the public ops
-elsewhere.
+An op queues the kernels and matrix products of its layer from one call, with every image between them padded to aligned
+widths, and adds to the residual stream. `groupmamba.GroupedMamba2d` and the models take them where `can_fuse` and
+`takes_image` say so, and compose the public ops elsewhere.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from groupmamba_ext.backend import use_native
 from groupmamba_ext.dispatch import call, call_backward
 from groupmamba_ext.ops import DIRECTIONS, FUSED_CHANNELS, _autocast, chunk_tokens, saved_states
 
-_UNIT = 8  # widths are padded to multiples of this: csrc/ops/grouped_mamba_cuda.cpp
-_PARAMETERS = 16  # of grouped_mamba_fwd, behind x
+_UNIT = 8  # widths are padded to multiples of this: csrc/host/tensor.h
+_LAYER_PARAMETERS = 20  # of grouped_mamba_layer_fwd, behind x
+_FEED_FORWARD_PARAMETERS = 8
 
 
 def _padded(n: int) -> int:
@@ -29,133 +30,191 @@ def _group_major(like: Tensor, batch: int, height: int, width: int, groups: int,
     return like.new_empty((groups, batch, height, width, channels)).permute(1, 2, 3, 0, 4)
 
 
+def _padded_image(x: Tensor) -> Tensor:
+    """Like x, (batch, H, W, C), with pixels a multiple of 8 channels apart."""
+    return x.new_empty((*x.shape[:3], _padded(x.shape[3])))[..., : x.shape[3]]
+
+
 def _empty_or_absent(x: Tensor, t: Tensor | None) -> Tensor:
     return x.new_empty((0,), dtype=torch.float32) if t is None else t.new_empty(t.shape)
 
 
-def _mamba_fake(x, *args):
-    *parameters, _codes, _eps, _norm_eps, _chunk, gate_scan, save_states = args
+# token_norm --------------------------------------------------------------------------------
+
+
+def _norm_fake(x, weight, bias, eps):
+    return x.new_empty(x.shape)
+
+
+def _norm_bwd_fake(dy, x, weight, eps):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+
+
+def _norm_setup(ctx, inputs, output):
+    x, weight, bias, ctx.eps = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.bias_dtype = bias.dtype
+
+
+def _norm_backward(ctx, dy):
+    x, weight = ctx.saved_tensors
+    dx, dweight, dbias = call_backward("token_norm", dy, x, weight, ctx.eps)
+    return dx, dweight, dbias.to(ctx.bias_dtype), None
+
+
+# grouped_mamba_layer -----------------------------------------------------------------------
+
+
+def _layer_fake(x, *args):
+    *parameters, _codes, _eps, _norm_eps, _chunk, _residual, save_states = args
     fc1_weight, fc2_weight = parameters[2], parameters[4]
-    x_proj_weight, A_log = parameters[9], parameters[12]
-    batch, height, width, _ = x.shape
+    x_proj_weight, A_log, out_proj_weight = parameters[9], parameters[12], parameters[16]
+    batch, height, width, channels = x.shape
     groups, inner, states = A_log.shape
-    tokens, inner_pad, dim_pad = batch * height * width, _padded(inner), _padded(x.shape[3] // groups)
-    features = _padded(x_proj_weight.shape[1])
-    if gate_scan:
-        y = x.new_empty((batch, height, width, groups, inner_pad))
-    else:
-        y = _group_major(x, batch, height, width, groups, inner_pad)
+    tokens, inner_pad, dim_pad = batch * height * width, _padded(inner), _padded(channels // groups)
     full = {"dtype": torch.float32}
-    if fc1_weight is None:
-        gate, hidden = x.new_empty((0,), **full), x.new_empty((0,), **full)
-    else:
-        gate_width = inner_pad if gate_scan else fc2_weight.shape[0] // groups
+    absent = x.new_empty((0,), **full)
+    pooled = gate = hidden = absent
+    if fc1_weight is not None:
+        gate_width = inner_pad if out_proj_weight is None else fc2_weight.shape[0] // groups
+        pooled = x.new_empty((batch, channels), **full)
         gate = x.new_empty((batch, groups, gate_width), **full)
         hidden = x.new_empty((batch, fc1_weight.shape[0]), **full)
     saved = saved_states(height, width, inner_pad, "cuda")
+    if out_proj_weight is None:
+        y = x.new_empty((batch, height, width, groups, inner_pad))
+        o = mixed = x.new_empty((0,))
+    else:
+        y = _group_major(x, batch, height, width, groups, inner_pad)
+        o = _group_major(x, batch, height, width, groups, dim_pad)
+        mixed = x.new_empty((batch, height, width, groups, dim_pad))
     return (
-        y,
+        _padded_image(x),
         _group_major(x, batch, height, width, groups, dim_pad),
-        gate,
-        x.new_empty((batch, x.shape[3]), **full),
-        hidden,
+        gate.clone(),
+        pooled.clone(),
+        hidden.clone(),
         x.new_empty((groups, tokens, 2 * inner_pad)),
         x.new_empty((groups, tokens, inner_pad)),
-        x.new_empty((groups, tokens, features)),
+        x.new_empty((groups, tokens, _padded(x_proj_weight.shape[1]))),
         x.new_empty((batch, groups, saved, states, inner_pad) if save_states else (0,), **full),
+        y,
+        o,
+        mixed.clone(),
     )
 
 
-def _mamba_bwd_fake(dy, dxn, dgate, x, norm_weight, *args):
-    parameters = norm_weight, norm_weight, *args[: _PARAMETERS - 2]
-    return x.new_empty(x.shape), *(_empty_or_absent(x, t) for t in parameters)
+def _layer_bwd_fake(dout, x, norm_weight, *args):
+    parameters = norm_weight, norm_weight, *args[: _LAYER_PARAMETERS - 2]
+    return _padded_image(x), *(_empty_or_absent(x, t) for t in parameters)
 
 
-def _mamba_setup(ctx, inputs, output):
-    x, *parameters, codes, eps, norm_eps, chunk, gate_scan, save_states = inputs
-    y, *saved = output
+def _layer_setup(ctx, inputs, output):
+    x, *parameters, codes, eps, norm_eps, chunk, residual, save_states = inputs
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*saved[2:], *(() if saved[1].numel() else (saved[1],)))
-    ctx.save_for_backward(x, *parameters, *saved)
-    ctx.scalars = (codes, eps, norm_eps, chunk, gate_scan)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(x, *parameters, *output[1:])
+    ctx.scalars = (codes, eps, norm_eps, chunk, residual)
     ctx.saved_states = save_states
 
 
-def _mamba_backward(ctx, dy, dxn, dgate, *_):
+def _layer_backward(ctx, dout, *_):
+    if dout is None:
+        return (None,) * (_LAYER_PARAMETERS + 7)
     if not ctx.saved_states:
-        raise RuntimeError("grouped_mamba: backward needs a forward run with save_states=True")
-    x, *rest = ctx.saved_tensors
-    parameters, saved = rest[:_PARAMETERS], rest[_PARAMETERS:]
-    gate_scan = ctx.scalars[-1]
-    if dy is None:
-        groups, inner = parameters[12].shape[:2]
-        dy = x.new_zeros((*x.shape[:3], groups, _padded(inner)))
-    if dgate is None and parameters[2] is not None and not gate_scan:
-        dgate = torch.zeros_like(saved[1])
-    norm_weight, norm_bias, *others = parameters
-    grads = list(call_backward("grouped_mamba", dy, dxn, dgate, x, norm_weight, *others, *saved, *ctx.scalars))
+        raise RuntimeError("grouped_mamba_layer: backward needs a forward run with save_states=True")
+    x, norm_weight, norm_bias, *rest = ctx.saved_tensors
+    grads = list(call_backward("grouped_mamba_layer", dout, x, norm_weight, *rest, *ctx.scalars))
     grads[2] = grads[2].to(norm_bias.dtype)
+    parameters = norm_weight, norm_bias, *rest[: _LAYER_PARAMETERS - 2]
     grads = (g if t is not None else None for g, t in zip(grads, (x, *parameters), strict=True))
     return (*grads, None, None, None, None, None, None)
 
 
-def _merge_fake(y, xn, gate, out_proj_weight, skip_scale, norm_weight, norm_bias, proj_weight, proj_bias, eps):
-    batch, height, width, groups, _ = y.shape
-    out = y.new_empty((batch, height, width, proj_weight.shape[0]))
-    if out_proj_weight is None:
-        return out, y.new_empty((0,)), y.new_empty((0,))
-    o = _group_major(y, batch, height, width, groups, _padded(out_proj_weight.shape[1]))
-    return out, o, y.new_empty((batch, height, width, groups, _padded(out_proj_weight.shape[1])))
+# feed_forward ------------------------------------------------------------------------------
 
 
-def _merge_bwd_fake(dout, y, xn, gate, out_proj_weight, skip_scale, norm_weight, proj_weight, proj_bias, o, mixed, eps):
-    absent = y.new_empty((0,), dtype=torch.float32)
-    dproj = proj_weight.new_empty(proj_weight.shape), proj_bias.new_empty(proj_bias.shape)
-    if out_proj_weight is None:
-        return y.new_empty(y.shape), *([absent.clone() for _ in range(6)]), *dproj
-    batch, height, width, groups, inner_pad = y.shape
-    return (
-        _group_major(y, batch, height, width, groups, inner_pad),
-        _group_major(y, batch, height, width, groups, xn.shape[4]),
-        _empty_or_absent(y, gate),
-        *(t.new_empty(t.shape) for t in (out_proj_weight, skip_scale, norm_weight, norm_weight)),
-        *dproj,
-    )
+def _feed_forward_fake(
+    x, norm_weight, norm_bias, fc1_weight, fc1_bias, conv_weight, conv_bias, fc2_weight, fc2_bias, eps, residual
+):
+    tokens, channels = x.shape[0] * x.shape[1] * x.shape[2], x.shape[3]
+    hidden = x.new_empty((tokens, _padded(fc1_weight.shape[0])))
+    return _padded_image(x), x.new_empty((tokens, _padded(channels))), hidden
 
 
-def _merge_setup(ctx, inputs, output):
-    *tensors, norm_bias, proj_weight, proj_bias, ctx.eps = inputs
-    _, o, mixed = output
-    ctx.norm_bias_dtype = norm_bias.dtype
+def _feed_forward_bwd_fake(dout, x, norm_weight, *args):
+    parameters = norm_weight, norm_weight, *args[: _FEED_FORWARD_PARAMETERS - 2]
+    return _padded_image(x), *(t.new_empty(t.shape) for t in parameters)
+
+
+def _feed_forward_setup(ctx, inputs, output):
+    x, norm_weight, norm_bias, *rest, eps, residual = inputs
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(o, mixed)
-    ctx.save_for_backward(*tensors, proj_weight, proj_bias, o, mixed)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(x, norm_weight, *rest, *output[1:])
+    ctx.norm_bias_dtype = norm_bias.dtype
+    ctx.scalars = (eps, residual)
 
 
-def _merge_backward(ctx, dout, *_):
+def _feed_forward_backward(ctx, dout, *_):
     if dout is None:
-        return (None,) * 10
-    y, xn, gate, out_proj_weight, *rest = ctx.saved_tensors
-    grads = list(call_backward("grouped_merge", dout, y, xn, gate, out_proj_weight, *rest, ctx.eps))
-    if out_proj_weight is None:
-        grads[1:7] = [None] * 6
-    else:
-        grads[6] = grads[6].to(ctx.norm_bias_dtype)
-        if gate is None:
-            grads[2] = None
-    return (*grads, None)
+        return (None,) * (_FEED_FORWARD_PARAMETERS + 3)
+    grads = list(call_backward("feed_forward", dout, *ctx.saved_tensors, *ctx.scalars))
+    grads[2] = grads[2].to(ctx.norm_bias_dtype)
+    return (*grads, None, None)
 
 
 OPS = {
-    "grouped_mamba": (_mamba_fake, _mamba_setup, _mamba_backward, _mamba_bwd_fake),
-    "grouped_merge": (_merge_fake, _merge_setup, _merge_backward, _merge_bwd_fake),
+    "token_norm": (_norm_fake, _norm_setup, _norm_backward, _norm_bwd_fake),
+    "grouped_mamba_layer": (_layer_fake, _layer_setup, _layer_backward, _layer_bwd_fake),
+    "feed_forward": (_feed_forward_fake, _feed_forward_setup, _feed_forward_backward, _feed_forward_bwd_fake),
 }
 
 
+def takes_image(x: Tensor) -> bool:
+    """True where the ops of this file take an image ``x``: not empty, on CUDA, with the compiled ops."""
+    return x.device.type == "cuda" and x.numel() > 0 and use_native(x, "grouped_mamba_layer")
+
+
 def can_fuse(x: Tensor, inner_dim: int) -> bool:
-    """True where `grouped_mamba_layer` takes an image ``x`` and groups of ``inner_dim`` scanned channels: on CUDA with
-    the compiled ops, and groups that a warp of the scan holds. Anything else goes through the ops one by one."""
-    return x.device.type == "cuda" and x.numel() > 0 and inner_dim <= FUSED_CHANNELS and use_native(x, "grouped_mamba")
+    """True where `grouped_mamba_layer` takes an image ``x`` and groups of ``inner_dim`` scanned channels: what
+    `takes_image`, and groups that a warp of the scan holds. Anything else goes through the ops one by one."""
+    return inner_dim <= FUSED_CHANNELS and takes_image(x)
+
+
+def token_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm over the channels of (batch, H, W, C), of any strides between pixels, where `takes_image`; dense."""
+    return call("token_norm", x, weight, bias, float(eps))
+
+
+def feed_forward(
+    x: Tensor,
+    *,
+    norm: tuple[Tensor, Tensor],
+    fc1: tuple[Tensor, Tensor],
+    conv: tuple[Tensor, Tensor],
+    fc2: tuple[Tensor, Tensor],
+    eps: float,
+    residual: bool = False,
+) -> Tensor:
+    """``fc2(gelu(conv3x3(fc1(LayerNorm(x)))))``, with ``residual`` added to ``x``, where `takes_image`.
+
+    Args:
+        x: (batch, H, W, C).
+        norm: weight and bias, (C,), with ``eps``.
+        fc1: weight (hidden, C) and bias (hidden,).
+        conv: weight (hidden, 1, 3, 3) and bias (hidden,).
+        fc2: weight (C, hidden) and bias (C,).
+
+    Returns:
+        (batch, H, W, C) in the dtype of ``x``, under autocast in its dtype; pixels lie C rounded up to a multiple of 8
+        channels apart.
+
+    Raises:
+        RuntimeError: shapes or dtypes that the compiled op does not take; on a second derivative.
+    """
+    (x,) = _autocast(x)
+    return call("feed_forward", x, *norm, *fc1, *conv, *fc2, float(eps), residual)[0]
 
 
 def grouped_mamba_layer(
@@ -170,6 +229,7 @@ def grouped_mamba_layer(
     directions: Sequence[str],
     eps: float,
     norm_eps: float = 1e-5,
+    residual: bool = False,
 ) -> Tensor:
     r"""The layer of GroupMamba (arXiv 2407.13772) on CUDA, as the authors' code computes it or in one pass.
 
@@ -182,7 +242,7 @@ def grouped_mamba_layer(
         out = proj(y * gate)                                                             without
 
     Args:
-        x: (batch, H, W, C) contiguous, float32, float16 or bfloat16, on CUDA; see :func:`can_fuse`.
+        x: (batch, H, W, C), float32, float16 or bfloat16, on CUDA; see :func:`can_fuse`.
         norm: weight and bias, (C,).
         affinity: fc1 weight (hidden, C) and bias, fc2 weight (C or G * E, hidden) and bias; None for no gate.
         core: in_proj_weight (G, 2E, C / G), conv_weight (G, E, 3, 3), conv_bias (G, E), x_proj_weight (G, R + 2N, E),
@@ -192,22 +252,19 @@ def grouped_mamba_layer(
         proj: weight (C, C) or (C, G * E), bias (C,).
         directions: one name a group.
         eps, norm_eps: of ``norm``, of ``out_norm``.
+        residual: add ``x`` to the result.
 
     Returns:
-        (batch, H, W, C) in the dtype of ``x``. Parameters have that dtype or float32.
+        (batch, H, W, C) in the dtype of ``x``, under autocast in its dtype; pixels lie C rounded up to a multiple of 8
+        channels apart, so that products read and write aligned rows. Parameters have that dtype or float32.
 
     Raises:
         RuntimeError: shapes or dtypes that the compiled op does not take.
     """
     (x,) = _autocast(x)
     fc = (None,) * 4 if affinity is None else affinity
-    gate_scan = out_proj_weight is None
-    tensors = (x, *norm, *fc, *core)
+    tensors = (x, *norm, *fc, *core, out_proj_weight, skip_scale, *proj)
     save_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    inner = core[6].shape[1]
-    y, xn, gate, *_ = call("grouped_mamba",
-        *tensors, tuple(map(DIRECTIONS.index, directions)), eps, norm_eps, chunk_tokens(_padded(inner), "cuda"),
-        gate_scan, save_states,
-    )  # fmt: skip
-    gate = None if affinity is None or gate_scan else gate
-    return call("grouped_merge", y, xn, gate, out_proj_weight, skip_scale, *norm, *proj, eps)[0]
+    chunk = chunk_tokens(_padded(core[6].shape[1]), "cuda")
+    codes = tuple(map(DIRECTIONS.index, directions))
+    return call("grouped_mamba_layer", *tensors, codes, eps, norm_eps, chunk, residual, save_states)[0]

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layer as two CUDA ops (`groupmamba_ext.layer_ops`) against the same layer composed of the public ops."""
+"""The CUDA ops of whole layers (`groupmamba_ext.layer_ops`) against the same layers composed of the public ops."""
 
 import pytest
 import torch
 
 from common import FLOOR, relative_error
+from groupmamba.layers import feed_forward as layers_feed_forward
 from groupmamba.layers import grouped_mamba
+from groupmamba.layers import token_norm as layers_token_norm
+from groupmamba.layers.feed_forward import ConvFeedForward
+from groupmamba.layers.token_norm import TokenNorm
 from groupmamba_ext import layer_ops
 from groupmamba_ext.ops import DIRECTIONS, chunk_tokens
 from layer_tools import image, make, run
@@ -59,32 +63,118 @@ def test_equals_the_composed_layer(monkeypatch, dtype, dim, shape, options, vari
         assert error <= max(2 * own, FLOOR[dtype]), f"{name}: {error:.2e}, composed {own:.2e}"
 
 
-def arguments(layer, x):
-    """Of grouped_mamba_fwd, for a released or fused layer."""
+def arguments(layer, x, residual=False):
+    """Of grouped_mamba_layer_fwd, for a released or fused layer."""
     affinity, mamba = layer.affinity, layer.mamba
     fc = (affinity.fc1.weight, affinity.fc1.bias, affinity.fc2.weight, affinity.fc2.bias) if affinity else (None,) * 4
     codes = [DIRECTIONS.index(d) for d in layer.directions]
     chunk = chunk_tokens(layer_ops._padded(mamba.inner_dim), "cuda")
     tokens = x.permute(0, 2, 3, 1).contiguous().detach().requires_grad_()
-    scalars = (codes, layer.norm.eps, 1e-5, chunk, layer.variant == "fused", True)
-    return (tokens, layer.norm.weight, layer.norm.bias, *fc, *mamba.core_parameters(), *scalars)
+    norm, proj = (layer.norm.weight, layer.norm.bias), (layer.proj.weight, layer.proj.bias)
+    scalars = (codes, layer.norm.eps, 1e-5, chunk, residual, True)
+    return tokens, *norm, *fc, *mamba.core_parameters(), mamba.out_proj_weight, layer.skip_scale, *proj, *scalars
 
 
 @pytest.mark.parametrize("variant", ["released", "fused"])
-@pytest.mark.parametrize("dim, affinity", [(32, True), (44, True), (32, False)])
-def test_opcheck(variant, dim, affinity):
-    ops = torch.ops.groupmamba
+@pytest.mark.parametrize("dim, affinity, residual", [(32, True, True), (44, True, False), (44, False, True)])
+def test_opcheck(variant, dim, affinity, residual):
     layer = make(dim, variant=variant, affinity=affinity).to("cuda")
-    inputs = arguments(layer, image(2, dim, 5, 6, device="cuda", dtype=torch.float32))
-    torch.library.opcheck(ops.grouped_mamba_fwd, inputs)
-    y, xn, gate, *_ = ops.grouped_mamba_fwd(*inputs)
-    y, xn, gate = (t.detach().requires_grad_() for t in (y, xn, gate))
-    released = variant == "released"
-    merge = (
-        y, xn, gate if affinity and released else None, layer.mamba.out_proj_weight, layer.skip_scale,
-        layer.norm.weight, layer.norm.bias, layer.proj.weight, layer.proj.bias, layer.norm.eps,
-    )  # fmt: skip
-    torch.library.opcheck(ops.grouped_merge_fwd, merge)
+    inputs = arguments(layer, image(2, dim, 5, 6, device="cuda", dtype=torch.float32), residual)
+    torch.library.opcheck(torch.ops.groupmamba.grouped_mamba_layer_fwd, inputs)
+
+
+@pytest.mark.parametrize("dim", [64, 44, 348])
+@pytest.mark.parametrize("variant", ["released", "fused"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_residual_is_x_plus_the_layer(dtype, variant, dim):
+    layer = make(dim, variant=variant).to("cuda", dtype)
+    x = image(2, dim, 6, 9, device="cuda", dtype=dtype)
+
+    def ways(double=False):
+        module, start = (layer.double(), x.double()) if double else (layer.to(dtype), x)
+        for residual in (True, False):
+            t = start.detach().requires_grad_()
+            y = module(t, residual=residual)
+            y = y if residual else t + y
+            module.zero_grad()
+            y.square().sum().backward()
+            yield {"y": y.detach(), "dx": t.grad, "dbias": module.proj.bias.grad.clone()}
+
+    (inside, outside), (truth, _) = ways(), ways(double=True)
+    for name, expected in truth.items():
+        own = relative_error(outside[name], expected)
+        assert relative_error(inside[name], expected) <= max(2 * own, FLOOR[dtype]), name
+
+
+def test_pixels_of_any_distance():
+    """Slices of wider images, as inputs and as gradients, whose neighbours must not leak in."""
+    layer = make(44).to("cuda")
+    x = image(2, 44, 6, 5, device="cuda", dtype=torch.float32).permute(0, 2, 3, 1)
+    dy = torch.randn_like(x)
+
+    def gradients(x, dy):
+        x = x.detach().permute(0, 3, 1, 2).requires_grad_()
+        layer.zero_grad()
+        y = layer(x, residual=True)
+        y.backward(dy.permute(0, 3, 1, 2))
+        return [y.detach(), x.grad, *(p.grad.clone() for p in layer.parameters())]
+
+    expected = gradients(x, dy)
+    for width, first in ((48, 0), (48, 4), (64, 8), (45, 1)):
+        wide = [torch.full((*x.shape[:3], width), 1e4, device="cuda") for _ in range(2)]
+        for whole, part in zip(wide, (x, dy), strict=True):
+            whole[..., first : first + 44] = part
+        for a, b in zip(gradients(*(t[..., first : first + 44] for t in wide)), expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def feed_forward(dim, hidden):
+    torch.manual_seed(0)
+    network, norm = ConvFeedForward(dim, hidden), TokenNorm(dim, eps=1e-6)
+    with torch.no_grad():
+        for p in (*network.parameters(), *norm.parameters()):
+            p.add_(0.1 * torch.randn_like(p))
+    return torch.nn.ModuleDict({"mlp": network, "norm": norm})
+
+
+@pytest.mark.parametrize(
+    "dim, hidden, shape",
+    [(64, 512, (9, 14)), (348, 1392, (7, 7)), (44, 20, (3, 5)), (16, 9, (1, 1)), (96, 64, (1, 70))],
+)
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_feed_forward_equals_the_composed_one(monkeypatch, dtype, dim, hidden, shape, residual):
+    modules = feed_forward(dim, hidden)
+    x, dy = (torch.randn(2, *shape, dim, dtype=torch.float64) for _ in range(2))
+
+    def results(dtype, device):
+        modules.to(device, dtype).zero_grad()
+        t = x.detach().clone().to(device, dtype).requires_grad_()
+        y = modules["mlp"](t, modules["norm"], residual=residual)
+        y.backward(dy.to(device, dtype))
+        return {"y": y.detach(), "dx": t.grad} | {k: p.grad.clone() for k, p in modules.named_parameters()}
+
+    truth = results(torch.float64, "cpu")
+    fused = results(dtype, "cuda")
+    for module in (layers_feed_forward, layers_token_norm):
+        monkeypatch.setattr(module, "takes_image", lambda _: False)
+    composed = results(dtype, "cuda")
+    for name, expected in truth.items():
+        own = relative_error(composed[name], expected)
+        error = relative_error(fused[name], expected)
+        assert error <= max(2 * own, FLOOR[dtype]), f"{name}: {error:.2e}, composed {own:.2e}"
+
+
+def test_feed_forward_opcheck():
+    modules = feed_forward(44, 20).cuda()
+    x = torch.randn(2, 3, 5, 44, device="cuda", requires_grad=True)
+    mlp, norm = modules["mlp"], modules["norm"]
+    parameters = (t for m in (norm, mlp.fc1, mlp.dwconv, mlp.fc2) for t in (m.weight, m.bias))
+    inputs = (x, *parameters, 1e-6, True)
+    torch.library.opcheck(torch.ops.groupmamba.feed_forward_fwd, inputs)
+    torch.library.opcheck(torch.ops.groupmamba.token_norm_fwd, (x, norm.weight, norm.bias, 1e-6))
+    with pytest.raises(RuntimeError, match="fc2_weight"):
+        torch.ops.groupmamba.feed_forward_fwd(*inputs[:7], inputs[7][:, :4], *inputs[8:])
 
 
 def test_bitwise_repeatable():
@@ -126,4 +216,4 @@ def test_wrong_parameters_are_named():
     inputs = list(arguments(layer, image(1, 32, 4, 4, device="cuda", dtype=torch.float32)))
     inputs[8] = inputs[8][..., :2]
     with pytest.raises(RuntimeError, match="conv_weight"):
-        torch.ops.groupmamba.grouped_mamba_fwd(*inputs)
+        torch.ops.groupmamba.grouped_mamba_layer_fwd(*inputs)

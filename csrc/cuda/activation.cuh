@@ -64,18 +64,23 @@ __device__ __forceinline__ void activate(Activation kind, float (&x)[kCount]) {
     }
 }
 
-// x becomes the derivative of the activation at x.
+// x becomes the derivative of the activation at x, y the activation; not for kNone.
 template <class T, int kCount>
-__device__ __forceinline__ void activation_slope(Activation kind, float (&x)[kCount]) {
+__device__ __forceinline__ void activation_slope(Activation kind, float (&x)[kCount], float (&y)[kCount]) {
     if (kind == Activation::kSilu) {
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
             const float sigmoid = Math<T>::sigmoid(x[i]);
+            y[i] = x[i] * sigmoid;
             x[i] = sigmoid * fmaf(x[i], 1.f - sigmoid, 1.f);
         }
     } else {
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) x[i] = fmaf(x[i], normal_density<T>(x[i]), normal_cdf<T>(x[i]));
+        for (int i = 0; i < kCount; ++i) {
+            const float cdf = normal_cdf<T>(x[i]);
+            y[i] = x[i] * cdf;
+            x[i] = fmaf(x[i], normal_density<T>(x[i]), cdf);
+        }
     }
 }
 

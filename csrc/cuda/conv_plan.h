@@ -87,8 +87,8 @@ inline ConvBwdPlan conv_bwd_plan(int64_t batch, int height, int width, int group
     p.chunks = static_cast<int>(div_up(vecs, std::min(kConvBwdThreads / p.pairs, kConvBwdLanes)));
     p.lanes = static_cast<int>(div_up(vecs, p.chunks));
     p.threads = p.lanes * p.pairs;
-    // A block leaves 10 floats a channel: small images share a block while there are blocks for two waves; few blocks
-    // are split by rows, of which a strip reads four beyond its own.
+    // A block leaves 10 or 11 floats a channel: small images share a block while there are blocks for two waves; few
+    // blocks are split by rows, of which a strip reads four beyond its own.
     constexpr int64_t kEnoughBlocks = 768, kFewBlocks = 1024, kEnoughTokens = 384;
     const int64_t blocks = batch * groups * p.tiles * p.chunks;
     const int64_t tokens = std::max<int64_t>(static_cast<int64_t>(height) * width, 1);

@@ -70,6 +70,21 @@ struct alignas(16) ConvTable {
 #pragma unroll
         for (int j = 0; j < kConvVec; ++j) out[j] = rows[row][channels.at(j)];
     }
+    // Read where it is used, not once before a loop into registers that the loop needs.
+    template <bool kAligned>
+    __device__ __forceinline__ void reread(int row, const Channels<kAligned>& channels, float (&out)[kConvVec]) const {
+        const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(&rows[row][channels.at(0)]));
+        if constexpr (kAligned) {
+            static_assert(kConvVec == 4);
+            asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                         : "=f"(out[0]), "=f"(out[1]), "=f"(out[2]), "=f"(out[3])
+                         : "r"(address));
+        } else {
+#pragma unroll
+            for (int j = 0; j < kConvVec; ++j)
+                asm volatile("ld.shared.f32 %0, [%1];" : "=f"(out[j]) : "r"(address + 4 * j * channels.step));
+        }
+    }
 };
 
 }  // namespace gm

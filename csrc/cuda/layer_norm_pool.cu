@@ -3,8 +3,9 @@
 // both.
 //
 //   n = (x - mean) / sqrt(variance + eps) over C;  xn = n weight + bias;  pooled = mean over H, W of xn before rounding
-//   g = dxn [+ dxn_more] + dpooled / (H W);  h = g weight;  dx = (h - mean(h) - n mean(h n)) / sqrt(variance + eps)
-//   dweight = sum g n,  dbias = sum g
+//   [sum = x + sum_bias: what a product then adds to is the residual stream behind it]
+//   g = dxn [+ dxn_more] [+ dpooled / (H W)];  h = g weight
+//   dx = (h - mean(h) - n mean(h n)) / sqrt(variance + eps) [+ dx_more];  dweight = sum g n,  dbias = sum g
 //
 // One read of the inputs and one write. xn and its gradients may be grouped and padded where x is not. Sums over tokens
 // leave the block as one row a strip, which launch_reduce_columns adds.
@@ -19,19 +20,22 @@ namespace {
 template <class T, int kVecs>
 __global__ void __launch_bounds__(kNormThreads) layer_norm_pool_fwd_kernel(const __grid_constant__ PoolFwdArgs args) {
     using Tile = RowTile<kVecs>;
-    enum { kWeight, kBias };
-    __shared__ SlotRows<2, Tile::kWidth> table;
+    enum { kWeight, kBias, kSumBias };
+    __shared__ SlotRows<3, Tile::kWidth> table;
     __shared__ alignas(16) float sums[kNormWarps][Tile::kWidth];
-    __shared__ VectorOffsets<kVecs> x_offsets, xn_offsets;
+    __shared__ VectorOffsets<kVecs> x_offsets, xn_offsets, sum_offsets;
     const NormShape& s = args.shape;
     const Strip strip(s, args.plan);
     Tile tile(s, args.plan);
-    table.fill(s, [&](int c, float(&row)[2]) {
+    const bool add = args.sum.ptr != nullptr;
+    table.fill(s, [&](int c, float(&row)[3]) {
         row[kWeight] = load_param<T>(args.weight, c);
         row[kBias] = load_param<T>(args.bias, c);
+        row[kSumBias] = load_param_or<T>(args.sum_bias, c, 0.f);
     });
     Cursor<const T, kVecs> x_in(args.x, s, strip, tile, x_offsets);
-    Cursor<T, kVecs> xn_out(args.xn, s, strip, tile, xn_offsets);
+    Cursor<T, kVecs> xn_out(args.xn, s, strip, tile, xn_offsets), sum_out(args.sum, s, strip, tile, sum_offsets);
+    if (add) clear_tails<T>(args.sum, s, strip);
     __syncthreads();
 
     typename Tile::Values normed = {};
@@ -42,6 +46,17 @@ __global__ void __launch_bounds__(kNormThreads) layer_norm_pool_fwd_kernel(const
         tile.load(x_in, stored);
         x_in.advance();
         tile.widen(stored, x);
+        if (add) {
+            typename Tile::Values sum;
+#pragma unroll
+            for (int v = 0; v < kVecs; ++v) {
+                table.get(kSumBias, tile.slot(v), sum[v]);
+#pragma unroll
+                for (int j = 0; j < kVec; ++j) sum[v][j] += x[v][j];
+            }
+            tile.store(sum_out, sum);
+            sum_out.advance();
+        }
         tile.normalise(s.eps, x);
 #pragma unroll
         for (int v = 0; v < kVecs; ++v) {
@@ -57,6 +72,7 @@ __global__ void __launch_bounds__(kNormThreads) layer_norm_pool_fwd_kernel(const
         tile.store(xn_out, x);
         xn_out.advance();
     }
+    if (args.partials == nullptr) return;
     float* out = args.partials + strip.number * s.dim;
     const float count = strip.end - strip.first;
     tile.block_sums(normed, sums, [&](int c, int slot, float sum) {
@@ -70,30 +86,32 @@ __global__ void __launch_bounds__(kNormThreads) layer_norm_pool_bwd_kernel(const
     enum { kWeight, kPooled };
     __shared__ SlotRows<2, Tile::kWidth> table;
     __shared__ alignas(16) float sums[kNormWarps][Tile::kWidth];
-    __shared__ VectorOffsets<kVecs> x_offsets, dxn_offsets, more_offsets, dx_offsets;
+    __shared__ VectorOffsets<kVecs> x_offsets, dxn_offsets, more_offsets, dx_offsets, dx_more_offsets;
     const NormShape& s = args.shape;
     const Strip strip(s, args.plan);
     Tile tile(s, args.plan);
     const float inverse_tokens = 1.f / s.tokens;
     table.fill(s, [&](int c, float(&row)[2]) {
         row[kWeight] = load_param<T>(args.weight, c);
-        row[kPooled] = __fmul_rn(args.dpooled[strip.batch * s.dim + c], inverse_tokens);
+        row[kPooled] = args.dpooled == nullptr ? 0.f : __fmul_rn(args.dpooled[strip.batch * s.dim + c], inverse_tokens);
     });
     Cursor<const T, kVecs> x_in(args.x, s, strip, tile, x_offsets), dxn_in(args.dxn, s, strip, tile, dxn_offsets),
-        more_in(args.dxn_more, s, strip, tile, more_offsets);
+        more_in(args.dxn_more, s, strip, tile, more_offsets), dx_more_in(args.dx_more, s, strip, tile, dx_more_offsets);
     Cursor<T, kVecs> dx_out(args.dx, s, strip, tile, dx_offsets);
-    const bool more = args.dxn_more.ptr != nullptr;
+    const bool more = args.dxn_more.ptr != nullptr, dx_more = args.dx_more.ptr != nullptr;
+    clear_tails<T>(args.dx, s, strip);
     __syncthreads();
 
     typename Tile::Values dweight = {}, dbias = {};
     for (int left = strip.end - strip.first; left > 0; left -= args.plan.step) {
-        typename Tile::template Stored<T> x_stored, dxn_stored, more_stored = {};
+        typename Tile::template Stored<T> x_stored, dxn_stored, more_stored = {}, dx_more_stored = {};
         typename Tile::Values normed, g;
         tile.step(left);
         tile.load(x_in, x_stored);
         tile.load(dxn_in, dxn_stored);
         if (more) tile.load(more_in, more_stored);
-        x_in.advance(), dxn_in.advance(), more_in.advance();
+        if (dx_more) tile.load(dx_more_in, dx_more_stored);
+        x_in.advance(), dxn_in.advance(), more_in.advance(), dx_more_in.advance();
         tile.widen(x_stored, normed);
         tile.widen(dxn_stored, g);
         const float inverse_std = tile.normalise(s.eps, normed);
@@ -112,6 +130,13 @@ __global__ void __launch_bounds__(kNormThreads) layer_norm_pool_bwd_kernel(const
             }
         }
         tile.normalise_backward(normed, inverse_std, g);
+#pragma unroll
+        for (int v = 0; v < kVecs; ++v) {
+            float added[kVec];
+            dx_more_stored[v].widen(added);
+#pragma unroll
+            for (int j = 0; j < kVec; ++j) g[v][j] += added[j];
+        }
         tile.store(dx_out, g);
         dx_out.advance();
     }
@@ -129,22 +154,28 @@ __global__ void __launch_bounds__(kNormThreads)
     const Strip strip(s, args.plan);
     const int count = strip.end - strip.first;
     const WideImage<const T> x(args.x, s, strip);
-    const WideImage<T> xn(args.xn, s, strip);
+    const WideImage<T> xn(args.xn, s, strip), sums(args.sum, s, strip);
     const auto value = [&](int t, int c) { return to_float(x(t, x.offset(c))); };
     for (int t = threadIdx.x >> 5; t < count; t += kNormWarps) rows.statistics(t, s.dim, s.eps, value);
     __syncthreads();
     for (int c = threadIdx.x; c < s.dim; c += kNormThreads) {
         const float weight = load_param<T>(args.weight, c), bias = load_param<T>(args.bias, c);
         const int64_t x_at = x.offset(c), xn_at = xn.offset(c);
+        if (args.sum.ptr != nullptr) {
+            const float sum_bias = load_param_or<T>(args.sum_bias, c, 0.f);
+            const int64_t sum_at = sums.offset(c);
+            for (int t = 0; t < count; ++t) sums(t, sum_at) = from_float<T>(to_float(x(t, x_at)) + sum_bias);
+        }
         float sum = 0.f;
         for (int t = 0; t < count; ++t) {
             const float out = fmaf(rows.normed(t, to_float(x(t, x_at))), weight, bias);
             xn(t, xn_at) = from_float<T>(out);
             sum += out;
         }
-        args.partials[strip.number * s.dim + c] = sum;
+        if (args.partials != nullptr) args.partials[strip.number * s.dim + c] = sum;
     }
     xn.clear_pads(count);
+    if (args.sum.ptr != nullptr) clear_tails<T>(args.sum, s, strip);
 }
 
 template <class T>
@@ -155,12 +186,13 @@ __global__ void __launch_bounds__(kNormThreads)
     const Strip strip(s, args.plan);
     const int count = strip.end - strip.first;
     const float inverse_tokens = 1.f / s.tokens;
-    const WideImage<const T> x(args.x, s, strip), dxn(args.dxn, s, strip), more(args.dxn_more, s, strip);
+    const WideImage<const T> x(args.x, s, strip), dxn(args.dxn, s, strip), more(args.dxn_more, s, strip),
+        dx_more(args.dx_more, s, strip);
     const WideImage<T> dx(args.dx, s, strip);
-    const float* dpooled = args.dpooled + strip.batch * s.dim;
+    const float* dpooled = args.dpooled == nullptr ? nullptr : args.dpooled + strip.batch * s.dim;
     const auto value = [&](int t, int c) { return to_float(x(t, x.offset(c))); };
     const auto gradient = [&](int t, int c) {
-        const float g = fmaf(dpooled[c], inverse_tokens, to_float(dxn(t, dxn.offset(c))));
+        const float g = fmaf(dpooled == nullptr ? 0.f : dpooled[c], inverse_tokens, to_float(dxn(t, dxn.offset(c))));
         return args.dxn_more.ptr == nullptr ? g : g + to_float(more(t, more.offset(c)));
     };
     for (int t = threadIdx.x >> 5; t < count; t += kNormWarps) {
@@ -177,7 +209,8 @@ __global__ void __launch_bounds__(kNormThreads)
         float dweight = 0.f, dbias = 0.f;
         for (int t = 0; t < count; ++t) {
             const float normed = rows.normed(t, value(t, c)), g = gradient(t, c);
-            dx(t, dx_at) = from_float<T>(rows.backward(t, g * weight, normed));
+            const float more_dx = args.dx_more.ptr == nullptr ? 0.f : to_float(dx_more(t, dx_more.offset(c)));
+            dx(t, dx_at) = from_float<T>(rows.backward(t, g * weight, normed) + more_dx);
             dweight = fmaf(g, normed, dweight);
             dbias += g;
         }
@@ -185,6 +218,7 @@ __global__ void __launch_bounds__(kNormThreads)
         out[s.dim + c] = dbias;
     }
     dx.clear_pads(count);
+    clear_tails<T>(args.dx, s, strip);
 }
 
 }  // namespace

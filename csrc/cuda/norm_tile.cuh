@@ -219,6 +219,14 @@ struct Cursor {
     }
 };
 
+// Zeros behind the last group of the strip's tokens, in an image of adjacent groups.
+template <class T>
+__device__ void clear_tails(const NormImage& image, const NormShape& s, const Strip& strip) {
+    T* const p = static_cast<T*>(image.ptr) + strip.batch * image.batch + strip.first * image.token + s.dim;
+    for (int i = threadIdx.x; i < image.tail * (strip.end - strip.first); i += kNormThreads)
+        p[i / image.tail * image.token + i % image.tail] = from_float<T>(0.f);
+}
+
 // A few floats of every slot in shared memory; 0 in pads.
 template <int kRows, int kWidth>
 struct alignas(16) SlotRows {

@@ -11,34 +11,45 @@ namespace {
 
 constexpr int kThreads = 256;
 
-constexpr int kSumThreads = 8;  // threads that share a sum, see row_sum
+constexpr int kSumThreads = 8;  // threads that share a sum of many parts, see row_sum
 
-// Elements of all items one after another, each item from a multiple of `unit` on, so that a block belongs to one item;
-// the item and the first of the block's elements.
+// Elements of a block.
+__host__ __device__ __forceinline__ int unit_of(const PackItem&) { return kThreads; }
+__host__ __device__ __forceinline__ bool shares_sums(const SumItem& item) { return item.parts >= kSumThreads; }
+__host__ __device__ __forceinline__ int unit_of(const SumItem& item) {
+    return shares_sums(item) ? kReduceColumns : kReduceColumns * kSumThreads;
+}
+
+template <class Item>
+__host__ __device__ __forceinline__ int64_t blocks_of(const Item& item) {
+    return (item.count + unit_of(item) - 1) / unit_of(item);
+}
+
+// The items one after another, a block belongs to one; that, and the first of the block's elements.
 template <class Args>
-__device__ __forceinline__ const auto& find_item(const Args& args, int unit, int64_t& first) {
+__device__ __forceinline__ const auto& find_item(const Args& args, int64_t& first) {
     int64_t block = blockIdx.x;
     int i = 0;
     for (; i + 1 < args.count; ++i) {
-        const int64_t blocks = (args.items[i].count + unit - 1) / unit;
+        const int64_t blocks = blocks_of(args.items[i]);
         if (block < blocks) break;
         block -= blocks;
     }
-    first = block * unit;
+    first = block * unit_of(args.items[i]);
     return args.items[i];
 }
 
 template <class Args>
-int64_t total_blocks(const Args& args, int unit) {
+int64_t total_blocks(const Args& args) {
     int64_t blocks = 0;
-    for (int i = 0; i < args.count; ++i) blocks += (args.items[i].count + unit - 1) / unit;
+    for (int i = 0; i < args.count; ++i) blocks += blocks_of(args.items[i]);
     return blocks;
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) pack_parameters_kernel(const __grid_constant__ PackArgs args) {
     int64_t element = 0;
-    const PackItem& item = find_item(args, kThreads, element);
+    const PackItem& item = find_item(args, element);
     element += threadIdx.x;
     if (element >= item.count) return;
     const int64_t row = element / item.w2;
@@ -66,22 +77,23 @@ __global__ void __launch_bounds__(kReduceColumns* kSumThreads)
     sum_parameters_kernel(const __grid_constant__ SumArgs args) {
     __shared__ float shared[kSumThreads][kReduceColumns];
     int64_t element = 0;
-    const SumItem& item = find_item(args, kReduceColumns, element);
-    element += threadIdx.x;
+    const SumItem& item = find_item(args, element);
+    const bool shares = shares_sums(item);
+    element += threadIdx.x + (shares ? 0 : threadIdx.y * kReduceColumns);
     const int64_t row = element / item.n2, matrix = row / item.n1;
     const int i2 = static_cast<int>(element - row * item.n2), i1 = static_cast<int>(row - matrix * item.n1);
     const int64_t i0 = matrix / item.inner, j = matrix - i0 * item.inner;
     const int64_t step = static_cast<int64_t>(item.inner) * item.w1 * item.w2;
     const int64_t first = i0 * item.parts * step + (j * item.w1 + i1) * item.w2 + i2;
     float sum = 0.f;
+    const int from = shares ? threadIdx.y : 0, by = shares ? kSumThreads : 1;
     if (element < item.count) {
-        sum = item.from.is_float ? strided_sum(static_cast<const float*>(item.from.ptr) + first, threadIdx.y,
-                                               item.parts, kSumThreads, step)
-                                 : strided_sum(static_cast<const T*>(item.from.ptr) + first, threadIdx.y, item.parts,
-                                               kSumThreads, step);
+        sum = item.from.is_float
+                  ? strided_sum(static_cast<const float*>(item.from.ptr) + first, from, item.parts, by, step)
+                  : strided_sum(static_cast<const T*>(item.from.ptr) + first, from, item.parts, by, step);
     }
-    sum = row_sum(sum, shared);
-    if (threadIdx.y != 0 || element >= item.count) return;
+    if (shares) sum = row_sum(sum, shared);
+    if (element >= item.count || (shares && threadIdx.y != 0)) return;
     if (item.add.ptr != nullptr) sum += load_param<T>(item.add, element);
     if (item.scale != nullptr) sum *= item.scale[first];
     store_param<T>(item.to, element, sum);
@@ -126,13 +138,13 @@ __global__ void __launch_bounds__(kThreads) column_sums_kernel(const __grid_cons
 
 cudaError_t launch_pack_parameters(const PackArgs& args, DType dtype, cudaStream_t stream) {
     return dispatch_dtype(dtype, [&](auto tag) {
-        return launch_kernel(pack_parameters_kernel<typename decltype(tag)::type>, total_blocks(args, kThreads),
-                             kThreads, 0, stream, args);
+        return launch_kernel(pack_parameters_kernel<typename decltype(tag)::type>, total_blocks(args), kThreads, 0,
+                             stream, args);
     });
 }
 
 cudaError_t launch_sum_parameters(const SumArgs& args, DType dtype, cudaStream_t stream) {
-    const int64_t blocks = total_blocks(args, kReduceColumns);
+    const int64_t blocks = total_blocks(args);
     if (blocks == 0) return cudaSuccess;
     if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
     return dispatch_dtype(dtype, [&](auto tag) {

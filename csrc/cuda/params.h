@@ -128,8 +128,11 @@ struct ConvBwdArgs {
     ConvShape shape;
     ConvBwdPlan plan;
     ImageArg dy, x, dx;
+    ImageArg y;  // the forward's result once more, or absent
     ParamArg weight, bias;
-    float* partials = nullptr;  // (plan.partial_rows, G * D * 10): dweight (G, D, 3, 3), then dbias (G, D)
+    // Sums of a channel that a block leaves: dweight, dbias and, with one more, of dx.
+    int sums = kConvTaps + 1;
+    float* partials = nullptr;  // rows of (G, D, 3, 3), then (G, D) for each of the others
 };
 
 // layer_norm_pool and modulated_layer_norm; plan in norm_plan.h. A token is `groups` runs of group_dim channels, in
@@ -146,21 +149,22 @@ struct NormShape {
 struct NormImage : ImageArg {
     bool aligned = false;  // allows aligned accesses to kVec channels, pads included
     int width = 0;         // stored channels of a group: group_dim, or more
+    int tail = 0;          // elements behind all groups of a token that a kernel which writes the image sets to 0
 };
 
 struct PoolFwdArgs {
     NormShape shape;
     NormPlan plan;
-    NormImage x, xn;
-    ParamArg weight, bias;
-    float* partials = nullptr;  // (batch, plan.strips, dim): sums of xn
+    NormImage x, xn, sum;  // sum: x + sum_bias, or absent
+    ParamArg weight, bias, sum_bias;
+    float* partials = nullptr;  // (batch, plan.strips, dim): sums of xn, or null
 };
 
 struct PoolBwdArgs {
     NormShape shape;
     NormPlan plan;
-    NormImage dxn, dxn_more, x, dx;  // dxn_more: added to dxn, or absent
-    const float* dpooled = nullptr;  // (batch, dim)
+    NormImage dxn, dxn_more, x, dx, dx_more;  // dxn_more, dx_more: added to dxn, to dx, or absent
+    const float* dpooled = nullptr;           // (batch, dim), or null
     ParamArg weight;
     float* partials = nullptr;  // (batch, plan.strips, 2 * dim): dweight, dbias
 };

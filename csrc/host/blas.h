@@ -20,16 +20,6 @@ __attribute__((weak)) AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle 
 
 namespace gm {
 
-// Another view of the storage of `t`, `offset` elements behind its first.
-inline Tensor alias(const Tensor& t, const Shape& sizes, const Shape& strides, int64_t offset = 0) {
-    AtenTensorHandle handle = nullptr;
-    GM_TORCH_CALL(aoti_torch__reinterpret_tensor(t.get(), static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                 strides.data(), offset, &handle));
-    return Tensor(handle);
-}
-
-inline Tensor alias(const Tensor& t, const Shape& sizes) { return alias(t, sizes, contiguous_strides(sizes)); }
-
 // The last two dimensions swapped.
 inline Tensor transposed(const Tensor& t) {
     Shape sizes = shape_of(t), strides(sizes.size());
@@ -45,9 +35,10 @@ inline void matmul_out(const Tensor& out, const Tensor& a, const Tensor& b) {
     GM_TORCH_CALL(product(out.get(), a.get(), b.get()));
 }
 
-// out += a @ b, for batches of matrices.
+// out += a @ b, for matrices or batches of them.
 inline void add_matmul(const Tensor& out, const Tensor& a, const Tensor& b) {
-    GM_TORCH_CALL(aoti_torch_cuda_baddbmm_out(out.get(), out.get(), a.get(), b.get(), 1., 1.));
+    const auto product = out.dim() == 2 ? &aoti_torch_cuda_addmm_out : &aoti_torch_cuda_baddbmm_out;
+    GM_TORCH_CALL(product(out.get(), out.get(), a.get(), b.get(), 1., 1.));
 }
 
 // out = a @ b + row, for matrices; row has as many elements as out has columns.

@@ -131,6 +131,30 @@ inline Tensor empty_image(const Tensor& like, int64_t channels) {
 
 inline Tensor empty_image_like(const Tensor& like) { return empty_image(like, like.size(like.dim() - 1)); }
 
+// Another view of the storage of `t`, `offset` elements behind its first.
+inline Tensor alias(const Tensor& t, const Shape& sizes, const Shape& strides, int64_t offset = 0) {
+    AtenTensorHandle handle = nullptr;
+    GM_TORCH_CALL(aoti_torch__reinterpret_tensor(t.get(), static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                 strides.data(), offset, &handle));
+    return Tensor(handle);
+}
+
+inline Tensor alias(const Tensor& t, const Shape& sizes) { return alias(t, sizes, contiguous_strides(sizes)); }
+
+inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// The library's products are several times slower where rows of channels do not start at multiples of 16 bytes, or are
+// not multiples of them long.
+constexpr int64_t kPixelUnit = 8;
+
+// (batch, H, W, C) whose pixels are C rounded up to kPixelUnit channels apart; a kernel that writes it puts zeros
+// there.
+inline Tensor empty_padded_image(int64_t batch, int64_t height, int64_t width, int64_t channels, const Tensor& like) {
+    const int64_t step = round_up(channels, kPixelUnit);
+    const Tensor whole = empty({batch, height, width, step}, like.scalar_type(), like);
+    return alias(whole, {batch, height, width, channels}, {height * width * step, width * step, step, 1});
+}
+
 // True when one stride (of W) walks all tokens of an image in row-major order and channels are adjacent.
 inline bool is_canonical_image(const Tensor& t) {
     const int64_t last = t.dim() - 1;

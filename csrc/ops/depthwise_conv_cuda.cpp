@@ -55,42 +55,54 @@ Tensor depthwise_conv3x3_fwd(Tensor x, Tensor weight, OptTensor bias, int64_t ac
     return y;
 }
 
-std::tuple<Tensor, Tensor> conv3x3_bwd_into(const Tensor& dx, Tensor dy, Tensor x, Tensor weight, OptTensor bias,
-                                            int64_t activation) {
+ConvGradients conv3x3_bwd_into(const Tensor& dx, Tensor dy, Tensor x, Tensor weight, OptTensor bias, int64_t activation,
+                               const OptTensor& y, bool sum_dx) {
     check_conv(x, weight, bias, activation);
     check_image(dy, "dy", shape_of(x), x);
+    GM_CHECK(!y || activation != 0, "y without an activation is x's convolution, which is not computed");
     const DType dtype = dtype_of(x);
     const CudaContext context(x);
     check_image(dx, "dx", shape_of(x), x);
-    Tensor dweight = empty_like_or_absent(weight, x), dbias = empty_like_or_absent(bias, x);
+    const int64_t channels = x.size(3) * x.size(4);
+    ConvGradients out{empty_like_or_absent(weight, x), empty_like_or_absent(bias, x), {}};
+    if (sum_dx) out.dx_sum = empty({channels}, ScalarType::Float, x);
     if (dx.numel() == 0) {
-        torch::stable::zero_(dweight), torch::stable::zero_(dbias);
-        return {dweight, dbias};
+        torch::stable::zero_(out.dweight), torch::stable::zero_(out.dbias);
+        if (sum_dx) torch::stable::zero_(*out.dx_sum);
+        return out;
     }
 
     x = canonical_image(x), dy = canonical_image(dy);
     ParamHolder param;
     ConvBwdArgs args;
-    args.shape = conv_shape(x, groups_adjacent(x) && groups_adjacent(dy) && groups_adjacent(dx), activation);
+    args.shape = conv_shape(
+        x, groups_adjacent(x) && groups_adjacent(dy) && groups_adjacent(dx) && (!y || groups_adjacent(*y)), activation);
     ConvShape& s = args.shape;
     args.plan = conv_bwd_plan(s.batch, s.height, s.width, s.groups, s.dim);
     args.dy = image_arg(dy), args.x = image_arg(x), args.dx = image_arg(dx);
+    if (y) {
+        check_image(*y, "y", shape_of(x), x);
+        args.y = image_arg(*y);
+    }
     args.weight = param(weight), args.bias = param(bias);
-    const int64_t size = static_cast<int64_t>(x.element_size()), channels = static_cast<int64_t>(s.groups) * s.dim;
-    s.aligned = s.dim % kVec == 0 && allows_vectors(args.x, size) && allows_vectors(args.dy, size) &&
-                allows_vectors(args.dx, size);
-    Tensor partials = empty({args.plan.partial_rows, channels * (kConvTaps + 1)}, ScalarType::Float, x);
+    const int64_t size = static_cast<int64_t>(x.element_size());
+    s.aligned = s.dim % kVec == 0;
+    for (const ImageArg* image : {&args.x, &args.dy, &args.dx, &args.y})  // a row within 32-bit offsets
+        s.aligned = s.aligned && allows_vectors(*image, size) && s.width * image->token <= UINT32_MAX;
+    if (sum_dx) ++args.sums;
+    Tensor partials = empty({args.plan.partial_rows, channels * args.sums}, ScalarType::Float, x);
     args.partials = static_cast<float*>(partials.data_ptr());
     check_cuda(launch_depthwise_conv_bwd(args, dtype, context.stream()), "depthwise_conv3x3 backward");
 
     ReduceArgs reduce;
     reduce.partials = args.partials;
-    reduce.rows = args.plan.partial_rows, reduce.row_stride = channels * (kConvTaps + 1);
-    reduce.targets[0] = param_out(dweight, weight), reduce.counts[0] = channels * kConvTaps;
-    reduce.targets[1] = param_out(dbias, bias), reduce.counts[1] = channels;
-    reduce.columns = bias ? reduce.row_stride : reduce.counts[0];
+    reduce.rows = args.plan.partial_rows, reduce.row_stride = channels * args.sums;
+    reduce.targets[0] = param_out(out.dweight, weight), reduce.counts[0] = channels * kConvTaps;
+    reduce.targets[1] = param_out(out.dbias, bias), reduce.counts[1] = channels;
+    if (sum_dx) reduce.targets[2] = param_out(*out.dx_sum, out.dx_sum), reduce.counts[2] = channels;
+    reduce.columns = bias || sum_dx ? reduce.row_stride : reduce.counts[0];
     check_cuda(launch_reduce_columns(reduce, dtype, context.stream()), "depthwise_conv3x3 parameter sums");
-    return {dweight, dbias};
+    return out;
 }
 
 namespace {
@@ -98,8 +110,8 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> depthwise_conv3x3_bwd(Tensor dy, Tensor x, Tensor weight, OptTensor bias,
                                                          int64_t activation) {
     const Tensor dx = empty_image_like(x);
-    const auto [dweight, dbias] = conv3x3_bwd_into(dx, dy, x, weight, bias, activation);
-    return {dx, dweight, dbias};
+    const ConvGradients gradients = conv3x3_bwd_into(dx, dy, x, weight, bias, activation);
+    return {dx, gradients.dweight, gradients.dbias};
 }
 
 }  // namespace

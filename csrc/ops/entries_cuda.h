@@ -10,13 +10,28 @@
 
 namespace gm {
 
-// With groups the results are images (batch, H, W, groups, width), group-major (y token-major), zeros behind the
-// channels of a group; so may be o, x and the gradients. Without (0), (batch, H, W, C).
-std::tuple<Tensor, Tensor> layer_norm_pool_fwd(Tensor x, Tensor weight, Tensor bias, double eps, int64_t groups,
-                                               int64_t width);
-std::tuple<Tensor, Tensor, Tensor> layer_norm_pool_bwd(Tensor dxn, OptTensor dxn_more, Tensor dpooled, Tensor x,
-                                                       Tensor weight, double eps);
+// With groups the result is an image (batch, H, W, groups, width), group-major, zeros behind the channels of a group;
+// without (0), (batch, H, W, C).
+struct NormPoolInputs {
+    Tensor x, weight, bias;
+    double eps = 0;
+    int64_t groups = 0, width = 0;
+    bool pool = true;
+    OptTensor sum{}, sum_bias{};  // sum, (batch, H, W, C), becomes x + sum_bias
+};
+// pooled is (0,) without `pool`.
+std::tuple<Tensor, Tensor> layer_norm_pool_fwd(NormPoolInputs in);
+// dx: dense, or padded (see padded_image) as dx_more may be, which is added to it.
+struct NormPoolGradients {
+    Tensor dxn;
+    OptTensor dxn_more{}, dpooled{}, dx_more{};
+    bool padded = false;
+};
+std::tuple<Tensor, Tensor, Tensor> layer_norm_pool_bwd(NormPoolGradients gradients, Tensor x, Tensor weight,
+                                                       double eps);
 
+// With a width the result is (batch, H, W, G, width), zeros behind the channels of a group; so may be o, x and the
+// gradients.
 Tensor modulated_layer_norm_fwd(Tensor o, Tensor x, Tensor scale, OptTensor gate, Tensor weight, Tensor bias,
                                 double eps, int64_t width);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> modulated_layer_norm_bwd(Tensor dy, Tensor o, Tensor x,
@@ -24,8 +39,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> modulated_layer_norm_
                                                                                     Tensor weight, double eps);
 
 Tensor depthwise_conv3x3_fwd(Tensor x, Tensor weight, OptTensor bias, int64_t activation);
-std::tuple<Tensor, Tensor> conv3x3_bwd_into(const Tensor& dx, Tensor dy, Tensor x, Tensor weight, OptTensor bias,
-                                            int64_t activation);
+struct ConvGradients {
+    Tensor dweight, dbias;
+    OptTensor dx_sum;  // (G * D,) float32
+};
+// Writes dx, and into y, if given, what the forward returned.
+ConvGradients conv3x3_bwd_into(const Tensor& dx, Tensor dy, Tensor x, Tensor weight, OptTensor bias, int64_t activation,
+                               const OptTensor& y = std::nullopt, bool sum_dx = false);
 
 // norm_dim: channels that LayerNorm counts, 0 for D. Where it is less than D, the images are 0 in the channels behind
 // it, and so are dt_weight, dt_bias, D, norm_weight, norm_bias and gate; gradients hold anything finite there.

@@ -46,6 +46,13 @@ NormImage norm_image(const Tensor& t, const NormSizes& s) {
     return image;
 }
 
+// An image that the kernel writes, pixels padded or not: zeros go behind their channels.
+NormImage padded_norm_image(const Tensor& t, const NormSizes& s) {
+    NormImage image = norm_image(t, s);
+    if (t.dim() == 4) image.tail = static_cast<int>(std::min<int64_t>(image.token - s.channels, kPixelUnit - 1));
+    return image;
+}
+
 template <class... Images>
 NormShape norm_shape(const NormSizes& s, double eps, const Images&... images) {
     NormShape shape{};
@@ -59,17 +66,20 @@ NormShape norm_shape(const NormSizes& s, double eps, const Images&... images) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> layer_norm_pool_fwd(Tensor x, Tensor weight, Tensor bias, double eps, int64_t groups,
-                                               int64_t width) {
+std::tuple<Tensor, Tensor> layer_norm_pool_fwd(NormPoolInputs in) {
+    Tensor& x = in.x;
     GM_CHECK(x.dim() == 4, "x must be (batch, H, W, C), got ", show(shape_of(x)));
-    const NormSizes sizes = norm_sizes(x, "xn", weight, std::max<int64_t>(groups, 1));
+    const NormSizes sizes = norm_sizes(x, "xn", in.weight, std::max<int64_t>(in.groups, 1));
     check_norm_image(x, "x", sizes, x);
-    check_parameter(weight, "weight", {sizes.channels}, x);
-    check_parameter(bias, "bias", {sizes.channels}, x);
+    check_parameter(in.weight, "weight", {sizes.channels}, x);
+    check_parameter(in.bias, "bias", {sizes.channels}, x);
+    check_parameter(in.sum_bias, "sum_bias", {sizes.channels}, x);
+    if (in.sum) check_norm_image(*in.sum, "sum", sizes, x);
     const DType dtype = dtype_of(x);
     const CudaContext context(x);
-    Tensor xn = empty_image_like(x), pooled = empty({x.size(0), x.size(3)}, ScalarType::Float, x);
-    if (groups > 0) xn = empty_group_major({sizes.batch, sizes.height, sizes.width, groups, width}, x);
+    Tensor xn = in.groups > 0 ? empty_group_major({sizes.batch, sizes.height, sizes.width, in.groups, in.width}, x)
+                              : empty_image_like(x);
+    Tensor pooled = in.pool ? empty({x.size(0), x.size(3)}, ScalarType::Float, x) : empty_absent(ScalarType::Float, x);
     if (x.numel() == 0) {
         torch::stable::zero_(pooled);
         return {xn, pooled};
@@ -79,13 +89,18 @@ std::tuple<Tensor, Tensor> layer_norm_pool_fwd(Tensor x, Tensor weight, Tensor b
     ParamHolder param;
     PoolFwdArgs args;
     args.x = norm_image(x, sizes), args.xn = norm_image(xn, sizes);
-    args.shape = norm_shape(sizes, eps, args.x, args.xn);
+    if (in.sum) args.sum = padded_norm_image(*in.sum, sizes);
+    args.shape = norm_shape(sizes, in.eps, args.x, args.xn);
     const NormShape& s = args.shape;
     args.plan = norm_plan(s.batch, s.tokens, s.slots(), kNormFwdBlocks);
-    args.weight = param(weight), args.bias = param(bias);
-    Tensor partials = empty({s.batch, args.plan.strips, s.dim}, ScalarType::Float, x);
-    args.partials = static_cast<float*>(partials.data_ptr());
+    args.weight = param(in.weight), args.bias = param(in.bias), args.sum_bias = param(in.sum_bias);
+    Tensor partials;
+    if (in.pool) {
+        partials = empty({s.batch, args.plan.strips, s.dim}, ScalarType::Float, x);
+        args.partials = static_cast<float*>(partials.data_ptr());
+    }
     check_cuda(launch_layer_norm_pool_fwd(args, dtype, context.stream()), "layer_norm_pool forward");
+    if (!in.pool) return {xn, pooled};
 
     ReduceArgs reduce;
     reduce.partials = args.partials;
@@ -96,20 +111,26 @@ std::tuple<Tensor, Tensor> layer_norm_pool_fwd(Tensor x, Tensor weight, Tensor b
     return {xn, pooled};
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_pool_bwd(Tensor dxn, OptTensor dxn_more, Tensor dpooled, Tensor x,
-                                                       Tensor weight, double eps) {
+std::tuple<Tensor, Tensor, Tensor> layer_norm_pool_bwd(NormPoolGradients gradients, Tensor x, Tensor weight,
+                                                       double eps) {
+    auto& [dxn, dxn_more, dpooled, dx_more, padded] = gradients;
     GM_CHECK(x.dim() == 4, "x must be (batch, H, W, C), got ", show(shape_of(x)));
     const NormSizes sizes = norm_sizes(x, "dxn", weight, dxn.dim() == 5 ? dxn.size(3) : 1);
     check_norm_image(x, "x", sizes, x);
     check_norm_image(dxn, "dxn", sizes, x);
     if (dxn_more) check_norm_image(*dxn_more, "dxn_more", sizes, x);
+    if (dx_more) check_norm_image(*dx_more, "dx_more", sizes, x);
     check_parameter(weight, "weight", {sizes.channels}, x);
-    check_shape(dpooled, "dpooled", {sizes.batch, sizes.channels});
-    GM_CHECK(dpooled.scalar_type() == ScalarType::Float, "dpooled must be float32");
-    GM_CHECK(dpooled.device() == x.device(), "dpooled is on another device");
+    if (dpooled) {
+        check_shape(*dpooled, "dpooled", {sizes.batch, sizes.channels});
+        GM_CHECK(dpooled->scalar_type() == ScalarType::Float, "dpooled must be float32");
+        GM_CHECK(dpooled->device() == x.device(), "dpooled is on another device");
+    }
     const DType dtype = dtype_of(x);
     const CudaContext context(x);
-    Tensor dx = empty_image_like(x), dweight = empty_like_or_absent(weight, x), dbias = empty_like_or_absent(weight, x);
+    Tensor dx =
+        padded ? empty_padded_image(sizes.batch, sizes.height, sizes.width, sizes.channels, x) : empty_image_like(x);
+    Tensor dweight = empty_like_or_absent(weight, x), dbias = empty_like_or_absent(weight, x);
     if (dx.numel() == 0) {
         torch::stable::zero_(dweight), torch::stable::zero_(dbias);
         return {dx, dweight, dbias};
@@ -118,15 +139,18 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_pool_bwd(Tensor dxn, OptTensor dxn
     x = canonical_image(x), dxn = canonical_image(dxn);
     ParamHolder param;
     PoolBwdArgs args;
-    args.dxn = norm_image(dxn, sizes), args.x = norm_image(x, sizes), args.dx = norm_image(dx, sizes);
-    if (dxn_more) {
-        dxn_more = canonical_image(*dxn_more);
-        args.dxn_more = norm_image(*dxn_more, sizes);
-    }
+    args.dxn = norm_image(dxn, sizes), args.x = norm_image(x, sizes), args.dx = padded_norm_image(dx, sizes);
+    const auto optional_image = [&](OptTensor& t, NormImage& image) {
+        if (!t) return;
+        t = canonical_image(*t);
+        image = norm_image(*t, sizes);
+    };
+    optional_image(dxn_more, args.dxn_more), optional_image(dx_more, args.dx_more);
     args.shape = norm_shape(sizes, eps, args.dxn, args.dxn_more, args.x);
     const NormShape& s = args.shape;
     args.plan = norm_plan(s.batch, s.tokens, s.slots(), kNormBwdBlocks);
-    args.dpooled = static_cast<const float*>(param(dpooled).ptr), args.weight = param(weight);
+    if (dpooled) args.dpooled = static_cast<const float*>(param(dpooled).ptr);
+    args.weight = param(weight);
     const int64_t columns = 2 * static_cast<int64_t>(s.dim);
     Tensor partials = empty({s.batch, args.plan.strips, columns}, ScalarType::Float, x);
     args.partials = static_cast<float*>(partials.data_ptr());
@@ -230,12 +254,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> modulated_layer_norm_
 namespace {
 
 std::tuple<Tensor, Tensor> pool_fwd(Tensor x, Tensor weight, Tensor bias, double eps) {
-    return layer_norm_pool_fwd(x, weight, bias, eps, 0, 0);
+    return layer_norm_pool_fwd({x, weight, bias, eps});
 }
 
 std::tuple<Tensor, Tensor, Tensor> pool_bwd(Tensor dxn, Tensor dpooled, Tensor x, Tensor weight, double eps) {
     GM_CHECK(dxn.dim() == 4, "dxn must be (batch, H, W, C), got ", show(shape_of(dxn)));
-    return layer_norm_pool_bwd(dxn, std::nullopt, dpooled, x, weight, eps);
+    return layer_norm_pool_bwd({dxn, std::nullopt, dpooled}, x, weight, eps);
+}
+
+Tensor token_norm_fwd(Tensor x, Tensor weight, Tensor bias, double eps) {
+    return std::get<0>(layer_norm_pool_fwd({x, weight, bias, eps, 0, 0, false}));
+}
+
+std::tuple<Tensor, Tensor, Tensor> token_norm_bwd(Tensor dy, Tensor x, Tensor weight, double eps) {
+    GM_CHECK(dy.dim() == 4, "dy must be (batch, H, W, C), got ", show(shape_of(dy)));
+    return layer_norm_pool_bwd({dy}, x, weight, eps);
 }
 
 Tensor modulated_fwd(Tensor o, Tensor x, Tensor scale, OptTensor gate, Tensor weight, Tensor bias, double eps) {
@@ -249,6 +282,8 @@ Tensor modulated_fwd(Tensor o, Tensor x, Tensor scale, OptTensor gate, Tensor we
 STABLE_TORCH_LIBRARY_IMPL(groupmamba, CUDA, m) {
     m.impl("layer_norm_pool_fwd", TORCH_BOX(&gm::pool_fwd));
     m.impl("layer_norm_pool_bwd", TORCH_BOX(&gm::pool_bwd));
+    m.impl("token_norm_fwd", TORCH_BOX(&gm::token_norm_fwd));
+    m.impl("token_norm_bwd", TORCH_BOX(&gm::token_norm_bwd));
     m.impl("modulated_layer_norm_fwd", TORCH_BOX(&gm::modulated_fwd));
     m.impl("modulated_layer_norm_bwd", TORCH_BOX(&gm::modulated_layer_norm_bwd));
 }

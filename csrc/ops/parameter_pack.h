@@ -9,8 +9,6 @@
 
 namespace gm {
 
-inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
 // Parameters in the order of add(). One that needs no change is used as it is; the others lie in one buffer of the
 // images' dtype and one of float32.
 class ParameterPack {
@@ -113,14 +111,5 @@ private:
     SumArgs args_;
     std::vector<Tensor> kept_;
 };
-
-// Partial products dy^T x over parts of the tokens, for dy (G, T, N) and x (G, T, K), both contiguous: the gradient of
-// a small weight is one tile of work for hundreds of thousands of terms, and the library would run it on a few
-// multiprocessors. (G * parts, N, K) in the dtype of the images; the sum over parts follows in ParameterSums.
-struct WeightPartials {
-    Tensor values;
-    int64_t parts;
-};
-WeightPartials weight_partials(const Tensor& dy, const Tensor& x);
 
 }  // namespace gm

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 import groupmamba_ext as ext
 from groupmamba.layers._checks import positive_int
 from groupmamba.layers.token_linear import token_linear
+from groupmamba_ext.layer_ops import feed_forward, takes_image
 
 
 class ConvFeedForward(nn.Module):
     """``fc2(gelu(dwconv3x3(fc1(x))))`` on channels-last images, GELU by the error function (as the authors' code).
 
-    The hidden image is the widest tensor of a block; a kernel that never writes it would replace :meth:`forward`.
+    The hidden image is the widest tensor of a block. :func:`groupmamba_ext.layer_ops.feed_forward` runs on CUDA; a
+    kernel that never writes that image would replace it there.
 
     Args:
         dim: channels in and out.
@@ -45,10 +47,29 @@ class ConvFeedForward(nn.Module):
         self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, **place)
         self.fc2 = nn.Linear(hidden_dim, dim, **place)
 
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = _linear(x, self.fc1)
+    def forward(self, x: Tensor, norm: nn.LayerNorm | None = None, *, residual: bool = False) -> Tensor:
+        """``[x +] mlp(norm(x))``: with ``norm`` and ``residual`` the whole second half of a block in one op on CUDA.
+
+        Args:
+            x: (batch, H, W, dim).
+            norm: applied to ``x`` first, or None.
+            residual: add ``x``.
+
+        Returns:
+            (batch, H, W, dim); on CUDA with ``norm``, pixels lie a multiple of 8 channels apart.
+        """
+        if norm is not None and takes_image(x):
+            layers = {
+                "norm": (norm.weight, norm.bias),
+                "fc1": (self.fc1.weight, self.fc1.bias),
+                "conv": (self.dwconv.weight, self.dwconv.bias),
+                "fc2": (self.fc2.weight, self.fc2.bias),
+            }
+            return feed_forward(x, **layers, eps=norm.eps, residual=residual)
+        hidden = _linear(x if norm is None else norm(x), self.fc1)
         hidden = ext.depthwise_conv3x3(hidden, self.dwconv.weight, self.dwconv.bias, activation="gelu")
-        return _linear(hidden, self.fc2)
+        y = _linear(hidden, self.fc2)
+        return x + y if residual else y
 
 
 def _linear(x: Tensor, layer: nn.Linear) -> Tensor:

@@ -56,8 +56,8 @@ class GroupedMamba2d(nn.Module):
         device, dtype: of the parameters.
 
     Shape:
-        (batch, dim, H, W) or (dim, H, W), and the same out, stored channels-last. ``torch.channels_last`` inputs are
-        used without a copy. Sizes of 0 are allowed.
+        (batch, dim, H, W) or (dim, H, W), and the same out, stored channels-last; on CUDA its pixels lie a multiple
+        of 8 channels apart. ``torch.channels_last`` inputs are used without a copy. Sizes of 0 are allowed.
 
     The input has the dtype of the parameters, or any that autocast converts. Norms, steps, states and gates are
     computed in float32 (float64 for float64).
@@ -139,24 +139,27 @@ class GroupedMamba2d(nn.Module):
             self.affinity.reset_parameters()
         self._reset_own_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, residual: bool = False) -> Tensor:
+        """The layer, or with ``residual`` ``x`` plus it, which on CUDA costs no pass of its own."""
         image_input(x, self.dim, next(self.parameters()))
         if self.variant == "paper":
             y = self.vsss(x)
-            return y if self.affinity is None else y * self.affinity(x).to(y.dtype)[..., None, None]
-        image = (x if x.dim() == 4 else x.unsqueeze(0)).permute(0, 2, 3, 1).contiguous()
-        y = self.forward_tokens(image).permute(0, 3, 1, 2)
+            y = y if self.affinity is None else y * self.affinity(x).to(y.dtype)[..., None, None]
+            return x + y if residual else y
+        image = (x if x.dim() == 4 else x.unsqueeze(0)).permute(0, 2, 3, 1)
+        y = self._tokens(image, residual).permute(0, 3, 1, 2)
         return y if x.dim() == 4 else y.squeeze(0)
 
-    def forward_tokens(self, x: Tensor) -> Tensor:
-        """The released and fused variants on channels-last images: contiguous (batch, H, W, dim) in and out."""
+    def _tokens(self, x: Tensor, residual: bool) -> Tensor:
+        """The released and fused variants on (batch, H, W, dim)."""
         if self.scan == "grouped" and self.mamba.conv_weight is not None and can_fuse(x, self.mamba.inner_dim):
-            return self._fused(x)
-        mixed = self._mix(x)
+            return self._fused(x, residual)
+        mixed = self._mix(x.contiguous())
         y = token_linear(mixed.flatten(0, 2).unsqueeze(0), self.proj.weight.unsqueeze(0), self.proj.bias)
-        return y.view(*mixed.shape[:3], self.dim)
+        y = y.view(*mixed.shape[:3], self.dim)
+        return x + y if residual else y
 
-    def _fused(self, x: Tensor) -> Tensor:
+    def _fused(self, x: Tensor, residual: bool) -> Tensor:
         mamba, affinity = self.mamba, self.affinity
         return grouped_mamba_layer(
             x,
@@ -170,6 +173,7 @@ class GroupedMamba2d(nn.Module):
             proj=(self.proj.weight, self.proj.bias),
             directions=self.directions,
             eps=self.norm.eps,
+            residual=residual,
         )
 
     def _mix(self, x: Tensor) -> Tensor:

@@ -86,14 +86,17 @@ class GroupMambaBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.paper:
             mixed = _tokens(self.attn(x.permute(0, 3, 1, 2)))
-            return x + self.drop_path(self.mlp(self.norm2(mixed)))
-        x = x + self.drop_path(_mix(self.attn, x))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+            return x + self.drop_path(self.mlp(mixed, self.norm2))
+        whole = not self.training or isinstance(self.drop_path, nn.Identity)  # no path to drop
+        mixed = _mix(self.attn, x, whole)
+        x = mixed if whole else x + self.drop_path(mixed)
+        fed = self.mlp(x, self.norm2, residual=whole)
+        return fed if whole else x + self.drop_path(fed)
 
 
-def _mix(layer: GroupedMamba2d, x: Tensor) -> Tensor:
+def _mix(layer: GroupedMamba2d, x: Tensor, residual: bool) -> Tensor:
     """The layer as a module, so that hooks and tracers see its call; its permutations of a token image are views."""
-    return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return layer(x.permute(0, 3, 1, 2), residual=residual).permute(0, 2, 3, 1)
 
 
 class Stage(nn.Module):

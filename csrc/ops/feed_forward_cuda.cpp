@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0
+// The feed-forward network of a block on CUDA as one op: LayerNorm, fc1, depthwise convolution with GELU, fc2, and the
+// addition to the residual stream. The hidden image is written twice, before and after the convolution; the backward
+// keeps the first and computes the second again. A kernel that never writes it would replace this file's middle.
+#include "ops/entries_cuda.h"
+#include "ops/parameter_pack.h"
+#include "ops/token_sums.h"
+
+namespace gm {
+namespace {
+
+constexpr int64_t kGelu = 2;  // code of csrc/schemas.cpp
+
+enum Packed { kFc1, kFc1Bias, kConv, kConvBias, kFc2, kFc2Bias };
+
+struct FeedForwardParameters {
+    Tensor fc1_weight, fc1_bias, conv_weight, conv_bias, fc2_weight, fc2_bias;
+};
+
+struct FeedForwardSizes {
+    int64_t batch, height, width, channels, channels_pad, hidden, hidden_pad;
+    int64_t tokens() const { return batch * height * width; }
+    Shape image(int64_t width_of_pixel) const { return {batch, height, width, 1, width_of_pixel}; }
+};
+
+FeedForwardSizes feed_forward_sizes(const Tensor& x, const FeedForwardParameters& p) {
+    GM_CHECK(x.dim() == 4 && x.numel() > 0, "x must be (batch, H, W, C) with elements, got ", show(shape_of(x)));
+    GM_CHECK(p.fc1_weight.dim() == 2, "fc1_weight must be (hidden, C), got ", show(shape_of(p.fc1_weight)));
+    FeedForwardSizes s{x.size(0), x.size(1), x.size(2), x.size(3), 0, p.fc1_weight.size(0), 0};
+    s.channels_pad = round_up(s.channels, kPixelUnit), s.hidden_pad = round_up(s.hidden, kPixelUnit);
+    check_parameter(p.fc1_weight, "fc1_weight", {s.hidden, s.channels}, x);
+    check_parameter(p.fc1_bias, "fc1_bias", {s.hidden}, x);
+    check_parameter(p.conv_weight, "conv_weight", {s.hidden, 1, 3, 3}, x);
+    check_parameter(p.conv_bias, "conv_bias", {s.hidden}, x);
+    check_parameter(p.fc2_weight, "fc2_weight", {s.channels, s.hidden}, x);
+    check_parameter(p.fc2_bias, "fc2_bias", {s.channels}, x);
+    return s;
+}
+
+ParameterPack feed_forward_pack(const FeedForwardParameters& p, const FeedForwardSizes& s, ScalarType dtype) {
+    ParameterPack pack(dtype);
+    const bool pads = s.hidden != s.hidden_pad;
+    const auto per_channel = [&](const Tensor& t, int64_t row) {
+        pack.add(t, {1, s.hidden, row}, s.hidden_pad, row, pads ? ScalarType::Float : t.scalar_type());
+    };
+    pack.add(p.fc1_weight, {1, s.hidden, s.channels}, s.hidden_pad, s.channels_pad, dtype);
+    pack.add(p.fc1_bias, {1, 1, s.hidden}, 1, s.hidden_pad, dtype);
+    per_channel(p.conv_weight, 9), per_channel(p.conv_bias, 1);
+    pack.add(p.fc2_weight, {1, s.channels, s.hidden}, s.channels_pad, s.hidden_pad, dtype);
+    pack.add(p.fc2_bias, {1, 1, s.channels}, 1, s.channels_pad, dtype);
+    return pack;
+}
+
+std::tuple<Tensor, Tensor, Tensor> feed_forward_fwd(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight,
+                                                    Tensor fc1_bias, Tensor conv_weight, Tensor conv_bias,
+                                                    Tensor fc2_weight, Tensor fc2_bias, double eps, bool residual) {
+    const FeedForwardParameters parameters{fc1_weight, fc1_bias, conv_weight, conv_bias, fc2_weight, fc2_bias};
+    const FeedForwardSizes s = feed_forward_sizes(x, parameters);
+    const DType dtype = dtype_of(x);
+    const ScalarType type = x.scalar_type();
+    const CudaContext context(x);
+    const int64_t tokens = s.tokens();
+    ParameterPack pack = feed_forward_pack(parameters, s, type);
+    pack.pack(x, dtype, context.stream());
+
+    const Tensor out = empty_padded_image(s.batch, s.height, s.width, s.channels, x);
+    NormPoolInputs norm{x, norm_weight, norm_bias, eps, 1, s.channels_pad, false};
+    if (residual) norm.sum = out, norm.sum_bias = fc2_bias;
+    const Tensor xn = alias(std::get<0>(layer_norm_pool_fwd(norm)), {tokens, s.channels_pad});
+    const Tensor hidden = empty({tokens, s.hidden_pad}, type, x);
+    matmul_bias_out(hidden, pack.get(kFc1Bias, {s.hidden_pad}), xn,
+                    transposed(pack.get(kFc1, {s.hidden_pad, s.channels_pad})));
+    const Tensor activated =
+        depthwise_conv3x3_fwd(alias(hidden, s.image(s.hidden_pad)), pack.get(kConv, {1, s.hidden_pad, 3, 3}),
+                              pack.get(kConvBias, {1, s.hidden_pad}), kGelu);
+    const Tensor rows = alias(activated, {tokens, s.hidden_pad}), out_rows = alias(out, {tokens, s.channels_pad});
+    const Tensor fc2 = transposed(pack.get(kFc2, {s.channels_pad, s.hidden_pad}));
+    if (residual) {
+        add_matmul(out_rows, rows, fc2);
+    } else {
+        matmul_bias_out(out_rows, pack.get(kFc2Bias, {s.channels_pad}), rows, fc2);
+    }
+    return {out, xn, hidden};
+}
+
+using FeedForwardGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight, Tensor fc1_weight, Tensor fc1_bias,
+                                      Tensor conv_weight, Tensor conv_bias, Tensor fc2_weight, Tensor fc2_bias,
+                                      Tensor xn, Tensor hidden, double eps, bool residual) {
+    const FeedForwardParameters parameters{fc1_weight, fc1_bias, conv_weight, conv_bias, fc2_weight, fc2_bias};
+    const FeedForwardSizes s = feed_forward_sizes(x, parameters);
+    check_image(dout, "dout", shape_of(x), x);
+    const DType dtype = dtype_of(x);
+    const ScalarType type = x.scalar_type();
+    const CudaContext context(x);
+    const int64_t tokens = s.tokens();
+    ParameterPack pack = feed_forward_pack(parameters, s, type);
+    pack.pack(x, dtype, context.stream());
+    ParameterSums sums;
+    const auto as_batch = [](const Tensor& rows) { return alias(rows, {1, rows.size(0), rows.size(1)}); };
+
+    const PaddedRows dout_padded(dout);
+    const Tensor dout_rows = dout_padded.rows();
+    const ColumnSums dout_sums(dout_rows, s.channels, dtype, context.stream());
+    const Tensor dfc2_bias = sums.add(fc2_bias, {1, 1, s.channels}, dout_sums.values, 1, s.channels, dout_sums.parts);
+    Tensor dactivated = empty({tokens, s.hidden_pad}, type, x);
+    matmul_out(dactivated, dout_rows, pack.get(kFc2, {s.channels_pad, s.hidden_pad}));
+    Tensor dhidden = empty({tokens, s.hidden_pad}, type, x), activated = empty({tokens, s.hidden_pad}, type, x);
+    const Shape image = s.image(s.hidden_pad);
+    const ConvGradients conv = conv3x3_bwd_into(
+        alias(dhidden, image), alias(dactivated, image), alias(hidden, image), pack.get(kConv, {1, s.hidden_pad, 3, 3}),
+        pack.get(kConvBias, {1, s.hidden_pad}), kGelu, alias(activated, image), true);
+    dactivated = Tensor();
+    const WeightPartials fc2 = weight_partials(as_batch(dout_rows), as_batch(activated));
+    activated = Tensor();
+    const Tensor dfc2_weight =
+        sums.add(fc2_weight, {1, s.channels, s.hidden}, fc2.values, s.channels_pad, s.hidden_pad, fc2.parts);
+    const WeightPartials fc1 = weight_partials(as_batch(dhidden), as_batch(xn));
+    const Tensor dfc1_weight =
+        sums.add(fc1_weight, {1, s.hidden, s.channels}, fc1.values, s.hidden_pad, s.channels_pad, fc1.parts);
+    const Tensor dfc1_bias = sums.add(fc1_bias, {1, 1, s.hidden}, *conv.dx_sum, 1, s.hidden_pad);
+    const auto cropped = [&](const Tensor& parameter, const Tensor& gradient, int64_t row) {
+        if (s.hidden == s.hidden_pad) return alias(gradient, shape_of(parameter));
+        return sums.add(parameter, {1, s.hidden, row}, gradient, s.hidden_pad, row);
+    };
+    const Tensor dconv_weight = cropped(conv_weight, conv.dweight, 9), dconv_bias = cropped(conv_bias, conv.dbias, 1);
+    const Tensor dxn = empty({tokens, s.channels_pad}, type, x);
+    matmul_out(dxn, dhidden, pack.get(kFc1, {s.hidden_pad, s.channels_pad}));
+    dhidden = Tensor();
+    NormPoolGradients norm{alias(dxn, s.image(s.channels_pad)), std::nullopt, std::nullopt, std::nullopt, true};
+    if (residual) norm.dx_more = dout;
+    const auto [dx, dnorm_weight, dnorm_bias] = layer_norm_pool_bwd(norm, x, norm_weight, eps);
+    sums.launch(dtype, context.stream());
+    return {dx, dnorm_weight, dnorm_bias, dfc1_weight, dfc1_bias, dconv_weight, dconv_bias, dfc2_weight, dfc2_bias};
+}
+
+}  // namespace
+}  // namespace gm
+
+STABLE_TORCH_LIBRARY_IMPL(groupmamba, CUDA, m) {
+    m.impl("feed_forward_fwd", TORCH_BOX(&gm::feed_forward_fwd));
+    m.impl("feed_forward_bwd", TORCH_BOX(&gm::feed_forward_bwd));
+}

@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+// Gradients of parameters that all tokens share: partial sums, which ParameterSums adds.
+#pragma once
+
+#include "cuda/launch.h"
+#include "host/blas.h"
+#include "host/cuda_args.h"
+
+namespace gm {
+
+// Partial products dy^T x over parts of the tokens, for dy (G, T, N) and x (G, T, K), both contiguous: the gradient of
+// a small weight is one tile of work for hundreds of thousands of terms, and the library would run it on a few
+// multiprocessors. (G * parts, N, K) in the dtype of the images; the sum over parts follows in ParameterSums.
+struct WeightPartials {
+    Tensor values;
+    int64_t parts;
+};
+WeightPartials weight_partials(const Tensor& dy, const Tensor& x);
+
+// Sums over the rows of a matrix, of its first columns: (parts, columns), float32.
+struct ColumnSums {
+    Tensor values;
+    int64_t parts;
+    ColumnSums(const Tensor& rows, int64_t columns, DType dtype, cudaStream_t stream);
+};
+
+// The pixels of an image (batch, H, W, C) as rows (tokens, C rounded up to kPixelUnit); a copy only where they do not
+// lie like that.
+class PaddedRows {
+public:
+    explicit PaddedRows(const Tensor& image);
+    const Tensor& rows() const { return rows_; }
+
+private:
+    static bool is_padded(const Tensor& image, int64_t step);
+    Tensor rows_;
+};
+
+}  // namespace gm
