@@ -8,23 +8,42 @@
 namespace gm {
 namespace {
 
-constexpr int kMaxRowThreads = 32;
+// A block's columns are one 32-byte sector of a row; the latency of loads counts, so rows have as many threads as there
+// are, and each has 8 of them on its way.
+constexpr int kColumns = 8, kMaxRowThreads = 128, kWarpRows = 32 / kColumns;
 
 template <class T>
-__global__ void __launch_bounds__(kReduceColumns* kMaxRowThreads)
+__global__ void __launch_bounds__(kColumns* kMaxRowThreads)
     reduce_columns_kernel(const __grid_constant__ ReduceArgs args) {
-    __shared__ float shared[kMaxRowThreads][kReduceColumns];
-    const int64_t column_blocks = (args.columns + kReduceColumns - 1) / kReduceColumns;
+    __shared__ float warps[kMaxRowThreads / kWarpRows][kColumns];
+    const int64_t column_blocks = (args.columns + kColumns - 1) / kColumns;
     const int64_t segment = blockIdx.x / column_blocks;
-    const int64_t column = (blockIdx.x - segment * column_blocks) * kReduceColumns + threadIdx.x;
-    const float* p = args.partials + segment * args.rows * args.row_stride + column;
+    const int64_t column = (blockIdx.x - segment * column_blocks) * kColumns + threadIdx.x;
+    const float* p = args.partials + (segment * args.rows + threadIdx.y) * args.row_stride + column;
+    const int64_t step = blockDim.y * args.row_stride;
     float sum = 0.f;
     if (column < args.columns) {
-#pragma unroll 8
-        for (int64_t i = threadIdx.y; i < args.rows; i += blockDim.y) sum += p[i * args.row_stride];
+        int64_t left = args.rows - threadIdx.y;
+        constexpr int kAhead = 8;
+        for (; left > (kAhead - 1) * int64_t{blockDim.y}; left -= kAhead * int64_t{blockDim.y}, p += kAhead * step) {
+            float x[kAhead];
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) x[i] = p[i * step];
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) sum += x[i];
+        }
+        for (; left > 0; left -= blockDim.y, p += step) sum += *p;
     }
-    sum = row_sum(sum, shared) * args.factor;
+#pragma unroll
+    for (int d = kColumns; d < 32; d *= 2) sum += __shfl_xor_sync(kFullWarp, sum, d);
+    const int row_warps = blockDim.y / kWarpRows;
+    if (threadIdx.y % kWarpRows == 0) warps[threadIdx.y / kWarpRows][threadIdx.x] = sum;
+    __syncthreads();
     if (threadIdx.y != 0) return;
+    sum = 0.f;
+#pragma unroll 8
+    for (int i = 0; i < row_warps; ++i) sum += warps[i][threadIdx.x];
+    sum *= args.factor;
     int64_t first = 0;
 #pragma unroll
     for (int i = 0; i < kReduceTargets; ++i) {
@@ -38,14 +57,14 @@ __global__ void __launch_bounds__(kReduceColumns* kMaxRowThreads)
 }  // namespace
 
 cudaError_t launch_reduce_columns(const ReduceArgs& args, DType dtype, cudaStream_t stream) {
-    const int64_t blocks = (args.columns + kReduceColumns - 1) / kReduceColumns * args.segments;
+    const int64_t blocks = (args.columns + kColumns - 1) / kColumns * args.segments;
     if (blocks == 0) return cudaSuccess;
     if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-    int rows = 1;
+    int rows = kWarpRows;
     while (rows < kMaxRowThreads && rows < args.rows) rows *= 2;
     return dispatch_dtype(dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
-        reduce_columns_kernel<T><<<static_cast<unsigned>(blocks), dim3(kReduceColumns, rows), 0, stream>>>(args);
+        reduce_columns_kernel<T><<<static_cast<unsigned>(blocks), dim3(kColumns, rows), 0, stream>>>(args);
         return cudaGetLastError();
     });
 }

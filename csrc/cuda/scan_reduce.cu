@@ -11,7 +11,7 @@
 namespace gm {
 namespace {
 
-constexpr int kRowThreads = 8;
+constexpr int kRowThreads = 32;  // the latency of loads counts: all of them at work, each with 8 on their way
 
 template <class T>
 __global__ void __launch_bounds__(kReduceColumns* kRowThreads)
@@ -36,6 +36,7 @@ __global__ void __launch_bounds__(kReduceColumns* kRowThreads)
         float dweight = 0.f, dbias = 0.f;
         for (int64_t b = threadIdx.y; in && b < args.batch; b += kRowThreads) {
             float p = 0.f, q = 0.f;
+#pragma unroll 4
             for (int w = 0; w < args.warps; ++w) {
                 const float* v = column + (b * args.warps + w) * row_stride;
                 p += v[0];
@@ -57,7 +58,10 @@ __global__ void __launch_bounds__(kReduceColumns* kRowThreads)
     }
     float sum = 0.f;
     const int64_t count = args.batch * args.warps;
-    for (int64_t i = threadIdx.y; in && i < count; i += kRowThreads) sum += column[i * row_stride];
+    if (in) {
+#pragma unroll 8
+        for (int64_t i = threadIdx.y; i < count; i += kRowThreads) sum += column[i * row_stride];
+    }
     sum = row_sum(sum, shared);
     if (!in || threadIdx.y != 0) return;
     if (fixed < 0) {

@@ -169,19 +169,6 @@ class GroupMamba(
             raise ValueError("set_distilled_training needs a model with distillation=True")
         self.distilled_training = enable
 
-    def fold_batch_norms(self) -> GroupMamba:
-        """For inference: the stem's BatchNorms become part of its convolutions, in place; returns the model.
-
-        Outputs stay the same to rounding; the ``state_dict`` loses the folded entries.
-
-        Raises:
-            RuntimeError: the model is in training mode.
-        """
-        if self.training:
-            raise RuntimeError("fold_batch_norms needs the model in evaluation mode: call eval() first")
-        self.stem.fold_batch_norms()
-        return self
-
     def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
         return self.head if self.dist_head is None else (self.head, self.dist_head)
 
