@@ -12,11 +12,12 @@ from torch.utils.checkpoint import checkpoint
 from groupmamba.layers import GroupedMamba2d
 from groupmamba.layers.feed_forward import ConvFeedForward
 from groupmamba.layers.token_norm import TokenNorm
+from groupmamba.models.entry_conv import EntryConv
 
 BLOCK_EPS = 1e-6  # block, class-block and stage norms
 CONV_EPS = 1e-5  # norms behind the stem and downsampling convolutions
 
-for _module in (GroupedMamba2d, ConvFeedForward, TokenNorm):
+for _module in (GroupedMamba2d, ConvFeedForward, TokenNorm, EntryConv):
     register_notrace_module(_module)
 
 
@@ -37,7 +38,10 @@ class Stem(nn.Module):
         layers: list[nn.Module] = []
         shapes = [(in_chans, 3, 2)] if paper else [(in_chans, 7, 2), (stem_dim, 3, 1), (stem_dim, 3, 1)]
         for channels, kernel, stride in shapes:
-            conv = nn.Conv2d(channels, stem_dim, kernel, stride, kernel // 2, bias=False)
+            if stride == 2:
+                conv: nn.Conv2d = EntryConv(channels, stem_dim, kernel)
+            else:
+                conv = nn.Conv2d(channels, stem_dim, kernel, stride, kernel // 2, bias=False)
             layers += [conv, nn.BatchNorm2d(stem_dim), nn.ReLU(inplace=True)]
         self.conv = nn.Sequential(*layers)
         self.proj = nn.Conv2d(stem_dim, dim, 3, 2, 1)
@@ -56,13 +60,17 @@ def _conv_norm_relu(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     """``relu(norm(conv(x)))`` in evaluation mode, the norm as part of the convolution's weights."""
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
     weight, bias = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+    if isinstance(conv, EntryConv):
+        x, weight, bias, stride, padding = conv.operands(x, weight, bias)
+    else:
+        stride, padding = conv.stride, conv.padding
     if x.is_cuda and torch.is_autocast_enabled("cuda"):
         x, weight, bias = (t.to(torch.get_autocast_dtype("cuda")) for t in (x, weight, bias))
     if x.is_cuda and torch.backends.cudnn.enabled and x.dtype in (torch.float16, torch.bfloat16):
         if x.stride(1) == 1:
             weight = weight.contiguous(memory_format=torch.channels_last)
-        return torch.cudnn_convolution_relu(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-    return nn.functional.conv2d(x, weight, bias, conv.stride, conv.padding).relu_()
+        return torch.cudnn_convolution_relu(x, weight, bias, stride, padding, (1, 1), 1)
+    return nn.functional.conv2d(x, weight, bias, stride, padding).relu_()
 
 
 class Downsample(nn.Module):
