@@ -168,7 +168,8 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
             gradient_planes[tid] = plane_of<T>(image, now.batch, walk.group);
         }
         scan_chunks<Block>(
-            aggregates, aggregates + Block::kAggregates, saved, [](float, float) { return false; }, [](int, int, float) {});
+            aggregates, aggregates + Block::kAggregates, saved, [](float, float) { return false; },
+            [](int, int, float) {});
         SlabCursor after = next;
         if (n + 1 < total) {
             fetcher.keep(s, walk, next, features_at(n + 1));

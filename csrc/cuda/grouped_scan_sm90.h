@@ -10,7 +10,7 @@ struct ScanFwdSm90Args {
     CUtensorMap u[2], z[2], y[2];  // along rows, along columns
     ScanFwdArgs scan;
     SlabPlan plan;
-    SlabMapKind kind[3];  // of u, z, y
+    SlabMapKind kind[3];        // of u, z, y
     float* exchange = nullptr;  // exchange_floats(...)
 };
 

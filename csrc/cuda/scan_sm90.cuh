@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the sm_90 scan kernels share beyond slabs and features: sums over lanes, the chunk scan, states passed from block
-// to block, launching.
+// What the sm_90 scan kernels share beyond slabs and features: sums over lanes, the chunk scan, states passed from
+// block to block, launching.
 #pragma once
 
 #include <algorithm>
@@ -54,8 +54,8 @@ __device__ __forceinline__ void scatter_token_sums(const float (&v)[kFwdTokens],
     }
 }
 
-// Words that one block writes and others wait for: each is one access, so that a word that is there is there as a whole,
-// and needs neither flag nor fence. All ones, a NaN that no arithmetic makes, stand for those that are not.
+// Words that one block writes and others wait for: each is one access, so that a word that is there is there as a
+// whole, and needs neither flag nor fence. All ones, a NaN that no arithmetic makes, stand for those that are not.
 constexpr uint32_t kAbsent = 0xffffffffu;
 
 __device__ __forceinline__ uint32_t present(float v) {
@@ -87,13 +87,13 @@ __device__ __forceinline__ uint64_t read_pair(const float2* from) {
 // Blocks take slabs in order and run all at once: what one waits for, another is about to send.
 template <class Block>
 __device__ __forceinline__ float look_back(float* exchange, const ScanShape& s, const SlabPlan& plan, int64_t plane,
-                                        int step, int steps, float P, float h) {
+                                           int step, int steps, float P, float h) {
     constexpr int kLanes = Block::kScanLanes, kHeld = kLanes == 2 ? 4 : kSegment / kLanes < 8 ? kSegment / kLanes : 8;
     const int channel = threadIdx.x / kLanes, q = threadIdx.x % kLanes;
     float2* const pairs = reinterpret_cast<float2*>(exchange) + plane * plan.slabs * Block::kWidth + channel;
     const int segments = (plan.slabs - 1) / kSegment;
-    float* const states = exchange + s.batch * s.groups * plan.slabs * (2 * Block::kWidth) +
-                          plane * segments * Block::kWidth + channel;
+    float* const states =
+        exchange + s.batch * s.groups * plan.slabs * (2 * Block::kWidth) + plane * segments * Block::kWidth + channel;
     if (q == kLanes - 1 && step + 1 < steps) send_pair(pairs + static_cast<int64_t>(step) * Block::kWidth, P, h);
     if (step == 0) return 0.f;
     const int segment = (step - 1) / kSegment, count = step - segment * kSegment;
@@ -140,8 +140,8 @@ __device__ __forceinline__ float look_back(float* exchange, const ScanShape& s, 
 
 // Chunk aggregates (P, h) in shared memory, by order, to the states entering the chunks (in place of h). kScanLanes
 // neighbouring threads serve a channel. `carry` is the state of the thread's channel before the first chunk and becomes
-// the one after the last. arrive(P, h), with the aggregate of the slab in the last of the lanes, may set the carry first
-// and says whether it did. enters(part, channel, state) sees the state entering each part of the slab.
+// the one after the last. arrive(P, h), with the aggregate of the slab in the last of the lanes, may set the carry
+// first and says whether it did. enters(part, channel, state) sees the state entering each part of the slab.
 template <class Block, class Arrive, class F>
 __device__ __forceinline__ void scan_chunks(const float* P_in, float* h_in, float& carry, Arrive&& arrive, F&& enters) {
     constexpr int kLanes = Block::kScanLanes;
@@ -205,8 +205,7 @@ inline cudaError_t blocks_at_once(const void* kernel, int threads, int shared, i
     if (error == cudaSuccess) error = raise_shared_limit(kernel, shared);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device);
-    if (error == cudaSuccess)
-        error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, shared);
+    if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, shared);
     if (error != cudaSuccess) return error;
     blocks = cooperative ? int64_t{resident} * multiprocessors : 0;
     known.push_back({kernel, device, shared, blocks});

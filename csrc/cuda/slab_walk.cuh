@@ -52,8 +52,8 @@ struct SlabCursor {
     int batch, step, column, row, origin;
 };
 
-// The slabs of a block, all of one group: batch by batch, each plane along its path or, kFromEnd, against it. Every slab
-// of every batch_step-th plane or, of planes that blocks share, every batch_step-th slab.
+// The slabs of a block, all of one group: batch by batch, each plane along its path or, kFromEnd, against it. Every
+// slab of every batch_step-th plane or, of planes that blocks share, every batch_step-th slab.
 template <class Block, bool kFromEnd>
 struct SlabWalk {
     int group, batch_step, steps;
