@@ -20,7 +20,10 @@ SCANS = [  # dim, rank, states, h, w: the portable kernels, aligned and not
     # the tensor-copy kernels: whole slabs, ragged columns, pieces of columns, one token
     (16, 1, 1, 56, 56), (32, 2, 1, 14, 16), (88, 6, 1, 14, 14), (64, 6, 1, 56, 2), (128, 14, 1, 56, 14),
     (16, 1, 1, 60, 50), (24, 2, 1, 29, 31), (112, 7, 1, 7, 7), (48, 3, 1, 1, 1), (16, 1, 1, 230, 5),
+    # planes of more slabs than a segment, shared like all those above of more than one slab
+    (16, 1, 1, 30, 600), (128, 14, 1, 33, 29),
 ]  # fmt: skip
+MANY_IMAGES = [(24, 2, 1, 15, 16), (112, 7, 1, 7, 7)]  # planes that are not shared
 CROSS = [  # dim, rank, states, h, w: sums in shared memory, in slices of the channels, in device memory
     (3, 1, 1, 5, 7), (16, 1, 1, 56, 56), (40, 2, 3, 29, 31), (87, 6, 1, 7, 9), (16, None, 1, 9, 11), (32, 2, 2, 90, 91),
 ]  # fmt: skip
@@ -43,6 +46,11 @@ def main() -> None:
                 if layout is not None:
                     tensors = {k: layout(v) if k in IMAGES else v for k, v in tensors.items()}
                 run(ext.grouped_selective_scan, tensors)
+        for dim, rank, states, h, w in MANY_IMAGES:
+            run(
+                ext.grouped_selective_scan,
+                scan_inputs("cuda", dtype, batch=128, h=h, w=w, dim=dim, n=states, rank=rank),
+            )
         for dim, rank, states, h, w in CROSS:
             tensors = cross_inputs("cuda", dtype, batch=1, h=h, w=w, dim=dim, n=states, rank=rank)
             run(ext.cross_selective_scan, tensors)

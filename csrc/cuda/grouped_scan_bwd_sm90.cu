@@ -10,8 +10,10 @@ namespace {
 
 constexpr int kResident = 2;  // blocks an SM, of up to 255 registers a thread
 
-// Rows of each thread's parameter sums; kSumWeight + r: dt_weight.
+// Rows of each thread's parameter sums, in the order of ScanPartialRow; kSumWeight + r: dt_weight.
 enum SumRow { kSumA, kSumSkip, kSumBias, kSumProduct, kSumTotal, kSumWeight };
+static_assert(kSumSkip == 1 + kRowSkip && kSumBias == 1 + kRowBias && kSumProduct == 1 + kRowProduct &&
+              kSumTotal == 1 + kRowSum && kSumWeight == 1 + kFixedRows);
 
 template <class Block>
 struct Layout {
@@ -56,7 +58,8 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
     float* const aggregates = reinterpret_cast<float*>(shared + layout.aggregates);
     float* const table = reinterpret_cast<float*>(shared + layout.table);
     const uint32_t shared_base = shared_address(shared), barriers = shared_base + layout.barriers;
-    const int tid = threadIdx.x, total = static_cast<int>(walk.total(s));
+    const int tid = threadIdx.x, total = static_cast<int>(walk.total(s, plan));
+    if (total <= 0) return;
 
     // u, z and dy by one thread each: that which stored du (dz) there two steps before waits until it has left.
     const auto load = [&](int n, const SlabCursor& at, int tensor) {
@@ -89,7 +92,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
     const auto features_at = [&](int n) {
         return reinterpret_cast<float*>(shared + layout.features + (n & 1) * layout.feature_bytes);
     };
-    const auto fetch = [&](const SlabCursor& at) { fetcher.fetch(s, walk, at, features_in); };
+    const auto fetch = [&](const SlabCursor& at) { fetcher.fetch(s, plan, walk, at, features_in); };
     fetch(now);
     put_rows<T, Block>(args.scan, table, walk.group);
     put_gated_rows<T, Block>(args.scan, table, 0, now.batch, walk.group);
@@ -160,11 +163,13 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
             tma_wait_read();
             load(n + 1, next, tid / 32);
         }
-        if (now.step == 0 && tid < 3) {
+        if (walk.enters(plan, now) && tid < 3) {
             const ImageArg& image = tid == 0 ? args.scan.dB : tid == 1 ? args.scan.dC : args.scan.ddt;
             gradient_planes[tid] = plane_of<T>(image, now.batch, walk.group);
         }
-        scan_chunks<Block>(aggregates, aggregates + Block::kAggregates, saved, [](int, int, float) {});
+        scan_chunks<Block>(
+            aggregates, aggregates + Block::kAggregates, saved, [](float, float) { return false; },
+            [](int, int, float) {});
         SlabCursor after = next;
         if (n + 1 < total) {
             fetcher.keep(s, walk, next, features_at(n + 1));
@@ -289,7 +294,13 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
         }
         __syncthreads();
         if (now.step == 0) adjoint_carry = 0.f;
-        scan_chunks<Block>(adjoint_aggregates, adjoint_aggregates + Block::kAggregates, adjoint_carry,
+        const auto arrive = [&](float P, float local) {
+            if (plan.members == 0) return false;
+            const int64_t plane = static_cast<int64_t>(now.batch) * s.groups + walk.group;
+            adjoint_carry = look_back<Block>(args.exchange, s, plan, plane, now.step, walk.steps, P, local);
+            return true;
+        };
+        scan_chunks<Block>(adjoint_aggregates, adjoint_aggregates + Block::kAggregates, adjoint_carry, arrive,
                            [](int, int, float) {});
         __syncthreads();
 
@@ -353,27 +364,27 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
         }
         fetcher.send(s, walk, now, gradients, gradient_planes, {args.scan.dB, args.scan.dC, args.scan.ddt});
         if (n + 1 == total || next.batch != now.batch) {
-            // The thread's sums, over the chunks of its warp, to the warp's row of partials.
-            const int64_t rows = 1 + kFixedRows + s.rank, warp = now.batch * int64_t{Block::kThreads / 32} + tid / 32;
-            float* const partials =
-                args.scan.partials + (warp * s.groups + walk.group) * rows * Block::dim(s) + chunk.c0;
-            const auto finish = [&](int sum, int64_t partial, float unit) {
-                const float4 v = sums[sum * Block::kThreads];
-                sums[sum * Block::kThreads] = make_float4(0.f, 0.f, 0.f, 0.f);
-                float x[kVec] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) {
-#pragma unroll
-                    for (int d = Block::kLanes; d < 32; d *= 2) x[j] += __shfl_xor_sync(kFullWarp, x[j], d);
-                    if (chunk.active && tid % 32 < Block::kLanes) partials[partial * Block::dim(s) + j] = unit * x[j];
+            // The threads' sums, over the chunks, to the row of partials that the block has in this plane: the number
+            // of its first slab there, which is below `ways`. Chunks by turns, for other banks.
+            const int way = plan.members > 0 ? now.step % plan.members : 0, rows = kSumWeight + s.rank;
+            const int64_t row = (static_cast<int64_t>(now.batch) * plan.ways + way) * s.groups + walk.group;
+            float* const partials = args.scan.partials + row * rows * Block::dim(s);
+            float4* const block_sums = reinterpret_cast<float4*>(shared + layout.sums);
+#pragma unroll 1
+            for (int i = tid; i < rows * Block::kLanes; i += Block::kThreads) {
+                const int sum = i / Block::kLanes, lane = i % Block::kLanes, c0 = lane * kVec;
+                float x[kVec] = {};
+#pragma unroll 4
+                for (int k = 0; k < Block::kChunks; ++k) {
+                    float4& v = block_sums[sum * Block::kThreads + (k + sum) % Block::kChunks * Block::kLanes + lane];
+                    x[0] += v.x, x[1] += v.y, x[2] += v.z, x[3] += v.w;
+                    v = make_float4(0.f, 0.f, 0.f, 0.f);
                 }
-            };
-            finish(kSumA, 0, kLn2);
-            finish(kSumSkip, 1 + kRowSkip, 1.f);
-            finish(kSumBias, 1 + kRowBias, kLog2e);
-            finish(kSumProduct, 1 + kRowProduct, 1.f);
-            finish(kSumTotal, 1 + kRowSum, 1.f);
-            for (int r = 0; r < s.rank; ++r) finish(kSumWeight + r, 1 + kFixedRows + r, kLog2e);
+                const float unit = sum == kSumA ? kLn2 : sum == kSumBias || sum >= kSumWeight ? kLog2e : 1.f;
+                if (!Block::kWhole && c0 >= s.dim) continue;
+#pragma unroll
+                for (int j = 0; j < kVec; ++j) partials[sum * Block::dim(s) + c0 + j] = unit * x[j];
+            }
             image ^= 1;
         }
         now = next, next = after;
@@ -385,16 +396,37 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
 template <class T, class Block>
 cudaError_t launch(const ScanBwdSm90Args& args, cudaStream_t stream) {
     const ScanShape& shape = args.scan.shape;
-    return launch_sm90(grouped_scan_bwd_sm90_kernel<T, Block>, shape, Block::kThreads, kResident,
-                       Layout<Block>(shape).total, stream, args);
+    if (std::min(args.plan.row_slabs, args.plan.column_slabs) < args.plan.ways) {
+        // Planes of fewer slabs than `ways` leave some of their rows of partial sums as they are.
+        const int64_t floats = shape.batch * args.plan.ways * shape.groups * (kSumWeight + shape.rank) * shape.dim;
+        const cudaError_t error = cudaMemsetAsync(args.scan.partials, 0, floats * sizeof(float), stream);
+        if (error != cudaSuccess) return error;
+    }
+    return launch_sm90(grouped_scan_bwd_sm90_kernel<T, Block>, Block::kThreads, kResident, Layout<Block>(shape).total,
+                       stream, args);
+}
+
+// f(type tag, type tag of the block)
+template <class F>
+cudaError_t dispatch(DType dtype, const ScanShape& shape, F&& f) {
+    return dispatch_sm90(dtype, shape, [&](auto tag, auto lanes, auto whole) {
+        return f(tag, TypeTag<Sm90Block<decltype(lanes)::value, decltype(whole)::value, 1>>{});
+    });
 }
 
 }  // namespace
 
 cudaError_t launch_grouped_scan_bwd_sm90(const ScanBwdSm90Args& args, DType dtype, cudaStream_t stream) {
-    return dispatch_sm90(dtype, args.scan.shape, [&](auto tag, auto lanes, auto whole) {
-        using Block = Sm90Block<decltype(lanes)::value, decltype(whole)::value, 1>;
-        return launch<typename decltype(tag)::type, Block>(args, stream);
+    return dispatch(dtype, args.scan.shape, [&](auto tag, auto block) {
+        return launch<typename decltype(tag)::type, typename decltype(block)::type>(args, stream);
+    });
+}
+
+cudaError_t share_grouped_scan_bwd_sm90(ScanBwdSm90Args& args, DType dtype) {
+    return dispatch(dtype, args.scan.shape, [&](auto tag, auto block) {
+        using Block = typename decltype(block)::type;
+        return share_sm90(grouped_scan_bwd_sm90_kernel<typename decltype(tag)::type, Block>, Block::kThreads,
+                          Layout<Block>(args.scan.shape).total, args);
     });
 }
 

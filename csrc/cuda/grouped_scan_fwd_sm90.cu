@@ -41,7 +41,8 @@ __global__ void __launch_bounds__(Block::kThreads, kThreadsOfSM / Block::kThread
     const uint32_t shared_base = shared_address(shared), barriers = shared_base + layout.barriers;
     const int tid = threadIdx.x;
     const SlabWalk<Block, false> walk(s, plan);
-    const int total = static_cast<int>(walk.total(s));
+    const int total = static_cast<int>(walk.total(s, plan));
+    if (total <= 0) return;
 
     // u by one thread; z by another, which stores the result from its place and sees to it that this has left.
     constexpr int kU = 0, kZ = 1, kLoadsU = 0, kLoadsZ = 32;
@@ -73,7 +74,7 @@ __global__ void __launch_bounds__(Block::kThreads, kThreadsOfSM / Block::kThread
     const auto features_at = [&](int n) {
         return reinterpret_cast<float*>(shared + layout.features + (n & 1) * layout.feature_bytes);
     };
-    const auto fetch = [&](const SlabCursor& at) { fetcher.fetch(s, walk, at, features_in); };
+    const auto fetch = [&](const SlabCursor& at) { fetcher.fetch(s, plan, walk, at, features_in); };
     fetch(now);
     put_rows<T, Block>(args.scan, table, walk.group);
     put_gated_rows<T, Block>(args.scan, table, 0, now.batch, walk.group);
@@ -130,13 +131,19 @@ __global__ void __launch_bounds__(Block::kThreads, kThreadsOfSM / Block::kThread
             load(n + 1, next, kZ);
         }
         if (now.step == 0) carry = 0.f;
-        scan_chunks<Block>(aggregate_P, aggregate_h, carry, [&](int part, int channel, float state) {
+        const auto plane = [&] { return static_cast<int64_t>(now.batch) * s.groups + walk.group; };
+        const auto arrive = [&](float P, float h) {
+            if (plan.members == 0) return false;
+            carry = look_back<Block>(args.exchange, s, plan, plane(), now.step, walk.steps, P, h);
+            return true;
+        };
+        const auto save = [&](int part, int channel, float state) {
             if (args.scan.states == nullptr || channel >= Block::dim(s)) return;
             const int number = walk.part(plan, now, part);
             if (Block::kParts > 1 && number >= args.scan.num_chunks) return;
-            const int64_t plane = static_cast<int64_t>(now.batch) * s.groups + walk.group;
-            args.scan.states[(plane * args.scan.num_chunks + number) * Block::dim(s) + channel] = state;
-        });
+            args.scan.states[(plane() * args.scan.num_chunks + number) * Block::dim(s) + channel] = state;
+        };
+        scan_chunks<Block>(aggregate_P, aggregate_h, carry, arrive, save);
         if (n + 1 < total) {
             fetcher.keep(s, walk, next, features_at(n + 1));
             if (next.batch != now.batch) put_gated_rows<T, Block>(args.scan, table, image ^ 1, next.batch, walk.group);
@@ -205,9 +212,17 @@ __global__ void __launch_bounds__(Block::kThreads, kThreadsOfSM / Block::kThread
 
 template <class T, class Block>
 cudaError_t launch(const ScanFwdSm90Args& args, cudaStream_t stream) {
-    const ScanShape& shape = args.scan.shape;
-    return launch_sm90(grouped_scan_fwd_sm90_kernel<T, Block>, shape, Block::kThreads, kThreadsOfSM / Block::kThreads,
-                       Layout<Block>(shape).total, stream, args);
+    return launch_sm90(grouped_scan_fwd_sm90_kernel<T, Block>, Block::kThreads, kThreadsOfSM / Block::kThreads,
+                       Layout<Block>(args.scan.shape).total, stream, args);
+}
+
+// f(type tag, type tag of the block)
+template <class F>
+cudaError_t dispatch(DType dtype, const ScanShape& shape, F&& f) {
+    return dispatch_sm90(dtype, shape, [&](auto tag, auto lanes, auto whole) {
+        constexpr int kLanes = decltype(lanes)::value;
+        return f(tag, TypeTag<Sm90Block<kLanes, decltype(whole)::value, sm90_fwd_parts(kLanes)>>{});
+    });
 }
 
 }  // namespace
@@ -224,10 +239,16 @@ bool grouped_scan_sm90_built() {
 }
 
 cudaError_t launch_grouped_scan_fwd_sm90(const ScanFwdSm90Args& args, DType dtype, cudaStream_t stream) {
-    return dispatch_sm90(dtype, args.scan.shape, [&](auto tag, auto lanes, auto whole) {
-        constexpr int kLanes = decltype(lanes)::value;
-        using Block = Sm90Block<kLanes, decltype(whole)::value, sm90_fwd_parts(kLanes)>;
-        return launch<typename decltype(tag)::type, Block>(args, stream);
+    return dispatch(dtype, args.scan.shape, [&](auto tag, auto block) {
+        return launch<typename decltype(tag)::type, typename decltype(block)::type>(args, stream);
+    });
+}
+
+cudaError_t share_grouped_scan_fwd_sm90(ScanFwdSm90Args& args, DType dtype) {
+    return dispatch(dtype, args.scan.shape, [&](auto tag, auto block) {
+        using Block = typename decltype(block)::type;
+        return share_sm90(grouped_scan_fwd_sm90_kernel<typename decltype(tag)::type, Block>, Block::kThreads,
+                          Layout<Block>(args.scan.shape).total, args);
     });
 }
 

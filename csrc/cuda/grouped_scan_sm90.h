@@ -10,7 +10,8 @@ struct ScanFwdSm90Args {
     CUtensorMap u[2], z[2], y[2];  // along rows, along columns
     ScanFwdArgs scan;
     SlabPlan plan;
-    SlabMapKind kind[3];  // of u, z, y
+    SlabMapKind kind[3];        // of u, z, y
+    float* exchange = nullptr;  // exchange_floats(...)
 };
 
 struct ScanBwdSm90Args {
@@ -18,6 +19,7 @@ struct ScanBwdSm90Args {
     ScanBwdArgs scan;
     SlabPlan plan;
     SlabMapKind kind[5];  // of u, z, dy, du, dz
+    float* exchange = nullptr;
 };
 
 // Step features, B and C that a block of the forward fetches ahead: its registers set the limit of the rank, which is
@@ -54,6 +56,11 @@ inline bool allows_slabs(const ImageArg& image, const ScanShape& s) {
 // `args.scan` to the rest of `args`, for images that allow slabs. False where the driver refuses.
 bool prepare_grouped_scan_fwd_sm90(DType dtype, ScanFwdSm90Args& args);
 bool prepare_grouped_scan_bwd_sm90(DType dtype, ScanBwdSm90Args& args);
+
+// Whether the blocks of the kernel share planes on the current device: share_planes, to be called once `args` are
+// prepared and before memory is allocated by the plan.
+cudaError_t share_grouped_scan_fwd_sm90(ScanFwdSm90Args& args, DType dtype);
+cudaError_t share_grouped_scan_bwd_sm90(ScanBwdSm90Args& args, DType dtype);
 
 bool grouped_scan_sm90_built();
 cudaError_t launch_grouped_scan_fwd_sm90(const ScanFwdSm90Args& args, DType dtype, cudaStream_t stream);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// One way to launch: raises the shared-memory limit where needed.
+// Ways to launch: both raise the shared-memory limit where needed.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -51,6 +51,22 @@ cudaError_t launch_kernel(void (*kernel)(Args...), int64_t blocks, int threads, 
     }
     kernel<<<static_cast<unsigned>(blocks), threads, dynamic_shared, stream>>>(args...);
     return cudaGetLastError();
+}
+
+// For blocks that wait for one another: an error where the device can't run all of them at once.
+template <class... Args>
+cudaError_t launch_at_once(void (*kernel)(Args...), int64_t blocks, int threads, size_t dynamic_shared,
+                           cudaStream_t stream, const Args&... args) {
+    const cudaError_t error = raise_shared_limit(reinterpret_cast<const void*>(kernel), dynamic_shared);
+    if (error != cudaSuccess) return error;
+    cudaLaunchAttribute cooperative{};
+    cooperative.id = cudaLaunchAttributeCooperative;
+    cooperative.val.cooperative = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(blocks)), config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = dynamic_shared, config.stream = stream;
+    config.attrs = &cooperative, config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
 }  // namespace gm

@@ -60,7 +60,7 @@ struct ScanBwdArgs {
     ParamArg A, D, dt_weight, dt_bias, norm_weight, norm_bias, gate;
     const float* states = nullptr;
     float* carry = nullptr;     // (batch, G, 2, N, D) scratch for N > 1
-    float* partials = nullptr;  // (batch, warps, G, rows, D); rows: ScanPartialRow
+    float* partials = nullptr;  // (batch, parts, G, rows, D), a part a warp or, sm_90, a block; rows: ScanPartialRow
     int chunk = 0;
     int64_t num_chunks = 0;
 };
@@ -100,9 +100,9 @@ struct CrossBwdArgs : CrossArgs {
 
 // Second stage of the backward's parameter sums.
 struct ScanReduceArgs {
-    const float* partials = nullptr;  // (batch, warps, G, rows, D), see ScanPartialRow
+    const float* partials = nullptr;  // (batch, parts, G, rows, D), see ScanPartialRow
     int64_t batch = 0;
-    int warps = 0, groups = 0, dim = 0, states = 0, rank = 0;
+    int parts = 0, groups = 0, dim = 0, states = 0, rank = 0;
     ParamArg norm_weight, norm_bias, gate;
     ParamOut dA, dD, ddt_bias, ddt_weight, dnorm_weight, dnorm_bias, dgate;
 };

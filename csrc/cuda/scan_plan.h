@@ -54,7 +54,7 @@ inline int64_t scan_saved_states(int64_t height, int64_t width, int64_t chunk) {
     return std::max((height * width + chunk - 1) / chunk, column_slabs);
 }
 
-// Rows of the backward's partial sums for one (batch, warp, group), D floats each: A[N], skip, step bias, sum of the
+// Rows of the backward's partial sums for one (batch, part, group), D floats each: A[N], skip, step bias, sum of the
 // gated gradient times the norm's output, sum of the gated gradient, dt_weight[R].
 enum ScanPartialRow { kRowSkip, kRowBias, kRowProduct, kRowSum, kFixedRows };
 

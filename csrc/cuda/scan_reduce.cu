@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Second stage of the scan backward's parameter gradients: adds the rows of `partials` over (batch, warp) in a fixed
+// Second stage of the scan backward's parameter gradients: adds the rows of `partials` over (batch, part) in a fixed
 // order, so that results are bitwise repeatable.
 //
 // With p_b and q_b the sums over an image of g silu(z) norm(y) and g silu(z):
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kReduceColumns* kRowThreads)
     const int group = blockIdx.x / column_blocks / rows;
     const bool in = d < args.dim;
     const int64_t channel = static_cast<int64_t>(group) * args.dim + d;
-    const int64_t row_stride = static_cast<int64_t>(args.groups) * rows * args.dim;  // to the next (batch, warp)
+    const int64_t row_stride = static_cast<int64_t>(args.groups) * rows * args.dim;  // to the next (batch, part)
     const float* column = args.partials + (static_cast<int64_t>(group) * rows + row) * args.dim + d;
 
     const int fixed = row - args.states;
@@ -37,8 +37,8 @@ __global__ void __launch_bounds__(kReduceColumns* kRowThreads)
         for (int64_t b = threadIdx.y; in && b < args.batch; b += kRowThreads) {
             float p = 0.f, q = 0.f;
 #pragma unroll 4
-            for (int w = 0; w < args.warps; ++w) {
-                const float* v = column + (b * args.warps + w) * row_stride;
+            for (int w = 0; w < args.parts; ++w) {
+                const float* v = column + (b * args.parts + w) * row_stride;
                 p += v[0];
                 q += v[args.dim];
             }
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kReduceColumns* kRowThreads)
         return;
     }
     float sum = 0.f;
-    const int64_t count = args.batch * args.warps;
+    const int64_t count = args.batch * args.parts;
     if (in) {
 #pragma unroll 8
         for (int64_t i = threadIdx.y; i < count; i += kRowThreads) sum += column[i * row_stride];

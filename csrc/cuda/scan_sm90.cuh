@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the sm_90 scan kernels share beyond slabs and features: sums over lanes, the chunk scan, launching.
+// What the sm_90 scan kernels share beyond slabs and features: sums over lanes, the chunk scan, states passed from
+// block to block, launching.
 #pragma once
 
 #include <algorithm>
@@ -53,20 +54,108 @@ __device__ __forceinline__ void scatter_token_sums(const float (&v)[kFwdTokens],
     }
 }
 
+// Words that one block writes and others wait for: each is one access, so that a word that is there is there as a
+// whole, and needs neither flag nor fence. All ones, a NaN that no arithmetic makes, stand for those that are not.
+constexpr uint32_t kAbsent = 0xffffffffu;
+
+__device__ __forceinline__ uint32_t present(float v) {
+    const uint32_t bits = __float_as_uint(v);
+    return bits == kAbsent ? 0x7fffffffu : bits;
+}
+__device__ __forceinline__ void send_word(float* to, float v) {
+    asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(to), "r"(present(v)) : "memory");
+}
+__device__ __forceinline__ uint32_t read_word(const float* from) {
+    uint32_t bits;
+    asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(bits) : "l"(from) : "memory");
+    return bits;
+}
+__device__ __forceinline__ void send_pair(float2* to, float x, float y) {
+    const uint64_t bits = uint64_t{__float_as_uint(y)} << 32 | present(x);
+    asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to), "l"(bits) : "memory");
+}
+__device__ __forceinline__ uint64_t read_pair(const float2* from) {
+    uint64_t bits;
+    asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(bits) : "l"(from) : "memory");
+    return bits;
+}
+
+// Sends on a slab's aggregate (P, h) of the thread's channel, as its last scan lane has it, and returns the state that
+// enters the slab, which follows from those of the plane's slabs before. It is computed as a block alone would, slab by
+// slab from 0, so that all bits of the results are the same whatever the number of blocks; only not all of the way by
+// each: every kSegment-th slab sends on its entering state too, and others start from the last of these before them.
+// Blocks take slabs in order and run all at once: what one waits for, another is about to send.
+template <class Block>
+__device__ __forceinline__ float look_back(float* exchange, const ScanShape& s, const SlabPlan& plan, int64_t plane,
+                                           int step, int steps, float P, float h) {
+    constexpr int kLanes = Block::kScanLanes, kHeld = kLanes == 2 ? 4 : kSegment / kLanes < 8 ? kSegment / kLanes : 8;
+    const int channel = threadIdx.x / kLanes, q = threadIdx.x % kLanes;
+    float2* const pairs = reinterpret_cast<float2*>(exchange) + plane * plan.slabs * Block::kWidth + channel;
+    const int segments = (plan.slabs - 1) / kSegment;
+    float* const states =
+        exchange + s.batch * s.groups * plan.slabs * (2 * Block::kWidth) + plane * segments * Block::kWidth + channel;
+    if (q == kLanes - 1 && step + 1 < steps) send_pair(pairs + static_cast<int64_t>(step) * Block::kWidth, P, h);
+    if (step == 0) return 0.f;
+    const int segment = (step - 1) / kSegment, count = step - segment * kSegment;
+    const float2* const from = pairs + static_cast<int64_t>(segment) * kSegment * Block::kWidth;
+    const float* const start = states + (segment - 1) * Block::kWidth;
+    uint32_t first = segment > 0 ? read_word(start) : 0u;
+    float state = 0.f;
+#pragma unroll 1
+    for (int base = 0; base < count; base += kHeld * kLanes) {
+        uint64_t held[kHeld];
+        // Places behind the last slab hold (1, -0), which leaves any state as it is.
+#pragma unroll
+        for (int k = 0; k < kHeld; ++k) {
+            const int i = base + k * kLanes + q;
+            held[k] = i < count ? read_pair(from + i * Block::kWidth) : 0x800000003f800000u;
+        }
+        const auto absent = [&](int k) { return static_cast<uint32_t>(held[k]) == kAbsent; };
+        while (true) {
+            bool wait = first == kAbsent;
+#pragma unroll
+            for (int k = 0; k < kHeld; ++k) wait |= absent(k);
+            if (!wait) break;
+            if (first == kAbsent) first = read_word(start);
+#pragma unroll
+            for (int k = 0; k < kHeld; ++k)
+                if (absent(k)) held[k] = read_pair(from + (base + k * kLanes + q) * Block::kWidth);
+        }
+        if (base == 0) state = __uint_as_float(first);
+#pragma unroll
+        for (int k = 0; k < kHeld; ++k) {
+            if (base + k * kLanes >= count) break;
+            const float P_own = __uint_as_float(static_cast<uint32_t>(held[k])),
+                        h_own = __uint_as_float(static_cast<uint32_t>(held[k] >> 32));
+#pragma unroll
+            for (int lane = 0; lane < kLanes; ++lane)
+                state = kLanes == 1 ? fmaf(P_own, state, h_own)
+                                    : fmaf(__shfl_sync(kFullWarp, P_own, lane, kLanes), state,
+                                           __shfl_sync(kFullWarp, h_own, lane, kLanes));
+        }
+    }
+    if (q == 0 && step % kSegment == 0 && step + 1 < steps) send_word(states + segment * Block::kWidth, state);
+    return state;
+}
+
 // Chunk aggregates (P, h) in shared memory, by order, to the states entering the chunks (in place of h). kScanLanes
 // neighbouring threads serve a channel. `carry` is the state of the thread's channel before the first chunk and becomes
-// the one after the last. enters(part, channel, state) sees the state entering each part of the slab.
-template <class Block, class F>
-__device__ __forceinline__ void scan_chunks(const float* P_in, float* h_in, float& carry, F&& enters) {
+// the one after the last. arrive(P, h), with the aggregate of the slab in the last of the lanes, may set the carry
+// first and says whether it did. enters(part, channel, state) sees the state entering each part of the slab.
+template <class Block, class Arrive, class F>
+__device__ __forceinline__ void scan_chunks(const float* P_in, float* h_in, float& carry, Arrive&& arrive, F&& enters) {
     constexpr int kLanes = Block::kScanLanes;
     const int channel = threadIdx.x / kLanes, q = threadIdx.x % kLanes;
     const int first = q * (4 * Block::kWidth + Block::kPad) + channel;  // aggregate(4 q), the others kWidth apart
     float P4[4], h4[4];
+    const auto read = [&] {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        P4[i] = P_in[first + i * Block::kWidth];
-        h4[i] = h_in[first + i * Block::kWidth];
-    }
+        for (int i = 0; i < 4; ++i) {
+            P4[i] = P_in[first + i * Block::kWidth];
+            h4[i] = h_in[first + i * Block::kWidth];
+        }
+    };
+    read();
     float P = P4[0], h = h4[0];
 #pragma unroll
     for (int i = 1; i < 4; ++i) h = fmaf(P4[i], h, h4[i]), P *= P4[i];
@@ -77,6 +166,7 @@ __device__ __forceinline__ void scan_chunks(const float* P_in, float* h_in, floa
         if (q >= d) h = fmaf(P, h_before, h), P *= P_before;
     }
     const float P_before = __shfl_up_sync(kFullWarp, P, 1, kLanes), h_before = __shfl_up_sync(kFullWarp, h, 1, kLanes);
+    if (arrive(P, h)) read();  // a second time, so as not to hold them through the wait
     float state = q == 0 ? carry : fmaf(P_before, carry, h_before);
     if (q % (kLanes / Block::kParts) == 0) enters(q / (kLanes / Block::kParts), channel, state);
     carry = __shfl_sync(kFullWarp, fmaf(P, carry, h), kLanes - 1, kLanes);
@@ -98,14 +188,54 @@ inline cudaError_t prefer_shared(const void* kernel, int device) {
     return error;
 }
 
-// As many blocks as run at once, `resident` an SM, each with several planes of one group: it loads the next plane while
-// it computes, and reads its parameters once (2% at 64 x 56 against a block a plane).
+// Blocks of a kernel that the current device runs at once.
+inline cudaError_t blocks_at_once(const void* kernel, int threads, int shared, int64_t& blocks) {
+    struct Known {
+        const void* kernel;
+        int device, shared;
+        int64_t blocks;
+    };
+    thread_local std::vector<Known> known;
+    int device = 0, multiprocessors = 0, resident = 0, cooperative = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error != cudaSuccess) return error;
+    for (const Known& k : known)
+        if (k.kernel == kernel && k.device == device && k.shared == shared) return blocks = k.blocks, cudaSuccess;
+    error = prefer_shared(kernel, device);
+    if (error == cudaSuccess) error = raise_shared_limit(kernel, shared);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device);
+    if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, shared);
+    if (error != cudaSuccess) return error;
+    blocks = cooperative ? int64_t{resident} * multiprocessors : 0;
+    known.push_back({kernel, device, shared, blocks});
+    return cudaSuccess;
+}
+
 template <class Kernel, class Args>
-cudaError_t launch_sm90(Kernel kernel, const ScanShape& shape, int threads, int resident, int shared,
-                        cudaStream_t stream, const Args& args) {
+cudaError_t share_sm90(Kernel kernel, int threads, int shared, Args& args) {
+    int64_t at_once = 0;
+    const cudaError_t error = blocks_at_once(reinterpret_cast<const void*>(kernel), threads, shared, at_once);
+    if (error == cudaSuccess) share_planes(args.scan.shape, at_once, args.plan);
+    return error;
+}
+
+// As many blocks as run at once, `resident` an SM, each with several planes of one group: it loads the next plane while
+// it computes, and reads its parameters once (2% at 64 x 56 against a block a plane). Those that share planes wait for
+// one another and must all run.
+template <class Kernel, class Args>
+cudaError_t launch_sm90(Kernel kernel, int threads, int resident, int shared, cudaStream_t stream, const Args& args) {
+    const ScanShape& shape = args.scan.shape;
     int device = 0, multiprocessors = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) error = prefer_shared(reinterpret_cast<const void*>(kernel), device);
+    if (error == cudaSuccess && args.plan.members > 0) {
+        const size_t bytes = exchange_floats(shape, args.plan) * sizeof(float);
+        error = cudaMemsetAsync(args.exchange, kAbsent & 0xff, bytes, stream);
+        if (error != cudaSuccess) return error;
+        const int64_t blocks = int64_t{args.plan.members} * shape.groups;
+        return launch_at_once(kernel, blocks, threads, shared, stream, args);
+    }
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
     if (error != cudaSuccess) return error;
     const int64_t at_once = std::max(resident * multiprocessors / shape.groups, 1) * int64_t{shape.groups};

@@ -5,6 +5,10 @@
 // fit, or a piece of one column where not even one fits. Slabs are counted in row-major (column-major) order, whatever
 // way the path goes through them. The backward's blocks have kSlabThreads threads; the forward's may have twice that
 // and slabs of twice the size, two `parts`. States are saved for parts, by their number.
+//
+// Where planes are too few to give every block one, the blocks of a group share them: block `member` of `members` takes
+// the slabs member, member + members, ... of all its planes, and what enters a slab comes from other blocks through
+// device memory (look_back in scan_sm90.cuh).
 #pragma once
 
 #include <cuda.h>
@@ -19,6 +23,7 @@
 namespace gm {
 
 constexpr int kBoxLimit = 256;  // elements of a box in each dimension
+constexpr int kSegment = 32;    // slabs of a shared plane between states that all later slabs start from
 
 struct SlabPlan {
     int tokens;       // slots of a slab
@@ -28,6 +33,9 @@ struct SlabPlan {
     int part_pieces;  // pieces of a column where a slab is one part
     int row_slabs;    // of a plane along rows
     int column_slabs;
+    int slabs;    // the larger of both
+    int members;  // blocks of a group that share its planes, or 0
+    int ways;     // blocks that a plane's slabs are dealt to, each with sums of its own
 };
 
 inline SlabPlan plan_slabs(int height, int width, int lanes, int parts) {
@@ -44,7 +52,26 @@ inline SlabPlan plan_slabs(int height, int width, int lanes, int parts) {
         plan.part_pieces = (height + part_tokens - 1) / part_tokens;
     }
     plan.column_slabs = plan.columns > 0 ? (width + plan.columns - 1) / plan.columns : width * plan.pieces;
+    plan.slabs = std::max(plan.row_slabs, plan.column_slabs);
+    plan.ways = 1;
     return plan;
+}
+
+// Shares the planes where that pays: where they are several slabs each and would leave a quarter of the blocks idle
+// that the device runs at once, or more.
+inline void share_planes(const ScanShape& shape, int64_t at_once, SlabPlan& plan) {
+    const int64_t members = at_once / shape.groups;
+    if (4 * shape.batch * shape.groups >= 3 * at_once || members <= shape.batch) return;
+    if (std::min(plan.row_slabs, plan.column_slabs) <= 1) return;
+    plan.members = static_cast<int>(std::min(members, shape.batch * plan.slabs));
+    plan.ways = std::min(plan.members, plan.slabs);
+}
+
+// Floats of device memory through which blocks pass states on, 0 where they share nothing: two for every plane, slab
+// and channel, then one for every plane, segment but the first, and channel.
+inline int64_t exchange_floats(const ScanShape& shape, const SlabPlan& plan) {
+    const int64_t channels = shape.batch * shape.groups * shape.lanes * kVec;
+    return plan.members == 0 ? 0 : channels * (2 * plan.slabs + (plan.slabs - 1) / kSegment);
 }
 
 // How the coordinates of a slab's boxes follow from its first (column, row); see slab_maps.cpp.

@@ -65,9 +65,9 @@ struct StepFeatures {
     __device__ __forceinline__ uint32_t place(const SlabCursor& at, int i) const { return at.origin + distance[i]; }
 
     template <class Walk>
-    __device__ __forceinline__ void fetch(const ScanShape& s, const Walk& walk, const SlabCursor& at,
-                                          const FeatureImages& images) {
-        if (at.step == 0) {
+    __device__ __forceinline__ void fetch(const ScanShape& s, const SlabPlan& plan, const Walk& walk,
+                                          const SlabCursor& at, const FeatureImages& images) {
+        if (walk.enters(plan, at)) {
             const int first = Block::kSharers == 1 ? 0 : min(sharer(), 2);
             plane[0] = plane_of<const T>(images[first], at.batch, walk.group) + (first == 2 ? sharer() - 2 : 0);
             if (Block::kSharers == 1) plane[1] = plane_of<const T>(images.C, at.batch, walk.group);

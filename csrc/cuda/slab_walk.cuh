@@ -52,7 +52,8 @@ struct SlabCursor {
     int batch, step, column, row, origin;
 };
 
-// The slabs of a block's planes, all of one group: batch by batch, each along its path or, kFromEnd, against it.
+// The slabs of a block, all of one group: batch by batch, each plane along its path or, kFromEnd, against it. Every
+// slab of every batch_step-th plane or, of planes that blocks share, every batch_step-th slab.
 template <class Block, bool kFromEnd>
 struct SlabWalk {
     int group, batch_step, steps;
@@ -73,26 +74,44 @@ struct SlabWalk {
         stride = columns ? plan.columns : Block::kTokens;
         if (descending) stride = -stride;
     }
-    __device__ __forceinline__ int64_t total(const ScanShape& s) const {
+    // Slabs of the block; of shared planes there may be none.
+    __device__ __forceinline__ int64_t total(const ScanShape& s, const SlabPlan& plan) const {
         const int first = blockIdx.x / s.groups;
+        if (plan.members > 0) return (s.batch * steps - first + batch_step - 1) / batch_step;
         return (s.batch - first + batch_step - 1) / batch_step * steps;
     }
-    __device__ __forceinline__ void restart(const ScanShape& s, const SlabPlan& plan, SlabCursor& at) const {
-        at.step = 0;
-        at.row = pieces && descending ? (plan.pieces - 1) * Block::kTokens : 0;
-        at.column = !descending ? 0 : pieces ? s.width - 1 : (steps - 1) * (columns ? plan.columns : Block::kTokens);
+    __device__ __forceinline__ void place(const ScanShape& s, const SlabPlan& plan, SlabCursor& at) const {
+        const int number = descending ? steps - 1 - at.step : at.step;
+        at.column = pieces ? number / plan.pieces : number * (columns ? plan.columns : Block::kTokens);
+        at.row = pieces ? (number - at.column * plan.pieces) * Block::kTokens : 0;
         at.origin = at.row * s.width + at.column;
     }
     __device__ __forceinline__ SlabCursor first(const ScanShape& s, const SlabPlan& plan) const {
         SlabCursor at;
         at.batch = blockIdx.x / s.groups;
-        restart(s, plan, at);
+        at.step = 0;
+        if (plan.members > 0) {
+            at.step = at.batch % steps;
+            at.batch /= steps;
+        }
+        place(s, plan, at);
         return at;
     }
+    // True where a block enters a plane, and perhaps elsewhere.
+    __device__ __forceinline__ bool enters(const SlabPlan& plan, const SlabCursor& at) const {
+        return plan.members > 0 || at.step == 0;
+    }
     __device__ __forceinline__ void advance(const ScanShape& s, const SlabPlan& plan, SlabCursor& at) const {
-        if (++at.step == steps) {
+        if (plan.members > 0) {
+            at.step += batch_step;
+            const int planes = at.step / steps;
+            at.step -= planes * steps;
+            at.batch += planes;
+            place(s, plan, at);
+        } else if (++at.step == steps) {
+            at.step = 0;
             at.batch += batch_step;
-            restart(s, plan, at);
+            place(s, plan, at);
         } else if (!pieces) {
             at.column += stride;
             at.origin = at.column;

@@ -161,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross
 
     ScanReduceArgs reduce;
     reduce.partials = args.partials;
-    reduce.batch = s.batch, reduce.warps = static_cast<int>(warps), reduce.groups = static_cast<int>(all);
+    reduce.batch = s.batch, reduce.parts = static_cast<int>(warps), reduce.groups = static_cast<int>(all);
     reduce.dim = args.shape.dim, reduce.states = args.shape.states, reduce.rank = args.shape.rank;
     reduce.dA = param_out(dA, A), reduce.dD = param_out(dD, D);
     reduce.ddt_bias = param_out(ddt_bias, dt_bias), reduce.ddt_weight = param_out(ddt_weight, dt_weight);

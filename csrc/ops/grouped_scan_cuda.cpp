@@ -51,6 +51,16 @@ ScanSizes check_inputs(const ScanInputs& in) {
                       in.gate, in.directions, in.chunk);
 }
 
+// What the blocks of a copy-engine kernel need to share planes, held until its launch is queued.
+template <class Args>
+Tensor exchange_scratch(Args& args, const Tensor& device_of) {
+    const int64_t floats = exchange_floats(args.scan.shape, args.plan);
+    if (floats == 0) return {};
+    Tensor scratch = empty({floats}, ScalarType::Float, device_of);
+    args.exchange = static_cast<float*>(scratch.data_ptr());
+    return scratch;
+}
+
 void make_canonical(ScanInputs& in) {
     for (Tensor* t : {&in.u, &in.dt, &in.B, &in.C}) *t = canonical_image(*t);
     if (in.z) in.z = canonical_image(*in.z);
@@ -144,6 +154,8 @@ Tensor scan_fwd_into(const Tensor& y, ScanInputs in, bool save_states) {
         sm90_args.scan = args;
         GM_CHECK(prepare_grouped_scan_fwd_sm90(dtype, sm90_args), kName, ": the driver refused a tensor map of u ",
                  show(shape_of(in.u)));
+        check_cuda(share_grouped_scan_fwd_sm90(sm90_args, dtype), kName);
+        const Tensor exchange = exchange_scratch(sm90_args, in.u);
         check_cuda(launch_grouped_scan_fwd_sm90(sm90_args, dtype, context.stream()), kName);
     } else {
         args.shape.threads = scan_fwd_threads(args.shape.lanes, s.tokens());
@@ -199,24 +211,33 @@ ScanParameterGradients scan_bwd_into(const ScanImageGradients& images, Tensor dy
                          (s.rank > 0 || (allows_vectors(args.dt, size) && allows_vectors(args.ddt, size)));
     args.shape.threads =
         sm90 ? kSlabThreads : scan_bwd_threads(args.shape.lanes, s.tokens(), s.states == 1, static_cast<int>(size));
-    const int64_t warps = args.shape.threads / 32, rows = s.states + kFixedRows + s.rank;
-    Tensor partials = empty({s.batch, warps, s.groups, rows, s.dim}, ScalarType::Float, in.u);
-    args.partials = static_cast<float*>(partials.data_ptr());
+    const int64_t rows = s.states + kFixedRows + s.rank;
+    int64_t parts = args.shape.threads / 32;
+    Tensor partials;
+    const auto make_partials = [&] {
+        partials = empty({s.batch, parts, s.groups, rows, s.dim}, ScalarType::Float, in.u);
+        return static_cast<float*>(partials.data_ptr());
+    };
     constexpr const char* kName = "grouped_selective_scan backward";
     if (sm90) {
         ScanBwdSm90Args sm90_args{};
         sm90_args.scan = args;
         GM_CHECK(prepare_grouped_scan_bwd_sm90(dtype, sm90_args), kName, ": the driver refused a tensor map of u ",
                  show(shape_of(in.u)));
+        check_cuda(share_grouped_scan_bwd_sm90(sm90_args, dtype), kName);
+        const Tensor exchange = exchange_scratch(sm90_args, in.u);
+        parts = sm90_args.plan.ways;
+        sm90_args.scan.partials = args.partials = make_partials();
         check_cuda(launch_grouped_scan_bwd_sm90(sm90_args, dtype, context.stream()), kName);
     } else {
+        args.partials = make_partials();
         check_cuda(launch_grouped_scan_bwd(args, dtype, context.stream()), kName);
     }
 
     ScanReduceArgs reduce;
     reduce.partials = args.partials;
     reduce.batch = s.batch;
-    reduce.warps = static_cast<int>(warps);
+    reduce.parts = static_cast<int>(parts);
     reduce.groups = args.shape.groups, reduce.dim = args.shape.dim;
     reduce.states = args.shape.states, reduce.rank = args.shape.rank;
     reduce.norm_weight = args.norm_weight, reduce.norm_bias = args.norm_bias, reduce.gate = args.gate;
