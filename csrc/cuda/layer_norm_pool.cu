@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kNormThreads) layer_norm_pool_bwd_kernel(const
     clear_tails<T>(args.dx, s, strip);
     __syncthreads();
 
-    typename Tile::Values dweight = {}, dbias = {};
+    typename Tile::Values dweight = {}, dbias = {}, dx_more_sum = {};
     for (int left = strip.end - strip.first; left > 0; left -= args.plan.step) {
         typename Tile::template Stored<T> x_stored, dxn_stored, more_stored = {}, dx_more_stored = {};
         typename Tile::Values normed, g;
@@ -135,14 +135,19 @@ __global__ void __launch_bounds__(kNormThreads) layer_norm_pool_bwd_kernel(const
             float added[kVec];
             dx_more_stored[v].widen(added);
 #pragma unroll
-            for (int j = 0; j < kVec; ++j) g[v][j] += added[j];
+            for (int j = 0; j < kVec; ++j) {
+                g[v][j] += added[j];
+                if (sums_dx_more(kVecs)) dx_more_sum[v][j] += added[j];
+            }
         }
         tile.store(dx_out, g);
         dx_out.advance();
     }
-    float* out = args.partials + strip.number * 2 * s.dim;
+    float* out = args.partials + strip.number * (args.sum_dx_more ? 3 : 2) * s.dim;
     tile.block_sums(dweight, sums, [&](int c, int, float sum) { out[c] = sum; });
     tile.block_sums(dbias, sums, [&](int c, int, float sum) { out[s.dim + c] = sum; });
+    if (sums_dx_more(kVecs) && args.sum_dx_more)
+        tile.block_sums(dx_more_sum, sums, [&](int c, int, float sum) { out[2 * s.dim + c] = sum; });
 }
 
 // Rows beyond the registers: statistics first, a warp a token; then every thread takes a channel through all tokens.
@@ -202,20 +207,22 @@ __global__ void __launch_bounds__(kNormThreads)
                             [&](int, int c) { return gradient(t, c) * load_param<T>(args.weight, c); });
     }
     __syncthreads();
-    float* out = args.partials + strip.number * 2 * s.dim;
+    float* out = args.partials + strip.number * (args.sum_dx_more ? 3 : 2) * s.dim;
     for (int c = threadIdx.x; c < s.dim; c += kNormThreads) {
         const float weight = load_param<T>(args.weight, c);
         const int64_t dx_at = dx.offset(c);
-        float dweight = 0.f, dbias = 0.f;
+        float dweight = 0.f, dbias = 0.f, dx_more_sum = 0.f;
         for (int t = 0; t < count; ++t) {
             const float normed = rows.normed(t, value(t, c)), g = gradient(t, c);
             const float more_dx = args.dx_more.ptr == nullptr ? 0.f : to_float(dx_more(t, dx_more.offset(c)));
             dx(t, dx_at) = from_float<T>(rows.backward(t, g * weight, normed) + more_dx);
             dweight = fmaf(g, normed, dweight);
             dbias += g;
+            dx_more_sum += more_dx;
         }
         out[c] = dweight;
         out[s.dim + c] = dbias;
+        if (args.sum_dx_more) out[2 * s.dim + c] = dx_more_sum;
     }
     dx.clear_pads(count);
     clear_tails<T>(args.dx, s, strip);

@@ -19,6 +19,9 @@ constexpr int kWideTokens = 16;  // of a block where rows do not fit
 // Blocks wanted, for some waves; every block of a backward is one more row for the second stage of its sums.
 constexpr int64_t kNormFwdBlocks = 4096, kNormBwdBlocks = 2048;
 
+// True where layer_norm_pool's backward has registers for the sums of dx_more.
+constexpr bool sums_dx_more(int vecs) { return vecs <= kRowVecs; }
+
 // A block walks one strip of tokens of one image, `step` at a time.
 struct NormPlan {
     int vecs;   // 4 or 8; 0: wide rows, read from memory three times

@@ -166,7 +166,9 @@ struct PoolBwdArgs {
     NormImage dxn, dxn_more, x, dx, dx_more;  // dxn_more, dx_more: added to dxn, to dx, or absent
     const float* dpooled = nullptr;           // (batch, dim), or null
     ParamArg weight;
-    float* partials = nullptr;  // (batch, plan.strips, 2 * dim): dweight, dbias
+    bool sum_dx_more = false;
+    // (batch, plan.strips, 2 * dim): dweight, dbias; with sum_dx_more 3 * dim, the last for sums of dx_more
+    float* partials = nullptr;
 };
 
 struct ModulatedFwdArgs {

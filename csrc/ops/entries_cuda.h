@@ -21,14 +21,17 @@ struct NormPoolInputs {
 };
 // pooled is (0,) without `pool`.
 std::tuple<Tensor, Tensor> layer_norm_pool_fwd(NormPoolInputs in);
-// dx: dense, or padded (see padded_image) as dx_more may be, which is added to it.
+// dx: dense, or padded (see empty_padded_image) as dx_more may be, which is added to it.
 struct NormPoolGradients {
     Tensor dxn;
     OptTensor dxn_more{}, dpooled{}, dx_more{};
     bool padded = false;
 };
-std::tuple<Tensor, Tensor, Tensor> layer_norm_pool_bwd(NormPoolGradients gradients, Tensor x, Tensor weight,
-                                                       double eps);
+struct NormPoolResult {
+    Tensor dx, dweight, dbias;
+    OptTensor dx_more_sum;  // (C,), over all pixels, float32; where the kernel has registers for it
+};
+NormPoolResult layer_norm_pool_bwd(NormPoolGradients gradients, Tensor x, Tensor weight, double eps);
 
 // With a width the result is (batch, H, W, G, width), zeros behind the channels of a group; so may be o, x and the
 // gradients.

@@ -102,8 +102,6 @@ FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight,
 
     const PaddedRows dout_padded(dout);
     const Tensor dout_rows = dout_padded.rows();
-    const ColumnSums dout_sums(dout_rows, s.channels, dtype, context.stream());
-    const Tensor dfc2_bias = sums.add(fc2_bias, {1, 1, s.channels}, dout_sums.values, 1, s.channels, dout_sums.parts);
     Tensor dactivated = empty({tokens, s.hidden_pad}, type, x);
     matmul_out(dactivated, dout_rows, pack.get(kFc2, {s.channels_pad, s.hidden_pad}));
     Tensor dhidden = empty({tokens, s.hidden_pad}, type, x), activated = empty({tokens, s.hidden_pad}, type, x);
@@ -130,9 +128,12 @@ FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight,
     dhidden = Tensor();
     NormPoolGradients norm{alias(dxn, s.image(s.channels_pad)), std::nullopt, std::nullopt, std::nullopt, true};
     if (residual) norm.dx_more = dout;
-    const auto [dx, dnorm_weight, dnorm_bias] = layer_norm_pool_bwd(norm, x, norm_weight, eps);
+    const NormPoolResult normed = layer_norm_pool_bwd(norm, x, norm_weight, eps);
+    const Tensor dfc2_bias =
+        sum_of_columns(sums, fc2_bias, normed.dx_more_sum, dout_rows, s.channels, dtype, context.stream());
     sums.launch(dtype, context.stream());
-    return {dx, dnorm_weight, dnorm_bias, dfc1_weight, dfc1_bias, dconv_weight, dconv_bias, dfc2_weight, dfc2_bias};
+    return {normed.dx,    normed.dweight, normed.dbias, dfc1_weight, dfc1_bias,
+            dconv_weight, dconv_bias,     dfc2_weight,  dfc2_bias};
 }
 
 }  // namespace

@@ -250,8 +250,6 @@ LayerGradients grouped_mamba_layer_bwd(Tensor dout, Tensor x, Tensor norm_weight
                                                 alias(gate_scan ? y : mixed, {1, tokens, s.mixed}));
     const Tensor dproj = sums.add(proj_weight, {1, s.channels * g, proj_weight.size(1) / g}, proj.values,
                                   s.channels_pad * g, s.mixed / g, proj.parts);
-    const ColumnSums dout_sums(dout_rows, s.channels, dtype, context.stream());
-    const Tensor dproj_bias = sums.add(proj_bias, {1, 1, s.channels}, dout_sums.values, 1, s.channels, dout_sums.parts);
     Tensor dmixed = empty({tokens, s.mixed}, type, x);
     matmul_out(dmixed, dout_rows, pack.get(kProj, {s.channels_pad, s.mixed}));
 
@@ -322,7 +320,8 @@ LayerGradients grouped_mamba_layer_bwd(Tensor dout, Tensor x, Tensor norm_weight
     }
     NormPoolGradients norm{image_of(dxn_rows, s, d_pad), dxn, dpooled, std::nullopt, true};
     if (residual) norm.dx_more = dout;
-    auto [dx, dnorm_weight, dnorm_bias] = layer_norm_pool_bwd(norm, x, norm_weight, eps);
+    auto [dx, dnorm_weight, dnorm_bias, dout_sum] = layer_norm_pool_bwd(norm, x, norm_weight, eps);
+    const Tensor dproj_bias = sum_of_columns(sums, proj_bias, dout_sum, dout_rows, s.channels, dtype, context.stream());
 
     const Tensor din_proj = sums.add(in_proj_weight, {2 * g, e, s.dim}, in_proj.values, e_pad, d_pad, in_proj.parts, 2);
     const Tensor dx_proj =

@@ -111,8 +111,7 @@ std::tuple<Tensor, Tensor> layer_norm_pool_fwd(NormPoolInputs in) {
     return {xn, pooled};
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_pool_bwd(NormPoolGradients gradients, Tensor x, Tensor weight,
-                                                       double eps) {
+NormPoolResult layer_norm_pool_bwd(NormPoolGradients gradients, Tensor x, Tensor weight, double eps) {
     auto& [dxn, dxn_more, dpooled, dx_more, padded] = gradients;
     GM_CHECK(x.dim() == 4, "x must be (batch, H, W, C), got ", show(shape_of(x)));
     const NormSizes sizes = norm_sizes(x, "dxn", weight, dxn.dim() == 5 ? dxn.size(3) : 1);
@@ -133,7 +132,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_pool_bwd(NormPoolGradients gradien
     Tensor dweight = empty_like_or_absent(weight, x), dbias = empty_like_or_absent(weight, x);
     if (dx.numel() == 0) {
         torch::stable::zero_(dweight), torch::stable::zero_(dbias);
-        return {dx, dweight, dbias};
+        return {dx, dweight, dbias, {}};
     }
 
     x = canonical_image(x), dxn = canonical_image(dxn);
@@ -151,7 +150,10 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_pool_bwd(NormPoolGradients gradien
     args.plan = norm_plan(s.batch, s.tokens, s.slots(), kNormBwdBlocks);
     if (dpooled) args.dpooled = static_cast<const float*>(param(dpooled).ptr);
     args.weight = param(weight);
-    const int64_t columns = 2 * static_cast<int64_t>(s.dim);
+    args.sum_dx_more = dx_more && sums_dx_more(args.plan.vecs);
+    OptTensor dx_more_sum;
+    if (args.sum_dx_more) dx_more_sum = empty({sizes.channels}, ScalarType::Float, x);
+    const int64_t columns = (args.sum_dx_more ? 3 : 2) * static_cast<int64_t>(s.dim);
     Tensor partials = empty({s.batch, args.plan.strips, columns}, ScalarType::Float, x);
     args.partials = static_cast<float*>(partials.data_ptr());
     check_cuda(launch_layer_norm_pool_bwd(args, dtype, context.stream()), "layer_norm_pool backward");
@@ -161,8 +163,9 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_pool_bwd(NormPoolGradients gradien
     reduce.rows = s.batch * args.plan.strips, reduce.row_stride = reduce.columns = columns;
     reduce.targets[0] = param_out(dweight, weight), reduce.targets[1] = param_out(dbias, weight);
     reduce.counts[0] = reduce.counts[1] = s.dim;
+    if (dx_more_sum) reduce.targets[2] = param_out(*dx_more_sum, dx_more_sum), reduce.counts[2] = s.dim;
     check_cuda(launch_reduce_columns(reduce, dtype, context.stream()), "layer_norm_pool parameter sums");
-    return {dx, dweight, dbias};
+    return {dx, dweight, dbias, dx_more_sum};
 }
 
 namespace {
@@ -259,7 +262,8 @@ std::tuple<Tensor, Tensor> pool_fwd(Tensor x, Tensor weight, Tensor bias, double
 
 std::tuple<Tensor, Tensor, Tensor> pool_bwd(Tensor dxn, Tensor dpooled, Tensor x, Tensor weight, double eps) {
     GM_CHECK(dxn.dim() == 4, "dxn must be (batch, H, W, C), got ", show(shape_of(dxn)));
-    return layer_norm_pool_bwd({dxn, std::nullopt, dpooled}, x, weight, eps);
+    const NormPoolResult r = layer_norm_pool_bwd({dxn, std::nullopt, dpooled}, x, weight, eps);
+    return {r.dx, r.dweight, r.dbias};
 }
 
 Tensor token_norm_fwd(Tensor x, Tensor weight, Tensor bias, double eps) {
@@ -268,7 +272,8 @@ Tensor token_norm_fwd(Tensor x, Tensor weight, Tensor bias, double eps) {
 
 std::tuple<Tensor, Tensor, Tensor> token_norm_bwd(Tensor dy, Tensor x, Tensor weight, double eps) {
     GM_CHECK(dy.dim() == 4, "dy must be (batch, H, W, C), got ", show(shape_of(dy)));
-    return layer_norm_pool_bwd({dy}, x, weight, eps);
+    const NormPoolResult r = layer_norm_pool_bwd({dy}, x, weight, eps);
+    return {r.dx, r.dweight, r.dbias};
 }
 
 Tensor modulated_fwd(Tensor o, Tensor x, Tensor scale, OptTensor gate, Tensor weight, Tensor bias, double eps) {
