@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Channel affinity: gate = sigmoid(fc2(relu(fc1(pooled)))) and its backward, float32. A few kilobytes an image: what
-// counts is that it is one launch forward and two backward.
+// counts is latency, and that it is one launch forward (with the end of the pooling) and two backward.
+#include <algorithm>
+
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "cuda/launch_kernel.cuh"
@@ -9,7 +11,7 @@
 namespace gm {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256, kAffinityThreads = 512;  // forward: all hidden units of the field's widths at once
 
 __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll
@@ -26,16 +28,37 @@ __device__ __forceinline__ int gate_width(const AffinityArgs& args) {
     return args.out_dim / args.group_dim * args.group_width;
 }
 
+// Mean over the image from the sums of its strips, into shared memory and args.pooled: `rows` threads a channel.
+__device__ __forceinline__ void pool(const AffinityArgs& args, float* shared, float* rows_of_sums) {
+    const int64_t image = blockIdx.x;
+    const float* const from = args.partials + image * args.strips * args.dim;
+    const int rows = max(kAffinityThreads / args.dim, 1), r = threadIdx.x / args.dim;
+    for (int c = threadIdx.x - r * args.dim; r < rows && c < args.dim; c += kAffinityThreads) {
+        float sum = 0.f;
+#pragma unroll 8
+        for (int i = r; i < args.strips; i += rows) sum += from[static_cast<int64_t>(i) * args.dim + c];
+        rows_of_sums[r * args.dim + c] = sum;
+    }
+    __syncthreads();
+    for (int c = threadIdx.x; c < args.dim; c += kAffinityThreads) {
+        float sum = 0.f;
+        for (int i = 0; i < rows; ++i) sum += rows_of_sums[i * args.dim + c];
+        shared[c] = args.pooled[image * args.dim + c] = sum * args.factor;
+    }
+}
+
 // A block an image; a warp a hidden unit, then a thread a channel of the gate.
 template <class T>
-__global__ void __launch_bounds__(kThreads) channel_affinity_fwd_kernel(const __grid_constant__ AffinityArgs args) {
-    extern __shared__ float shared[];  // pooled, hidden
+__global__ void __launch_bounds__(kAffinityThreads)
+    channel_affinity_fwd_kernel(const __grid_constant__ AffinityArgs args) {
+    extern __shared__ float shared[];  // pooled, hidden, sums by rows
     float* const hidden = shared + args.dim;
     const int64_t image = blockIdx.x;
-    for (int c = threadIdx.x; c < args.dim; c += kThreads) shared[c] = args.pooled[image * args.dim + c];
+    pool(args, shared, hidden + args.hidden);
     __syncthreads();
-    for (int j = threadIdx.x / 32; j < args.hidden; j += kThreads / 32) {
+    for (int j = threadIdx.x / 32; j < args.hidden; j += kAffinityThreads / 32) {
         float sum = 0.f;
+#pragma unroll 8
         for (int c = threadIdx.x % 32; c < args.dim; c += 32)
             sum = fmaf(shared[c], load_param<T>(args.fc1_weight, static_cast<int64_t>(j) * args.dim + c), sum);
         sum = fmaxf(warp_sum(sum) + load_param<T>(args.fc1_bias, j), 0.f);
@@ -46,12 +69,13 @@ __global__ void __launch_bounds__(kThreads) channel_affinity_fwd_kernel(const __
     }
     __syncthreads();
     const int width = gate_width(args);
-    for (int i = threadIdx.x; i < width; i += kThreads) {
+    for (int i = threadIdx.x; i < width; i += kAffinityThreads) {
         const int group = i / args.group_width, d = i - group * args.group_width;
         float gate = 0.f;
         if (d < args.group_dim) {
             const int m = group * args.group_dim + d;
             float sum = load_param<T>(args.fc2_bias, m);
+#pragma unroll 8
             for (int j = 0; j < args.hidden; ++j)
                 sum = fmaf(hidden[j], load_param<T>(args.fc2_weight, static_cast<int64_t>(m) * args.hidden + j), sum);
             gate = 1.f / (1.f + expf(-sum));
@@ -135,8 +159,9 @@ __global__ void __launch_bounds__(kReduceColumns* kSumThreads)
 
 cudaError_t launch_channel_affinity_fwd(const AffinityArgs& args, DType dtype, cudaStream_t stream) {
     return dispatch_dtype(dtype, [&](auto tag) {
-        return launch_kernel(channel_affinity_fwd_kernel<typename decltype(tag)::type>, args.batch, kThreads,
-                             sizeof(float) * (args.dim + args.hidden), stream, args);
+        const int sums = std::max(kAffinityThreads / args.dim, 1) * args.dim;
+        return launch_kernel(channel_affinity_fwd_kernel<typename decltype(tag)::type>, args.batch, kAffinityThreads,
+                             sizeof(float) * (args.dim + args.hidden + sums), stream, args);
     });
 }
 

@@ -238,7 +238,10 @@ struct ColumnSumArgs {
 // gate = sigmoid(fc2(relu(fc1(pooled)))). Channel m of the gate lies at m / group_dim * group_width + m % group_dim.
 struct AffinityArgs {
     int batch = 0, dim = 0, hidden = 0, out_dim = 0, group_dim = 0, group_width = 0;
-    const float* pooled = nullptr;  // (batch, dim)
+    const float* partials = nullptr;  // forward: (batch, strips, dim), sums over the strips of an image
+    int strips = 0;
+    float factor = 1.f;       // 1 / pixels of an image
+    float* pooled = nullptr;  // (batch, dim): written by the forward
     ParamArg fc1_weight, fc1_bias, fc2_weight, fc2_bias;
     float* hidden_out = nullptr;  // (batch, hidden), after the relu
     float* gate = nullptr;        // (batch, out_dim / group_dim * group_width)

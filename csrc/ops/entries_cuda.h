@@ -16,10 +16,10 @@ struct NormPoolInputs {
     Tensor x, weight, bias;
     double eps = 0;
     int64_t groups = 0, width = 0;
-    bool pool = true;
+    enum Pooling { kNone, kPartial, kWhole } pooling = kWhole;
     OptTensor sum{}, sum_bias{};  // sum, (batch, H, W, C), becomes x + sum_bias
 };
-// pooled is (0,) without `pool`.
+// The second result: the mean over each image (batch, C), sums over its strips (batch, strips, C), or (0,).
 std::tuple<Tensor, Tensor> layer_norm_pool_fwd(NormPoolInputs in);
 // dx: dense, or padded (see empty_padded_image) as dx_more may be, which is added to it.
 struct NormPoolGradients {

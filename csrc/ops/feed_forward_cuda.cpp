@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor> feed_forward_fwd(Tensor x, Tensor norm_weight
     pack.pack(x, dtype, context.stream());
 
     const Tensor out = empty_padded_image(s.batch, s.height, s.width, s.channels, x);
-    NormPoolInputs norm{x, norm_weight, norm_bias, eps, 1, s.channels_pad, false};
+    NormPoolInputs norm{x, norm_weight, norm_bias, eps, 1, s.channels_pad, NormPoolInputs::kNone};
     if (residual) norm.sum = out, norm.sum_bias = fc2_bias;
     const Tensor xn = alias(std::get<0>(layer_norm_pool_fwd(norm)), {tokens, s.channels_pad});
     const Tensor hidden = empty({tokens, s.hidden_pad}, type, x);

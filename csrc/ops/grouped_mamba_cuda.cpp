@@ -162,17 +162,22 @@ LayerOutputs grouped_mamba_layer_fwd(Tensor x, Tensor norm_weight, Tensor norm_b
 
     const AffinityParameters affinity{fc1_weight, fc1_bias, fc2_weight, fc2_bias};
     const Tensor out = empty_padded_image(s.batch, s.height, s.width, s.channels, x);
-    NormPoolInputs norm{x, norm_weight, norm_bias, eps, s.groups, s.dim_pad, affinity.given()};
+    NormPoolInputs norm{x, norm_weight, norm_bias, eps, s.groups, s.dim_pad};
+    norm.pooling = affinity.given() ? NormPoolInputs::kPartial : NormPoolInputs::kNone;
     if (residual) norm.sum = out, norm.sum_bias = proj_bias;
-    auto [xn, pooled] = layer_norm_pool_fwd(norm);
+    auto [xn, partials] = layer_norm_pool_fwd(norm);
     Tensor gate = empty_absent(ScalarType::Float, x), hidden = empty_absent(ScalarType::Float, x);
+    Tensor pooled = empty_absent(ScalarType::Float, x);
     if (affinity.given()) {
         ParamHolder param;
         const int64_t gates = fc2_weight->size(0) / s.groups;
         AffinityArgs args = affinity_args(affinity, x, gates, gate_scan ? s.inner_pad : gates, param);
         hidden = empty({s.batch, args.hidden}, ScalarType::Float, x);
         gate = empty({s.batch, s.groups, args.group_width}, ScalarType::Float, x);
-        args.pooled = static_cast<const float*>(pooled.data_ptr());
+        pooled = empty({s.batch, s.channels}, ScalarType::Float, x);
+        args.partials = static_cast<const float*>(partials.data_ptr());
+        args.strips = static_cast<int>(partials.size(1)), args.factor = 1.f / static_cast<float>(s.height * s.width);
+        args.pooled = static_cast<float*>(pooled.data_ptr());
         args.hidden_out = static_cast<float*>(hidden.data_ptr()), args.gate = static_cast<float*>(gate.data_ptr());
         check_cuda(launch_channel_affinity_fwd(args, dtype, context.stream()), "channel affinity");
     }
@@ -310,7 +315,7 @@ LayerGradients grouped_mamba_layer_bwd(Tensor dout, Tensor x, Tensor norm_weight
         dpooled = empty({s.batch, s.channels}, ScalarType::Float, x);
         dfc1_weight = empty_like_or_absent(fc1_weight, x), dfc1_bias = empty_like_or_absent(fc1_bias, x);
         dfc2_weight = empty_like_or_absent(fc2_weight, x), dfc2_bias = empty_like_or_absent(fc2_bias, x);
-        args.pooled = static_cast<const float*>(pooled.data_ptr());
+        args.pooled = static_cast<float*>(pooled.data_ptr());
         args.hidden_out = static_cast<float*>(hidden.data_ptr()), args.gate = static_cast<float*>(gate.data_ptr());
         args.dgate = static_cast<const float*>(dgate->data_ptr());
         args.dpooled = static_cast<float*>(dpooled->data_ptr()), args.scratch = static_cast<float*>(scratch.data_ptr());

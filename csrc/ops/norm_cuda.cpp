@@ -79,7 +79,8 @@ std::tuple<Tensor, Tensor> layer_norm_pool_fwd(NormPoolInputs in) {
     const CudaContext context(x);
     Tensor xn = in.groups > 0 ? empty_group_major({sizes.batch, sizes.height, sizes.width, in.groups, in.width}, x)
                               : empty_image_like(x);
-    Tensor pooled = in.pool ? empty({x.size(0), x.size(3)}, ScalarType::Float, x) : empty_absent(ScalarType::Float, x);
+    const bool whole = in.pooling == NormPoolInputs::kWhole;
+    Tensor pooled = whole ? empty({x.size(0), x.size(3)}, ScalarType::Float, x) : empty_absent(ScalarType::Float, x);
     if (x.numel() == 0) {
         torch::stable::zero_(pooled);
         return {xn, pooled};
@@ -95,12 +96,13 @@ std::tuple<Tensor, Tensor> layer_norm_pool_fwd(NormPoolInputs in) {
     args.plan = norm_plan(s.batch, s.tokens, s.slots(), kNormFwdBlocks);
     args.weight = param(in.weight), args.bias = param(in.bias), args.sum_bias = param(in.sum_bias);
     Tensor partials;
-    if (in.pool) {
+    if (in.pooling != NormPoolInputs::kNone) {
         partials = empty({s.batch, args.plan.strips, s.dim}, ScalarType::Float, x);
         args.partials = static_cast<float*>(partials.data_ptr());
     }
     check_cuda(launch_layer_norm_pool_fwd(args, dtype, context.stream()), "layer_norm_pool forward");
-    if (!in.pool) return {xn, pooled};
+    if (in.pooling == NormPoolInputs::kPartial) return {xn, partials};
+    if (!whole) return {xn, pooled};
 
     ReduceArgs reduce;
     reduce.partials = args.partials;
@@ -267,7 +269,7 @@ std::tuple<Tensor, Tensor, Tensor> pool_bwd(Tensor dxn, Tensor dpooled, Tensor x
 }
 
 Tensor token_norm_fwd(Tensor x, Tensor weight, Tensor bias, double eps) {
-    return std::get<0>(layer_norm_pool_fwd({x, weight, bias, eps, 0, 0, false}));
+    return std::get<0>(layer_norm_pool_fwd({x, weight, bias, eps, 0, 0, NormPoolInputs::kNone}));
 }
 
 std::tuple<Tensor, Tensor, Tensor> token_norm_bwd(Tensor dy, Tensor x, Tensor weight, double eps) {
