@@ -9,8 +9,6 @@
 
 namespace gm {
 
-constexpr int kConvVec = 4;      // channels of a thread: 8 bytes of a 16-bit type, 16 of float
-constexpr int kConvColumns = 2;  // adjacent columns of a thread: 3x3 weights, sums and a row fit about 100 registers
 constexpr int kConvTaps = 9;
 
 constexpr int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -24,6 +22,8 @@ inline int strip_rows(int height, int64_t strips_at_full_height, int64_t wanted,
 
 // Forward: `lanes` neighbouring threads hold adjacent channels of one walker. A walker owns kConvColumns columns and
 // goes down one strip of rows; walkers are numbered with the column pair first, then the strip, then the image.
+constexpr int kConvVec = 4;      // channels of a thread: 8 bytes of a 16-bit type, 16 of float
+constexpr int kConvColumns = 2;  // adjacent columns of a thread: 3x3 weights, sums and rows fit 128 registers
 constexpr int kConvFwdThreads = 128;
 constexpr int kConvFwdLanes = 32;
 
@@ -55,16 +55,20 @@ inline ConvFwdPlan conv_fwd_plan(int64_t batch, int height, int width, int group
     return p;
 }
 
-// Backward: a block owns a tile of columns and `lanes` * kConvVec channels, goes down one strip of rows of one image,
-// then of the next one. Its threads exchange the columns between them through shared memory, so a tile that does not
-// end at the image's edge computes two columns on that side which its neighbour owns.
+// Backward: a thread owns kConvBwdColumns columns and kConvBwdVec channels, so that weights, their gradients and the
+// sums of both convolutions fit its registers. A block owns a tile of columns and `lanes` * kConvBwdVec channels, goes
+// down one strip of rows of one image, then of the next one. Its threads exchange the gradients between them through
+// shared memory, so a tile that does not end at the image's edge computes columns there which its neighbour owns.
 constexpr int kConvBwdThreads = 128;
-constexpr int kConvBwdLanes = 32;
-constexpr int kConvBwdHalo = 2;
+constexpr int kConvBwdVec = 2;
+constexpr int kConvBwdColumns = 4;
+constexpr int kConvBwdLanes = 64;
+constexpr int kConvBwdHalo = kConvBwdColumns;  // whole threads
+constexpr int kConvBwdUnit = 8;                // lanes of 32 bytes of a 16-bit type, a sector
 
 struct ConvBwdPlan {
     int lanes, chunks;
-    int pairs, threads;    // column pairs of a tile; threads = lanes * pairs
+    int quads, threads;    // runs of kConvBwdColumns columns of a tile; threads = lanes * quads
     int tiles, tile_step;  // of a row; between the first columns of two
     int rows, strips;
     int images;            // that a block walks one after the other
@@ -74,19 +78,26 @@ struct ConvBwdPlan {
 
 inline ConvBwdPlan conv_bwd_plan(int64_t batch, int height, int width, int groups, int dim) {
     ConvBwdPlan p{};
-    const int64_t vecs = div_up(dim, kConvVec);
-    const int least_lanes = static_cast<int>(std::min<int64_t>(vecs, 8));  // 64 bytes of a 16-bit type
-    p.pairs = static_cast<int>(div_up(width, kConvColumns));
+    const int64_t vecs = div_up(dim, kConvBwdVec);
+    const int least_lanes = static_cast<int>(std::min<int64_t>(vecs, kConvBwdUnit));
+    const auto quads_of = [](int columns) { return static_cast<int>(div_up(columns, kConvBwdColumns)); };
+    p.quads = quads_of(width);
     p.tiles = 1;
-    if (static_cast<int64_t>(p.pairs) * least_lanes > kConvBwdThreads) {
-        const int widest = kConvBwdThreads / least_lanes * kConvColumns;
-        p.tiles = static_cast<int>(div_up(width - 2 * kConvBwdHalo, widest - 2 * kConvBwdHalo));
-        p.pairs = static_cast<int>(div_up(div_up(width - 2 * kConvBwdHalo, p.tiles) + 2 * kConvBwdHalo, kConvColumns));
+    if (static_cast<int64_t>(p.quads) * least_lanes > kConvBwdThreads) {
+        const int inner = width - 2 * kConvBwdHalo;
+        const int widest = kConvBwdThreads / least_lanes * kConvBwdColumns - 2 * kConvBwdHalo;
+        p.tiles = static_cast<int>(div_up(inner, widest));
+        p.quads = quads_of(static_cast<int>(div_up(inner, p.tiles)) + 2 * kConvBwdHalo);
     }
-    p.tile_step = p.pairs * kConvColumns - 2 * kConvBwdHalo;
-    p.chunks = static_cast<int>(div_up(vecs, std::min(kConvBwdThreads / p.pairs, kConvBwdLanes)));
+    p.tile_step = p.quads * kConvBwdColumns - 2 * kConvBwdHalo;
+    // Whole sectors where there are that many channels: as many chunks as the widest lanes need, then no wider than
+    // those need.
+    int most = std::min(kConvBwdThreads / p.quads, kConvBwdLanes);
+    if (most > kConvBwdUnit) most -= most % kConvBwdUnit;
+    p.chunks = static_cast<int>(div_up(vecs, most));
     p.lanes = static_cast<int>(div_up(vecs, p.chunks));
-    p.threads = p.lanes * p.pairs;
+    if (p.chunks > 1 && most >= kConvBwdUnit) p.lanes = static_cast<int>(div_up(p.lanes, kConvBwdUnit)) * kConvBwdUnit;
+    p.threads = p.lanes * p.quads;
     // A block leaves 10 or 11 floats a channel: small images share a block while there are blocks for two waves; few
     // blocks are split by rows, of which a strip reads four beyond its own.
     constexpr int64_t kEnoughBlocks = 768, kFewBlocks = 1024, kEnoughTokens = 384;

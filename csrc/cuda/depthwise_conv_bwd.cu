@@ -7,10 +7,10 @@
 //   dx[h, w] = sum over i, j of weight[i, j] g[h + 1 - i, w + 1 - j]
 //   dweight[i, j] = sum over h, w of x[h, w] g[h + 1 - i, w + 1 - j],  dbias = sum of g
 //
-// A block goes down a tile of columns. A thread owns two of them; one step takes row r + 1 of x, finishes row r of g,
-// and with it row r - 1 of dx. Rows enter the sums of three rows of pre and dx, which stay in registers; the columns on
-// both sides come from the neighbouring threads through shared memory (x as stored, g as float): one barrier a step. x
-// and dy of the next step are on their way meanwhile.
+// A block goes down a tile of columns. A thread owns four of them in two channels; one step takes row r + 1 of x (with
+// the columns on both sides, which come out of the L1 cache), finishes row r of g, and with it row r - 1 of dx. Rows
+// enter the sums of three rows of pre and dx, which stay in registers; the columns of g on both sides come from the
+// neighbouring threads through shared memory: one barrier a step. x and dy of the next step are on their way meanwhile.
 //
 // dweight and dbias: every thread sums over its columns and rows, then the block over its threads, then
 // launch_reduce_columns over the blocks, all in a fixed order.
@@ -23,64 +23,89 @@
 namespace gm {
 namespace {
 
-constexpr int kWindow = kConvColumns + 2;
-constexpr int kTableWidth = kConvBwdLanes * kConvVec;
+constexpr int kVecs = kConvBwdVec, kColumns = kConvBwdColumns, kWindow = kColumns + 2;
 
-// The rows on their way between threads, between `lanes` zeros on either side for the columns beyond the tile.
-template <class T>
+using Pair = Packed<float, kVecs>;
+static_assert(kVecs == 2);
+
+// The outer columns of g of every thread, on their way to its neighbours, between `lanes` zeros on either side for the
+// columns beyond the tile.
 struct Exchange {
     static constexpr int kSlots = kConvBwdThreads + 2 * kConvBwdLanes;
-    Packed<T, kConvVec> x[4][kConvColumns][kSlots];      // row r in x[r & 3]
-    Packed<float, kConvVec> g[2][kConvColumns][kSlots];  // row r in g[r & 1]
+    Pair first[2][kSlots], last[2][kSlots];  // row r in [r & 1]
 
     __device__ void clear_edges(int lanes) {
         for (int i = threadIdx.x; i < 2 * lanes; i += blockDim.x) {
             const int at = i < lanes ? i : i + blockDim.x;
 #pragma unroll
-            for (int c = 0; c < kConvColumns; ++c) {
-#pragma unroll
-                for (int k = 0; k < 4; ++k) x[k][c][at] = {};
-#pragma unroll
-                for (int k = 0; k < 2; ++k) g[k][c][at] = {};
-            }
+            for (int k = 0; k < 2; ++k) first[k][at] = last[k][at] = {};
         }
     }
 };
 
-template <class T>
-union BlockMemory {
-    struct {
-        ConvTable<kTableWidth> table;
-        Exchange<T> exchange;
-        Packed<float, kConvVec> bias_sums[2][kConvBwdThreads];  // dbias, then the sum of dx: registers are short
-    } walk;
-    Packed<float, kConvVec> sums[kConvTaps + 2][kConvBwdThreads];  // of every thread, at the end
+// Weights and bias of the block's channels, one row a tap and the bias last. Both convolutions read them from here: in
+// registers they would cost a quarter of the warps.
+struct Table {
+    float rows[kConvTaps + 1][kConvBwdLanes * kVecs];
+
+    template <class T>
+    __device__ void fill(const ConvBwdArgs& args, int64_t first, int count, int width) {
+        for (int i = threadIdx.x; i < width * (kConvTaps + 1); i += blockDim.x) {
+            const int tap = i / width, c = i - tap * width;
+            float value = 0.f;
+            if (c < count)
+                value = tap < kConvTaps ? load_param<T>(args.weight, (first + c) * kConvTaps + tap)
+                                        : load_param_or<T>(args.bias, first + c, 0.f);
+            rows[tap][c] = value;
+        }
+    }
+    // volatile: read where it is used, not once before the loop.
+    template <bool kAligned>
+    __device__ __forceinline__ void get(int row, const Channels<kAligned, kVecs>& channels, float (&out)[kVecs]) const {
+        const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(&rows[row][channels.local]));
+        if constexpr (kAligned) {
+            asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(out[0]), "=f"(out[1]) : "r"(address));
+        } else {
+#pragma unroll
+            for (int j = 0; j < kVecs; ++j)
+                asm volatile("ld.shared.f32 %0, [%1];" : "=f"(out[j]) : "r"(address + 4 * j * channels.step));
+        }
+    }
 };
 
-__device__ __forceinline__ Packed<float, kConvVec> pack(const float (&x)[kConvVec]) {
-    Packed<float, kConvVec> out;
+union BlockMemory {
+    struct {
+        Exchange exchange;
+        Table table;
+    } walk;
+    Pair sums[kConvTaps + 2][kConvBwdThreads];  // of every thread, at the end
+};
+
+__device__ __forceinline__ Pair pack(const float (&x)[kVecs]) {
+    Pair out;
     memcpy(&out, x, sizeof(out));
     return out;
 }
 
+using Row = float[kWindow][kVecs];
+using Outputs = float[kColumns][kVecs];
+using Taps = float[kConvTaps][kVecs];
+
 // A row of the input enters three rows of the output: done = above + taps[kLast] row, above = level + taps[1] row,
-// level = start + taps[kFirst] row. `kMirror` turns the taps round (the transposed convolution). `tap(i, out)` reads
-// the taps of the thread's channels from shared memory, with kBias the bias as number kConvTaps: kept in registers they
-// would cost a quarter of the warps.
+// level = bias + taps[kFirst] row. `kMirror` turns the taps round (the transposed convolution). `tap(i, out)` reads the
+// taps of the thread's channels, with kBias the bias as number kConvTaps.
 template <int kLast, int kFirst, bool kMirror, bool kBias, class Tap>
-__device__ __forceinline__ void add_row(const Tap& tap, const float (&row)[kWindow][kConvVec],
-                                        float (&above)[kConvColumns][kConvVec], float (&level)[kConvColumns][kConvVec],
-                                        float (&done)[kConvColumns][kConvVec]) {
-    float start[kConvVec] = {};
+__device__ __forceinline__ void add_row(const Tap& tap, const Row& row, Outputs& above, Outputs& level, Outputs& done) {
+    float start[kVecs] = {};
     if (kBias) tap(kConvTaps, start);
 #pragma unroll
     for (int k = 0; k < 3; ++k) {
-        float last[kConvVec], middle[kConvVec], first[kConvVec];
+        float last[kVecs], middle[kVecs], first[kVecs];
         tap(3 * kLast + k, last), tap(3 + k, middle), tap(3 * kFirst + k, first);
 #pragma unroll
-        for (int c = 0; c < kConvColumns; ++c)
+        for (int c = 0; c < kColumns; ++c)
 #pragma unroll
-            for (int j = 0; j < kConvVec; ++j) {
+            for (int j = 0; j < kVecs; ++j) {
                 const float v = row[c + (kMirror ? 2 - k : k)][j];
                 if (k == 0) done[c][j] = above[c][j], above[c][j] = level[c][j], level[c][j] = start[j];
                 done[c][j] = fmaf(last[j], v, done[c][j]);
@@ -90,28 +115,27 @@ __device__ __forceinline__ void add_row(const Tap& tap, const float (&row)[kWind
     }
 }
 
-// dtaps[i][j] += x[w] g[w + 1 - j] for one row of x (the thread's columns) and one of g (with its neighbours).
-__device__ __forceinline__ void add_taps(const float (&x)[kConvColumns][kConvVec], const float (&g)[kWindow][kConvVec],
-                                         float (&dtaps)[3][kConvVec]) {
+// dtaps[3 i + j] += x[w] g[w + 1 - j] for one row of x (the thread's columns) and one of g (with its neighbours).
+template <class T>
+__device__ __forceinline__ void add_taps(const Packed<T, kVecs> (&x)[kColumns], const Row& g, int i, Taps& dtaps) {
 #pragma unroll
-    for (int c = 0; c < kConvColumns; ++c)
+    for (int c = 0; c < kColumns; ++c) {
+        float v[kVecs];
+        x[c].widen(v);
 #pragma unroll
         for (int k = 0; k < 3; ++k)
 #pragma unroll
-            for (int j = 0; j < kConvVec; ++j) dtaps[k][j] = fmaf(x[c][j], g[c + 2 - k][j], dtaps[k][j]);
+            for (int j = 0; j < kVecs; ++j) dtaps[3 * i + k][j] = fmaf(v[j], g[c + 2 - k][j], dtaps[3 * i + k][j]);
+    }
 }
-
-static_assert(kConvBwdHalo == kConvColumns, "a tile's outer pairs are its halo");
 
 // 128 registers or less: 4 blocks of 128 threads an SM. float rows on their way, and pointers to single elements, need
 // more.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 4 : 2)
     depthwise_conv_bwd_kernel(const __grid_constant__ ConvBwdArgs args) {
-    using Pack = Packed<T, kConvVec>;
-    __shared__ BlockMemory<T> memory;
-    ConvTable<kTableWidth>& table = memory.walk.table;
-    Exchange<T>& exchange = memory.walk.exchange;
+    using Stored = Packed<T, kVecs>;
+    __shared__ BlockMemory memory;
     const ConvShape& s = args.shape;
     const ConvBwdPlan& plan = args.plan;
 
@@ -123,155 +147,160 @@ __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 
     };
     const int chunk = next(plan.chunks), group = next(s.groups), tile = next(plan.tiles), strip = next(plan.strips);
     const int64_t segment = rest;
-    const int block_first = chunk * plan.lanes * kConvVec, width = plan.lanes * kConvVec;
+    const int block_first = chunk * plan.lanes * kVecs, width = plan.lanes * kVecs;
     const int count = min(s.dim - block_first, width);
     const int64_t first_param = static_cast<int64_t>(group) * s.dim + block_first;
-    table.template fill<T>(args.weight, args.bias, first_param, count, width);
+    Exchange& exchange = memory.walk.exchange;
+    memory.walk.table.fill<T>(args, first_param, count, width);
     exchange.clear_edges(plan.lanes);
     __syncthreads();
 
-    const int pair = threadIdx.x / plan.lanes;
-    const Channels<kAligned> channels(threadIdx.x - pair * plan.lanes, plan.lanes, block_first, s.dim);
-    const auto tap = [&](int i, float(&out)[kConvVec]) { table.reread(i, channels, out); };
-
-    // The outer pairs of a tile that goes on beyond its edge belong to the neighbouring tile.
-    const int column = tile * plan.tile_step + pair * kConvColumns;
-    const bool own = (pair > 0 || tile == 0) && (pair + 1 < plan.pairs || tile + 1 == plan.tiles);
-    bool inside[kConvColumns];
+    const int quad = threadIdx.x / plan.lanes;
+    const Channels<kAligned, kVecs> channels(threadIdx.x - quad * plan.lanes, plan.lanes, block_first, s.dim);
+    // The outer threads of a tile that goes on beyond its edge belong to the neighbouring tile.
+    const int column = tile * plan.tile_step + quad * kColumns;
+    const bool own = (quad > 0 || tile == 0) && (quad + 1 < plan.quads || tile + 1 == plan.tiles);
+    bool inside[kWindow];
 #pragma unroll
-    for (int c = 0; c < kConvColumns; ++c) inside[c] = column + c < s.width && channels.valid > 0;
+    for (int k = 0; k < kWindow; ++k)
+        inside[k] = column - 1 + k >= 0 && column - 1 + k < s.width && channels.valid > 0;
+
+    const auto tap = [&](int i, float(&out)[kVecs]) { memory.walk.table.get(i, channels, out); };
+    Taps dtaps = {};
+    float dbias[kVecs] = {}, dx_sum[kVecs] = {};
     const int first = strip * plan.rows, end = min(first + plan.rows, s.height);  // rows of dx, and of x in dweight
     const int start = max(first - 3, -1);                                         // row of g in the first step
-    using Place = std::conditional_t<kAligned, uint32_t, int64_t>;
-    const auto place_of = [&](const ImageArg& image) {
-        return static_cast<Place>(column) * static_cast<Place>(image.token) + channels.local;
-    };
-    const Place x_place = place_of(args.x), dy_place = place_of(args.dy);
+    const auto is_own_row = [&](int row) { return static_cast<unsigned>(row - first) < static_cast<unsigned>(end - first); };
     const int left = threadIdx.x, self = left + plan.lanes, right = self + plan.lanes;
-
-    float dtaps[3][3][kConvVec] = {};
-    auto& bias_sums = memory.walk.bias_sums;
-    bias_sums[0][threadIdx.x] = bias_sums[1][threadIdx.x] = {};
-    const auto add_to = [&](Packed<float, kConvVec>& sum, const auto& added) {
-        float total[kConvVec];
-        sum.widen(total);
-#pragma unroll
-        for (int c = 0; c < kConvColumns; ++c)
-#pragma unroll
-            for (int j = 0; j < kConvVec; ++j) total[j] += added(c, j);
-        sum = pack(total);
-    };
     const int64_t batch_end = min((segment + 1) * plan.images, s.batch);
     for (int64_t batch = segment * plan.images; batch < batch_end; ++batch) {
-        // A row's address is the block's, for uniform registers; a thread keeps its place in a row.
-        const auto at = [&](const ImageArg& image, int row) {
-            return static_cast<T*>(image.ptr) + batch * image.batch + group * image.group + block_first +
-                   static_cast<int64_t>(row) * s.width * image.token;
-        };
-        const T* x = at(args.x, start + 1);
-        const T* dy = at(args.dy, start);
-        T* dx = at(args.dx, start - 1);
-        T* y = at(args.y, start);
-        const auto fetch = [&](const T*& image, int64_t token, Place place, bool in, Pack(&out)[kConvColumns]) {
-#pragma unroll
-            for (int c = 0; c < kConvColumns; ++c) out[c] = channels.load(image + c * token + place, in && inside[c]);
-            image += token * s.width;
-        };
+        // This thread's columns in a row of an image, all in bytes; a column's distance takes 32 bits (checked by
+        // image_arg), so that its address is one instruction.
+        struct Place {
+            char* at;
+            int64_t row;
+            uint32_t token;
 
-        Pack x_ahead[kConvColumns], dy_ahead[kConvColumns];
-        const auto send_x = [&](int row) {
-#pragma unroll
-            for (int c = 0; c < kConvColumns; ++c) exchange.x[row & 3][c][self] = x_ahead[c];
+            __device__ __forceinline__ T* operator[](int c) const {
+                return reinterpret_cast<T*>(at + static_cast<uint64_t>(token) * static_cast<uint32_t>(c));
+            }
+            __device__ __forceinline__ void advance() { at += row; }
         };
-        fetch(x, args.x.token, x_place, start + 1 < s.height, x_ahead);
-        send_x(start + 1);
-        fetch(x, args.x.token, x_place, start + 2 < s.height, x_ahead);
-        fetch(dy, args.dy.token, dy_place, start >= 0, dy_ahead);
-        __syncthreads();
+        const auto place = [&](const ImageArg& image, int row, int column) {
+            const int64_t tokens = static_cast<int64_t>(row) * s.width + column;
+            T* const base = static_cast<T*>(image.ptr) + batch * image.batch + group * image.group + block_first;
+            const int64_t token = image.token * static_cast<int64_t>(sizeof(T));
+            return Place{reinterpret_cast<char*>(base + channels.local + tokens * image.token), s.width * token,
+                         static_cast<uint32_t>(token)};
+        };
+        Place x = place(args.x, start, column - 1), dy = place(args.dy, start, column),
+              dx = place(args.dx, start - 1, column), y = place(args.y, start, column);
 
-        float pre_above[kConvColumns][kConvVec], pre_level[kConvColumns][kConvVec];
-        float dx_above[kConvColumns][kConvVec] = {}, dx_level[kConvColumns][kConvVec] = {};
+        // Rows r - 1, r and r + 1 of x, the last with its neighbours; the next one, and dy's row r, are on their way.
+        Stored x_above[kColumns] = {}, x_level[kColumns] = {}, x_below[kWindow], x_ahead[kWindow], dy_ahead[kColumns];
+        const auto fetch_x = [&](int row, Stored(&into)[kWindow]) {
+            const bool needed = row >= 0 && row <= end + 1 && row < s.height;
 #pragma unroll
-        for (int c = 0; c < kConvColumns; ++c) tap(kConvTaps, pre_above[c]), tap(kConvTaps, pre_level[c]);
+            for (int k = 0; k < kWindow; ++k) into[k] = channels.load(x[k], needed && inside[k]);
+            x.advance();
+        };
+        const auto fetch_dy = [&](int row) {
+            const bool needed = row >= 0 && row <= end && row < s.height;
+#pragma unroll
+            for (int c = 0; c < kColumns; ++c) dy_ahead[c] = channels.load(dy[c], needed && inside[c + 1]);
+            dy.advance();
+        };
+        fetch_x(start, x_below);
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) x_level[c] = x_below[c + 1];
+        fetch_x(start + 1, x_below);
+        fetch_dy(start);
+
+        Outputs pre_above, pre_level, dx_above = {}, dx_level = {};
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) tap(kConvTaps, pre_above[c]), tap(kConvTaps, pre_level[c]);
 
         for (int r = start; r <= end; ++r) {
-            float slope[kConvColumns][kConvVec];
+            Outputs slope;
             if (s.activation == Activation::kNone) {
 #pragma unroll
-                for (int c = 0; c < kConvColumns; ++c)
+                for (int c = 0; c < kColumns; ++c)
 #pragma unroll
-                    for (int j = 0; j < kConvVec; ++j) slope[c][j] = 1.f;
+                    for (int j = 0; j < kVecs; ++j) slope[c][j] = 1.f;
             } else {
-                float row[kWindow][kConvVec];
-                const auto& x_row = exchange.x[(r + 1) & 3];
-                x_row[kConvColumns - 1][left].widen(row[0]);
-                x_row[0][right].widen(row[kWindow - 1]);
+                Row row;
 #pragma unroll
-                for (int c = 0; c < kConvColumns; ++c) x_row[c][self].widen(row[c + 1]);
+                for (int k = 0; k < kWindow; ++k) x_below[k].widen(row[k]);
                 add_row<2, 0, false, true>(tap, row, pre_above, pre_level, slope);
-                float out[kConvColumns * kConvVec];
-                activation_slope<T>(s.activation, reinterpret_cast<float(&)[kConvColumns * kConvVec]>(slope), out);
-                if (args.y.ptr != nullptr && r >= first && r < end)
+                float out[kColumns * kVecs];
+                activation_slope<T>(s.activation, reinterpret_cast<float(&)[kColumns * kVecs]>(slope), out);
+                if (args.y.ptr != nullptr && is_own_row(r))
 #pragma unroll
-                    for (int c = 0; c < kConvColumns; ++c)
-                        channels.store(y + c * args.y.token + place_of(args.y), out + c * kConvVec, own && inside[c]);
+                    for (int c = 0; c < kColumns; ++c) channels.store(y[c], out + c * kVecs, own && inside[c + 1]);
             }
-            float g[kWindow][kConvVec];
-            auto& g_row = exchange.g[r & 1];
+            Row g;
 #pragma unroll
-            for (int c = 0; c < kConvColumns; ++c) {
+            for (int c = 0; c < kColumns; ++c) {
                 dy_ahead[c].widen(g[c + 1]);
 #pragma unroll
-                for (int j = 0; j < kConvVec; ++j) g[c + 1][j] *= slope[c][j];
-                g_row[c][self] = pack(g[c + 1]);
+                for (int j = 0; j < kVecs; ++j) g[c + 1][j] *= slope[c][j];
             }
-            send_x(r + 2);
-            fetch(x, args.x.token, x_place, r + 3 < s.height && r + 2 <= end, x_ahead);
-            fetch(dy, args.dy.token, dy_place, r + 1 >= 0 && r + 1 < s.height && r < end, dy_ahead);
+            exchange.first[r & 1][self] = pack(g[1]);
+            exchange.last[r & 1][self] = pack(g[kColumns]);
+            fetch_dy(r + 1);
+            fetch_x(r + 2, x_ahead);  // half a step ahead of its use: registers are short before
             __syncthreads();
-            g_row[kConvColumns - 1][left].widen(g[0]);
-            g_row[0][right].widen(g[kWindow - 1]);
+            exchange.last[r & 1][left].widen(g[0]);
+            exchange.first[r & 1][right].widen(g[kWindow - 1]);
 
+            // Rows of x that are not the strip's belong to another block's sums.
+            Stored x_own[kColumns];
 #pragma unroll
-            for (int i = 0; i < 3; ++i) {
-                if (r - 1 + i < first || r - 1 + i >= end) continue;  // another block's row of x
-                float x_row[kConvColumns][kConvVec];
+            for (int c = 0; c < kColumns; ++c) x_own[c] = x_below[c + 1];
+            if (is_own_row(r - 1)) add_taps(x_above, g, 0, dtaps);
+            if (is_own_row(r)) {
+                add_taps(x_level, g, 1, dtaps);
 #pragma unroll
-                for (int c = 0; c < kConvColumns; ++c) exchange.x[(r - 1 + i) & 3][c][self].widen(x_row[c]);
-                add_taps(x_row, g, dtaps[i]);
+                for (int c = 0; c < kColumns; ++c)
+#pragma unroll
+                    for (int j = 0; j < kVecs; ++j) dbias[j] += g[c + 1][j];
             }
-            if (r >= first && r < end) add_to(bias_sums[0][threadIdx.x], [&](int c, int j) { return g[c + 1][j]; });
-            float done[kConvColumns][kConvVec];
+            if (is_own_row(r + 1)) add_taps(x_own, g, 2, dtaps);
+            Outputs done;
             add_row<0, 2, true, false>(tap, g, dx_above, dx_level, done);
             if (r > first) {
 #pragma unroll
-                for (int c = 0; c < kConvColumns; ++c)
-                    channels.store(dx + c * args.dx.token + place_of(args.dx), done[c], own && inside[c]);
-                if (args.sums > kConvTaps + 1)
-                    add_to(bias_sums[1][threadIdx.x], [&](int c, int j) { return inside[c] ? done[c][j] : 0.f; });
+                for (int c = 0; c < kColumns; ++c) {
+                    channels.store(dx[c], done[c], own && inside[c + 1]);
+#pragma unroll
+                    for (int j = 0; j < kVecs; ++j) dx_sum[j] += inside[c + 1] ? done[c][j] : 0.f;
+                }
             }
-            dx += args.dx.token * s.width, y += args.y.token * s.width;
+#pragma unroll
+            for (int c = 0; c < kColumns; ++c) x_above[c] = x_level[c], x_level[c] = x_own[c];
+#pragma unroll
+            for (int k = 0; k < kWindow; ++k) x_below[k] = x_ahead[k];
+            dx.advance(), y.advance();
         }
     }
 
-    const Packed<float, kConvVec> dbias = bias_sums[0][threadIdx.x], dx_sum = bias_sums[1][threadIdx.x];
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < kConvTaps + 2; ++i) {
-        const auto sum = i < kConvTaps ? pack(dtaps[i % kConvTaps / 3][i % 3]) : i == kConvTaps ? dbias : dx_sum;
-        memory.sums[i][threadIdx.x] = own ? sum : Packed<float, kConvVec>{};
+        const Pair sum = pack(i < kConvTaps ? dtaps[i % kConvTaps] : i == kConvTaps ? dbias : dx_sum);
+        memory.sums[i][threadIdx.x] = own ? sum : Pair{};
     }
     __syncthreads();
-    // The first pair's place takes the sum over the pairs; then out in the order of the parameters.
-    float(*sums)[kConvBwdThreads * kConvVec] = reinterpret_cast<float(*)[kConvBwdThreads * kConvVec]>(memory.sums);
+    // The first column's place takes the sum over all of them; then out in the order of the parameters.
+    float(*sums)[kConvBwdThreads * kVecs] = reinterpret_cast<float(*)[kConvBwdThreads * kVecs]>(memory.sums);
     for (int i = threadIdx.x; i < width * args.sums; i += blockDim.x) {
         float* column_sums = sums[i / width] + i % width;
         float sum = 0.f;
-        for (int p = 0; p < plan.pairs; ++p) sum += column_sums[p * width];
+        for (int q = 0; q < plan.quads; ++q) sum += column_sums[q * width];
         *column_sums = sum;
     }
     __syncthreads();
-    const auto place = [&](int c) { return kAligned ? c : c % plan.lanes * kConvVec + c / plan.lanes; };
+    const auto place = [&](int c) { return kAligned ? c : c % plan.lanes * kVecs + c / plan.lanes; };
     const int64_t params = static_cast<int64_t>(s.groups) * s.dim;
     float* out = args.partials + ((segment * plan.strips + strip) * plan.tiles + tile) * params * args.sums;
     for (int i = threadIdx.x; i < count * kConvTaps; i += blockDim.x)

@@ -32,11 +32,14 @@ struct alignas(sizeof(T) * kCount) Packed {
     }
 };
 
+// What one access of 4, 8 or 16 bytes moves.
+template <size_t kBytes>
+using WordsOf = std::conditional_t<kBytes == 4, uint32_t, std::conditional_t<kBytes == 8, uint2, uint4>>;
+
 // Zero where `in` is false; else `p` must be aligned to the whole.
 template <int kCount, class T>
 __device__ __forceinline__ Packed<T, kCount> load_packed(const T* p, bool in) {
-    using Access = std::conditional_t<sizeof(T) * kCount == 8, uint2, uint4>;
-    static_assert(sizeof(Access) == sizeof(T) * kCount, "8 or 16 bytes");
+    using Access = WordsOf<sizeof(T) * kCount>;
     Access words = {};
     if (in) words = *reinterpret_cast<const Access*>(p);
     Packed<T, kCount> out;
@@ -46,7 +49,7 @@ __device__ __forceinline__ Packed<T, kCount> load_packed(const T* p, bool in) {
 
 template <int kCount, class T>
 __device__ __forceinline__ void store_packed(T* p, const float* x, bool in) {
-    using Access = std::conditional_t<sizeof(T) * kCount == 8, uint2, uint4>;
+    using Access = WordsOf<sizeof(T) * kCount>;
     T elements[kCount];
 #pragma unroll
     for (int j = 0; j < kCount; ++j) elements[j] = from_float<T>(x[j]);
