@@ -9,8 +9,10 @@ from suite.report import UNMEASURED, number
 
 HEADER = (
     "model",
-    "eval img/s",
-    "train img/s",
+    "eval img/s, eager",
+    "eval img/s, CUDA graph",
+    "train img/s, eager",
+    "train img/s, CUDA graph",
     "eval peak MiB",
     "train peak MiB",
     "batch 1, ms eager",
@@ -37,10 +39,18 @@ def _line(label: str, kinds: dict[str, dict]) -> list[str]:
             return "RED" if row["check"] is not None and not row["check"]["passed"] else "failed"
         return number(None if row[key] is None else row[key] * scale, 4)
 
+    def images(kind: str, key: str) -> str:
+        row = kinds.get(kind)
+        if row is None or row["us"] is None:
+            return cell(kind, key)
+        return number(None if row[key] is None else row["batch"] * 1e6 / row[key], 4)
+
     return [
         label,
-        cell("eval", "images_per_s"),
-        cell("train", "images_per_s"),
+        images("eval", "eager_us"),
+        images("eval", "graph_us"),
+        images("train", "eager_us"),
+        images("train", "graph_us"),
         cell("eval", "peak_memory_bytes", 2**-20),
         cell("train", "peak_memory_bytes", 2**-20),
         cell("latency", "eager_us", 1e-3),
