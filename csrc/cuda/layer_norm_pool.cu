@@ -12,13 +12,16 @@
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "cuda/launch_kernel.cuh"
-#include "cuda/norm_tile.cuh"
+#include "cuda/norm_image.cuh"
 
 namespace gm {
 namespace {
 
-template <class T, int kVecs>
-__global__ void __launch_bounds__(kNormThreads) layer_norm_pool_fwd_kernel(const __grid_constant__ PoolFwdArgs args) {
+// kAligned: every image is one that the cursors of aligned kernels take. Loads are a step ahead there, the first ahead
+// of the tables.
+template <class T, int kVecs, bool kAligned>
+__global__ void __launch_bounds__(kNormThreads, norm_fwd_blocks(kVecs))
+    layer_norm_pool_fwd_kernel(const __grid_constant__ PoolFwdArgs args) {
     using Tile = RowTile<kVecs>;
     enum { kWeight, kBias, kSumBias };
     __shared__ SlotRows<3, Tile::kWidth> table;
@@ -28,48 +31,50 @@ __global__ void __launch_bounds__(kNormThreads) layer_norm_pool_fwd_kernel(const
     const Strip strip(s, args.plan);
     Tile tile(s, args.plan);
     const bool add = args.sum.ptr != nullptr;
-    table.fill(s, [&](int c, float(&row)[3]) {
+    PixelCursor<const T, kVecs, kAligned> x_in(args.x, s, strip, tile, x_offsets);
+    GroupCursor<T, kVecs, kAligned> xn_out(args.xn, s, strip, tile, xn_offsets);
+    PixelCursor<T, kVecs, kAligned> sum_out(args.sum, s, strip, tile, sum_offsets);
+    typename decltype(x_in)::Stored stored;
+    const auto load = [&](int left) {
+        x_in.load(tile, left, stored);
+        x_in.advance();
+    };
+    if (kAligned) load(strip.end - strip.first);
+    table.fill(s, args.plan, [&](int c, float(&row)[3]) {
         row[kWeight] = load_param<T>(args.weight, c);
         row[kBias] = load_param<T>(args.bias, c);
         row[kSumBias] = load_param_or<T>(args.sum_bias, c, 0.f);
     });
-    Cursor<const T, kVecs> x_in(args.x, s, strip, tile, x_offsets);
-    Cursor<T, kVecs> xn_out(args.xn, s, strip, tile, xn_offsets), sum_out(args.sum, s, strip, tile, sum_offsets);
     if (add) clear_tails<T>(args.sum, s, strip);
     __syncthreads();
 
     typename Tile::Values normed = {};
     for (int left = strip.end - strip.first; left > 0; left -= args.plan.step) {
-        typename Tile::template Stored<T> stored;
         typename Tile::Values x;
         tile.step(left);
-        tile.load(x_in, stored);
-        x_in.advance();
-        tile.widen(stored, x);
+        if (!kAligned) load(left);
+#pragma unroll
+        for (int v = 0; v < kVecs; ++v) x_in.widen(tile, v, stored, x[v]);
+        if (kAligned) load(left - args.plan.step);
         if (add) {
-            typename Tile::Values sum;
+            sum_out.store(tile, [&](int v, float(&sum)[kVec]) {
+                table.get(kSumBias, tile.slot(v), sum);
 #pragma unroll
-            for (int v = 0; v < kVecs; ++v) {
-                table.get(kSumBias, tile.slot(v), sum[v]);
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) sum[v][j] += x[v][j];
-            }
-            tile.store(sum_out, sum);
+                for (int j = 0; j < kVec; ++j) sum[j] += x[v][j];
+            });
             sum_out.advance();
         }
         tile.normalise(s.eps, x);
-#pragma unroll
-        for (int v = 0; v < kVecs; ++v) {
+        xn_out.store(tile, [&](int v, float(&out)[kVec]) {
             float weight[kVec], bias[kVec];
             table.get(kWeight, tile.slot(v), weight);
             table.get(kBias, tile.slot(v), bias);
 #pragma unroll
             for (int j = 0; j < kVec; ++j) {
                 normed[v][j] += x[v][j];
-                x[v][j] = fmaf(x[v][j], weight[j], bias[j]);
+                out[j] = fmaf(x[v][j], weight[j], bias[j]);
             }
-        }
-        tile.store(xn_out, x);
+        });
         xn_out.advance();
     }
     if (args.partials == nullptr) return;
@@ -80,10 +85,12 @@ __global__ void __launch_bounds__(kNormThreads) layer_norm_pool_fwd_kernel(const
     });
 }
 
-template <class T, int kVecs>
-__global__ void __launch_bounds__(kNormThreads) layer_norm_pool_bwd_kernel(const __grid_constant__ PoolBwdArgs args) {
+template <class T, int kVecs, bool kAligned>
+__global__ void __launch_bounds__(kNormThreads, norm_bwd_blocks(kVecs))
+    layer_norm_pool_bwd_kernel(const __grid_constant__ PoolBwdArgs args) {
     using Tile = RowTile<kVecs>;
     enum { kWeight, kPooled };
+    constexpr bool kAhead = kAligned && sizeof(T) == 2;  // of float, a step's data would be in the sums' registers
     __shared__ SlotRows<2, Tile::kWidth> table;
     __shared__ alignas(16) float sums[kNormWarps][Tile::kWidth];
     __shared__ VectorOffsets<kVecs> x_offsets, dxn_offsets, more_offsets, dx_offsets, dx_more_offsets;
@@ -91,56 +98,72 @@ __global__ void __launch_bounds__(kNormThreads) layer_norm_pool_bwd_kernel(const
     const Strip strip(s, args.plan);
     Tile tile(s, args.plan);
     const float inverse_tokens = 1.f / s.tokens;
-    table.fill(s, [&](int c, float(&row)[2]) {
+    PixelCursor<const T, kVecs, kAligned> x_in(args.x, s, strip, tile, x_offsets),
+        dx_more_in(args.dx_more, s, strip, tile, dx_more_offsets);
+    GroupCursor<const T, kVecs, kAligned> dxn_in(args.dxn, s, strip, tile, dxn_offsets),
+        more_in(args.dxn_more, s, strip, tile, more_offsets);
+    PixelCursor<T, kVecs, kAligned> dx_out(args.dx, s, strip, tile, dx_offsets);
+    const bool more = args.dxn_more.ptr != nullptr, dx_more = args.dx_more.ptr != nullptr;
+    typename decltype(x_in)::Stored x_stored, dx_more_stored = {};
+    typename decltype(dxn_in)::Stored dxn_stored, more_stored = {};
+    const auto load = [&](int left) {
+        x_in.load(tile, left, x_stored);
+        dxn_in.load(tile, left, dxn_stored);
+        if (more) more_in.load(tile, left, more_stored);
+        x_in.advance(), dxn_in.advance(), more_in.advance();
+    };
+    const auto load_dx_more = [&](int left) {
+        if (dx_more) dx_more_in.load(tile, left, dx_more_stored);
+        dx_more_in.advance();
+    };
+    if (kAhead) load(strip.end - strip.first), load_dx_more(strip.end - strip.first);
+    table.fill(s, args.plan, [&](int c, float(&row)[2]) {
         row[kWeight] = load_param<T>(args.weight, c);
         row[kPooled] = args.dpooled == nullptr ? 0.f : __fmul_rn(args.dpooled[strip.batch * s.dim + c], inverse_tokens);
     });
-    Cursor<const T, kVecs> x_in(args.x, s, strip, tile, x_offsets), dxn_in(args.dxn, s, strip, tile, dxn_offsets),
-        more_in(args.dxn_more, s, strip, tile, more_offsets), dx_more_in(args.dx_more, s, strip, tile, dx_more_offsets);
-    Cursor<T, kVecs> dx_out(args.dx, s, strip, tile, dx_offsets);
-    const bool more = args.dxn_more.ptr != nullptr, dx_more = args.dx_more.ptr != nullptr;
     clear_tails<T>(args.dx, s, strip);
     __syncthreads();
 
     typename Tile::Values dweight = {}, dbias = {}, dx_more_sum = {};
     for (int left = strip.end - strip.first; left > 0; left -= args.plan.step) {
-        typename Tile::template Stored<T> x_stored, dxn_stored, more_stored = {}, dx_more_stored = {};
         typename Tile::Values normed, g;
         tile.step(left);
-        tile.load(x_in, x_stored);
-        tile.load(dxn_in, dxn_stored);
-        if (more) tile.load(more_in, more_stored);
-        if (dx_more) tile.load(dx_more_in, dx_more_stored);
-        x_in.advance(), dxn_in.advance(), more_in.advance(), dx_more_in.advance();
-        tile.widen(x_stored, normed);
-        tile.widen(dxn_stored, g);
+        if (!kAhead) load(left), load_dx_more(left);
+#pragma unroll
+        for (int v = 0; v < kVecs; ++v) {
+            float added[kVec];
+            x_in.widen(tile, v, x_stored, normed[v]);
+            dxn_in.widen(tile, v, dxn_stored, g[v]);
+            more_in.widen(tile, v, more_stored, added);
+#pragma unroll
+            for (int j = 0; j < kVec; ++j) g[v][j] += added[j];
+        }
+        if (kAhead) load(left - args.plan.step);
         const float inverse_std = tile.normalise(s.eps, normed);
 #pragma unroll
         for (int v = 0; v < kVecs; ++v) {
-            float weight[kVec], pooled[kVec], added[kVec];
+            float weight[kVec], pooled[kVec];
             table.get(kWeight, tile.slot(v), weight);
             table.get(kPooled, tile.slot(v), pooled);
-            more_stored[v].widen(added);
 #pragma unroll
             for (int j = 0; j < kVec; ++j) {
-                const float total = tile.exists ? g[v][j] + added[j] + pooled[j] : 0.f;
+                const float total = tile.exists ? g[v][j] + pooled[j] : 0.f;
                 dweight[v][j] = fmaf(total, normed[v][j], dweight[v][j]);
                 dbias[v][j] += total;
                 g[v][j] = __fmul_rn(total, weight[j]);
             }
         }
-        tile.normalise_backward(normed, inverse_std, g);
-#pragma unroll
-        for (int v = 0; v < kVecs; ++v) {
+        tile.normalise_backward(normed, g);
+        dx_out.store(tile, [&](int v, float(&out)[kVec]) {
             float added[kVec];
-            dx_more_stored[v].widen(added);
+            dx_more_in.widen(tile, v, dx_more_stored, added);
 #pragma unroll
             for (int j = 0; j < kVec; ++j) {
-                g[v][j] += added[j];
+                out[j] = fmaf(inverse_std, g[v][j], added[j]);
                 if (sums_dx_more(kVecs)) dx_more_sum[v][j] += added[j];
             }
-        }
-        tile.store(dx_out, g);
+        });
+        if (kAhead) load_dx_more(left - args.plan.step);
         dx_out.advance();
     }
     float* out = args.partials + strip.number * (args.sum_dx_more ? 3 : 2) * s.dim;
@@ -234,9 +257,12 @@ cudaError_t launch_layer_norm_pool_fwd(const PoolFwdArgs& args, DType dtype, cud
     const int64_t blocks = args.shape.batch * args.plan.strips;
     return dispatch_dtype(dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
-        return dispatch_rows(args.plan.vecs, [&](auto vecs) {
+        const NormShape& s = args.shape;
+        const bool direct =
+            is_direct<T>(s, args.x, true) && is_direct<T>(s, args.xn) && is_direct<T>(s, args.sum, true);
+        return dispatch_rows(args.plan.vecs, direct, [&](auto vecs, auto aligned) {
             auto* kernel = layer_norm_pool_fwd_wide_kernel<T>;
-            if constexpr (vecs.value > 0) kernel = layer_norm_pool_fwd_kernel<T, vecs.value>;
+            if constexpr (vecs.value > 0) kernel = layer_norm_pool_fwd_kernel<T, vecs.value, aligned.value>;
             return launch_kernel(kernel, blocks, kNormThreads, 0, stream, args);
         });
     });
@@ -246,9 +272,13 @@ cudaError_t launch_layer_norm_pool_bwd(const PoolBwdArgs& args, DType dtype, cud
     const int64_t blocks = args.shape.batch * args.plan.strips;
     return dispatch_dtype(dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
-        return dispatch_rows(args.plan.vecs, [&](auto vecs) {
+        const NormShape& s = args.shape;
+        const bool direct = is_direct<T>(s, args.x, true) && is_direct<T>(s, args.dxn) &&
+                            is_direct<T>(s, args.dxn_more) && is_direct<T>(s, args.dx, true) &&
+                            is_direct<T>(s, args.dx_more, true);
+        return dispatch_rows(args.plan.vecs, direct, [&](auto vecs, auto aligned) {
             auto* kernel = layer_norm_pool_bwd_wide_kernel<T>;
-            if constexpr (vecs.value > 0) kernel = layer_norm_pool_bwd_kernel<T, vecs.value>;
+            if constexpr (vecs.value > 0) kernel = layer_norm_pool_bwd_kernel<T, vecs.value, aligned.value>;
             return launch_kernel(kernel, blocks, kNormThreads, 0, stream, args);
         });
     });

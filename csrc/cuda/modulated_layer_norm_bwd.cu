@@ -10,7 +10,7 @@
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "cuda/launch_kernel.cuh"
-#include "cuda/norm_tile.cuh"
+#include "cuda/norm_image.cuh"
 
 namespace gm {
 namespace {
@@ -26,11 +26,13 @@ struct PartialRow {
           dgate(dscale + 1) {}
 };
 
-template <class T, int kVecs>
-__global__ void __launch_bounds__(kNormThreads)
+// kAligned: every image is one that an AlignedCursor takes. Loads are a step ahead there, the first ahead of the table.
+template <class T, int kVecs, bool kAligned>
+__global__ void __launch_bounds__(kNormThreads, norm_bwd_blocks(kVecs))
     modulated_layer_norm_bwd_kernel(const __grid_constant__ ModulatedBwdArgs args) {
     using Tile = RowTile<kVecs>;
     enum { kModulation, kWeight };
+    constexpr bool kAhead = kAligned && sizeof(T) == 2;  // of float, a step's data would be in the sums' registers
     __shared__ SlotRows<2, Tile::kWidth> table;
     __shared__ VectorOffsets<kVecs> dy_offsets, o_offsets, x_offsets, d_o_offsets, dx_offsets;
     __shared__ alignas(16) float sums[kNormWarps][Tile::kWidth];
@@ -38,35 +40,48 @@ __global__ void __launch_bounds__(kNormThreads)
     const Strip strip(s, args.plan);
     Tile tile(s, args.plan);
     const float scale = load_param<T>(args.scale, 0);
-    table.fill(s, [&](int c, float(&row)[2]) {
+    GroupCursor<const T, kVecs, kAligned> o_in(args.o, s, strip, tile, o_offsets),
+        x_in(args.x, s, strip, tile, x_offsets), dy_in(args.dy, s, strip, tile, dy_offsets);
+    GroupCursor<T, kVecs, kAligned> d_o_out(args.d_o, s, strip, tile, d_o_offsets),
+        dx_out(args.dx, s, strip, tile, dx_offsets);
+    typename decltype(x_in)::Stored o_stored, x_stored, dy_stored, o_next, x_next;
+    const auto load = [&](int left, auto& o, auto& x) {
+        o_in.load(tile, left, o);
+        x_in.load(tile, left, x);
+        o_in.advance(), x_in.advance();
+    };
+    const auto load_dy = [&](int left) {
+        dy_in.load(tile, left, dy_stored);
+        dy_in.advance();
+    };
+    if (kAhead) load(strip.end - strip.first, o_stored, x_stored), load_dy(strip.end - strip.first);
+    table.fill(s, args.plan, [&](int c, float(&row)[2]) {
         row[kModulation] = scale * load_param_or<T>(args.gate, strip.batch * s.dim + c, 1.f);
         row[kWeight] = load_param<T>(args.weight, c);
     });
-    Cursor<const T, kVecs> o_in(args.o, s, strip, tile, o_offsets), x_in(args.x, s, strip, tile, x_offsets),
-        dy_in(args.dy, s, strip, tile, dy_offsets);
-    Cursor<T, kVecs> d_o_out(args.d_o, s, strip, tile, d_o_offsets), dx_out(args.dx, s, strip, tile, dx_offsets);
     __syncthreads();
 
     typename Tile::Values dweight = {}, dbias = {}, products = {};
     for (int left = strip.end - strip.first; left > 0; left -= args.plan.step) {
-        typename Tile::template Stored<T> o_stored, x_stored, dy_stored;
         typename Tile::Values normed, h;
         tile.step(left);
-        tile.load(o_in, o_stored);
-        tile.load(x_in, x_stored);
-        tile.load(dy_in, dy_stored);
-        o_in.advance(), x_in.advance(), dy_in.advance();
+        if (kAhead)
+            load(left - args.plan.step, o_next, x_next);
+        else
+            load(left, o_stored, x_stored), load_dy(left);
 #pragma unroll
         for (int v = 0; v < kVecs; ++v) {
             float factor[kVec], o[kVec], x[kVec];
             table.get(kModulation, tile.slot(v), factor);
-            o_stored[v].widen(o);
-            x_stored[v].widen(x);
+            o_in.widen(tile, v, o_stored, o);
+            x_in.widen(tile, v, x_stored, x);
 #pragma unroll
             for (int j = 0; j < kVec; ++j) normed[v][j] = __fmul_rn(x[j], o[j] * factor[j]);
         }
         const float inverse_std = tile.normalise(s.eps, normed);
-        tile.widen(dy_stored, h);
+#pragma unroll
+        for (int v = 0; v < kVecs; ++v) dy_in.widen(tile, v, dy_stored, h[v]);
+        if (kAhead) load_dy(left - args.plan.step);
 #pragma unroll
         for (int v = 0; v < kVecs; ++v) {
             float weight[kVec];
@@ -78,25 +93,29 @@ __global__ void __launch_bounds__(kNormThreads)
                 h[v][j] = __fmul_rn(h[v][j], weight[j]);
             }
         }
-        tile.normalise_backward(normed, inverse_std, h);
-        // normed and h make room for do and dx; both are 0 in pads, where o and x are
-#pragma unroll
-        for (int v = 0; v < kVecs; ++v) {
+        tile.normalise_backward(normed, h);
+        // normed makes room for dx; h, do and dx are 0 in pads, where o and x are
+        d_o_out.store(tile, [&](int v, float(&d_o)[kVec]) {
             float factor[kVec], o[kVec], x[kVec];
             table.get(kModulation, tile.slot(v), factor);
-            o_stored[v].widen(o);
-            x_stored[v].widen(x);
+            o_in.widen(tile, v, o_stored, o);
+            x_in.widen(tile, v, x_stored, x);
 #pragma unroll
             for (int j = 0; j < kVec; ++j) {
-                const float through_o = h[v][j] * o[j];
+                const float dp = __fmul_rn(inverse_std, h[v][j]), through_o = dp * o[j];
                 products[v][j] = fmaf(through_o, x[j], products[v][j]);
-                normed[v][j] = h[v][j] * (x[j] * factor[j]);
-                h[v][j] = through_o * factor[j];
+                d_o[j] = dp * (x[j] * factor[j]);
+                normed[v][j] = through_o * factor[j];
             }
-        }
-        tile.store(d_o_out, normed);
-        tile.store(dx_out, h);
+        });
+        dx_out.store(tile, [&](int v, float(&dx)[kVec]) {
+#pragma unroll
+            for (int j = 0; j < kVec; ++j) dx[j] = normed[v][j];
+        });
         d_o_out.advance(), dx_out.advance();
+        if (kAhead)
+#pragma unroll
+            for (int v = 0; v < kVecs; ++v) o_stored[v] = o_next[v], x_stored[v] = x_next[v];
     }
     const PartialRow out(args, strip.number);
     tile.block_sums(dweight, sums, [&](int c, int, float sum) { out.dweight[c] = sum; });
@@ -166,9 +185,12 @@ cudaError_t launch_modulated_layer_norm_bwd(const ModulatedBwdArgs& args, DType 
     const int64_t blocks = args.shape.batch * args.plan.strips;
     return dispatch_dtype(dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
-        return dispatch_rows<kRowVecs>(args.plan.vecs, [&](auto vecs) {
+        const NormShape& s = args.shape;
+        const bool direct = is_direct<T>(s, args.o) && is_direct<T>(s, args.x) && is_direct<T>(s, args.dy) &&
+                            is_direct<T>(s, args.d_o) && is_direct<T>(s, args.dx);
+        return dispatch_rows<kRowVecs>(args.plan.vecs, direct, [&](auto vecs, auto aligned) {
             auto* kernel = modulated_layer_norm_bwd_wide_kernel<T>;
-            if constexpr (vecs.value > 0) kernel = modulated_layer_norm_bwd_kernel<T, vecs.value>;
+            if constexpr (vecs.value > 0) kernel = modulated_layer_norm_bwd_kernel<T, vecs.value, aligned.value>;
             return launch_kernel(kernel, blocks, kNormThreads, 0, stream, args);
         });
     });

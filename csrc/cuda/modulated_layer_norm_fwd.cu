@@ -5,13 +5,14 @@
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "cuda/launch_kernel.cuh"
-#include "cuda/norm_tile.cuh"
+#include "cuda/norm_image.cuh"
 
 namespace gm {
 namespace {
 
-template <class T, int kVecs>
-__global__ void __launch_bounds__(kNormThreads)
+// kAligned: every image is one that an AlignedCursor takes. Loads are a step ahead there, the first ahead of the table.
+template <class T, int kVecs, bool kAligned>
+__global__ void __launch_bounds__(kNormThreads, norm_fwd_blocks(kVecs))
     modulated_layer_norm_fwd_kernel(const __grid_constant__ ModulatedFwdArgs args) {
     using Tile = RowTile<kVecs>;
     enum { kModulation, kWeight, kBias };
@@ -21,41 +22,45 @@ __global__ void __launch_bounds__(kNormThreads)
     const Strip strip(s, args.plan);
     Tile tile(s, args.plan);
     const float scale = load_param<T>(args.scale, 0);
-    table.fill(s, [&](int c, float(&row)[3]) {
+    GroupCursor<const T, kVecs, kAligned> o_in(args.o, s, strip, tile, o_offsets),
+        x_in(args.x, s, strip, tile, x_offsets);
+    GroupCursor<T, kVecs, kAligned> y_out(args.y, s, strip, tile, y_offsets);
+    typename decltype(x_in)::Stored o_stored, x_stored;
+    const auto load = [&](int left) {
+        o_in.load(tile, left, o_stored);
+        x_in.load(tile, left, x_stored);
+        o_in.advance(), x_in.advance();
+    };
+    if (kAligned) load(strip.end - strip.first);
+    table.fill(s, args.plan, [&](int c, float(&row)[3]) {
         row[kModulation] = scale * load_param_or<T>(args.gate, strip.batch * s.dim + c, 1.f);
         row[kWeight] = load_param<T>(args.weight, c);
         row[kBias] = load_param<T>(args.bias, c);
     });
-    Cursor<const T, kVecs> o_in(args.o, s, strip, tile, o_offsets), x_in(args.x, s, strip, tile, x_offsets);
-    Cursor<T, kVecs> y_out(args.y, s, strip, tile, y_offsets);
     __syncthreads();
 
     for (int left = strip.end - strip.first; left > 0; left -= args.plan.step) {
-        typename Tile::template Stored<T> o_stored, x_stored;
         typename Tile::Values x;
         tile.step(left);
-        tile.load(o_in, o_stored);
-        tile.load(x_in, x_stored);
-        o_in.advance(), x_in.advance();
-        tile.widen(x_stored, x);
+        if (!kAligned) load(left);
 #pragma unroll
         for (int v = 0; v < kVecs; ++v) {
             float factor[kVec], o[kVec];
             table.get(kModulation, tile.slot(v), factor);
-            o_stored[v].widen(o);
+            o_in.widen(tile, v, o_stored, o);
+            x_in.widen(tile, v, x_stored, x[v]);
 #pragma unroll
             for (int j = 0; j < kVec; ++j) x[v][j] = __fmul_rn(x[v][j], o[j] * factor[j]);
         }
+        if (kAligned) load(left - args.plan.step);
         tile.normalise(s.eps, x);
-#pragma unroll
-        for (int v = 0; v < kVecs; ++v) {
+        y_out.store(tile, [&](int v, float(&y)[kVec]) {
             float weight[kVec], bias[kVec];
             table.get(kWeight, tile.slot(v), weight);
             table.get(kBias, tile.slot(v), bias);
 #pragma unroll
-            for (int j = 0; j < kVec; ++j) x[v][j] = fmaf(x[v][j], weight[j], bias[j]);
-        }
-        tile.store(y_out, x);
+            for (int j = 0; j < kVec; ++j) y[j] = fmaf(x[v][j], weight[j], bias[j]);
+        });
         y_out.advance();
     }
 }
@@ -95,9 +100,11 @@ cudaError_t launch_modulated_layer_norm_fwd(const ModulatedFwdArgs& args, DType 
     const int64_t blocks = args.shape.batch * args.plan.strips;
     return dispatch_dtype(dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
-        return dispatch_rows(args.plan.vecs, [&](auto vecs) {
+        const NormShape& s = args.shape;
+        const bool direct = is_direct<T>(s, args.o) && is_direct<T>(s, args.x) && is_direct<T>(s, args.y);
+        return dispatch_rows(args.plan.vecs, direct, [&](auto vecs, auto aligned) {
             auto* kernel = modulated_layer_norm_fwd_wide_kernel<T>;
-            if constexpr (vecs.value > 0) kernel = modulated_layer_norm_fwd_kernel<T, vecs.value>;
+            if constexpr (vecs.value > 0) kernel = modulated_layer_norm_fwd_kernel<T, vecs.value, aligned.value>;
             return launch_kernel(kernel, blocks, kNormThreads, 0, stream, args);
         });
     });

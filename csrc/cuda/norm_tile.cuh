@@ -14,6 +14,11 @@ namespace gm {
 
 constexpr int kNormWarps = kNormThreads / 32;
 
+// Blocks an SM that the registers of a kernel leave room for: 96 of a forward kernel and 168 of a backward one, with
+// its sums a channel, hold a step and the loads of the next without a spill. Rows of 8 vectors need more.
+constexpr int norm_fwd_blocks(int vecs) { return vecs > kRowVecs ? 2 : 5; }
+constexpr int norm_bwd_blocks(int vecs) { return vecs > kRowVecs ? 2 : 3; }
+
 // Strip of tokens of one image that a block walks.
 struct Strip {
     int64_t batch, number;  // number: of all images' strips
@@ -33,70 +38,33 @@ struct RowTile {
     static constexpr int kVectors = kVecs;
     static constexpr int kWidth = kVecs * 32 * kVec;  // at least the slots of a token
     using Values = float[kVecs][kVec];
-    template <class T>
-    using Stored = Packed<T, kVec>[kVecs];
 
     int slots, lanes, lane, row, rows, group_dim, group_width;
     float inverse_dim;
-    int first[kVecs];  // slot of a vector within its group; beyond all where there is none
-    bool exists;       // the token of this step
+    int group[kVecs];     // of a vector; 0 where there is none
+    int channels[kVecs];  // of its group from the vector on; 0 or less where all are before it or there is no vector
+    bool exists;          // the token of this step
 
     __device__ RowTile(const NormShape& s, const NormPlan& plan)
         : slots(s.groups * s.group_width),
           lanes(plan.lanes),
           lane(threadIdx.x & (lanes - 1)),
           row(threadIdx.x / lanes),
-          rows(kNormThreads / lanes),
+          rows(plan.step),
           group_dim(s.group_dim),
           group_width(s.group_width),
           inverse_dim(1.f / s.dim) {
 #pragma unroll
-        for (int v = 0; v < kVecs; ++v) first[v] = slot(v) < slots ? slot(v) % group_width : INT_MAX - kVec;
+        for (int v = 0; v < kVecs; ++v) {
+            group[v] = slot(v) < slots ? slot(v) / group_width : 0;
+            channels[v] = slot(v) < slots ? group_dim - slot(v) % group_width : INT_MIN / 2;
+        }
     }
     __device__ __forceinline__ int slot(int v) const { return (v * lanes + lane) * kVec; }
-    __device__ __forceinline__ bool is_channel(int v, int j) const { return first[v] + j < group_dim; }
+    __device__ __forceinline__ bool is_channel(int v, int j) const { return channels[v] > j; }
 
     // `left` tokens of the strip are to come.
     __device__ __forceinline__ void step(int left) { exists = row < left; }
-
-    // The thread's token as it is stored, 0 where there is nothing.
-    template <class T, class Image>
-    __device__ __forceinline__ void load(const Image& image, Packed<T, kVec> (&out)[kVecs]) const {
-        if (image.aligned) {
-#pragma unroll
-            for (int v = 0; v < kVecs; ++v) out[v] = load_packed<kVec>(image.at(*this, v), exists && is_channel(v, 0));
-        } else {
-#pragma unroll
-            for (int v = 0; v < kVecs; ++v) {
-                T elements[kVec];
-#pragma unroll
-                for (int j = 0; j < kVec; ++j)
-                    elements[j] = exists && is_channel(v, j) ? image.at(*this, v)[j] : from_float<T>(0.f);
-                memcpy(&out[v], elements, sizeof(elements));
-            }
-        }
-    }
-    template <class T>
-    static __device__ __forceinline__ void widen(const Packed<T, kVec> (&in)[kVecs], Values& out) {
-#pragma unroll
-        for (int v = 0; v < kVecs; ++v) in[v].widen(out[v]);
-    }
-    // Writes pads too where the image has them: x is 0 there.
-    template <class Image>
-    __device__ __forceinline__ void store(const Image& image, const Values& x) const {
-        using T = std::remove_pointer_t<decltype(image.at(*this, 0))>;
-        if (image.aligned) {
-#pragma unroll
-            for (int v = 0; v < kVecs; ++v)
-                store_packed<kVec>(image.at(*this, v), x[v], exists && first[v] < image.width);
-        } else {
-#pragma unroll
-            for (int v = 0; v < kVecs; ++v)
-#pragma unroll
-                for (int j = 0; j < kVec; ++j)
-                    if (exists && first[v] + j < image.width) image.at(*this, v)[j] = from_float<T>(x[v][j]);
-        }
-    }
 
     // Sums over the lanes that share a token; all of them get it.
     template <int kCount>
@@ -134,9 +102,9 @@ struct RowTile {
         return inverse_std;
     }
 
-    // The gradient through the norm: h, the gradient of the normalised values, 0 in pads, becomes
-    // (h - mean(h) - normed * mean(h * normed)) / sqrt(variance + eps); pads hold anything finite then.
-    __device__ __forceinline__ void normalise_backward(const Values& normed, float inverse_std, Values& h) const {
+    // The gradient through the norm: h, the gradient of the normalised values, 0 in pads, becomes what is to be divided
+    // by sqrt(variance + eps): h - mean(h) - normed * mean(h * normed); pads hold anything finite then.
+    __device__ __forceinline__ void normalise_backward(const Values& normed, Values& h) const {
         float means[2] = {};
 #pragma unroll
         for (int v = 0; v < kVecs; ++v)
@@ -150,7 +118,7 @@ struct RowTile {
 #pragma unroll
         for (int v = 0; v < kVecs; ++v)
 #pragma unroll
-            for (int j = 0; j < kVec; ++j) h[v][j] = inverse_std * (h[v][j] - fmaf(normed[v][j], product, plain));
+            for (int j = 0; j < kVec; ++j) h[v][j] -= fmaf(normed[v][j], product, plain);
     }
 
     // Sums of one value a channel over the block's tokens: `store(channel, slot, sum)`.
@@ -179,46 +147,6 @@ struct RowTile {
     }
 };
 
-// Element offsets of the vectors within a token of an image. volatile: read where they are used, not once before the
-// loop into registers that the tokens need.
-template <int kVecs>
-struct VectorOffsets {
-    volatile int64_t of[kVecs * 32];
-
-    __device__ void fill(const NormShape& s, const NormImage& image) {
-        const int vectors = s.groups * s.group_width / kVec;
-        for (int i = threadIdx.x; i < kVecs * 32; i += kNormThreads) {
-            const int group = i * kVec / s.group_width;
-            of[i] = i < vectors ? group * image.group + (i * kVec - group * s.group_width) : 0;
-        }
-    }
-};
-
-// A thread's token of an image, step after step.
-template <class T, int kVecs>
-struct Cursor {
-    T* p;
-    int64_t step;
-    const VectorOffsets<kVecs>& offsets;
-    bool aligned;
-    int width;
-
-    // Fills `shared`, which a __syncthreads of the caller's makes visible.
-    __device__ Cursor(const NormImage& image, const NormShape& s, const Strip& strip, const RowTile<kVecs>& tile,
-                      VectorOffsets<kVecs>& shared)
-        : p(static_cast<T*>(image.ptr) + strip.batch * image.batch + (strip.first + tile.row) * image.token),
-          step(tile.rows * image.token),
-          offsets(shared),
-          aligned(image.aligned),
-          width(image.width) {
-        shared.fill(s, image);
-    }
-    __device__ __forceinline__ void advance() { p += step; }
-    __device__ __forceinline__ T* at(const RowTile<kVecs>& tile, int v) const {
-        return p + offsets.of[v * tile.lanes + tile.lane];
-    }
-};
-
 // Zeros behind the last group of the strip's tokens, in an image of adjacent groups.
 template <class T>
 __device__ void clear_tails(const NormImage& image, const NormShape& s, const Strip& strip) {
@@ -232,10 +160,11 @@ template <int kRows, int kWidth>
 struct alignas(16) SlotRows {
     float rows[kRows][kWidth];
 
-    // `value(channel, row values)`; the caller's __syncthreads makes the table visible.
+    // `value(channel, row values)` for the slots of a token's lanes; the caller's __syncthreads makes the table
+    // visible.
     template <class F>
-    __device__ void fill(const NormShape& s, const F& value) {
-        for (int i = threadIdx.x; i < kWidth; i += blockDim.x) {
+    __device__ void fill(const NormShape& s, const NormPlan& plan, const F& value) {
+        for (int i = threadIdx.x; i < plan.lanes * (kWidth / 32); i += kNormThreads) {
             float row[kRows] = {};
             const int group = i / s.group_width, d = i - group * s.group_width;
             if (group < s.groups && d < s.group_dim) value(group * s.group_dim + d, row);
@@ -326,13 +255,15 @@ struct WideImage {
     }
 };
 
-// Run-time plan to a template argument: f(std::integral_constant<int, vecs>), 0 for wide rows.
+// Run-time plan to template arguments: f(std::integral_constant<int, vecs>, std::bool_constant<aligned>), vecs 0 for
+// wide rows. Only the rows of most models have kernels for aligned images.
 template <int kMaxVecs = kMaxRowVecs, class F>
-cudaError_t dispatch_rows(int vecs, const F& f) {
-    if (vecs == 0) return f(std::integral_constant<int, 0>{});
+cudaError_t dispatch_rows(int vecs, bool aligned, const F& f) {
+    if (vecs == 0) return f(std::integral_constant<int, 0>{}, std::false_type{});
     if constexpr (kMaxVecs > kRowVecs)
-        if (vecs > kRowVecs) return f(std::integral_constant<int, kMaxVecs>{});
-    return f(std::integral_constant<int, kRowVecs>{});
+        if (vecs > kRowVecs) return f(std::integral_constant<int, kMaxVecs>{}, std::false_type{});
+    return aligned ? f(std::integral_constant<int, kRowVecs>{}, std::true_type{})
+                   : f(std::integral_constant<int, kRowVecs>{}, std::false_type{});
 }
 
 }  // namespace gm
