@@ -128,6 +128,18 @@ def test_pixels_of_any_distance():
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dim", [64, 44])  # without and with pads
+def test_channels_last_parameters(dim):
+    """`model.to(memory_format=torch.channels_last)` changes the strides of the convolution's weight, and no result."""
+    layer = make(dim).to("cuda")
+    x = image(2, dim, 6, 5, device="cuda", dtype=torch.float32)
+    expected = run(layer, x)
+    layer.to(memory_format=torch.channels_last)
+    assert not layer.mamba.conv_weight.is_contiguous()
+    for name, value in run(layer, x).items():
+        assert torch.equal(value, expected[name]), name
+
+
 def feed_forward(dim, hidden):
     torch.manual_seed(0)
     network, norm = ConvFeedForward(dim, hidden), TokenNorm(dim, eps=1e-6)

@@ -131,6 +131,26 @@ inline Tensor empty_image(const Tensor& like, int64_t channels) {
 
 inline Tensor empty_image_like(const Tensor& like) { return empty_image(like, like.size(like.dim() - 1)); }
 
+// The strides by which `t` reads as `sizes`, of as many elements; none where only a copy could.
+inline std::optional<Shape> view_strides(const Tensor& t, const Shape& sizes) {
+    if (t.is_contiguous()) return contiguous_strides(sizes);
+    const auto from = t.sizes(), steps = t.strides();
+    Shape strides(sizes.size());
+    size_t at = sizes.size();
+    for (size_t d = from.size(); d-- > 0;) {
+        // One stride walks dimension d and those before it that follow suit; as many of `sizes` must make them up.
+        const int64_t step = steps[d];
+        int64_t count = from[d], seen = 1;
+        for (; d > 0 && (from[d - 1] == 1 || steps[d - 1] == count * step); --d) count *= from[d - 1];
+        for (; at > 0 && (seen < count || sizes[at - 1] == 1); --at) {
+            strides[at - 1] = seen * step;
+            seen *= sizes[at - 1];
+        }
+        if (seen != count) return std::nullopt;
+    }
+    return strides;
+}
+
 // Another view of the storage of `t`, `offset` elements behind its first.
 inline Tensor alias(const Tensor& t, const Shape& sizes, const Shape& strides, int64_t offset = 0) {
     AtenTensorHandle handle = nullptr;

@@ -9,8 +9,8 @@
 
 namespace gm {
 
-// Parameters in the order of add(). One that needs no change is used as it is; the others lie in one buffer of the
-// images' dtype and one of float32.
+// Parameters in the order of add(). One that needs no change is used as it is; the others, and those that are not
+// contiguous, lie in one buffer of the images' dtype and one of float32.
 class ParameterPack {
 public:
     explicit ParameterPack(ScalarType image_dtype) : image_dtype_(image_dtype) {}
@@ -38,7 +38,15 @@ public:
             GM_CHECK(args.count < kMaxPackItems, "too many parameters for one launch");
             PackItem& item = args.items[args.count++];
             const Tensor to = view_of(e);
-            item.from = param(e.tensor);
+            // A model in torch.channels_last has its convolutions' weights so: read in place like any view.
+            const std::optional<Shape> strides = view_strides(e.tensor, e.sizes);
+            if (strides) {
+                item.from = {e.tensor.data_ptr(), e.tensor.scalar_type() == ScalarType::Float};
+            } else {
+                item.from = param(e.tensor);
+            }
+            const Shape steps = strides ? *strides : contiguous_strides(e.sizes);
+            std::copy(steps.begin(), steps.end(), item.strides);
             item.to = {to.data_ptr(), e.dtype == ScalarType::Float};
             item.n1 = static_cast<int>(e.sizes[1]), item.n2 = static_cast<int>(e.sizes[2]);
             item.w1 = static_cast<int>(e.w1), item.w2 = static_cast<int>(e.w2);
