@@ -32,8 +32,10 @@ class ParamHolder {
 public:
     ParamArg operator()(const OptTensor& t) {
         if (!t) return {};
-        kept_.push_back(t->is_contiguous() ? *t : torch::stable::contiguous(*t));
-        return {kept_.back().data_ptr(), t->scalar_type() == ScalarType::Float};
+        const bool is_float = t->scalar_type() == ScalarType::Float;
+        if (t->is_contiguous()) return {t->data_ptr(), is_float};
+        kept_.push_back(torch::stable::contiguous(*t));
+        return {kept_.back().data_ptr(), is_float};
     }
 
 private:
