@@ -15,7 +15,7 @@ from torch import Tensor
 
 from groupmamba_ext.backend import use_native
 from groupmamba_ext.dispatch import call, call_alone, call_backward
-from groupmamba_ext.ops import DIRECTIONS, FUSED_CHANNELS, _autocast, chunk_tokens, saved_states
+from groupmamba_ext.ops import DIRECTIONS, FUSED_CHANNELS, chunk_tokens, saved_states
 
 _UNIT = 8  # widths are padded to multiples of this: csrc/host/tensor.h
 _PIECE = 128  # pieces of a workspace start at multiples of this: csrc/host/workspace.h
@@ -153,7 +153,7 @@ ALONE = ("grouped_mamba_layer", "feed_forward")  # those with a form for inferen
 
 def takes_image(x: Tensor) -> bool:
     """True where the ops of this file take an image ``x``: not empty, on CUDA, with the compiled ops."""
-    return x.device.type == "cuda" and x.numel() > 0 and use_native(x, "grouped_mamba_layer")
+    return x.is_cuda and x.numel() > 0 and use_native(x, "grouped_mamba_layer")
 
 
 def can_fuse(x: Tensor, inner_dim: int) -> bool:
@@ -162,18 +162,32 @@ def can_fuse(x: Tensor, inner_dim: int) -> bool:
     return inner_dim <= FUSED_CHANNELS and takes_image(x)
 
 
+def scan_constants(directions: Sequence[str], inner_dim: int) -> tuple[tuple[int, ...], int]:
+    """``codes`` and ``chunk`` of `grouped_mamba_layer` for one direction name a group of ``inner_dim`` channels."""
+    return tuple(map(DIRECTIONS.index, directions)), chunk_tokens(_padded(inner_dim), "cuda")
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """`ops._autocast` for one image on CUDA, in fewer steps."""
+    if torch.is_autocast_enabled("cuda") and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype("cuda"))
+    return x
+
+
 def token_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm over the channels of (batch, H, W, C), of any strides between pixels, where `takes_image`; dense."""
+    """LayerNorm over the channels of (batch, H, W, C), of any strides between pixels, where `takes_image`; dense, under
+    autocast in its dtype."""
+    x = _autocast(x)
     return call("token_norm", x, weight, bias, float(eps))
 
 
 def feed_forward(
     x: Tensor,
     *,
-    norm: tuple[Tensor, Tensor],
-    fc1: tuple[Tensor, Tensor],
-    conv: tuple[Tensor, Tensor],
-    fc2: tuple[Tensor, Tensor],
+    norm: Sequence[Tensor],
+    fc1: Sequence[Tensor],
+    conv: Sequence[Tensor],
+    fc2: Sequence[Tensor],
     eps: float,
     residual: bool = False,
 ) -> Tensor:
@@ -193,20 +207,21 @@ def feed_forward(
     Raises:
         RuntimeError: shapes or dtypes that the compiled op does not take; on a second derivative.
     """
-    (x,) = _autocast(x)
+    x = _autocast(x)
     return call_alone("feed_forward", x, *norm, *fc1, *conv, *fc2, float(eps), residual)
 
 
 def grouped_mamba_layer(
     x: Tensor,
     *,
-    norm: tuple[Tensor, Tensor],
-    affinity: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    norm: Sequence[Tensor],
+    affinity: Sequence[Tensor] | None,
     core: Sequence[Tensor],
     out_proj_weight: Tensor | None,
     skip_scale: Tensor | None,
-    proj: tuple[Tensor, Tensor],
-    directions: Sequence[str],
+    proj: Sequence[Tensor],
+    codes: Sequence[int],
+    chunk: int,
     eps: float,
     norm_eps: float = 1e-5,
     residual: bool = False,
@@ -230,7 +245,7 @@ def grouped_mamba_layer(
         out_proj_weight: (G, C / G, E).
         skip_scale: (1,), with ``out_proj_weight`` only.
         proj: weight (C, C) or (C, G * E), bias (C,).
-        directions: one name a group.
+        codes, chunk: from `scan_constants`.
         eps, norm_eps: of ``norm``, of ``out_norm``.
         residual: add ``x`` to the result.
 
@@ -241,9 +256,7 @@ def grouped_mamba_layer(
     Raises:
         RuntimeError: shapes or dtypes that the compiled op does not take.
     """
-    (x,) = _autocast(x)
-    fc = (None,) * 4 if affinity is None else affinity
+    x = _autocast(x)
+    fc = (None, None, None, None) if affinity is None else affinity
     tensors = (x, *norm, *fc, *core, out_proj_weight, skip_scale, *proj)
-    chunk = chunk_tokens(_padded(core[6].shape[1]), "cuda")
-    codes = tuple(map(DIRECTIONS.index, directions))
     return call_alone("grouped_mamba_layer", *tensors, codes, eps, norm_eps, chunk, residual)
