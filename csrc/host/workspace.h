@@ -59,7 +59,7 @@ private:
                           const Tensor& device_of) {
         check_shape(t, name, {elements});
         GM_CHECK(t.scalar_type() == dtype && t.is_contiguous(), name, " is not what the forward returned");
-        GM_CHECK(t.device() == device_of.device(), name, " is on another device");
+        GM_CHECK(same_device(t, device_of), name, " is on another device");
         return t;
     }
 

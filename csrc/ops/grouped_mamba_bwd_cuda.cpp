@@ -26,7 +26,6 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
     ParameterPack pack = layer_pack(p, s, type, scratch);
     scratch.allocate(x);
     pack.fill(dtype, context.stream());
-    const auto absent = [&] { return empty_absent(ScalarType::Float, x); };
     ParameterSums sums;
 
     // From the output to the scan.
@@ -40,8 +39,7 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
     matmul_out(dmixed, dout_rows, pack.get(kProj, {s.channels_pad, s.mixed}));
 
     Tensor dy = alias(dmixed, {s.batch, s.height, s.width, g, s.mixed / g});
-    Tensor dout_proj = absent(), dscale = absent(), dmix_weight = absent(), dmix_bias = absent();
-    OptTensor dxn, dgate;
+    OptTensor dout_proj, dscale, dmix_weight, dmix_bias, dxn, dgate;
     if (s.merges) {
         OptTensor flat_gate;
         if (s.gated()) flat_gate = alias(*images.gate, {s.batch, s.channels});
@@ -61,7 +59,10 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
     // From the scan to the image.
     Tensor du = empty({g, tokens, e_pad}, type, x), duz = empty({g, tokens, 2 * e_pad}, type, x);
     Tensor dfeatures = empty({g, tokens, s.features_pad}, type, x);
-    if (s.features < s.features_pad) torch::stable::zero_(dfeatures);
+    if (s.features < s.features_pad) {  // the scan leaves the pads alone
+        const size_t bytes = static_cast<size_t>(dfeatures.numel()) * dfeatures.element_size();
+        check_cuda(cudaMemsetAsync(dfeatures.data_ptr(), 0, bytes, context.stream()), "pads of the features");
+    }
     // The views live for this call only: they would keep du, duz and dfeatures from being freed.
     const ScanParameterGradients scan =
         scan_bwd_into({image_of(du, s, e_pad), image_of(dfeatures, s, s.rank), image_of(dfeatures, s, s.states, s.rank),
@@ -125,7 +126,7 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
         dnorm_bias = sums.add(p.norm_weight, {1, 1, s.channels}, dnorm_bias, 1, s.channels, 1, 1, dmix_bias);
     }
     sums.launch(dtype, context.stream());
-    const auto or_absent = [&](const OptTensor& t) { return t ? *t : absent(); };
+    const auto or_absent = [&](const OptTensor& t) { return t ? *t : empty_absent(ScalarType::Float, x); };
     return {dx,
             dnorm_weight,
             dnorm_bias,
@@ -143,8 +144,8 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
             dD,
             dout_weight,
             dout_bias,
-            dout_proj,
-            dscale,
+            or_absent(dout_proj),
+            or_absent(dscale),
             dproj,
             dproj_bias};
 }

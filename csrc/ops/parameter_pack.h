@@ -42,7 +42,7 @@ public:
             // A model in torch.channels_last has its convolutions' weights so: read in place like any view.
             const std::optional<Shape> strides = view_strides(e.tensor, {n0, n1, n2});
             if (strides) {
-                item.from = {e.tensor.data_ptr(), e.tensor.scalar_type() == ScalarType::Float};
+                item.from = {e.tensor.data_ptr(), is_float(e.tensor)};
                 std::copy(strides->begin(), strides->end(), item.strides);
             } else {
                 item.from = param(e.tensor);
@@ -89,6 +89,8 @@ private:
 // Gradients of parameters, queued one by one and computed by one launch.
 class ParameterSums {
 public:
+    ParameterSums() { kept_.reserve(4 * kMaxSumItems); }
+
     // A gradient like `parameter`, seen as (n0 * inner, n1, n2), from `parts` parts of (inner, w1, w2) for each of n0.
     Tensor add(const Tensor& parameter, const Shape& sizes, const Tensor& from, int64_t w1, int64_t w2,
                int64_t parts = 1, int64_t inner = 1, const OptTensor& add = std::nullopt,
@@ -97,16 +99,16 @@ public:
         Tensor gradient = empty(shape_of(parameter), parameter.scalar_type(), from);
         kept_.push_back(from), kept_.push_back(gradient);
         SumItem& item = args_.items[args_.count++];
-        item.from = {from.data_ptr(), from.scalar_type() == ScalarType::Float};
+        item.from = {from.data_ptr(), is_float(from)};
         if (add) {
             kept_.push_back(*add);
-            item.add = {add->data_ptr(), add->scalar_type() == ScalarType::Float};
+            item.add = {add->data_ptr(), is_float(*add)};
         }
         if (scale) {
             kept_.push_back(*scale);
             item.scale = static_cast<const float*>(scale->data_ptr());
         }
-        item.to = {gradient.data_ptr(), gradient.scalar_type() == ScalarType::Float};
+        item.to = {gradient.data_ptr(), is_float(gradient)};
         item.n1 = static_cast<int>(sizes[1]), item.n2 = static_cast<int>(sizes[2]);
         item.w1 = static_cast<int>(w1), item.w2 = static_cast<int>(w2);
         item.inner = static_cast<int>(inner), item.parts = static_cast<int>(parts);
