@@ -63,28 +63,35 @@ STABLE_TORCH_LIBRARY(groupmamba, m) {
     // The layer on CUDA, variants released and fused; x (batch, H, W, C), D = C / G channels a group, E scanned ones, N
     // states, R step features; Cp, Dp, Ep, Fp: C, D, E and R + 2 N rounded up to multiples of 8, pads zero. With
     // out_proj_weight (G, D, E): out = proj(LayerNorm(out_proj(y) * skip_scale * xn * gate)), gate (batch, G, D).
-    // Without: out = proj(y), the gate (batch, G, Ep) meets the scan, and o, mixed are (0,). Without fc1_weight there
-    // is no gate, and it, pooled and hidden are (0,). residual: out += x. Group-major images are stored
-    // (G, batch, H, W, .); T = batch * H * W.
+    // Without: out = proj(y), the gate (batch, G, Ep) meets the scan, and there is no o and mixed. Without fc1_weight
+    // there is no gate, pooled and hidden. residual: out += x. Group-major images are stored (G, batch, H, W, .);
+    // T = batch * H * W.
     //   out, dx (batch, H, W, C), pixels Cp apart            xn (batch, H, W, G, Dp) group-major
     //   pooled (batch, C), hidden (batch, C'), states: float32   uz (G, T, 2 Ep), u (G, T, Ep)
     //   features (G, T, Fp): dt, B, C                        y (batch, H, W, G, Ep): group-major with out_proj_weight
     //   o (batch, H, W, G, Dp) group-major                   mixed (batch, H, W, G, Dp)
+    // For the backward saved holds, each at a multiple of 128 elements, features, xn, y, u, o, uz and mixed, without
+    // out_proj_weight features, u, uz, xn and y, in the dtype of x; saved_float gate, pooled, hidden and states. The
+    // first op is for where there is no backward, and keeps nothing.
+    m.def(
+        "grouped_mamba_layer(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor? fc1_weight, Tensor? fc1_bias, "
+        "Tensor? fc2_weight, Tensor? fc2_bias, Tensor in_proj_weight, Tensor conv_weight, Tensor conv_bias, "
+        "Tensor x_proj_weight, Tensor dt_weight, Tensor dt_bias, Tensor A_log, Tensor D, Tensor out_norm_weight, "
+        "Tensor out_norm_bias, Tensor? out_proj_weight, Tensor? skip_scale, Tensor proj_weight, Tensor proj_bias, "
+        "int[] directions, float eps, float norm_eps, int chunk, bool residual) -> Tensor");
     m.def(
         "grouped_mamba_layer_fwd(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor? fc1_weight, "
         "Tensor? fc1_bias, Tensor? fc2_weight, Tensor? fc2_bias, Tensor in_proj_weight, Tensor conv_weight, "
         "Tensor conv_bias, Tensor x_proj_weight, Tensor dt_weight, Tensor dt_bias, Tensor A_log, Tensor D, "
         "Tensor out_norm_weight, Tensor out_norm_bias, Tensor? out_proj_weight, Tensor? skip_scale, "
-        "Tensor proj_weight, Tensor proj_bias, int[] directions, float eps, float norm_eps, int chunk, bool residual, "
-        "bool save_states) -> (Tensor out, Tensor xn, Tensor gate, Tensor pooled, Tensor hidden, Tensor uz, Tensor u, "
-        "Tensor features, Tensor states, Tensor y, Tensor o, Tensor mixed)");
+        "Tensor proj_weight, Tensor proj_bias, int[] directions, float eps, float norm_eps, int chunk, bool residual) "
+        "-> (Tensor out, Tensor saved, Tensor saved_float)");
     m.def(
         "grouped_mamba_layer_bwd(Tensor dout, Tensor x, Tensor norm_weight, Tensor? fc1_weight, Tensor? fc1_bias, "
         "Tensor? fc2_weight, Tensor? fc2_bias, Tensor in_proj_weight, Tensor conv_weight, Tensor conv_bias, "
         "Tensor x_proj_weight, Tensor dt_weight, Tensor dt_bias, Tensor A_log, Tensor D, Tensor out_norm_weight, "
         "Tensor out_norm_bias, Tensor? out_proj_weight, Tensor? skip_scale, Tensor proj_weight, Tensor proj_bias, "
-        "Tensor xn, Tensor gate, Tensor pooled, Tensor hidden, Tensor uz, Tensor u, Tensor features, Tensor states, "
-        "Tensor y, Tensor o, Tensor mixed, int[] directions, float eps, float norm_eps, int chunk, bool residual) "
+        "Tensor saved, Tensor saved_float, int[] directions, float eps, float norm_eps, int chunk, bool residual) "
         "-> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dfc1_weight, Tensor dfc1_bias, "
         "Tensor dfc2_weight, Tensor dfc2_bias, Tensor din_proj_weight, Tensor dconv_weight, Tensor dconv_bias, "
         "Tensor dx_proj_weight, Tensor ddt_weight, Tensor ddt_bias, Tensor dA_log, Tensor dD, "
@@ -92,14 +99,19 @@ STABLE_TORCH_LIBRARY(groupmamba, m) {
         "Tensor dproj_weight, Tensor dproj_bias)");
 
     // The feed-forward network on CUDA: [x +] fc2(gelu(conv3x3(fc1(LayerNorm(x))))); x, out, dx as above, H hidden
-    // channels, Hp rounded up. xn (T, Cp), hidden (T, Hp): what the convolution reads.
+    // channels, Hp rounded up. saved: the normed image (T, Cp), and behind it at a multiple of 128 elements what the
+    // convolution reads, (T, Hp).
+    m.def(
+        "feed_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor fc1_bias, "
+        "Tensor conv_weight, Tensor conv_bias, Tensor fc2_weight, Tensor fc2_bias, float eps, bool residual) "
+        "-> Tensor");
     m.def(
         "feed_forward_fwd(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor fc1_bias, "
         "Tensor conv_weight, Tensor conv_bias, Tensor fc2_weight, Tensor fc2_bias, float eps, bool residual) "
-        "-> (Tensor out, Tensor xn, Tensor hidden)");
+        "-> (Tensor out, Tensor saved)");
     m.def(
         "feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight, Tensor fc1_weight, Tensor fc1_bias, "
-        "Tensor conv_weight, Tensor conv_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor xn, Tensor hidden, "
+        "Tensor conv_weight, Tensor conv_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor saved, "
         "float eps, bool residual) -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dfc1_weight, "
         "Tensor dfc1_bias, Tensor dconv_weight, Tensor dconv_bias, Tensor dfc2_weight, Tensor dfc2_bias)");
 }

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from groupmamba_ext import layer_ops
-from groupmamba_ext.dispatch import call_backward, define
+from groupmamba_ext.dispatch import call_backward, define, define_alone
 from groupmamba_ext.ops import saved_states
 
 
@@ -216,3 +216,5 @@ def register() -> None:
     """Gives every op its fakes and gradients; runs once, after the library is loaded."""
     for name, formulas in (_OPS | layer_ops.OPS).items():
         define(name, *formulas)
+    for name in layer_ops.ALONE:
+        define_alone(name, layer_ops.OPS[name][0])

@@ -7,9 +7,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _ops = torch.ops.groupmamba
 _functions: dict[str, type[torch.autograd.Function]] = {}
+_overloads: dict[str, Callable] = {}  # by the op's name
 
 
 def define(name: str, fake: Callable, setup: Callable, backward: Callable, backward_fake: Callable) -> None:
@@ -24,7 +26,8 @@ def define(name: str, fake: Callable, setup: Callable, backward: Callable, backw
     torch.library.register_fake(backward_op, backward_fake)
     torch.library.register_autograd(forward_op, backward, setup_context=setup)
     torch.library.register_autograd(backward_op, _no_double_backward(name))
-    op = getattr(_ops, f"{name}_fwd").default
+    _overloads[f"{name}_fwd"] = op = getattr(_ops, f"{name}_fwd").default
+    _overloads[f"{name}_bwd"] = getattr(_ops, f"{name}_bwd").default
 
     def forward(ctx, *args):
         output = _below_autograd(op, args)
@@ -33,6 +36,21 @@ def define(name: str, fake: Callable, setup: Callable, backward: Callable, backw
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     _functions[name] = type(name, (torch.autograd.Function,), methods)
+
+
+def define_alone(name: str, fake: Callable) -> None:
+    """Gives ``groupmamba::{name}``, the first result of ``groupmamba::{name}_fwd`` alone, the same fake kernel; it has
+    no gradient."""
+    torch.library.register_fake(f"groupmamba::{name}", lambda *args: fake(*args)[0])
+    torch.library.register_autograd(f"groupmamba::{name}", _no_backward(name))
+    _overloads[name] = getattr(_ops, name).default
+
+
+def _no_backward(name: str) -> Callable:
+    def backward(ctx, *grads):
+        raise RuntimeError(f"{name}: this op keeps nothing for a backward, which groupmamba::{name}_fwd does")
+
+    return backward
 
 
 def _no_double_backward(name: str) -> Callable:
@@ -54,6 +72,10 @@ def _traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
+def _wants_gradient(args: tuple) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
+
+
 def call(name: str, *args) -> Tensor | tuple[Tensor, ...]:
     """``groupmamba::{name}_fwd`` on ``args``, with its gradient.
 
@@ -63,11 +85,24 @@ def call(name: str, *args) -> Tensor | tuple[Tensor, ...]:
     if _traced():
         return getattr(_ops, f"{name}_fwd")(*args)
     if not torch.is_grad_enabled():
-        return _below_autograd(getattr(_ops, f"{name}_fwd").default, args)
+        return _below_autograd(_overloads[f"{name}_fwd"], args)
     return _functions[name].apply(*args)
+
+
+def call_alone(name: str, *args) -> Tensor:
+    """The first result of ``groupmamba::{name}_fwd`` on ``args``, with its gradient, or, where no gradient can be asked
+    for, ``groupmamba::{name}``, which keeps nothing for one."""
+    if _traced():
+        # Tensors tell a compiler whether they require a gradient; those that a transform of functions wraps do not.
+        wanted = not torch.compiler.is_compiling() or _wants_gradient(args)
+        return getattr(_ops, f"{name}_fwd")(*args)[0] if wanted else getattr(_ops, name)(*args)
+    # Tangents, which no op here takes, are refused by the function in place of being lost.
+    if _wants_gradient(args) or (torch.is_grad_enabled() and forward_ad._current_level >= 0):
+        return _functions[name].apply(*args)[0]
+    return _below_autograd(_overloads[name], args)
 
 
 def call_backward(name: str, *args) -> tuple[Tensor, ...]:
     """``groupmamba::{name}_bwd``; what raises on a second derivative is in the way only where one could be taken."""
-    op = getattr(_ops, f"{name}_bwd").default
+    op = _overloads[f"{name}_bwd"]
     return op(*args) if torch.is_grad_enabled() or _traced() else _below_autograd(op, args)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from groupmamba_ext.backend import use_native
-from groupmamba_ext.dispatch import call, call_backward
-from groupmamba_ext.ops import DIRECTIONS, FUSED_CHANNELS, _autocast, chunk_tokens, saved_states
+from groupmamba_ext.dispatch import call, call_alone, call_backward
+from groupmamba_ext.ops import DIRECTIONS, FUSED_CHANNELS, chunk_tokens, saved_states
 
 _UNIT = 8  # widths are padded to multiples of this: csrc/host/tensor.h
+_PIECE = 128  # pieces of a workspace start at multiples of this: csrc/host/workspace.h
 _LAYER_PARAMETERS = 20  # of grouped_mamba_layer_fwd, behind x
 _FEED_FORWARD_PARAMETERS = 8
 
@@ -26,13 +27,14 @@ def _padded(n: int) -> int:
     return -(-n // _UNIT) * _UNIT
 
 
-def _group_major(like: Tensor, batch: int, height: int, width: int, groups: int, channels: int) -> Tensor:
-    return like.new_empty((groups, batch, height, width, channels)).permute(1, 2, 3, 0, 4)
-
-
 def _padded_image(x: Tensor) -> Tensor:
     """Like x, (batch, H, W, C), with pixels a multiple of 8 channels apart."""
     return x.new_empty((*x.shape[:3], _padded(x.shape[3])))[..., : x.shape[3]]
+
+
+def _workspace(x: Tensor, sizes: list[int], dtype: torch.dtype) -> Tensor:
+    """What csrc/host/workspace.h allocates for pieces of these sizes."""
+    return x.new_empty((sum(-(-n // _PIECE) * _PIECE for n in sizes),), dtype=dtype)
 
 
 def _empty_or_absent(x: Tensor, t: Tensor | None) -> Tensor:
@@ -66,42 +68,22 @@ def _norm_backward(ctx, dy):
 
 
 def _layer_fake(x, *args):
-    *parameters, _codes, _eps, _norm_eps, _chunk, _residual, save_states = args
-    fc1_weight, fc2_weight = parameters[2], parameters[4]
-    x_proj_weight, A_log, out_proj_weight = parameters[9], parameters[12], parameters[16]
+    *parameters, _codes, _eps, _norm_eps, _chunk, _residual = args
+    fc1_weight, x_proj_weight, A_log, out_proj_weight = (parameters[i] for i in (2, 9, 12, 16))
     batch, height, width, channels = x.shape
     groups, inner, states = A_log.shape
-    tokens, inner_pad, dim_pad = batch * height * width, _padded(inner), _padded(channels // groups)
-    full = {"dtype": torch.float32}
-    absent = x.new_empty((0,), **full)
-    pooled = gate = hidden = absent
+    inner_pad, dim_pad = _padded(inner), _padded(channels // groups)
+    widths = [_padded(x_proj_weight.shape[1]), dim_pad, inner_pad, inner_pad, 2 * inner_pad]
+    gate_width = inner_pad
+    if out_proj_weight is not None:
+        widths += [dim_pad, dim_pad]
+        gate_width = channels // groups
+    planes = batch * groups
+    floats = [planes * saved_states(height, width, inner_pad, "cuda") * states * inner_pad]
     if fc1_weight is not None:
-        gate_width = inner_pad if out_proj_weight is None else fc2_weight.shape[0] // groups
-        pooled = x.new_empty((batch, channels), **full)
-        gate = x.new_empty((batch, groups, gate_width), **full)
-        hidden = x.new_empty((batch, fc1_weight.shape[0]), **full)
-    saved = saved_states(height, width, inner_pad, "cuda")
-    if out_proj_weight is None:
-        y = x.new_empty((batch, height, width, groups, inner_pad))
-        o = mixed = x.new_empty((0,))
-    else:
-        y = _group_major(x, batch, height, width, groups, inner_pad)
-        o = _group_major(x, batch, height, width, groups, dim_pad)
-        mixed = x.new_empty((batch, height, width, groups, dim_pad))
-    return (
-        _padded_image(x),
-        _group_major(x, batch, height, width, groups, dim_pad),
-        gate.clone(),
-        pooled.clone(),
-        hidden.clone(),
-        x.new_empty((groups, tokens, 2 * inner_pad)),
-        x.new_empty((groups, tokens, inner_pad)),
-        x.new_empty((groups, tokens, _padded(x_proj_weight.shape[1]))),
-        x.new_empty((batch, groups, saved, states, inner_pad) if save_states else (0,), **full),
-        y,
-        o,
-        mixed.clone(),
-    )
+        floats += [planes * gate_width, batch * channels, batch * fc1_weight.shape[0]]
+    images = [planes * height * width * n for n in widths]
+    return _padded_image(x), _workspace(x, images, x.dtype), _workspace(x, floats, torch.float32)
 
 
 def _layer_bwd_fake(dout, x, norm_weight, *args):
@@ -110,25 +92,22 @@ def _layer_bwd_fake(dout, x, norm_weight, *args):
 
 
 def _layer_setup(ctx, inputs, output):
-    x, *parameters, codes, eps, norm_eps, chunk, residual, save_states = inputs
+    x, *parameters, codes, eps, norm_eps, chunk, residual = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(x, *parameters, *output[1:])
     ctx.scalars = (codes, eps, norm_eps, chunk, residual)
-    ctx.saved_states = save_states
 
 
 def _layer_backward(ctx, dout, *_):
     if dout is None:
-        return (None,) * (_LAYER_PARAMETERS + 7)
-    if not ctx.saved_states:
-        raise RuntimeError("grouped_mamba_layer: backward needs a forward run with save_states=True")
+        return (None,) * (_LAYER_PARAMETERS + 6)
     x, norm_weight, norm_bias, *rest = ctx.saved_tensors
     grads = list(call_backward("grouped_mamba_layer", dout, x, norm_weight, *rest, *ctx.scalars))
     grads[2] = grads[2].to(norm_bias.dtype)
     parameters = norm_weight, norm_bias, *rest[: _LAYER_PARAMETERS - 2]
     grads = (g if t is not None else None for g, t in zip(grads, (x, *parameters), strict=True))
-    return (*grads, None, None, None, None, None, None)
+    return (*grads, None, None, None, None, None)
 
 
 # feed_forward ------------------------------------------------------------------------------
@@ -137,9 +116,9 @@ def _layer_backward(ctx, dout, *_):
 def _feed_forward_fake(
     x, norm_weight, norm_bias, fc1_weight, fc1_bias, conv_weight, conv_bias, fc2_weight, fc2_bias, eps, residual
 ):
-    tokens, channels = x.shape[0] * x.shape[1] * x.shape[2], x.shape[3]
-    hidden = x.new_empty((tokens, _padded(fc1_weight.shape[0])))
-    return _padded_image(x), x.new_empty((tokens, _padded(channels))), hidden
+    tokens = x.shape[0] * x.shape[1] * x.shape[2]
+    saved = [tokens * _padded(n) for n in (x.shape[3], fc1_weight.shape[0])]
+    return _padded_image(x), _workspace(x, saved, x.dtype)
 
 
 def _feed_forward_bwd_fake(dout, x, norm_weight, *args):
@@ -169,11 +148,12 @@ OPS = {
     "grouped_mamba_layer": (_layer_fake, _layer_setup, _layer_backward, _layer_bwd_fake),
     "feed_forward": (_feed_forward_fake, _feed_forward_setup, _feed_forward_backward, _feed_forward_bwd_fake),
 }
+ALONE = ("grouped_mamba_layer", "feed_forward")  # those with a form for inference, which returns the image alone
 
 
 def takes_image(x: Tensor) -> bool:
     """True where the ops of this file take an image ``x``: not empty, on CUDA, with the compiled ops."""
-    return x.device.type == "cuda" and x.numel() > 0 and use_native(x, "grouped_mamba_layer")
+    return x.is_cuda and x.numel() > 0 and use_native(x, "grouped_mamba_layer")
 
 
 def can_fuse(x: Tensor, inner_dim: int) -> bool:
@@ -182,18 +162,32 @@ def can_fuse(x: Tensor, inner_dim: int) -> bool:
     return inner_dim <= FUSED_CHANNELS and takes_image(x)
 
 
+def scan_constants(directions: Sequence[str], inner_dim: int) -> tuple[tuple[int, ...], int]:
+    """``codes`` and ``chunk`` of `grouped_mamba_layer` for one direction name a group of ``inner_dim`` channels."""
+    return tuple(map(DIRECTIONS.index, directions)), chunk_tokens(_padded(inner_dim), "cuda")
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """`ops._autocast` for one image on CUDA, in fewer steps."""
+    if torch.is_autocast_enabled("cuda") and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype("cuda"))
+    return x
+
+
 def token_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm over the channels of (batch, H, W, C), of any strides between pixels, where `takes_image`; dense."""
+    """LayerNorm over the channels of (batch, H, W, C), of any strides between pixels, where `takes_image`; dense, under
+    autocast in its dtype."""
+    x = _autocast(x)
     return call("token_norm", x, weight, bias, float(eps))
 
 
 def feed_forward(
     x: Tensor,
     *,
-    norm: tuple[Tensor, Tensor],
-    fc1: tuple[Tensor, Tensor],
-    conv: tuple[Tensor, Tensor],
-    fc2: tuple[Tensor, Tensor],
+    norm: Sequence[Tensor],
+    fc1: Sequence[Tensor],
+    conv: Sequence[Tensor],
+    fc2: Sequence[Tensor],
     eps: float,
     residual: bool = False,
 ) -> Tensor:
@@ -213,20 +207,21 @@ def feed_forward(
     Raises:
         RuntimeError: shapes or dtypes that the compiled op does not take; on a second derivative.
     """
-    (x,) = _autocast(x)
-    return call("feed_forward", x, *norm, *fc1, *conv, *fc2, float(eps), residual)[0]
+    x = _autocast(x)
+    return call_alone("feed_forward", x, *norm, *fc1, *conv, *fc2, float(eps), residual)
 
 
 def grouped_mamba_layer(
     x: Tensor,
     *,
-    norm: tuple[Tensor, Tensor],
-    affinity: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    norm: Sequence[Tensor],
+    affinity: Sequence[Tensor] | None,
     core: Sequence[Tensor],
     out_proj_weight: Tensor | None,
     skip_scale: Tensor | None,
-    proj: tuple[Tensor, Tensor],
-    directions: Sequence[str],
+    proj: Sequence[Tensor],
+    codes: Sequence[int],
+    chunk: int,
     eps: float,
     norm_eps: float = 1e-5,
     residual: bool = False,
@@ -250,7 +245,7 @@ def grouped_mamba_layer(
         out_proj_weight: (G, C / G, E).
         skip_scale: (1,), with ``out_proj_weight`` only.
         proj: weight (C, C) or (C, G * E), bias (C,).
-        directions: one name a group.
+        codes, chunk: from `scan_constants`.
         eps, norm_eps: of ``norm``, of ``out_norm``.
         residual: add ``x`` to the result.
 
@@ -261,10 +256,7 @@ def grouped_mamba_layer(
     Raises:
         RuntimeError: shapes or dtypes that the compiled op does not take.
     """
-    (x,) = _autocast(x)
-    fc = (None,) * 4 if affinity is None else affinity
+    x = _autocast(x)
+    fc = (None, None, None, None) if affinity is None else affinity
     tensors = (x, *norm, *fc, *core, out_proj_weight, skip_scale, *proj)
-    save_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    chunk = chunk_tokens(_padded(core[6].shape[1]), "cuda")
-    codes = tuple(map(DIRECTIONS.index, directions))
-    return call("grouped_mamba_layer", *tensors, codes, eps, norm_eps, chunk, residual, save_states)[0]
+    return call_alone("grouped_mamba_layer", *tensors, codes, eps, norm_eps, chunk, residual)

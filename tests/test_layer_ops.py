@@ -64,14 +64,14 @@ def test_equals_the_composed_layer(monkeypatch, dtype, dim, shape, options, vari
 
 
 def arguments(layer, x, residual=False):
-    """Of grouped_mamba_layer_fwd, for a released or fused layer."""
+    """Of grouped_mamba_layer and grouped_mamba_layer_fwd, for a released or fused layer."""
     affinity, mamba = layer.affinity, layer.mamba
     fc = (affinity.fc1.weight, affinity.fc1.bias, affinity.fc2.weight, affinity.fc2.bias) if affinity else (None,) * 4
     codes = [DIRECTIONS.index(d) for d in layer.directions]
     chunk = chunk_tokens(layer_ops._padded(mamba.inner_dim), "cuda")
     tokens = x.permute(0, 2, 3, 1).contiguous().detach().requires_grad_()
     norm, proj = (layer.norm.weight, layer.norm.bias), (layer.proj.weight, layer.proj.bias)
-    scalars = (codes, layer.norm.eps, 1e-5, chunk, residual, True)
+    scalars = (codes, layer.norm.eps, 1e-5, chunk, residual)
     return tokens, *norm, *fc, *mamba.core_parameters(), mamba.out_proj_weight, layer.skip_scale, *proj, *scalars
 
 
@@ -81,6 +81,33 @@ def test_opcheck(variant, dim, affinity, residual):
     layer = make(dim, variant=variant, affinity=affinity).to("cuda")
     inputs = arguments(layer, image(2, dim, 5, 6, device="cuda", dtype=torch.float32), residual)
     torch.library.opcheck(torch.ops.groupmamba.grouped_mamba_layer_fwd, inputs)
+    detached = [t.detach() if isinstance(t, torch.Tensor) else t for t in inputs]
+    torch.library.opcheck(torch.ops.groupmamba.grouped_mamba_layer, detached)
+    with pytest.raises(RuntimeError, match="keeps nothing for a backward"):
+        torch.ops.groupmamba.grouped_mamba_layer(*inputs).sum().backward()
+
+
+@pytest.mark.parametrize("dim, options", [(64, {}), (44, {}), (44, {"affinity": False}), (32, {"expand": 2.0})])
+@pytest.mark.parametrize("variant", ["released", "fused"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inference_equals_training(dtype, variant, dim, options):
+    """The form that keeps nothing lets images take each other's places: same bits, and less memory."""
+    layer = make(dim, variant=variant, **options).to("cuda", dtype)
+    x = image(2, dim, 24, 33, device="cuda", dtype=dtype).to(memory_format=torch.channels_last)
+    results = []
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            y = layer(x, residual=True)
+            results.append((y.detach().clone(), torch.cuda.max_memory_allocated() - before))
+            del y
+    (training, most), (inference, least) = results
+    assert torch.equal(training, inference)
+    assert least < most
+    for p in layer.parameters():
+        p.requires_grad_(False)
+    assert not layer(x).requires_grad
 
 
 @pytest.mark.parametrize("dim", [64, 44, 348])
@@ -128,6 +155,18 @@ def test_pixels_of_any_distance():
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dim", [64, 44])  # without and with pads
+def test_channels_last_parameters(dim):
+    """`model.to(memory_format=torch.channels_last)` changes the strides of the convolution's weight, and no result."""
+    layer = make(dim).to("cuda")
+    x = image(2, dim, 6, 5, device="cuda", dtype=torch.float32)
+    expected = run(layer, x)
+    layer.to(memory_format=torch.channels_last)
+    assert not layer.mamba.conv_weight.is_contiguous()
+    for name, value in run(layer, x).items():
+        assert torch.equal(value, expected[name]), name
+
+
 def feed_forward(dim, hidden):
     torch.manual_seed(0)
     network, norm = ConvFeedForward(dim, hidden), TokenNorm(dim, eps=1e-6)
@@ -172,6 +211,11 @@ def test_feed_forward_opcheck():
     parameters = (t for m in (norm, mlp.fc1, mlp.dwconv, mlp.fc2) for t in (m.weight, m.bias))
     inputs = (x, *parameters, 1e-6, True)
     torch.library.opcheck(torch.ops.groupmamba.feed_forward_fwd, inputs)
+    detached = [t.detach() if isinstance(t, torch.Tensor) else t for t in inputs]
+    torch.library.opcheck(torch.ops.groupmamba.feed_forward, detached)
+    with torch.no_grad():
+        inference = mlp(x, norm, residual=True)
+    assert torch.equal(mlp(x, norm, residual=True).detach(), inference)
     torch.library.opcheck(torch.ops.groupmamba.token_norm_fwd, (x, norm.weight, norm.bias, 1e-6))
     with pytest.raises(RuntimeError, match="fc2_weight"):
         torch.ops.groupmamba.feed_forward_fwd(*inputs[:7], inputs[7][:, :4], *inputs[8:])

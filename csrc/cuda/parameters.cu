@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads) pack_parameters_kernel(const __grid_
     const int i1 = static_cast<int>(row - i0 * item.w1);
     float v = 0.f;
     if (i1 < item.n1 && i2 < item.n2) {
-        v = load_param<T>(item.from, (i0 * item.n1 + i1) * item.n2 + i2);
+        v = load_param<T>(item.from, i0 * item.strides[0] + i1 * item.strides[1] + i2 * item.strides[2]);
         if (item.negative_exp) v = -expf(v);
     }
     store_param<T>(item.to, element, v);

@@ -197,10 +197,11 @@ struct ReduceArgs {
     int64_t counts[kReduceTargets] = {};
 };
 
-// Parameters (n0, n1, n2) laid out as (n0, w1, w2) with zeros in the pads: rows of the products that follow are then
-// aligned, and in the dtype of the images.
+// Parameters (n0, n1, n2), of any strides, laid out as (n0, w1, w2) with zeros in the pads: rows of the products that
+// follow are then aligned, and in the dtype of the images.
 struct PackItem {
     ParamArg from;
+    int64_t strides[3] = {};  // of `from`, in elements
     ParamOut to;
     int n1 = 1, n2 = 1, w1 = 1, w2 = 1;
     bool negative_exp = false;  // A = -exp(A_log)

@@ -32,8 +32,9 @@ class ParamHolder {
 public:
     ParamArg operator()(const OptTensor& t) {
         if (!t) return {};
-        kept_.push_back(t->is_contiguous() ? *t : torch::stable::contiguous(*t));
-        return {kept_.back().data_ptr(), t->scalar_type() == ScalarType::Float};
+        if (t->is_contiguous()) return {t->data_ptr(), is_float(*t)};
+        kept_.push_back(torch::stable::contiguous(*t));
+        return {kept_.back().data_ptr(), is_float(*t)};
     }
 
 private:
@@ -42,7 +43,7 @@ private:
 
 inline ParamOut param_out(const Tensor& t, const OptTensor& input) {
     if (!input) return {};
-    return {t.data_ptr(), t.scalar_type() == ScalarType::Float};
+    return {t.data_ptr(), is_float(t)};
 }
 
 // True when every access to kVec adjacent channels of `image` is aligned to its size.

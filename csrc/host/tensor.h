@@ -10,12 +10,13 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "host/shape.h"
 
 // Checks a call of torch's C interface; torch 2.12 renamed its macro for that.
 #ifdef STABLE_TORCH_ERROR_CODE_CHECK
@@ -29,7 +30,6 @@ namespace gm {
 using Tensor = torch::stable::Tensor;
 using OptTensor = std::optional<Tensor>;
 using ScalarType = torch::headeronly::ScalarType;
-using Shape = std::vector<int64_t>;
 
 template <class... Parts>
 std::string message(const Parts&... parts) {
@@ -46,34 +46,53 @@ std::string message(const Parts&... parts) {
     } while (0)
 
 inline Shape shape_of(const Tensor& t) {
-    Shape shape(t.dim());
-    for (int64_t i = 0; i < t.dim(); ++i) shape[i] = t.size(i);
-    return shape;
+    const auto sizes = t.sizes();
+    return Shape(sizes.begin(), sizes.end());
 }
 
-inline std::string show(const Shape& shape) {
-    std::string text = "(";
-    for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
-    return text + ")";
+inline bool has_shape(const Tensor& t, const Shape& shape) {
+    const auto sizes = t.sizes();
+    return sizes.size() == shape.size() && std::equal(shape.begin(), shape.end(), sizes.begin());
+}
+
+// torch's codes, which compare in a tenth of the time of ScalarType and Device.
+inline int32_t dtype_code(const Tensor& t) {
+    int32_t code = 0;
+    GM_TORCH_CALL(aoti_torch_get_dtype(t.get(), &code));
+    return code;
+}
+
+inline bool is_float(const Tensor& t) { return dtype_code(t) == aoti_torch_dtype_float32(); }
+
+inline bool same_device(const Tensor& a, const Tensor& b) {
+    int32_t types[2] = {}, indices[2] = {};
+    GM_TORCH_CALL(aoti_torch_get_device_type(a.get(), &types[0]));
+    GM_TORCH_CALL(aoti_torch_get_device_type(b.get(), &types[1]));
+    GM_TORCH_CALL(aoti_torch_get_device_index(a.get(), &indices[0]));
+    GM_TORCH_CALL(aoti_torch_get_device_index(b.get(), &indices[1]));
+    return types[0] == types[1] && indices[0] == indices[1];
 }
 
 inline void check_shape(const Tensor& t, const char* name, const Shape& expected) {
-    GM_CHECK(shape_of(t) == expected, name, " must have shape ", show(expected), ", got ", show(shape_of(t)));
+    GM_CHECK(has_shape(t, expected), name, " must have shape ", show(expected), ", got ", show(shape_of(t)));
 }
 
 // A parameter: dtype of the image tensors or float32, same device.
-inline void check_parameter(const OptTensor& t, const char* name, const Shape& expected, const Tensor& image) {
-    if (!t) return;
-    check_shape(*t, name, expected);
-    GM_CHECK(t->scalar_type() == image.scalar_type() || t->scalar_type() == ScalarType::Float, name,
+inline void check_parameter(const Tensor& t, const char* name, const Shape& expected, const Tensor& image) {
+    check_shape(t, name, expected);
+    GM_CHECK(dtype_code(t) == dtype_code(image) || is_float(t), name,
              " must have the dtype of the image tensors or float32");
-    GM_CHECK(t->device() == image.device(), name, " is on another device");
+    GM_CHECK(same_device(t, image), name, " is on another device");
+}
+
+inline void check_parameter(const OptTensor& t, const char* name, const Shape& expected, const Tensor& image) {
+    if (t) check_parameter(*t, name, expected, image);
 }
 
 inline void check_image(const Tensor& t, const char* name, const Shape& expected, const Tensor& image) {
     check_shape(t, name, expected);
-    GM_CHECK(t.scalar_type() == image.scalar_type(), name, " has another dtype than the first image tensor");
-    GM_CHECK(t.device() == image.device(), name, " is on another device");
+    GM_CHECK(dtype_code(t) == dtype_code(image), name, " has another dtype than the first image tensor");
+    GM_CHECK(same_device(t, image), name, " is on another device");
 }
 
 inline Tensor empty_strided(const Shape& sizes, const Shape& strides, ScalarType dtype, const Tensor& device_of) {
@@ -130,6 +149,26 @@ inline Tensor empty_image(const Tensor& like, int64_t channels) {
 }
 
 inline Tensor empty_image_like(const Tensor& like) { return empty_image(like, like.size(like.dim() - 1)); }
+
+// The strides by which `t` reads as `sizes`, of as many elements; none where only a copy could.
+inline std::optional<Shape> view_strides(const Tensor& t, const Shape& sizes) {
+    if (t.is_contiguous()) return contiguous_strides(sizes);
+    const auto from = t.sizes(), steps = t.strides();
+    Shape strides(sizes.size());
+    size_t at = sizes.size();
+    for (size_t d = from.size(); d-- > 0;) {
+        // One stride walks dimension d and those before it that follow suit; as many of `sizes` must make them up.
+        const int64_t step = steps[d];
+        int64_t count = from[d], seen = 1;
+        for (; d > 0 && (from[d - 1] == 1 || steps[d - 1] == count * step); --d) count *= from[d - 1];
+        for (; at > 0 && (seen < count || sizes[at - 1] == 1); --at) {
+            strides[at - 1] = seen * step;
+            seen *= sizes[at - 1];
+        }
+        if (seen != count) return std::nullopt;
+    }
+    return strides;
+}
 
 // Another view of the storage of `t`, `offset` elements behind its first.
 inline Tensor alias(const Tensor& t, const Shape& sizes, const Shape& strides, int64_t offset = 0) {

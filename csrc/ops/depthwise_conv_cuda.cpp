@@ -34,12 +34,12 @@ void check_conv(const Tensor& x, const Tensor& weight, const OptTensor& bias, in
 
 }  // namespace
 
-Tensor depthwise_conv3x3_fwd(Tensor x, Tensor weight, OptTensor bias, int64_t activation) {
+void depthwise_conv3x3_fwd_into(const Tensor& y, Tensor x, Tensor weight, OptTensor bias, int64_t activation,
+                                const CudaContext& context) {
     check_conv(x, weight, bias, activation);
+    check_image(y, "y", shape_of(x), x);
     const DType dtype = dtype_of(x);
-    const CudaContext context(x);
-    Tensor y = empty_image_like(x);
-    if (y.numel() == 0) return y;
+    if (y.numel() == 0) return;
 
     x = canonical_image(x);
     ParamHolder param;
@@ -52,16 +52,14 @@ Tensor depthwise_conv3x3_fwd(Tensor x, Tensor weight, OptTensor bias, int64_t ac
     const int64_t size = static_cast<int64_t>(x.element_size());
     s.aligned = s.dim % kVec == 0 && allows_vectors(args.x, size) && allows_vectors(args.y, size);
     check_cuda(launch_depthwise_conv_fwd(args, dtype, context.stream()), "depthwise_conv3x3 forward");
-    return y;
 }
 
 ConvGradients conv3x3_bwd_into(const Tensor& dx, Tensor dy, Tensor x, Tensor weight, OptTensor bias, int64_t activation,
-                               const OptTensor& y, bool sum_dx) {
+                               const CudaContext& context, const OptTensor& y, bool sum_dx) {
     check_conv(x, weight, bias, activation);
     check_image(dy, "dy", shape_of(x), x);
     GM_CHECK(!y || activation != 0, "y without an activation is x's convolution, which is not computed");
     const DType dtype = dtype_of(x);
-    const CudaContext context(x);
     check_image(dx, "dx", shape_of(x), x);
     const int64_t channels = x.size(3) * x.size(4);
     ConvGradients out{empty_like_or_absent(weight, x), empty_like_or_absent(bias, x), {}};
@@ -107,10 +105,18 @@ ConvGradients conv3x3_bwd_into(const Tensor& dx, Tensor dy, Tensor x, Tensor wei
 
 namespace {
 
+Tensor depthwise_conv3x3_fwd(Tensor x, Tensor weight, OptTensor bias, int64_t activation) {
+    const CudaContext context(x);
+    const Tensor y = empty_image_like(x);
+    depthwise_conv3x3_fwd_into(y, x, weight, bias, activation, context);
+    return y;
+}
+
 std::tuple<Tensor, Tensor, Tensor> depthwise_conv3x3_bwd(Tensor dy, Tensor x, Tensor weight, OptTensor bias,
                                                          int64_t activation) {
+    const CudaContext context(x);
     const Tensor dx = empty_image_like(x);
-    const ConvGradients gradients = conv3x3_bwd_into(dx, dy, x, weight, bias, activation);
+    const ConvGradients gradients = conv3x3_bwd_into(dx, dy, x, weight, bias, activation, context);
     return {dx, gradients.dweight, gradients.dbias};
 }
 

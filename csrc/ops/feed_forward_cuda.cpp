@@ -2,14 +2,14 @@
 // The feed-forward network of a block on CUDA as one op: LayerNorm, fc1, depthwise convolution with GELU, fc2, and the
 // addition to the residual stream. The hidden image is written twice, before and after the convolution; the backward
 // keeps the first and computes the second again. A kernel that never writes it would replace this file's middle.
+#include "host/blas.h"
+#include "host/workspace.h"
 #include "ops/entries_cuda.h"
 #include "ops/parameter_pack.h"
 #include "ops/token_sums.h"
 
 namespace gm {
 namespace {
-
-constexpr int64_t kGelu = 2;  // code of csrc/schemas.cpp
 
 enum Packed { kFc1, kFc1Bias, kConv, kConvBias, kFc2, kFc2Bias };
 
@@ -37,8 +37,9 @@ FeedForwardSizes feed_forward_sizes(const Tensor& x, const FeedForwardParameters
     return s;
 }
 
-ParameterPack feed_forward_pack(const FeedForwardParameters& p, const FeedForwardSizes& s, ScalarType dtype) {
-    ParameterPack pack(dtype);
+ParameterPack feed_forward_pack(const FeedForwardParameters& p, const FeedForwardSizes& s, ScalarType dtype,
+                                Workspace& workspace) {
+    ParameterPack pack(dtype, workspace);
     const bool pads = s.hidden != s.hidden_pad;
     const auto per_channel = [&](const Tensor& t, int64_t row) {
         pack.add(t, {1, s.hidden, row}, s.hidden_pad, row, pads ? ScalarType::Float : t.scalar_type());
@@ -51,43 +52,85 @@ ParameterPack feed_forward_pack(const FeedForwardParameters& p, const FeedForwar
     return pack;
 }
 
-std::tuple<Tensor, Tensor, Tensor> feed_forward_fwd(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight,
-                                                    Tensor fc1_bias, Tensor conv_weight, Tensor conv_bias,
-                                                    Tensor fc2_weight, Tensor fc2_bias, double eps, bool residual) {
-    const FeedForwardParameters parameters{fc1_weight, fc1_bias, conv_weight, conv_bias, fc2_weight, fc2_bias};
-    const FeedForwardSizes s = feed_forward_sizes(x, parameters);
+struct FeedForwardPlaces {
+    Workspace::Piece xn, hidden;
+};
+// The layout of what the forward returns for its backward.
+FeedForwardPlaces reserve_saved(const FeedForwardSizes& s, Workspace& workspace) {
+    const Workspace::Piece xn = workspace.reserve_image(s.tokens() * s.channels_pad);
+    return {xn, workspace.reserve_image(s.tokens() * s.hidden_pad)};
+}
+
+struct FeedForward {
+    Tensor out;
+    Workspace saved;  // what the backward reads; without `save` empty
+};
+
+FeedForward feed_forward_forward(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias,
+                                 const FeedForwardParameters& p, double eps, bool residual, bool save) {
+    const FeedForwardSizes s = feed_forward_sizes(x, p);
     const DType dtype = dtype_of(x);
     const ScalarType type = x.scalar_type();
     const CudaContext context(x);
     const int64_t tokens = s.tokens();
-    ParameterPack pack = feed_forward_pack(parameters, s, type);
-    pack.pack(x, dtype, context.stream());
-
-    const Tensor out = empty_padded_image(s.batch, s.height, s.width, s.channels, x);
-    NormPoolInputs norm{x, norm_weight, norm_bias, eps, 1, s.channels_pad, NormPoolInputs::kNone};
-    if (residual) norm.sum = out, norm.sum_bias = fc2_bias;
-    const Tensor xn = alias(std::get<0>(layer_norm_pool_fwd(norm)), {tokens, s.channels_pad});
-    const Tensor hidden = empty({tokens, s.hidden_pad}, type, x);
-    matmul_bias_out(hidden, pack.get(kFc1Bias, {s.hidden_pad}), xn,
-                    transposed(pack.get(kFc1, {s.hidden_pad, s.channels_pad})));
-    const Tensor activated =
-        depthwise_conv3x3_fwd(alias(hidden, s.image(s.hidden_pad)), pack.get(kConv, {1, s.hidden_pad, 3, 3}),
-                              pack.get(kConvBias, {1, s.hidden_pad}), kGelu);
-    const Tensor rows = alias(activated, {tokens, s.hidden_pad}), out_rows = alias(out, {tokens, s.channels_pad});
-    const Tensor fc2 = transposed(pack.get(kFc2, {s.channels_pad, s.hidden_pad}));
-    if (residual) {
-        add_matmul(out_rows, rows, fc2);
-    } else {
-        matmul_bias_out(out_rows, pack.get(kFc2Bias, {s.channels_pad}), rows, fc2);
+    Workspace scratch(type), saved(type);
+    Workspace& kept = save ? saved : scratch;
+    ParameterPack pack = feed_forward_pack(p, s, type, scratch);
+    FeedForwardPlaces places;
+    Workspace::Piece activated_place;
+    if (save) {
+        places = reserve_saved(s, saved);
+        activated_place = scratch.reserve_image(tokens * s.hidden_pad);
+    } else {  // nothing reads xn when the convolution runs
+        places.hidden = scratch.reserve_image(tokens * s.hidden_pad);
+        places.xn = activated_place = scratch.reserve_image(tokens * std::max(s.channels_pad, s.hidden_pad));
     }
-    return {out, xn, hidden};
+    scratch.allocate(x), saved.allocate(x);
+    const Tensor out = empty_padded_image(s.batch, s.height, s.width, s.channels, x);
+    pack.fill(dtype, context.stream());
+
+    NormPoolInputs norm{x, norm_weight, norm_bias, eps};
+    if (residual) norm.sum = out, norm.sum_bias = p.fc2_bias;
+    layer_norm_pool_fwd_into(kept.get(places.xn, s.image(s.channels_pad)), norm, context);
+    const Tensor hidden = kept.get(places.hidden, {tokens, s.hidden_pad});
+    matmul_bias_out(hidden, pack.get(kFc1Bias, {s.hidden_pad}), kept.get(places.xn, {tokens, s.channels_pad}),
+                    pack.get_transposed(kFc1, {s.hidden_pad, s.channels_pad}));
+    const Tensor activated = scratch.get(activated_place, {tokens, s.hidden_pad});
+    const Shape image = s.image(s.hidden_pad);
+    depthwise_conv3x3_fwd_into(alias(activated, image), alias(hidden, image), pack.get(kConv, {1, s.hidden_pad, 3, 3}),
+                               pack.get(kConvBias, {1, s.hidden_pad}), kGelu, context);
+    const Tensor out_rows = alias(out, {tokens, s.channels_pad});
+    const Tensor fc2 = pack.get_transposed(kFc2, {s.channels_pad, s.hidden_pad});
+    if (residual) {
+        add_matmul(out_rows, activated, fc2);
+    } else {
+        matmul_bias_out(out_rows, pack.get(kFc2Bias, {s.channels_pad}), activated, fc2);
+    }
+    return {out, saved};
+}
+
+// With kSave groupmamba::feed_forward_fwd, without groupmamba::feed_forward.
+template <bool kSave>
+std::conditional_t<kSave, std::tuple<Tensor, Tensor>, Tensor> feed_forward(Tensor x, Tensor norm_weight,
+                                                                           Tensor norm_bias, Tensor fc1_weight,
+                                                                           Tensor fc1_bias, Tensor conv_weight,
+                                                                           Tensor conv_bias, Tensor fc2_weight,
+                                                                           Tensor fc2_bias, double eps, bool residual) {
+    const FeedForward done = feed_forward_forward(x, norm_weight, norm_bias,
+                                                  {fc1_weight, fc1_bias, conv_weight, conv_bias, fc2_weight, fc2_bias},
+                                                  eps, residual, kSave);
+    if constexpr (kSave) {
+        return {done.out, done.saved.images()};
+    } else {
+        return done.out;
+    }
 }
 
 using FeedForwardGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight, Tensor fc1_weight, Tensor fc1_bias,
                                       Tensor conv_weight, Tensor conv_bias, Tensor fc2_weight, Tensor fc2_bias,
-                                      Tensor xn, Tensor hidden, double eps, bool residual) {
+                                      Tensor saved, double eps, bool residual) {
     const FeedForwardParameters parameters{fc1_weight, fc1_bias, conv_weight, conv_bias, fc2_weight, fc2_bias};
     const FeedForwardSizes s = feed_forward_sizes(x, parameters);
     check_image(dout, "dout", shape_of(x), x);
@@ -95,8 +138,14 @@ FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight,
     const ScalarType type = x.scalar_type();
     const CudaContext context(x);
     const int64_t tokens = s.tokens();
-    ParameterPack pack = feed_forward_pack(parameters, s, type);
-    pack.pack(x, dtype, context.stream());
+    Workspace kept(type), scratch(type);
+    const FeedForwardPlaces places = reserve_saved(s, kept);
+    kept.adopt_images(saved, x);
+    const Tensor xn = kept.get(places.xn, {tokens, s.channels_pad});
+    const Tensor hidden = kept.get(places.hidden, {tokens, s.hidden_pad});
+    ParameterPack pack = feed_forward_pack(parameters, s, type, scratch);
+    scratch.allocate(x);
+    pack.fill(dtype, context.stream());
     ParameterSums sums;
     const auto as_batch = [](const Tensor& rows) { return alias(rows, {1, rows.size(0), rows.size(1)}); };
 
@@ -108,7 +157,7 @@ FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight,
     const Shape image = s.image(s.hidden_pad);
     const ConvGradients conv = conv3x3_bwd_into(
         alias(dhidden, image), alias(dactivated, image), alias(hidden, image), pack.get(kConv, {1, s.hidden_pad, 3, 3}),
-        pack.get(kConvBias, {1, s.hidden_pad}), kGelu, alias(activated, image), true);
+        pack.get(kConvBias, {1, s.hidden_pad}), kGelu, context, alias(activated, image), true);
     dactivated = Tensor();
     const WeightPartials fc2 = weight_partials(as_batch(dout_rows), as_batch(activated));
     activated = Tensor();
@@ -128,7 +177,7 @@ FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight,
     dhidden = Tensor();
     NormPoolGradients norm{alias(dxn, s.image(s.channels_pad)), std::nullopt, std::nullopt, std::nullopt, true};
     if (residual) norm.dx_more = dout;
-    const NormPoolResult normed = layer_norm_pool_bwd(norm, x, norm_weight, eps);
+    const NormPoolResult normed = layer_norm_pool_bwd(norm, x, norm_weight, eps, context);
     const Tensor dfc2_bias =
         sum_of_columns(sums, fc2_bias, normed.dx_more_sum, dout_rows, s.channels, dtype, context.stream());
     sums.launch(dtype, context.stream());
@@ -140,6 +189,7 @@ FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight,
 }  // namespace gm
 
 STABLE_TORCH_LIBRARY_IMPL(groupmamba, CUDA, m) {
-    m.impl("feed_forward_fwd", TORCH_BOX(&gm::feed_forward_fwd));
+    m.impl("feed_forward", TORCH_BOX(&gm::feed_forward<false>));
+    m.impl("feed_forward_fwd", TORCH_BOX(&gm::feed_forward<true>));
     m.impl("feed_forward_bwd", TORCH_BOX(&gm::feed_forward_bwd));
 }

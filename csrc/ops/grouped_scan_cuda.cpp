@@ -91,12 +91,14 @@ std::tuple<Tensor, Tensor> grouped_selective_scan_fwd(Tensor u, Tensor dt, Tenso
                                                       OptTensor norm_weight, OptTensor norm_bias, OptTensor gate,
                                                       std::vector<int64_t> directions, bool softplus, double norm_eps,
                                                       int64_t chunk, bool save_states) {
-    Tensor y = empty_image_like(u);
-    Tensor states = scan_fwd_into(y,
-                                  {u, dt, A, B, C, D, dt_weight, dt_bias, z, norm_weight, norm_bias, gate, directions,
-                                   softplus, norm_eps, 0, chunk},
-                                  save_states);
-    return {y, states};
+    const CudaContext context(u);
+    const ScanInputs in{u,           dt,        A,    B,          C,        D,        dt_weight, dt_bias, z,
+                        norm_weight, norm_bias, gate, directions, softplus, norm_eps, 0,         chunk};
+    const Tensor y = empty_image_like(u);
+    OptTensor states;
+    if (save_states) states = empty(states_shape(check_inputs(in), chunk), ScalarType::Float, u);
+    scan_fwd_into(y, states, in, context);
+    return {y, states ? *states : empty_absent(ScalarType::Float, u)};
 }
 
 using Gradients =
@@ -106,13 +108,14 @@ Gradients grouped_selective_scan_bwd(Tensor dy, Tensor u, Tensor dt, Tensor A, T
                                      OptTensor dt_weight, OptTensor dt_bias, OptTensor z, OptTensor norm_weight,
                                      OptTensor norm_bias, OptTensor gate, Tensor states,
                                      std::vector<int64_t> directions, bool softplus, double norm_eps, int64_t chunk) {
+    const CudaContext context(u);
     ScanImageGradients images{empty_image_like(u), empty_image_like(dt), empty_image_like(B), empty_image_like(C),
                               std::nullopt};
     if (z) images.dz = empty_image_like(*z);
     const ScanParameterGradients p = scan_bwd_into(images, dy,
                                                    {u, dt, A, B, C, D, dt_weight, dt_bias, z, norm_weight, norm_bias,
                                                     gate, directions, softplus, norm_eps, 0, chunk},
-                                                   states);
+                                                   states, context);
     const Tensor dz = z ? *images.dz : empty_absent(u.scalar_type(), u);
     return {images.du,    images.ddt, p.dA, images.dB,      images.dC,    p.dD,
             p.ddt_weight, p.ddt_bias, dz,   p.dnorm_weight, p.dnorm_bias, p.dgate};
@@ -120,16 +123,15 @@ Gradients grouped_selective_scan_bwd(Tensor dy, Tensor u, Tensor dt, Tensor A, T
 
 }  // namespace
 
-Tensor scan_fwd_into(const Tensor& y, ScanInputs in, bool save_states) {
+void scan_fwd_into(const Tensor& y, const OptTensor& states, ScanInputs in, const CudaContext& context) {
     const ScanSizes s = check_inputs(in);
+    check_image(y, "y", shape_of(in.u), in.u);
+    if (states) check_shape(*states, "states", states_shape(s, in.chunk));
     ScanFwdArgs args;
     args.shape = scan_shape(s, in);
     check_chunk(args.shape, in.chunk);
     const DType dtype = dtype_of(in.u);
-    const CudaContext context(in.u);
-    Tensor states =
-        save_states ? empty(states_shape(s, in.chunk), ScalarType::Float, in.u) : empty_absent(ScalarType::Float, in.u);
-    if (s.batch == 0 || s.tokens() == 0) return states;
+    if (s.batch == 0 || s.tokens() == 0) return;
 
     make_canonical(in);
     const bool sm90 = takes_grouped_scan_sm90(args.shape, in.z.has_value(), in.norm_weight.has_value(), dtype);
@@ -138,9 +140,9 @@ Tensor scan_fwd_into(const Tensor& y, ScanInputs in, bool save_states) {
     set_inputs(args, in, param);
     args.y = image_arg(y);
     Tensor scratch;
-    if (save_states) {
-        args.states = static_cast<float*>(states.data_ptr());
-        args.num_chunks = states.size(2);
+    if (states) {
+        args.states = static_cast<float*>(states->data_ptr());
+        args.num_chunks = states->size(2);
     } else if (s.states > 1) {
         scratch = carry_scratch(s, in.u);
         args.carry = static_cast<float*>(scratch.data_ptr());
@@ -161,10 +163,10 @@ Tensor scan_fwd_into(const Tensor& y, ScanInputs in, bool save_states) {
         args.shape.threads = scan_fwd_threads(args.shape.lanes, s.tokens());
         check_cuda(launch_grouped_scan_fwd(args, dtype, context.stream()), kName);
     }
-    return states;
 }
 
-ScanParameterGradients scan_bwd_into(const ScanImageGradients& images, Tensor dy, ScanInputs in, Tensor states) {
+ScanParameterGradients scan_bwd_into(const ScanImageGradients& images, Tensor dy, ScanInputs in, Tensor states,
+                                     const CudaContext& context) {
     const ScanSizes s = check_inputs(in);
     check_image(dy, "dy", shape_of(in.u), in.u);
     check_shape(states, "states", states_shape(s, in.chunk));
@@ -172,7 +174,6 @@ ScanParameterGradients scan_bwd_into(const ScanImageGradients& images, Tensor dy
     args.shape = scan_shape(s, in);
     check_chunk(args.shape, in.chunk);
     const DType dtype = dtype_of(in.u);
-    const CudaContext context(in.u);
 
     ScanParameterGradients p;
     p.dA = empty(shape_of(in.A), in.A.scalar_type(), in.u);

@@ -66,25 +66,23 @@ NormShape norm_shape(const NormSizes& s, double eps, const Images&... images) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> layer_norm_pool_fwd(NormPoolInputs in) {
+int64_t norm_strips(int64_t batch, int64_t tokens, int64_t groups, int64_t width) {
+    const int64_t slots = groups * round_up(width, kVec);
+    return norm_plan(batch, tokens, static_cast<int>(slots), kNormFwdBlocks).strips;
+}
+
+void layer_norm_pool_fwd_into(const Tensor& xn, NormPoolInputs in, const CudaContext& context) {
     Tensor& x = in.x;
     GM_CHECK(x.dim() == 4, "x must be (batch, H, W, C), got ", show(shape_of(x)));
-    const NormSizes sizes = norm_sizes(x, "xn", in.weight, std::max<int64_t>(in.groups, 1));
+    const NormSizes sizes = norm_sizes(x, "xn", in.weight, xn.dim() == 5 ? xn.size(3) : 1);
     check_norm_image(x, "x", sizes, x);
+    check_norm_image(xn, "xn", sizes, x);
     check_parameter(in.weight, "weight", {sizes.channels}, x);
     check_parameter(in.bias, "bias", {sizes.channels}, x);
     check_parameter(in.sum_bias, "sum_bias", {sizes.channels}, x);
     if (in.sum) check_norm_image(*in.sum, "sum", sizes, x);
     const DType dtype = dtype_of(x);
-    const CudaContext context(x);
-    Tensor xn = in.groups > 0 ? empty_group_major({sizes.batch, sizes.height, sizes.width, in.groups, in.width}, x)
-                              : empty_image_like(x);
-    const bool whole = in.pooling == NormPoolInputs::kWhole;
-    Tensor pooled = whole ? empty({x.size(0), x.size(3)}, ScalarType::Float, x) : empty_absent(ScalarType::Float, x);
-    if (x.numel() == 0) {
-        torch::stable::zero_(pooled);
-        return {xn, pooled};
-    }
+    if (x.numel() == 0) return;
 
     x = canonical_image(x);
     ParamHolder param;
@@ -95,25 +93,15 @@ std::tuple<Tensor, Tensor> layer_norm_pool_fwd(NormPoolInputs in) {
     const NormShape& s = args.shape;
     args.plan = norm_plan(s.batch, s.tokens, s.slots(), kNormFwdBlocks);
     args.weight = param(in.weight), args.bias = param(in.bias), args.sum_bias = param(in.sum_bias);
-    Tensor partials;
-    if (in.pooling != NormPoolInputs::kNone) {
-        partials = empty({s.batch, args.plan.strips, s.dim}, ScalarType::Float, x);
-        args.partials = static_cast<float*>(partials.data_ptr());
+    if (in.partials) {
+        check_shape(*in.partials, "partials", {s.batch, args.plan.strips, sizes.channels});
+        args.partials = static_cast<float*>(in.partials->data_ptr());
     }
     check_cuda(launch_layer_norm_pool_fwd(args, dtype, context.stream()), "layer_norm_pool forward");
-    if (in.pooling == NormPoolInputs::kPartial) return {xn, partials};
-    if (!whole) return {xn, pooled};
-
-    ReduceArgs reduce;
-    reduce.partials = args.partials;
-    reduce.segments = s.batch, reduce.rows = args.plan.strips, reduce.row_stride = reduce.columns = s.dim;
-    reduce.factor = 1.f / static_cast<float>(s.tokens);
-    reduce.targets[0] = param_out(pooled, pooled), reduce.counts[0] = s.dim;
-    check_cuda(launch_reduce_columns(reduce, dtype, context.stream()), "layer_norm_pool sums");
-    return {xn, pooled};
 }
 
-NormPoolResult layer_norm_pool_bwd(NormPoolGradients gradients, Tensor x, Tensor weight, double eps) {
+NormPoolResult layer_norm_pool_bwd(NormPoolGradients gradients, Tensor x, Tensor weight, double eps,
+                                   const CudaContext& context) {
     auto& [dxn, dxn_more, dpooled, dx_more, padded] = gradients;
     GM_CHECK(x.dim() == 4, "x must be (batch, H, W, C), got ", show(shape_of(x)));
     const NormSizes sizes = norm_sizes(x, "dxn", weight, dxn.dim() == 5 ? dxn.size(3) : 1);
@@ -128,7 +116,6 @@ NormPoolResult layer_norm_pool_bwd(NormPoolGradients gradients, Tensor x, Tensor
         GM_CHECK(dpooled->device() == x.device(), "dpooled is on another device");
     }
     const DType dtype = dtype_of(x);
-    const CudaContext context(x);
     Tensor dx =
         padded ? empty_padded_image(sizes.batch, sizes.height, sizes.width, sizes.channels, x) : empty_image_like(x);
     Tensor dweight = empty_like_or_absent(weight, x), dbias = empty_like_or_absent(weight, x);
@@ -187,15 +174,12 @@ NormSizes check_modulated(const Tensor& o, const Tensor& x, const Tensor& scale,
 
 }  // namespace
 
-Tensor modulated_layer_norm_fwd(Tensor o, Tensor x, Tensor scale, OptTensor gate, Tensor weight, Tensor bias,
-                                double eps, int64_t width) {
+void modulated_layer_norm_fwd_into(const Tensor& y, Tensor o, Tensor x, Tensor scale, OptTensor gate, Tensor weight,
+                                   Tensor bias, double eps, const CudaContext& context) {
     const NormSizes sizes = check_modulated(o, x, scale, gate, weight, bias);
+    check_norm_image(y, "y", sizes, x);
     const DType dtype = dtype_of(x);
-    const CudaContext context(x);
-    Shape shape{sizes.batch, sizes.height, sizes.width, sizes.channels};
-    if (width > 0) shape = {sizes.batch, sizes.height, sizes.width, sizes.groups, width};
-    Tensor y = empty(shape, x.scalar_type(), x);
-    if (y.numel() == 0) return y;
+    if (y.numel() == 0) return;
 
     o = canonical_image(o), x = canonical_image(x);
     ParamHolder param;
@@ -206,16 +190,13 @@ Tensor modulated_layer_norm_fwd(Tensor o, Tensor x, Tensor scale, OptTensor gate
     args.plan = norm_plan(s.batch, s.tokens, s.slots(), kNormFwdBlocks);
     args.scale = param(scale), args.gate = param(gate), args.weight = param(weight), args.bias = param(bias);
     check_cuda(launch_modulated_layer_norm_fwd(args, dtype, context.stream()), "modulated_layer_norm forward");
-    return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> modulated_layer_norm_bwd(Tensor dy, Tensor o, Tensor x,
-                                                                                    Tensor scale, OptTensor gate,
-                                                                                    Tensor weight, double eps) {
+ModulatedGradients modulated_layer_norm_bwd(Tensor dy, Tensor o, Tensor x, Tensor scale, OptTensor gate, Tensor weight,
+                                            double eps, const CudaContext& context) {
     const NormSizes sizes = check_modulated(o, x, scale, gate, weight, std::nullopt);
     check_norm_image(dy, "dy", sizes, x);
     const DType dtype = dtype_of(x);
-    const CudaContext context(x);
     Tensor d_o = empty_image_like(o), dx = empty_image_like(x);
     Tensor dscale = empty_like_or_absent(scale, x), dgate = empty_like_or_absent(gate, x);
     Tensor dweight = empty_like_or_absent(weight, x), dbias = empty_like_or_absent(weight, x);
@@ -259,28 +240,60 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> modulated_layer_norm_
 namespace {
 
 std::tuple<Tensor, Tensor> pool_fwd(Tensor x, Tensor weight, Tensor bias, double eps) {
-    return layer_norm_pool_fwd({x, weight, bias, eps});
+    GM_CHECK(x.dim() == 4, "x must be (batch, H, W, C), got ", show(shape_of(x)));
+    const CudaContext context(x);
+    const int64_t batch = x.size(0), tokens = x.size(1) * x.size(2), channels = x.size(3);
+    const Tensor xn = empty_image_like(x);
+    Tensor pooled = empty({batch, channels}, ScalarType::Float, x);
+    const int64_t strips = norm_strips(batch, tokens, 1, channels);
+    const Tensor partials = empty({batch, strips, channels}, ScalarType::Float, x);
+    layer_norm_pool_fwd_into(xn, {x, weight, bias, eps, partials}, context);
+    if (x.numel() == 0) {
+        torch::stable::zero_(pooled);
+        return {xn, pooled};
+    }
+    ReduceArgs reduce;
+    reduce.partials = static_cast<const float*>(partials.data_ptr());
+    reduce.segments = batch, reduce.rows = strips, reduce.row_stride = reduce.columns = channels;
+    reduce.factor = 1.f / static_cast<float>(tokens);
+    reduce.targets[0] = param_out(pooled, pooled), reduce.counts[0] = channels;
+    check_cuda(launch_reduce_columns(reduce, dtype_of(x), context.stream()), "layer_norm_pool sums");
+    return {xn, pooled};
 }
 
 std::tuple<Tensor, Tensor, Tensor> pool_bwd(Tensor dxn, Tensor dpooled, Tensor x, Tensor weight, double eps) {
     GM_CHECK(dxn.dim() == 4, "dxn must be (batch, H, W, C), got ", show(shape_of(dxn)));
-    const NormPoolResult r = layer_norm_pool_bwd({dxn, std::nullopt, dpooled}, x, weight, eps);
+    const CudaContext context(x);
+    const NormPoolResult r = layer_norm_pool_bwd({dxn, std::nullopt, dpooled}, x, weight, eps, context);
     return {r.dx, r.dweight, r.dbias};
 }
 
 Tensor token_norm_fwd(Tensor x, Tensor weight, Tensor bias, double eps) {
-    return std::get<0>(layer_norm_pool_fwd({x, weight, bias, eps, 0, 0, NormPoolInputs::kNone}));
+    const CudaContext context(x);
+    const Tensor xn = empty_image_like(x);
+    layer_norm_pool_fwd_into(xn, {x, weight, bias, eps}, context);
+    return xn;
 }
 
 std::tuple<Tensor, Tensor, Tensor> token_norm_bwd(Tensor dy, Tensor x, Tensor weight, double eps) {
     GM_CHECK(dy.dim() == 4, "dy must be (batch, H, W, C), got ", show(shape_of(dy)));
-    const NormPoolResult r = layer_norm_pool_bwd({dy}, x, weight, eps);
+    const CudaContext context(x);
+    const NormPoolResult r = layer_norm_pool_bwd({dy}, x, weight, eps, context);
     return {r.dx, r.dweight, r.dbias};
 }
 
 Tensor modulated_fwd(Tensor o, Tensor x, Tensor scale, OptTensor gate, Tensor weight, Tensor bias, double eps) {
     GM_CHECK(x.dim() == 4, "x must be (batch, H, W, C), got ", show(shape_of(x)));
-    return modulated_layer_norm_fwd(o, x, scale, gate, weight, bias, eps, 0);
+    const CudaContext context(x);
+    const Tensor y = empty(shape_of(x), x.scalar_type(), x);
+    modulated_layer_norm_fwd_into(y, o, x, scale, gate, weight, bias, eps, context);
+    return y;
+}
+
+ModulatedGradients modulated_bwd(Tensor dy, Tensor o, Tensor x, Tensor scale, OptTensor gate, Tensor weight,
+                                 double eps) {
+    const CudaContext context(x);
+    return modulated_layer_norm_bwd(dy, o, x, scale, gate, weight, eps, context);
 }
 
 }  // namespace
@@ -292,5 +305,5 @@ STABLE_TORCH_LIBRARY_IMPL(groupmamba, CUDA, m) {
     m.impl("token_norm_fwd", TORCH_BOX(&gm::token_norm_fwd));
     m.impl("token_norm_bwd", TORCH_BOX(&gm::token_norm_bwd));
     m.impl("modulated_layer_norm_fwd", TORCH_BOX(&gm::modulated_fwd));
-    m.impl("modulated_layer_norm_bwd", TORCH_BOX(&gm::modulated_layer_norm_bwd));
+    m.impl("modulated_layer_norm_bwd", TORCH_BOX(&gm::modulated_bwd));
 }

@@ -2,82 +2,95 @@
 // Parameters cast, padded and transformed by one launch, and their gradients on the way back.
 #pragma once
 
+#include <array>
+
 #include "cuda/launch.h"
-#include "host/blas.h"
 #include "host/cuda_args.h"
 #include "host/stream.h"
+#include "host/workspace.h"
 
 namespace gm {
 
-// Parameters in the order of add(). One that needs no change is used as it is; the others lie in one buffer of the
-// images' dtype and one of float32.
+// Parameters in the order of add(). One that needs no change is used as it is; the others, and those that are not
+// contiguous, get places in a workspace, which fill() writes once it is allocated.
 class ParameterPack {
 public:
-    explicit ParameterPack(ScalarType image_dtype) : image_dtype_(image_dtype) {}
+    ParameterPack(ScalarType image_dtype, Workspace& workspace) : image_dtype_(image_dtype), workspace_(workspace) {
+        entries_.reserve(kMaxPackItems);
+    }
 
     // `t`, seen as (n0, n1, n2), as (n0, w1, w2) in `dtype`: the images' dtype or float32.
-    void add(const Tensor& t, const Shape& sizes, int64_t w1, int64_t w2, ScalarType dtype, bool negative_exp = false) {
-        Entry e{t, sizes, w1, w2, dtype, negative_exp, -1};
+    void add(const Tensor& t, const std::array<int64_t, 3>& sizes, int64_t w1, int64_t w2, ScalarType dtype,
+             bool negative_exp = false) {
+        Entry e{t, sizes, w1, w2, negative_exp, std::nullopt};
         const bool same = !negative_exp && w1 == sizes[1] && w2 == sizes[2] && t.scalar_type() == dtype;
         if (!same || !t.is_contiguous()) {
-            int64_t& end = dtype == ScalarType::Float ? float_end_ : low_end_;
-            e.offset = end;
-            end += round_up(sizes[0] * w1 * w2, 16);
+            const int64_t count = sizes[0] * w1 * w2;
+            e.place = dtype == image_dtype_ ? workspace_.reserve_image(count) : workspace_.reserve_float(count);
         }
         entries_.push_back(e);
     }
 
-    // Allocates the buffers and fills them.
-    void pack(const Tensor& device_of, DType dtype, cudaStream_t stream) {
-        low_ = empty({low_end_}, image_dtype_, device_of);
-        full_ = empty({float_end_}, ScalarType::Float, device_of);
+    void fill(DType dtype, cudaStream_t stream) {
         PackArgs args;
         ParamHolder param;
         for (const Entry& e : entries_) {
-            if (e.offset < 0) continue;
+            if (!e.place) continue;
             GM_CHECK(args.count < kMaxPackItems, "too many parameters for one launch");
+            const auto& [n0, n1, n2] = e.sizes;
             PackItem& item = args.items[args.count++];
-            const Tensor to = view_of(e);
-            item.from = param(e.tensor);
-            item.to = {to.data_ptr(), e.dtype == ScalarType::Float};
-            item.n1 = static_cast<int>(e.sizes[1]), item.n2 = static_cast<int>(e.sizes[2]);
+            // A model in torch.channels_last has its convolutions' weights so: read in place like any view.
+            const std::optional<Shape> strides = view_strides(e.tensor, {n0, n1, n2});
+            if (strides) {
+                item.from = {e.tensor.data_ptr(), is_float(e.tensor)};
+                std::copy(strides->begin(), strides->end(), item.strides);
+            } else {
+                item.from = param(e.tensor);
+                item.strides[0] = n1 * n2, item.strides[1] = n2, item.strides[2] = 1;
+            }
+            item.to = {workspace_.address(*e.place), e.place->is_float};
+            item.n1 = static_cast<int>(n1), item.n2 = static_cast<int>(n2);
             item.w1 = static_cast<int>(e.w1), item.w2 = static_cast<int>(e.w2);
             item.negative_exp = e.negative_exp;
-            item.count = e.sizes[0] * e.w1 * e.w2;
+            item.count = n0 * e.w1 * e.w2;
         }
         check_cuda(launch_pack_parameters(args, dtype, stream), "parameters");
     }
 
     // Parameter i, shaped `shape`, which has n0 * w1 * w2 elements.
-    Tensor get(int i, const Shape& shape) const {
-        const Entry& e = entries_[static_cast<size_t>(i)];
-        if (e.offset < 0) return alias(e.tensor, shape);
-        return alias(e.dtype == ScalarType::Float ? full_ : low_, shape, contiguous_strides(shape), e.offset);
+    Tensor get(int i, const Shape& shape) const { return get(i, shape, contiguous_strides(shape)); }
+
+    // The same with the last two dimensions swapped.
+    Tensor get_transposed(int i, Shape shape) const {
+        Shape strides = contiguous_strides(shape);
+        const size_t last = shape.size() - 1;
+        std::swap(shape[last], shape[last - 1]), std::swap(strides[last], strides[last - 1]);
+        return get(i, shape, strides);
     }
 
 private:
     struct Entry {
         Tensor tensor;
-        Shape sizes;
+        std::array<int64_t, 3> sizes;
         int64_t w1, w2;
-        ScalarType dtype;
         bool negative_exp;
-        int64_t offset;  // in its buffer; -1 where the parameter itself is used
+        std::optional<Workspace::Piece> place;  // none where the parameter itself is used
     };
-    Tensor view_of(const Entry& e) const {
-        const Shape shape{e.sizes[0], e.w1, e.w2};
-        return alias(e.dtype == ScalarType::Float ? full_ : low_, shape, contiguous_strides(shape), e.offset);
+    Tensor get(int i, const Shape& shape, const Shape& strides) const {
+        const Entry& e = entries_[static_cast<size_t>(i)];
+        return e.place ? workspace_.get(*e.place, shape, strides) : alias(e.tensor, shape, strides);
     }
 
     ScalarType image_dtype_;
-    Tensor low_, full_;
-    int64_t low_end_ = 0, float_end_ = 0;
+    Workspace& workspace_;
     std::vector<Entry> entries_;
 };
 
 // Gradients of parameters, queued one by one and computed by one launch.
 class ParameterSums {
 public:
+    ParameterSums() { kept_.reserve(4 * kMaxSumItems); }
+
     // A gradient like `parameter`, seen as (n0 * inner, n1, n2), from `parts` parts of (inner, w1, w2) for each of n0.
     Tensor add(const Tensor& parameter, const Shape& sizes, const Tensor& from, int64_t w1, int64_t w2,
                int64_t parts = 1, int64_t inner = 1, const OptTensor& add = std::nullopt,
@@ -86,16 +99,16 @@ public:
         Tensor gradient = empty(shape_of(parameter), parameter.scalar_type(), from);
         kept_.push_back(from), kept_.push_back(gradient);
         SumItem& item = args_.items[args_.count++];
-        item.from = {from.data_ptr(), from.scalar_type() == ScalarType::Float};
+        item.from = {from.data_ptr(), is_float(from)};
         if (add) {
             kept_.push_back(*add);
-            item.add = {add->data_ptr(), add->scalar_type() == ScalarType::Float};
+            item.add = {add->data_ptr(), is_float(*add)};
         }
         if (scale) {
             kept_.push_back(*scale);
             item.scale = static_cast<const float*>(scale->data_ptr());
         }
-        item.to = {gradient.data_ptr(), gradient.scalar_type() == ScalarType::Float};
+        item.to = {gradient.data_ptr(), is_float(gradient)};
         item.n1 = static_cast<int>(sizes[1]), item.n2 = static_cast<int>(sizes[2]);
         item.w1 = static_cast<int>(w1), item.w2 = static_cast<int>(w2);
         item.inner = static_cast<int>(inner), item.parts = static_cast<int>(parts);

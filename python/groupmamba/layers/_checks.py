@@ -48,6 +48,8 @@ def image_input(x: Tensor, dim: int, parameter: Tensor) -> None:
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     if x.dim() not in (3, 4) or x.shape[-3] != dim:
         raise ValueError(f"x must be (batch, {dim}, H, W) or ({dim}, H, W), got shape {tuple(x.shape)}")
+    if x.dtype == parameter.dtype:
+        return
     kind = x.device.type
-    if x.dtype != parameter.dtype and not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         raise TypeError(f"x must have the module's dtype {parameter.dtype} outside autocast, got {x.dtype}")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import groupmamba_ext as ext
 from groupmamba.layers._checks import positive_int
+from groupmamba.layers._lookup import AFFINE, parameters_of
 from groupmamba.layers.token_linear import token_linear
 from groupmamba_ext.layer_ops import feed_forward, takes_image
 
@@ -59,11 +60,12 @@ class ConvFeedForward(nn.Module):
             (batch, H, W, dim); on CUDA with ``norm``, pixels lie a multiple of 8 channels apart.
         """
         if norm is not None and takes_image(x):
+            modules = self._modules
             layers = {
-                "norm": (norm.weight, norm.bias),
-                "fc1": (self.fc1.weight, self.fc1.bias),
-                "conv": (self.dwconv.weight, self.dwconv.bias),
-                "fc2": (self.fc2.weight, self.fc2.bias),
+                "norm": parameters_of(norm, AFFINE),
+                "fc1": parameters_of(modules["fc1"], AFFINE),
+                "conv": parameters_of(modules["dwconv"], AFFINE),
+                "fc2": parameters_of(modules["fc2"], AFFINE),
             }
             return feed_forward(x, **layers, eps=norm.eps, residual=residual)
         hidden = _linear(x if norm is None else norm(x), self.fc1)

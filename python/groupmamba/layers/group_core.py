@@ -11,11 +11,16 @@ from torch import Tensor, nn
 
 import groupmamba_ext as ext
 from groupmamba.layers._checks import direction_names, positive_int, scaled_width
+from groupmamba.layers._lookup import parameters_of
 from groupmamba.layers.token_linear import token_linear
 
 SCANS = ("grouped", "cross")
 NORM_EPS = 1e-5
 STEP_MIN, STEP_MAX, STEP_FLOOR = 1e-3, 0.1, 1e-4
+_CORE = (
+    "in_proj_weight", "conv_weight", "conv_bias", "x_proj_weight", "dt_weight", "dt_bias", "A_log", "D",
+    "out_norm_weight", "out_norm_bias",
+)  # fmt: skip
 
 
 class GroupCore(nn.Module):
@@ -127,12 +132,9 @@ class GroupCore(nn.Module):
         for weight in (self.dt_bias, self.A_log, self.D):
             weight._no_weight_decay = True
 
-    def core_parameters(self) -> tuple[Tensor, ...]:
+    def core_parameters(self) -> list[Tensor | None]:
         """All but out_proj, in the order of :func:`groupmamba_ext.layer_ops.grouped_mamba_layer`."""
-        return (
-            self.in_proj_weight, self.conv_weight, self.conv_bias, self.x_proj_weight, self.dt_weight, self.dt_bias,
-            self.A_log, self.D, self.out_norm_weight, self.out_norm_bias,
-        )  # fmt: skip
+        return parameters_of(self, _CORE)
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """Runs every group along its path.

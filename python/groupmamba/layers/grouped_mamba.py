@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 import groupmamba_ext as ext
 from groupmamba.layers._checks import direction_names, image_input, positive_int
+from groupmamba.layers._lookup import AFFINE, parameters_of
 from groupmamba.layers.channel_affinity import ChannelAffinity
 from groupmamba.layers.group_core import SCANS, GroupCore
 from groupmamba.layers.token_linear import token_linear
 from groupmamba.layers.vsss import GroupedVSSS
-from groupmamba_ext.layer_ops import can_fuse, grouped_mamba_layer
+from groupmamba_ext.layer_ops import can_fuse, grouped_mamba_layer, scan_constants
 
 GROUPS = 4
 PAPER_ORDER = ("lr", "rl", "tb", "bt")
@@ -120,6 +121,10 @@ class GroupedMamba2d(nn.Module):
             gates = dim if variant == "released" else GROUPS * self.mamba.inner_dim
             self.proj = nn.Linear(gates, dim, **place)
             self.skip_scale = nn.Parameter(torch.empty(1, **place)) if variant == "released" else None
+            # What every call would look up or work out again.
+            self._one_op = scan == "grouped" and d_conv == 3
+            self._inner_dim = self.mamba.inner_dim
+            self._scan_constants = scan_constants(self.directions, self._inner_dim)
         self.affinity = ChannelAffinity(dim, reduction, out_dim=gates, **place) if affinity else None
         self._reset_own_parameters()
 
@@ -141,18 +146,22 @@ class GroupedMamba2d(nn.Module):
 
     def forward(self, x: Tensor, *, residual: bool = False) -> Tensor:
         """The layer, or with ``residual`` ``x`` plus it, which on CUDA costs no pass of its own."""
-        image_input(x, self.dim, next(self.parameters()))
-        if self.variant == "paper":
+        paper = self.variant == "paper"
+        first = self._parameters.get("skip_scale")
+        if first is None:
+            first = next(self.parameters()) if paper else self._modules["norm"].weight
+        image_input(x, self.dim, first)
+        if paper:
             y = self.vsss(x)
             y = y if self.affinity is None else y * self.affinity(x).to(y.dtype)[..., None, None]
             return x + y if residual else y
-        image = (x if x.dim() == 4 else x.unsqueeze(0)).permute(0, 2, 3, 1)
-        y = self._tokens(image, residual).permute(0, 3, 1, 2)
-        return y if x.dim() == 4 else y.squeeze(0)
+        if x.dim() == 4:
+            return self._tokens(x.permute(0, 2, 3, 1), residual).permute(0, 3, 1, 2)
+        return self._tokens(x.unsqueeze(0).permute(0, 2, 3, 1), residual).permute(0, 3, 1, 2).squeeze(0)
 
     def _tokens(self, x: Tensor, residual: bool) -> Tensor:
         """The released and fused variants on (batch, H, W, dim)."""
-        if self.scan == "grouped" and self.mamba.conv_weight is not None and can_fuse(x, self.mamba.inner_dim):
+        if self._one_op and can_fuse(x, self._inner_dim):
             return self._fused(x, residual)
         mixed = self._mix(x.contiguous())
         y = token_linear(mixed.flatten(0, 2).unsqueeze(0), self.proj.weight.unsqueeze(0), self.proj.bias)
@@ -160,19 +169,22 @@ class GroupedMamba2d(nn.Module):
         return x + y if residual else y
 
     def _fused(self, x: Tensor, residual: bool) -> Tensor:
-        mamba, affinity = self.mamba, self.affinity
+        modules = self._modules
+        norm, mamba, affinity = modules["norm"], modules["mamba"], modules.get("affinity")
+        if affinity is not None:
+            affinity = [*parameters_of(affinity.fc1, AFFINE), *parameters_of(affinity.fc2, AFFINE)]
+        codes, chunk = self._scan_constants
         return grouped_mamba_layer(
             x,
-            norm=(self.norm.weight, self.norm.bias),
-            affinity=None
-            if affinity is None
-            else (affinity.fc1.weight, affinity.fc1.bias, affinity.fc2.weight, affinity.fc2.bias),
+            norm=parameters_of(norm, AFFINE),
+            affinity=affinity,
             core=mamba.core_parameters(),
             out_proj_weight=mamba.out_proj_weight,
             skip_scale=self.skip_scale,
-            proj=(self.proj.weight, self.proj.bias),
-            directions=self.directions,
-            eps=self.norm.eps,
+            proj=parameters_of(modules["proj"], AFFINE),
+            codes=codes,
+            chunk=chunk,
+            eps=norm.eps,
             residual=residual,
         )
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from groupmamba.layers._lookup import AFFINE, parameters_of
 from groupmamba_ext.layer_ops import takes_image, token_norm
-from groupmamba_ext.ops import _autocast
 
 
 class TokenNorm(nn.LayerNorm):
@@ -20,6 +20,5 @@ class TokenNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 4 and takes_image(x):
-            (x,) = _autocast(x)
-            return token_norm(x, self.weight, self.bias, self.eps)
+            return token_norm(x, *parameters_of(self, AFFINE), self.eps)
         return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)

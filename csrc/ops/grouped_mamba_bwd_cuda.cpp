@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: Apache-2.0
+// The backward of the GroupMamba layer on CUDA, in the order of its forward read backwards.
+#include "host/blas.h"
+#include "ops/grouped_mamba.h"
+#include "ops/token_sums.h"
+
+namespace gm {
+namespace {
+
+using LayerGradients =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+               Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerParameters& p,
+                              const LayerScalars& scalars, const Tensor& saved_images, const Tensor& saved_floats) {
+    const LayerSizes s = layer_sizes(x, p, scalars.chunk);
+    check_image(dout, "dout", shape_of(x), x);
+    const DType dtype = dtype_of(x);
+    const ScalarType type = x.scalar_type();
+    const CudaContext context(x);
+    const int64_t tokens = s.tokens(), g = s.groups, e = s.inner, e_pad = s.inner_pad, d_pad = s.dim_pad;
+    Workspace saved(type), scratch(type);
+    const LayerPlaces places = reserve_layer(s, true, saved);
+    saved.adopt_images(saved_images, x), saved.adopt_floats(saved_floats, x);
+    const LayerImages images = layer_images(s, places, true, saved);
+    ParameterPack pack = layer_pack(p, s, type, scratch);
+    scratch.allocate(x);
+    pack.fill(dtype, context.stream());
+    ParameterSums sums;
+
+    // From the output to the scan.
+    const PaddedRows dout_padded(dout);
+    const Tensor dout_rows = dout_padded.rows();
+    const WeightPartials proj = weight_partials(alias(dout_rows, {1, tokens, s.channels_pad}),
+                                                alias(s.merges ? images.mixed : images.y, {1, tokens, s.mixed}));
+    const Tensor dproj = sums.add(p.proj_weight, {1, s.channels * g, p.proj_weight.size(1) / g}, proj.values,
+                                  s.channels_pad * g, s.mixed / g, proj.parts);
+    Tensor dmixed = empty({tokens, s.mixed}, type, x);
+    matmul_out(dmixed, dout_rows, pack.get(kProj, {s.channels_pad, s.mixed}));
+
+    Tensor dy = alias(dmixed, {s.batch, s.height, s.width, g, s.mixed / g});
+    OptTensor dout_proj, dscale, dmix_weight, dmix_bias, dxn, dgate;
+    if (s.merges) {
+        OptTensor flat_gate;
+        if (s.gated()) flat_gate = alias(*images.gate, {s.batch, s.channels});
+        auto [d_o, dxn_merge, dscale_merge, dgate_merge, dweight, dbias] = modulated_layer_norm_bwd(
+            dy, images.o, images.xn, *p.skip_scale, flat_gate, p.norm_weight, scalars.eps, context);
+        dy = dmixed = Tensor();
+        dxn = dxn_merge, dscale = dscale_merge, dmix_weight = dweight, dmix_bias = dbias;
+        if (s.gated()) dgate = alias(dgate_merge, shape_of(*images.gate));
+        const Tensor do_rows = rows_of(d_o, s, d_pad);
+        const WeightPartials out_proj = weight_partials(do_rows, rows_of(images.y, s, e_pad));
+        dout_proj = sums.add(*p.out_proj_weight, {g, s.dim, e}, out_proj.values, d_pad, e_pad, out_proj.parts);
+        const Tensor dy_rows = empty({g, tokens, e_pad}, type, x);
+        matmul_out(dy_rows, do_rows, pack.get(kOutProj, {g, d_pad, e_pad}));
+        dy = image_of(dy_rows, s, e_pad);
+    }
+
+    // From the scan to the image.
+    Tensor du = empty({g, tokens, e_pad}, type, x), duz = empty({g, tokens, 2 * e_pad}, type, x);
+    Tensor dfeatures = empty({g, tokens, s.features_pad}, type, x);
+    if (s.features < s.features_pad) {  // the scan leaves the pads alone
+        const size_t bytes = static_cast<size_t>(dfeatures.numel()) * dfeatures.element_size();
+        check_cuda(cudaMemsetAsync(dfeatures.data_ptr(), 0, bytes, context.stream()), "pads of the features");
+    }
+    // The views live for this call only: they would keep du, duz and dfeatures from being freed.
+    const ScanParameterGradients scan =
+        scan_bwd_into({image_of(du, s, e_pad), image_of(dfeatures, s, s.rank), image_of(dfeatures, s, s.states, s.rank),
+                       image_of(dfeatures, s, s.states, s.rank + s.states), image_of(duz, s, e_pad, e_pad)},
+                      dy, scan_inputs(pack, s, images, scalars), *images.states, context);
+    dy = Tensor(), dmixed = Tensor();
+    if (s.gates_scan()) dgate = scan.dgate;
+
+    const WeightPartials x_proj = weight_partials(dfeatures, images.u);
+    add_matmul(du, dfeatures, pack.get(kXProj, {g, s.features_pad, e_pad}));
+    dfeatures = Tensor();
+    const ConvGradients conv =
+        conv3x3_bwd_into(image_of(duz, s, e_pad), image_of(du, s, e_pad), image_of(images.uz, s, e_pad),
+                         pack.get(kConvWeight, {g, e_pad, 3, 3}), pack.get(kConvBias, {g, e_pad}), kSilu, context);
+    du = Tensor();
+
+    const WeightPartials in_proj = weight_partials(duz, rows_of(images.xn, s, d_pad));
+    Tensor dxn_rows = empty({g, tokens, d_pad}, type, x);
+    matmul_out(dxn_rows, duz, pack.get(kInProj, {g, 2 * e_pad, d_pad}));
+    duz = Tensor();
+
+    OptTensor dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias, dpooled;
+    if (s.gated()) {
+        ParamHolder param;
+        AffinityArgs args = affinity_args(p, s, images, param);
+        check_shape(*dgate, "dgate", shape_of(*images.gate));
+        const Tensor inner = empty({s.batch, args.out_dim + args.hidden}, ScalarType::Float, x);
+        dpooled = empty({s.batch, s.channels}, ScalarType::Float, x);
+        dfc1_weight = empty_like_or_absent(p.fc1_weight, x), dfc1_bias = empty_like_or_absent(p.fc1_bias, x);
+        dfc2_weight = empty_like_or_absent(p.fc2_weight, x), dfc2_bias = empty_like_or_absent(p.fc2_bias, x);
+        args.dgate = static_cast<const float*>(dgate->data_ptr());
+        args.dpooled = static_cast<float*>(dpooled->data_ptr()), args.scratch = static_cast<float*>(inner.data_ptr());
+        args.dfc1_weight = param_out(*dfc1_weight, p.fc1_weight), args.dfc1_bias = param_out(*dfc1_bias, p.fc1_bias);
+        args.dfc2_weight = param_out(*dfc2_weight, p.fc2_weight), args.dfc2_bias = param_out(*dfc2_bias, p.fc2_bias);
+        check_cuda(launch_channel_affinity_bwd(args, dtype, context.stream()), "channel affinity backward");
+    }
+    NormPoolGradients norm{image_of(dxn_rows, s, d_pad), dxn, dpooled, std::nullopt, true};
+    if (scalars.residual) norm.dx_more = dout;
+    auto [dx, dnorm_weight, dnorm_bias, dout_sum] = layer_norm_pool_bwd(norm, x, p.norm_weight, scalars.eps, context);
+    const Tensor dproj_bias =
+        sum_of_columns(sums, p.proj_bias, dout_sum, dout_rows, s.channels, dtype, context.stream());
+
+    const Tensor din_proj =
+        sums.add(p.in_proj_weight, {2 * g, e, s.dim}, in_proj.values, e_pad, d_pad, in_proj.parts, 2);
+    const Tensor dx_proj =
+        sums.add(p.x_proj_weight, {g, s.features, e}, x_proj.values, s.features_pad, e_pad, x_proj.parts);
+    // A = -exp(A_log), so dA_log = dA * A.
+    const Tensor dA_log = sums.add(p.A_log, {g, e, s.states}, scan.dA, e_pad, s.states, 1, 1, std::nullopt,
+                                   pack.get(kA, {g, e_pad, s.states}));
+    const auto cropped = [&](const Tensor& parameter, const Tensor& gradient, int64_t row) {
+        return e == e_pad ? gradient : sums.add(parameter, {g, e, row}, gradient, e_pad, row);
+    };
+    const Tensor dconv_weight = cropped(p.conv_weight, conv.dweight, 9),
+                 dconv_bias = cropped(p.conv_bias, conv.dbias, 1);
+    const Tensor ddt_weight = cropped(p.dt_weight, scan.ddt_weight, s.rank);
+    const Tensor ddt_bias = cropped(p.dt_bias, scan.ddt_bias, 1), dD = cropped(p.D, scan.dD, 1);
+    const Tensor dout_weight = cropped(p.out_norm_weight, scan.dnorm_weight, 1);
+    const Tensor dout_bias = cropped(p.out_norm_bias, scan.dnorm_bias, 1);
+    if (s.merges) {  // the released layer uses its norm twice
+        dnorm_weight = sums.add(p.norm_weight, {1, 1, s.channels}, dnorm_weight, 1, s.channels, 1, 1, dmix_weight);
+        dnorm_bias = sums.add(p.norm_weight, {1, 1, s.channels}, dnorm_bias, 1, s.channels, 1, 1, dmix_bias);
+    }
+    sums.launch(dtype, context.stream());
+    const auto or_absent = [&](const OptTensor& t) { return t ? *t : empty_absent(ScalarType::Float, x); };
+    return {dx,
+            dnorm_weight,
+            dnorm_bias,
+            or_absent(dfc1_weight),
+            or_absent(dfc1_bias),
+            or_absent(dfc2_weight),
+            or_absent(dfc2_bias),
+            din_proj,
+            dconv_weight,
+            dconv_bias,
+            dx_proj,
+            ddt_weight,
+            ddt_bias,
+            dA_log,
+            dD,
+            dout_weight,
+            dout_bias,
+            or_absent(dout_proj),
+            or_absent(dscale),
+            dproj,
+            dproj_bias};
+}
+
+LayerGradients grouped_mamba_layer_bwd(Tensor dout, Tensor x, Tensor norm_weight, OptTensor fc1_weight,
+                                       OptTensor fc1_bias, OptTensor fc2_weight, OptTensor fc2_bias,
+                                       Tensor in_proj_weight, Tensor conv_weight, Tensor conv_bias,
+                                       Tensor x_proj_weight, Tensor dt_weight, Tensor dt_bias, Tensor A_log, Tensor D,
+                                       Tensor out_norm_weight, Tensor out_norm_bias, OptTensor out_proj_weight,
+                                       OptTensor skip_scale, Tensor proj_weight, Tensor proj_bias, Tensor saved,
+                                       Tensor saved_float, std::vector<int64_t> directions, double eps, double norm_eps,
+                                       int64_t chunk, bool residual) {
+    return layer_backward(dout, x,
+                          {norm_weight, fc1_weight, fc1_bias, fc2_weight, fc2_bias, in_proj_weight, conv_weight,
+                           conv_bias, x_proj_weight, dt_weight, dt_bias, A_log, D, out_norm_weight, out_norm_bias,
+                           out_proj_weight, skip_scale, proj_weight, proj_bias},
+                          {directions, eps, norm_eps, chunk, residual}, saved, saved_float);
+}
+
+}  // namespace
+}  // namespace gm
+
+STABLE_TORCH_LIBRARY_IMPL(groupmamba, CUDA, m) {
+    m.impl("grouped_mamba_layer_bwd", TORCH_BOX(&gm::grouped_mamba_layer_bwd));
+}
