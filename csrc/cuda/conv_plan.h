@@ -22,8 +22,8 @@ inline int strip_rows(int height, int64_t strips_at_full_height, int64_t wanted,
 
 // Forward: `lanes` neighbouring threads hold adjacent channels of one walker. A walker owns kConvColumns columns and
 // goes down one strip of rows; walkers are numbered with the column pair first, then the strip, then the image.
-constexpr int kConvVec = 4;      // channels of a thread: 8 bytes of a 16-bit type, 16 of float
-constexpr int kConvColumns = 2;  // adjacent columns of a thread: 3x3 weights, sums and rows fit 128 registers
+constexpr int kConvVec = 2;      // channels of a thread: 4 bytes of a 16-bit type, 8 of float
+constexpr int kConvColumns = 4;  // adjacent columns of a thread: they share weights, and two neighbours
 constexpr int kConvFwdThreads = 128;
 constexpr int kConvFwdLanes = 32;
 

@@ -15,9 +15,17 @@ namespace gm {
 constexpr int kNormWarps = kNormThreads / 32;
 
 // Blocks an SM that the registers of a kernel leave room for: 96 of a forward kernel and 168 of a backward one, with
-// its sums a channel, hold a step and the loads of the next without a spill. Rows of 8 vectors need more.
-constexpr int norm_fwd_blocks(int vecs) { return vecs > kRowVecs ? 2 : 5; }
-constexpr int norm_bwd_blocks(int vecs) { return vecs > kRowVecs ? 2 : 3; }
+// its sums a channel, hold a step and the loads of the next without a spill. Rows of 8 vectors need more, and so do
+// other architectures than the one that the kernels are fitted to.
+constexpr int fitted_blocks(int blocks) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+    return blocks - 1;
+#else
+    return blocks;
+#endif
+}
+constexpr int norm_fwd_blocks(int vecs) { return fitted_blocks(vecs > kRowVecs ? 2 : 5); }
+constexpr int norm_bwd_blocks(int vecs) { return fitted_blocks(vecs > kRowVecs ? 2 : 3); }
 
 // Strip of tokens of one image that a block walks.
 struct Strip {
