@@ -59,12 +59,12 @@ inline ConvFwdPlan conv_fwd_plan(int64_t batch, int height, int width, int group
 // sums of both convolutions fit its registers. A block owns a tile of columns and `lanes` * kConvBwdVec channels, goes
 // down one strip of rows of one image, then of the next one. Its threads exchange the gradients between them through
 // shared memory, so a tile that does not end at the image's edge computes columns there which its neighbour owns.
-constexpr int kConvBwdThreads = 256;
+constexpr int kConvBwdThreads = 128;
 constexpr int kConvBwdVec = 2;
 constexpr int kConvBwdColumns = 4;
 constexpr int kConvBwdLanes = 64;
 constexpr int kConvBwdHalo = kConvBwdColumns;  // whole threads
-constexpr int kConvBwdUnit = 16;               // lanes of 64 bytes of a 16-bit type, what memory moves at a time
+constexpr int kConvBwdUnit = 8;                // lanes of 32 bytes of a 16-bit type, a sector
 
 struct ConvBwdPlan {
     int lanes, chunks;

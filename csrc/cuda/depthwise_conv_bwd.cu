@@ -129,10 +129,10 @@ __device__ __forceinline__ void add_taps(const Packed<T, kVecs> (&x)[kColumns], 
     }
 }
 
-// 128 registers or less: 2 blocks of 256 threads an SM. float rows on their way, and pointers to single elements, need
+// 128 registers or less: 4 blocks of 128 threads an SM. float rows on their way, and pointers to single elements, need
 // more.
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 2 : 1)
+__global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 4 : 2)
     depthwise_conv_bwd_kernel(const __grid_constant__ ConvBwdArgs args) {
     using Stored = Packed<T, kVecs>;
     __shared__ BlockMemory memory;
