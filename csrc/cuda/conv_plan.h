@@ -9,6 +9,8 @@
 
 namespace gm {
 
+constexpr int kConvVec = 2;      // channels of a thread: 4 bytes of a 16-bit type, 8 of float
+constexpr int kConvColumns = 4;  // adjacent columns of a thread: they share weights, and two neighbours
 constexpr int kConvTaps = 9;
 
 constexpr int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -21,16 +23,14 @@ inline int strip_rows(int height, int64_t strips_at_full_height, int64_t wanted,
 }
 
 // Forward: `lanes` neighbouring threads hold adjacent channels of one walker. A walker owns kConvColumns columns and
-// goes down one strip of rows; walkers are numbered with the column pair first, then the strip, then the image.
-constexpr int kConvVec = 2;      // channels of a thread: 4 bytes of a 16-bit type, 8 of float
-constexpr int kConvColumns = 4;  // adjacent columns of a thread: they share weights, and two neighbours
+// goes down one strip of rows; walkers are numbered with the columns first, then the strip, then the image.
 constexpr int kConvFwdThreads = 128;
 constexpr int kConvFwdLanes = 32;
 
 struct ConvFwdPlan {
     int lanes, chunks;      // threads of a walker; blocks that share a token's channels
     int walkers, threads;   // of a block
-    int pairs;              // columns of an image / kConvColumns
+    int quads;              // runs of kConvColumns columns of an image
     int rows, strips;       // of a strip; of an image
     int64_t walker_blocks;  // of a group
 };
@@ -40,35 +40,32 @@ inline ConvFwdPlan conv_fwd_plan(int64_t batch, int height, int width, int group
     const int64_t vecs = div_up(dim, kConvVec);
     p.chunks = static_cast<int>(div_up(vecs, kConvFwdLanes));
     p.lanes = static_cast<int>(div_up(vecs, p.chunks));
-    p.pairs = static_cast<int>(div_up(width, kConvColumns));
+    p.quads = static_cast<int>(div_up(width, kConvColumns));
     // A strip reads two rows beyond its own. With less than some four waves of threads strips of 14 rows balance the
     // load; with less than one, latency counts and strips go down to 2 rows.
     constexpr int64_t kManyThreads = 1 << 18, kFewThreads = 3 << 14;
-    const int64_t threads = p.pairs * batch * groups * p.chunks * p.lanes;
+    const int64_t threads = p.quads * batch * groups * p.chunks * p.lanes;
     const int balanced = strip_rows(height, threads, kManyThreads, 14);
     p.rows = std::min(balanced, strip_rows(height, threads, kFewThreads, 2));
     p.strips = static_cast<int>(div_up(height, p.rows));
-    const int64_t walkers = static_cast<int64_t>(p.pairs) * p.strips * batch;
+    const int64_t walkers = static_cast<int64_t>(p.quads) * p.strips * batch;
     p.walkers = static_cast<int>(std::min<int64_t>(kConvFwdThreads / p.lanes, walkers));
     p.threads = p.walkers * p.lanes;
     p.walker_blocks = p.walkers > 0 ? div_up(walkers, p.walkers) : 0;
     return p;
 }
 
-// Backward: a thread owns kConvBwdColumns columns and kConvBwdVec channels, so that weights, their gradients and the
-// sums of both convolutions fit its registers. A block owns a tile of columns and `lanes` * kConvBwdVec channels, goes
+// Backward: a block owns a tile of columns and `lanes` * kConvVec channels, goes
 // down one strip of rows of one image, then of the next one. Its threads exchange the gradients between them through
 // shared memory, so a tile that does not end at the image's edge computes columns there which its neighbour owns.
 constexpr int kConvBwdThreads = 128;
-constexpr int kConvBwdVec = 2;
-constexpr int kConvBwdColumns = 4;
 constexpr int kConvBwdLanes = 64;
-constexpr int kConvBwdHalo = kConvBwdColumns;  // whole threads
-constexpr int kConvBwdUnit = 8;                // lanes of 32 bytes of a 16-bit type, a sector
+constexpr int kConvBwdHalo = kConvColumns;  // whole threads
+constexpr int kConvBwdUnit = 8;             // lanes of 32 bytes of a 16-bit type, a sector
 
 struct ConvBwdPlan {
     int lanes, chunks;
-    int quads, threads;    // runs of kConvBwdColumns columns of a tile; threads = lanes * quads
+    int quads, threads;    // runs of kConvColumns columns of a tile; threads = lanes * quads
     int tiles, tile_step;  // of a row; between the first columns of two
     int rows, strips;
     int images;            // that a block walks one after the other
@@ -78,18 +75,18 @@ struct ConvBwdPlan {
 
 inline ConvBwdPlan conv_bwd_plan(int64_t batch, int height, int width, int groups, int dim) {
     ConvBwdPlan p{};
-    const int64_t vecs = div_up(dim, kConvBwdVec);
+    const int64_t vecs = div_up(dim, kConvVec);
     const int least_lanes = static_cast<int>(std::min<int64_t>(vecs, kConvBwdUnit));
-    const auto quads_of = [](int columns) { return static_cast<int>(div_up(columns, kConvBwdColumns)); };
+    const auto quads_of = [](int columns) { return static_cast<int>(div_up(columns, kConvColumns)); };
     p.quads = quads_of(width);
     p.tiles = 1;
     if (static_cast<int64_t>(p.quads) * least_lanes > kConvBwdThreads) {
         const int inner = width - 2 * kConvBwdHalo;
-        const int widest = kConvBwdThreads / least_lanes * kConvBwdColumns - 2 * kConvBwdHalo;
+        const int widest = kConvBwdThreads / least_lanes * kConvColumns - 2 * kConvBwdHalo;
         p.tiles = static_cast<int>(div_up(inner, widest));
         p.quads = quads_of(static_cast<int>(div_up(inner, p.tiles)) + 2 * kConvBwdHalo);
     }
-    p.tile_step = p.quads * kConvBwdColumns - 2 * kConvBwdHalo;
+    p.tile_step = p.quads * kConvColumns - 2 * kConvBwdHalo;
     // Whole sectors where there are that many channels: as many chunks as the widest lanes need, then no wider than
     // those need.
     int most = std::min(kConvBwdThreads / p.quads, kConvBwdLanes);

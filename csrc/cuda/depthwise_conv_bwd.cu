@@ -23,7 +23,7 @@
 namespace gm {
 namespace {
 
-constexpr int kVecs = kConvBwdVec, kColumns = kConvBwdColumns, kWindow = kColumns + 2;
+constexpr int kVecs = kConvVec, kColumns = kConvColumns, kWindow = kColumns + 2;
 
 using Pair = Packed<float, kVecs>;
 static_assert(kVecs == 2);
@@ -43,40 +43,10 @@ struct Exchange {
     }
 };
 
-// Weights and bias of the block's channels, one row a tap and the bias last. Both convolutions read them from here: in
-// registers they would cost a quarter of the warps.
-struct Table {
-    float rows[kConvTaps + 1][kConvBwdLanes * kVecs];
-
-    template <class T>
-    __device__ void fill(const ConvBwdArgs& args, int64_t first, int count, int width) {
-        for (int i = threadIdx.x; i < width * (kConvTaps + 1); i += blockDim.x) {
-            const int tap = i / width, c = i - tap * width;
-            float value = 0.f;
-            if (c < count)
-                value = tap < kConvTaps ? load_param<T>(args.weight, (first + c) * kConvTaps + tap)
-                                        : load_param_or<T>(args.bias, first + c, 0.f);
-            rows[tap][c] = value;
-        }
-    }
-    // volatile: read where it is used, not once before the loop.
-    template <bool kAligned>
-    __device__ __forceinline__ void get(int row, const Channels<kAligned, kVecs>& channels, float (&out)[kVecs]) const {
-        const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(&rows[row][channels.local]));
-        if constexpr (kAligned) {
-            asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(out[0]), "=f"(out[1]) : "r"(address));
-        } else {
-#pragma unroll
-            for (int j = 0; j < kVecs; ++j)
-                asm volatile("ld.shared.f32 %0, [%1];" : "=f"(out[j]) : "r"(address + 4 * j * channels.step));
-        }
-    }
-};
-
 union BlockMemory {
     struct {
         Exchange exchange;
-        Table table;
+        ConvTable<kConvBwdLanes * kVecs> table;  // in registers the taps would cost a quarter of the warps
     } walk;
     Pair sums[kConvTaps + 2][kConvBwdThreads];  // of every thread, at the end
 };
@@ -151,26 +121,27 @@ __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 
     const int count = min(s.dim - block_first, width);
     const int64_t first_param = static_cast<int64_t>(group) * s.dim + block_first;
     Exchange& exchange = memory.walk.exchange;
-    memory.walk.table.fill<T>(args, first_param, count, width);
+    memory.walk.table.template fill<T>(args.weight, args.bias, first_param, count, width);
     exchange.clear_edges(plan.lanes);
     __syncthreads();
 
     const int quad = threadIdx.x / plan.lanes;
-    const Channels<kAligned, kVecs> channels(threadIdx.x - quad * plan.lanes, plan.lanes, block_first, s.dim);
+    const Channels<kAligned> channels(threadIdx.x - quad * plan.lanes, plan.lanes, block_first, s.dim);
     // The outer threads of a tile that goes on beyond its edge belong to the neighbouring tile.
     const int column = tile * plan.tile_step + quad * kColumns;
     const bool own = (quad > 0 || tile == 0) && (quad + 1 < plan.quads || tile + 1 == plan.tiles);
     bool inside[kWindow];
 #pragma unroll
-    for (int k = 0; k < kWindow; ++k)
-        inside[k] = column - 1 + k >= 0 && column - 1 + k < s.width && channels.valid > 0;
+    for (int k = 0; k < kWindow; ++k) inside[k] = column - 1 + k >= 0 && column - 1 + k < s.width && channels.valid > 0;
 
-    const auto tap = [&](int i, float(&out)[kVecs]) { memory.walk.table.get(i, channels, out); };
+    const auto tap = [&](int i, float(&out)[kVecs]) { memory.walk.table.reread(i, channels, out); };
     Taps dtaps = {};
     float dbias[kVecs] = {}, dx_sum[kVecs] = {};
     const int first = strip * plan.rows, end = min(first + plan.rows, s.height);  // rows of dx, and of x in dweight
     const int start = max(first - 3, -1);                                         // row of g in the first step
-    const auto is_own_row = [&](int row) { return static_cast<unsigned>(row - first) < static_cast<unsigned>(end - first); };
+    const auto is_own_row = [&](int row) {
+        return static_cast<unsigned>(row - first) < static_cast<unsigned>(end - first);
+    };
     const int left = threadIdx.x, self = left + plan.lanes, right = self + plan.lanes;
     const int64_t batch_end = min((segment + 1) * plan.images, s.batch);
     for (int64_t batch = segment * plan.images; batch < batch_end; ++batch) {

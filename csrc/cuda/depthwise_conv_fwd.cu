@@ -37,10 +37,10 @@ __global__ void __launch_bounds__(kConvFwdThreads, kAligned ? (sizeof(T) == 2 ? 
     const int lane = threadIdx.x % plan.lanes;
     const int64_t walker =
         static_cast<int64_t>(blockIdx.x / plan.chunks / s.groups) * plan.walkers + threadIdx.x / plan.lanes;
-    const int64_t image_strip = walker / plan.pairs, batch = image_strip / plan.strips;
-    const Channels<kAligned, kConvVec> channels(lane, plan.lanes, block_first, s.dim);
+    const int64_t image_strip = walker / plan.quads, batch = image_strip / plan.strips;
+    const Channels<kAligned> channels(lane, plan.lanes, block_first, s.dim);
     if (batch >= s.batch || channels.valid == 0) return;
-    const int column = static_cast<int>(walker - image_strip * plan.pairs) * kConvColumns;
+    const int column = static_cast<int>(walker - image_strip * plan.quads) * kConvColumns;
     const int first = static_cast<int>(image_strip - batch * plan.strips) * plan.rows;
     const int end = min(first + plan.rows, s.height);
 
