@@ -9,10 +9,12 @@ import torch
 
 import groupmamba_ext as ext
 from common import group_major, padded_channels
+from groupmamba import GroupedMamba2d
 from scan_tools import IMAGES
 from scan_tools import inputs as scan_inputs
 from test_conv import inputs as conv_inputs
 from test_cross_scan import inputs as cross_inputs
+from test_layer_ops import feed_forward
 from test_norms import modulated_inputs, pool_inputs
 
 SCANS = [  # dim, rank, states, h, w: the portable kernels, aligned and not
@@ -27,6 +29,19 @@ MANY_IMAGES = [(24, 2, 1, 15, 16), (112, 7, 1, 7, 7)]  # planes that are not sha
 CROSS = [  # dim, rank, states, h, w: sums in shared memory, in slices of the channels, in device memory
     (3, 1, 1, 5, 7), (16, 1, 1, 56, 56), (40, 2, 3, 29, 31), (87, 6, 1, 7, 9), (16, None, 1, 9, 11), (32, 2, 2, 90, 91),
 ]  # fmt: skip
+
+LAYERS = [(64, 9, 14), (44, 7, 5), (348, 6, 7), (448, 1, 1)]  # dim, h, w: groups of 16, 11, 87, 112 channels
+
+
+def run_layers(dtype: torch.dtype, dim: int, h: int, w: int) -> None:
+    """The ops of whole layers, whose images are padded, and their packing and sums of parameters."""
+    x = torch.randn(2, dim, h, w, device="cuda").to(dtype).to(memory_format=torch.channels_last)
+    for variant in ("released", "fused"):
+        layer = GroupedMamba2d(dim, variant=variant).to("cuda", dtype, memory_format=torch.channels_last)
+        run(lambda x, layer=layer: layer(x, residual=True), {"x": x})
+    modules = feed_forward(dim, 2 * dim + 2).to("cuda", dtype)
+    mlp, norm = modules["mlp"], modules["norm"]
+    run(lambda x: mlp(x, norm, residual=True), {"x": x.permute(0, 2, 3, 1)})
 
 
 def run(function, tensors: dict, **options) -> None:
@@ -67,6 +82,8 @@ def main() -> None:
             run(ext.modulated_layer_norm, tensors)
             tensors["o"] = group_major(tensors["o"])
             run(ext.modulated_layer_norm, tensors)
+        for dim, h, w in LAYERS:
+            run_layers(dtype, dim, h, w)
     print("all kernels ran")
 
 
