@@ -25,10 +25,11 @@ def image(*shape, seed=1, **options):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(**options)
 
 
-def run(layer, x):
-    """Output, input gradient and parameter gradients for a fixed output gradient."""
+def run(call, x, layer=None):
+    """Output, input gradient and parameter gradients for a fixed output gradient, of a layer or a ``call`` of it."""
+    layer = call if layer is None else layer
     x = x.detach().requires_grad_()
     layer.zero_grad()
-    y = layer(x)
+    y = call(x)
     y.backward(image(*y.shape, seed=2, dtype=y.dtype, device=y.device))
     return {"y": y.detach(), "dx": x.grad, **{name: p.grad.clone() for name, p in layer.named_parameters()}}

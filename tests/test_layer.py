@@ -41,6 +41,23 @@ def test_unbatched(variant, scan):
     torch.testing.assert_close(layer(x), layer(x.unsqueeze(0)).squeeze(0), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("scan", SCANS)
+def test_tokens(variant, scan, residual):
+    """The same layer on (batch, H, W, dim), value and gradient."""
+    layer = make(variant=variant, scan=scan)
+    x = image(2, 16, 5, 7, dtype=torch.float32)
+    images = run(lambda t: layer(t, residual=residual), x, layer)
+    tokens = run(lambda t: layer(t.permute(0, 2, 3, 1), residual=residual, tokens=True).permute(0, 3, 1, 2), x, layer)
+    for name, value in images.items():
+        torch.testing.assert_close(tokens[name], value, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"x must be \(batch, H, W, 16\), got shape \(2, 16, 5, 7\)"):
+        layer(x, tokens=True)
+    with pytest.raises(ValueError, match=r"got shape \(5, 7, 16\)"):
+        layer(torch.zeros(5, 7, 16), tokens=True)
+
+
 @pytest.mark.parametrize("variant", ("released", "fused"))
 @pytest.mark.parametrize("batch", (1, 2))
 def test_channels_last_is_not_copied(variant, batch, monkeypatch):

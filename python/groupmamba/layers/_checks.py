@@ -42,11 +42,15 @@ def direction_names(value: Sequence[str], count: int | None) -> tuple[str, ...]:
     return tuple(value)
 
 
-def image_input(x: Tensor, dim: int, parameter: Tensor) -> None:
-    """Checks a module's input (batch, dim, H, W) or (dim, H, W) against its width and a parameter's dtype."""
+def image_input(x: Tensor, dim: int, parameter: Tensor, *, tokens: bool = False) -> None:
+    """Checks a module's input (batch, dim, H, W) or (dim, H, W), with ``tokens`` (batch, H, W, dim), against its width
+    and a parameter's dtype."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
-    if x.dim() not in (3, 4) or x.shape[-3] != dim:
+    if tokens:
+        if x.dim() != 4 or x.shape[-1] != dim:
+            raise ValueError(f"x must be (batch, H, W, {dim}), got shape {tuple(x.shape)}")
+    elif x.dim() not in (3, 4) or x.shape[-3] != dim:
         raise ValueError(f"x must be (batch, {dim}, H, W) or ({dim}, H, W), got shape {tuple(x.shape)}")
     if x.dtype == parameter.dtype:
         return

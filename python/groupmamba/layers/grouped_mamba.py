@@ -144,14 +144,26 @@ class GroupedMamba2d(nn.Module):
             self.affinity.reset_parameters()
         self._reset_own_parameters()
 
-    def forward(self, x: Tensor, *, residual: bool = False) -> Tensor:
-        """The layer, or with ``residual`` ``x`` plus it, which on CUDA costs no pass of its own."""
+    def forward(self, x: Tensor, *, residual: bool = False, tokens: bool = False) -> Tensor:
+        """The layer, or with ``residual`` ``x`` plus it, which on CUDA costs no pass of its own.
+
+        With ``tokens`` ``x`` and the result are (batch, H, W, dim), as they lie in memory: a network that keeps its
+        images so is spared the views.
+        """
         paper = self.variant == "paper"
         first = self._parameters.get("skip_scale")
         if first is None:
             first = next(self.parameters()) if paper else self._modules["norm"].weight
-        image_input(x, self.dim, first)
+        image_input(x, self.dim, first, tokens=tokens)
+        if not tokens:
+            return self._image(x, residual)
         if paper:
+            return self._image(x.permute(0, 3, 1, 2), residual).permute(0, 2, 3, 1)
+        return self._tokens(x, residual)
+
+    def _image(self, x: Tensor, residual: bool) -> Tensor:
+        """Any variant on (batch, dim, H, W) or (dim, H, W)."""
+        if self.variant == "paper":
             y = self.vsss(x)
             y = y if self.affinity is None else y * self.affinity(x).to(y.dtype)[..., None, None]
             return x + y if residual else y

@@ -101,18 +101,13 @@ class GroupMambaBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.paper:
-            mixed = _tokens(self.attn(x.permute(0, 3, 1, 2)))
+            mixed = self.attn(x, tokens=True).contiguous()
             return x + self.drop_path(self.mlp(mixed, self.norm2))
         whole = not self.training or isinstance(self.drop_path, nn.Identity)  # no path to drop
-        mixed = _mix(self.attn, x, whole)
+        mixed = self.attn(x, residual=whole, tokens=True)
         x = mixed if whole else x + self.drop_path(mixed)
         fed = self.mlp(x, self.norm2, residual=whole)
         return fed if whole else x + self.drop_path(fed)
-
-
-def _mix(layer: GroupedMamba2d, x: Tensor, residual: bool) -> Tensor:
-    """The layer as a module, so that hooks and tracers see its call; its permutations of a token image are views."""
-    return layer(x.permute(0, 3, 1, 2), residual=residual).permute(0, 2, 3, 1)
 
 
 class Stage(nn.Module):
@@ -149,6 +144,6 @@ class ClassBlock(nn.Module):
         self.mlp = timm.layers.Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, t: Tensor) -> Tensor:
-        mixed = self.attn(t[:, :, None, None])[:, :, 0, 0]
+        mixed = self.attn(t[:, None, None], tokens=True)[:, 0, 0]
         t = t + self.norm1(mixed)
         return t + self.mlp(self.norm2(t))
