@@ -97,7 +97,7 @@ def call_alone(name: str, *args) -> Tensor:
         wanted = not torch.compiler.is_compiling() or _wants_gradient(args)
         return getattr(_ops, f"{name}_fwd")(*args)[0] if wanted else getattr(_ops, name)(*args)
     # Tangents, which no op here takes, are refused by the function in place of being lost.
-    if _wants_gradient(args) or (torch.is_grad_enabled() and forward_ad._current_level >= 0):
+    if _wants_gradient(args) or forward_ad._current_level >= 0:
         return _functions[name].apply(*args)[0]
     return _below_autograd(_overloads[name], args)
 

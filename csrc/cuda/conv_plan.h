@@ -55,9 +55,9 @@ inline ConvFwdPlan conv_fwd_plan(int64_t batch, int height, int width, int group
     return p;
 }
 
-// Backward: a block owns a tile of columns and `lanes` * kConvVec channels, goes
-// down one strip of rows of one image, then of the next one. Its threads exchange the gradients between them through
-// shared memory, so a tile that does not end at the image's edge computes columns there which its neighbour owns.
+// Backward: a block owns a tile of columns and `lanes` * kConvVec channels, goes down one strip of rows of one image,
+// then of the next one. Its threads exchange the gradients between them through shared memory, so a tile that does not
+// end at the image's edge computes columns there which its neighbour owns.
 constexpr int kConvBwdThreads = 128;
 constexpr int kConvBwdLanes = 64;
 constexpr int kConvBwdHalo = kConvColumns;  // whole threads

@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 
             return Place{reinterpret_cast<char*>(base + channels.local + tokens * image.token), s.width * token,
                          static_cast<uint32_t>(token)};
         };
-        Place x = place(args.x, start, column - 1), dy = place(args.dy, start, column),
+        Place x = place(args.x, start + 1, column - 1), dy = place(args.dy, start, column),
               dx = place(args.dx, start - 1, column), y = place(args.y, start, column);
 
         // Rows r - 1, r and r + 1 of x, the last with its neighbours; the next one, and dy's row r, are on their way.
@@ -181,10 +181,7 @@ __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 
             for (int c = 0; c < kColumns; ++c) dy_ahead[c] = channels.load(dy[c], needed && inside[c + 1]);
             dy.advance();
         };
-        fetch_x(start, x_below);
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) x_level[c] = x_below[c + 1];
-        fetch_x(start + 1, x_below);
+        fetch_x(start + 1, x_below);  // the row before it is another strip's, or none
         fetch_dy(start);
 
         Outputs pre_above, pre_level, dx_above = {}, dx_level = {};
@@ -253,6 +250,7 @@ __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 
             for (int k = 0; k < kWindow; ++k) x_below[k] = x_ahead[k];
             dx.advance(), y.advance();
         }
+        __syncthreads();  // the next image begins with either half of the exchange
     }
 
     __syncthreads();

@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kNormThreads, norm_bwd_blocks(kVecs))
             }
         }
         tile.normalise_backward(normed, h);
-        // normed makes room for dx; h, do and dx are 0 in pads, where o and x are
+        // normed makes room for dx; do and dx are 0 in pads, where o, x and the factor are
         d_o_out.store(tile, [&](int v, float(&d_o)[kVec]) {
             float factor[kVec], o[kVec], x[kVec];
             table.get(kModulation, tile.slot(v), factor);

@@ -151,8 +151,8 @@ struct AlignedCursor {
 
 // An image of 16-bit elements that is aligned, or whose pixels start with a word of two elements and whose groups may
 // start with either half of one: 87 channels a group, in pixels without pads between them. Whole words are moved then
-// and shifted into place in registers. A word that holds a wanted element is within the pixel, whose stride is whole
-// words.
+// and shifted into place in registers. A word that holds a wanted element is within the pixel, whose channels are
+// whole words.
 template <class T, int kVecs>
 struct RowCursor : AlignedCursor<T, kVecs> {
     using Base = AlignedCursor<T, kVecs>;
@@ -258,7 +258,8 @@ template <class T>
 bool is_direct(const NormShape& s, const NormImage& image, bool pixels = false) {
     if (image.ptr == nullptr) return true;
     if (std::abs(image.group - s.group_width) > INT32_MAX / static_cast<int64_t>(sizeof(T))) return false;
-    const bool words = image.batch % 2 == 0 && image.token % 2 == 0 && reinterpret_cast<uintptr_t>(image.ptr) % 4 == 0;
+    const bool words = s.dim % 2 == 0 && image.batch % 2 == 0 && image.token % 2 == 0 &&
+                       reinterpret_cast<uintptr_t>(image.ptr) % 4 == 0;
     return image.aligned || (pixels && sizeof(T) == 2 && words);
 }
 

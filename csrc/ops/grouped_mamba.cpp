@@ -3,11 +3,6 @@
 #include "ops/grouped_mamba.h"
 
 namespace gm {
-namespace {
-
-constexpr int64_t kUnit = kPixelUnit;
-
-}  // namespace
 
 LayerSizes layer_sizes(const Tensor& x, const LayerParameters& p, int64_t chunk) {
     GM_CHECK(x.dim() == 4 && x.numel() > 0, "x must be (batch, H, W, C) with elements, got ", show(shape_of(x)));
@@ -17,10 +12,10 @@ LayerSizes layer_sizes(const Tensor& x, const LayerParameters& p, int64_t chunk)
     s.batch = x.size(0), s.height = x.size(1), s.width = x.size(2);
     s.groups = p.A_log.size(0), s.inner = p.A_log.size(1), s.states = p.A_log.size(2), s.rank = p.dt_weight.size(2);
     GM_CHECK(s.groups >= 1 && x.size(3) % s.groups == 0, "C must be a multiple of ", s.groups, ", got ", x.size(3));
-    s.channels = x.size(3), s.channels_pad = round_up(s.channels, kUnit);
+    s.channels = x.size(3), s.channels_pad = round_up(s.channels, kPixelUnit);
     s.dim = s.channels / s.groups;
-    s.dim_pad = round_up(s.dim, kUnit), s.inner_pad = round_up(s.inner, kUnit);
-    s.features = s.rank + 2 * s.states, s.features_pad = round_up(s.features, kUnit);
+    s.dim_pad = round_up(s.dim, kPixelUnit), s.inner_pad = round_up(s.inner, kPixelUnit);
+    s.features = s.rank + 2 * s.states, s.features_pad = round_up(s.features, kPixelUnit);
     s.merges = p.out_proj_weight.has_value();
     s.mixed = s.groups * (s.merges ? s.dim_pad : s.inner_pad);
     s.saved_states = scan_saved_states(s.height, s.width, chunk);
