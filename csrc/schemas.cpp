@@ -60,6 +60,13 @@ STABLE_TORCH_LIBRARY(groupmamba, m) {
     m.def("token_norm_fwd(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor");
     m.def("token_norm_bwd(Tensor dy, Tensor x, Tensor weight, float eps) -> (Tensor dx, Tensor dweight, Tensor dbias)");
 
+    // relu(BatchNorm(x)) with the statistics of the batch, on CUDA; x (batch, H, W, C), C a multiple of 8; stats (3, C),
+    // float32: mean, variance by n - 1, 1 / sqrt(variance by n + eps)
+    m.def("batch_norm_relu_fwd(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor y, Tensor stats)");
+    m.def(
+        "batch_norm_relu_bwd(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor stats, float eps) "
+        "-> (Tensor dx, Tensor dweight, Tensor dbias)");
+
     // The layer on CUDA, variants released and fused; x (batch, H, W, C), D = C / G channels a group, E scanned ones, N
     // states, R step features; Cp, Dp, Ep, Fp: C, D, E and R + 2 N rounded up to multiples of 8, pads zero. With
     // out_proj_weight (G, D, E): out = proj(LayerNorm(out_proj(y) * skip_scale * xn * gate)), gate (batch, G, D).

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GroupMamba layer and the feed-forward network as one CUDA op each: fakes, gradients, and what calls them.
+"""The GroupMamba layer, the feed-forward network and what stands between them as one CUDA op each: fakes, gradients,
+and what calls them.
 
 An op queues the kernels and matrix products of its layer from one call, with every image between them padded to aligned
 widths, and adds to the residual stream. `groupmamba.GroupedMamba2d` and the models take them where `can_fuse` and
@@ -18,6 +19,7 @@ from groupmamba_ext.dispatch import call, call_alone, call_backward
 from groupmamba_ext.ops import DIRECTIONS, FUSED_CHANNELS, chunk_tokens, saved_states
 
 _UNIT = 8  # widths are padded to multiples of this: csrc/host/tensor.h
+_BATCH_NORM_CHANNELS = 2048  # most of them: csrc/cuda/params.h
 _PIECE = 128  # pieces of a workspace start at multiples of this: csrc/host/workspace.h
 _LAYER_PARAMETERS = 20  # of grouped_mamba_layer_fwd, behind x
 _FEED_FORWARD_PARAMETERS = 8
@@ -37,8 +39,15 @@ def _workspace(x: Tensor, sizes: list[int], dtype: torch.dtype) -> Tensor:
     return x.new_empty((sum(-(-n // _PIECE) * _PIECE for n in sizes),), dtype=dtype)
 
 
+def _empty_gradient(t: Tensor) -> Tensor:
+    """Like the gradient of a parameter ``t``: csrc/host/tensor.h's gradient_strides."""
+    last = not t.is_contiguous() and t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
+    order = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(t.shape, dtype=t.dtype, device=t.device, memory_format=order)
+
+
 def _empty_or_absent(x: Tensor, t: Tensor | None) -> Tensor:
-    return x.new_empty((0,), dtype=torch.float32) if t is None else t.new_empty(t.shape)
+    return x.new_empty((0,), dtype=torch.float32) if t is None else _empty_gradient(t)
 
 
 # token_norm --------------------------------------------------------------------------------
@@ -62,6 +71,30 @@ def _norm_backward(ctx, dy):
     x, weight = ctx.saved_tensors
     dx, dweight, dbias = call_backward("token_norm", dy, x, weight, ctx.eps)
     return dx, dweight, dbias.to(ctx.bias_dtype), None
+
+
+# batch_norm_relu ---------------------------------------------------------------------------
+
+
+def _batch_norm_fake(x, weight, bias, eps):
+    return x.new_empty(x.shape), x.new_empty((3, x.shape[3]), dtype=torch.float32)
+
+
+def _batch_norm_bwd_fake(dy, x, weight, bias, stats, eps):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
+def _batch_norm_setup(ctx, inputs, output):
+    x, weight, bias, ctx.eps = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, weight, bias, output[1])
+
+
+def _batch_norm_backward(ctx, dy, _dstats):
+    if dy is None:
+        return (None,) * 4
+    return (*call_backward("batch_norm_relu", dy, *ctx.saved_tensors, ctx.eps), None)
 
 
 # grouped_mamba_layer -----------------------------------------------------------------------
@@ -123,7 +156,7 @@ def _feed_forward_fake(
 
 def _feed_forward_bwd_fake(dout, x, norm_weight, *args):
     parameters = norm_weight, norm_weight, *args[: _FEED_FORWARD_PARAMETERS - 2]
-    return _padded_image(x), *(t.new_empty(t.shape) for t in parameters)
+    return _padded_image(x), *map(_empty_gradient, parameters)
 
 
 def _feed_forward_setup(ctx, inputs, output):
@@ -145,6 +178,7 @@ def _feed_forward_backward(ctx, dout, *_):
 
 OPS = {
     "token_norm": (_norm_fake, _norm_setup, _norm_backward, _norm_bwd_fake),
+    "batch_norm_relu": (_batch_norm_fake, _batch_norm_setup, _batch_norm_backward, _batch_norm_bwd_fake),
     "grouped_mamba_layer": (_layer_fake, _layer_setup, _layer_backward, _layer_bwd_fake),
     "feed_forward": (_feed_forward_fake, _feed_forward_setup, _feed_forward_backward, _feed_forward_bwd_fake),
 }
@@ -179,6 +213,28 @@ def token_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     autocast in its dtype."""
     x = _autocast(x)
     return call("token_norm", x, weight, bias, float(eps))
+
+
+def takes_batch_norm(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    """True where `batch_norm_relu` takes an image ``x``, (batch, C, H, W), and a norm's parameters."""
+    fits = x.dim() == 4 and x.shape[1] % _UNIT == 0 and x.shape[1] <= _BATCH_NORM_CHANNELS
+    typed = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return fits and typed and all(t.dtype in (x.dtype, torch.float32) for t in (weight, bias)) and takes_image(x)
+
+
+def batch_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``relu(BatchNorm(x))`` with the statistics of the batch, where `takes_batch_norm` and there are several pixels.
+
+    Args:
+        x: (batch, C, H, W), in ``torch.channels_last`` format, else it is copied.
+        weight, bias: (C,).
+
+    Returns:
+        The image, channels-last in the dtype of ``x``, and (3, C) in float32: mean, variance by n - 1 as BatchNorm's
+        running statistics take it, 1 / sqrt(variance by n + eps).
+    """
+    y, stats = call("batch_norm_relu", x.permute(0, 2, 3, 1), weight, bias, float(eps))
+    return y.permute(0, 3, 1, 2), stats
 
 
 def feed_forward(

@@ -10,8 +10,10 @@ import torch
 import groupmamba_ext as ext
 from common import group_major, padded_channels
 from groupmamba import GroupedMamba2d
+from groupmamba_ext import layer_ops
 from scan_tools import IMAGES
 from scan_tools import inputs as scan_inputs
+from test_batch_norm import inputs as norm_inputs
 from test_conv import inputs as conv_inputs
 from test_cross_scan import inputs as cross_inputs
 from test_layer_ops import feed_forward
@@ -82,6 +84,8 @@ def main() -> None:
             run(ext.modulated_layer_norm, tensors)
             tensors["o"] = group_major(tensors["o"])
             run(ext.modulated_layer_norm, tensors)
+        for batch, channels, h, w in ((2, 8, 1, 1), (2, 32, 19, 21), (1, 264, 5, 7), (1, 2048, 3, 2)):
+            run(lambda **t: layer_ops.batch_norm_relu(**t, eps=1e-5)[0], norm_inputs(batch, channels, h, w, dtype))
         for dim, h, w in LAYERS:
             run_layers(dtype, dim, h, w)
     print("all kernels ran")

@@ -93,9 +93,13 @@ __global__ void __launch_bounds__(kThreads) channel_affinity_bwd_kernel(const __
     float* const scratch = args.scratch + image * (args.out_dim + args.hidden);
     const int width = gate_width(args);
     for (int m = threadIdx.x; m < args.out_dim; m += kThreads) {
-        const int64_t i = image * width + gate_index(args, m);
-        const float gate = args.gate[i];
-        scratch[m] = shared[m] = args.dgate[i] * gate * (1.f - gate);
+        const int i = gate_index(args, m);
+        const float gate = args.gate[image * width + i];
+        const float* const from = args.dgate + image * args.dgate_parts * args.dgate_stride + i;
+        float sum = 0.f;
+#pragma unroll 8
+        for (int k = 0; k < args.dgate_parts; ++k) sum += from[k * args.dgate_stride];
+        scratch[m] = shared[m] = sum * gate * (1.f - gate);
     }
     __syncthreads();
     for (int j = threadIdx.x / 32; j < args.hidden; j += kThreads / 32) {

@@ -138,7 +138,8 @@ __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 
     Taps dtaps = {};
     float dbias[kVecs] = {}, dx_sum[kVecs] = {};
     const int first = strip * plan.rows, end = min(first + plan.rows, s.height);  // rows of dx, and of x in dweight
-    const int start = max(first - 3, -1);                                         // row of g in the first step
+    // The first row of g is above the strip's, and of x above that; rows beyond the image are 0.
+    const int begin = max(first - 1, 0), ahead = max(first - 3, -1);
     const auto is_own_row = [&](int row) {
         return static_cast<unsigned>(row - first) < static_cast<unsigned>(end - first);
     };
@@ -164,31 +165,69 @@ __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 
             return Place{reinterpret_cast<char*>(base + channels.local + tokens * image.token), s.width * token,
                          static_cast<uint32_t>(token)};
         };
-        Place x = place(args.x, start + 1, column - 1), dy = place(args.dy, start, column),
-              dx = place(args.dx, start - 1, column), y = place(args.y, start, column);
+        Place x = place(args.x, ahead + 1, column - 1), dy = place(args.dy, begin, column),
+              dx = place(args.dx, begin - 1, column), y = place(args.y, begin, column);
 
         // Rows r - 1, r and r + 1 of x, the last with its neighbours; the next one, and dy's row r, are on their way.
         Stored x_above[kColumns] = {}, x_level[kColumns] = {}, x_below[kWindow], x_ahead[kWindow], dy_ahead[kColumns];
-        const auto fetch_x = [&](int row, Stored(&into)[kWindow]) {
-            const bool needed = row >= 0 && row <= end + 1 && row < s.height;
+        const auto fetch_x = [&](int row, Stored(&into)[kWindow], bool inner) {
+            const bool needed = inner || (row >= 0 && row <= end + 1 && row < s.height);
 #pragma unroll
             for (int k = 0; k < kWindow; ++k) into[k] = channels.load(x[k], needed && inside[k]);
             x.advance();
         };
-        const auto fetch_dy = [&](int row) {
-            const bool needed = row >= 0 && row <= end && row < s.height;
+        const auto fetch_dy = [&](int row, bool inner) {
+            const bool needed = inner || (row >= 0 && row <= end && row < s.height);
 #pragma unroll
             for (int c = 0; c < kColumns; ++c) dy_ahead[c] = channels.load(dy[c], needed && inside[c + 1]);
             dy.advance();
         };
-        fetch_x(start + 1, x_below);  // the row before it is another strip's, or none
-        fetch_dy(start);
+        fetch_x(ahead + 1, x_below, false);
+        fetch_dy(begin, false);
 
         Outputs pre_above, pre_level, dx_above = {}, dx_level = {};
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) tap(kConvTaps, pre_above[c]), tap(kConvTaps, pre_level[c]);
 
-        for (int r = start; r <= end; ++r) {
+        const auto next_row = [&](const Stored(&x_own)[kColumns]) {
+#pragma unroll
+            for (int c = 0; c < kColumns; ++c) x_above[c] = x_level[c], x_level[c] = x_own[c];
+#pragma unroll
+            for (int k = 0; k < kWindow; ++k) x_below[k] = x_ahead[k];
+        };
+        const auto own_columns = [&](Stored(&x_own)[kColumns]) {
+#pragma unroll
+            for (int c = 0; c < kColumns; ++c) x_own[c] = x_below[c + 1];
+        };
+        const auto add_x_row = [&](Outputs& done) {
+            Row row;
+#pragma unroll
+            for (int k = 0; k < kWindow; ++k) x_below[k].widen(row[k]);
+            add_row<2, 0, false, true>(tap, row, pre_above, pre_level, done);
+        };
+        const auto store_dx = [&](const Outputs& done) {
+#pragma unroll
+            for (int c = 0; c < kColumns; ++c) {
+                if (!(own && inside[c + 1])) continue;
+                channels.store(dx[c], done[c], true);
+#pragma unroll
+                for (int j = 0; j < kVecs; ++j) dx_sum[j] += done[c][j];
+            }
+        };
+        // Rows of x that the first row of pre needs.
+        for (int r = ahead; r < begin; ++r) {
+            fetch_x(r + 2, x_ahead, false);
+            if (s.activation != Activation::kNone) {
+                Outputs unfinished;
+                add_x_row(unfinished);
+            }
+            Stored x_own[kColumns];
+            own_columns(x_own), next_row(x_own);
+        }
+
+        // One step. Most rows are `inner`: what it touches is there, and is the strip's own.
+        const auto step = [&](int r, auto inner_tag) {
+            constexpr bool inner = decltype(inner_tag)::value;
             Outputs slope;
             if (s.activation == Activation::kNone) {
 #pragma unroll
@@ -196,13 +235,10 @@ __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 
 #pragma unroll
                     for (int j = 0; j < kVecs; ++j) slope[c][j] = 1.f;
             } else {
-                Row row;
-#pragma unroll
-                for (int k = 0; k < kWindow; ++k) x_below[k].widen(row[k]);
-                add_row<2, 0, false, true>(tap, row, pre_above, pre_level, slope);
+                add_x_row(slope);
                 float out[kColumns * kVecs];
                 activation_slope<T>(s.activation, reinterpret_cast<float(&)[kColumns * kVecs]>(slope), out);
-                if (args.y.ptr != nullptr && is_own_row(r))
+                if (args.y.ptr != nullptr && (inner || is_own_row(r)))
 #pragma unroll
                     for (int c = 0; c < kColumns; ++c) channels.store(y[c], out + c * kVecs, own && inside[c + 1]);
             }
@@ -215,41 +251,40 @@ __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 
             }
             exchange.first[r & 1][self] = pack(g[1]);
             exchange.last[r & 1][self] = pack(g[kColumns]);
-            fetch_dy(r + 1);
-            fetch_x(r + 2, x_ahead);  // half a step ahead of its use: registers are short before
+            fetch_dy(r + 1, inner);
+            fetch_x(r + 2, x_ahead, inner);  // half a step ahead of its use: registers are short before
             __syncthreads();
             exchange.last[r & 1][left].widen(g[0]);
             exchange.first[r & 1][right].widen(g[kWindow - 1]);
 
             // Rows of x that are not the strip's belong to another block's sums.
             Stored x_own[kColumns];
-#pragma unroll
-            for (int c = 0; c < kColumns; ++c) x_own[c] = x_below[c + 1];
-            if (is_own_row(r - 1)) add_taps(x_above, g, 0, dtaps);
-            if (is_own_row(r)) {
+            own_columns(x_own);
+            if (inner || is_own_row(r - 1)) add_taps(x_above, g, 0, dtaps);
+            if (inner || is_own_row(r)) {
                 add_taps(x_level, g, 1, dtaps);
 #pragma unroll
                 for (int c = 0; c < kColumns; ++c)
 #pragma unroll
                     for (int j = 0; j < kVecs; ++j) dbias[j] += g[c + 1][j];
             }
-            if (is_own_row(r + 1)) add_taps(x_own, g, 2, dtaps);
+            if (inner || is_own_row(r + 1)) add_taps(x_own, g, 2, dtaps);
             Outputs done;
             add_row<0, 2, true, false>(tap, g, dx_above, dx_level, done);
-            if (r > first) {
-#pragma unroll
-                for (int c = 0; c < kColumns; ++c) {
-                    channels.store(dx[c], done[c], own && inside[c + 1]);
-#pragma unroll
-                    for (int j = 0; j < kVecs; ++j) dx_sum[j] += inside[c + 1] ? done[c][j] : 0.f;
-                }
-            }
-#pragma unroll
-            for (int c = 0; c < kColumns; ++c) x_above[c] = x_level[c], x_level[c] = x_own[c];
-#pragma unroll
-            for (int k = 0; k < kWindow; ++k) x_below[k] = x_ahead[k];
+            if (inner || r > first) store_dx(done);
+            next_row(x_own);
             dx.advance(), y.advance();
+        };
+        const int last_inner = min(end - 2, s.height - 3);
+        const bool is_last = end == s.height;  // g is 0 below it
+        for (int r = begin; r < end + !is_last; ++r) {
+            if (r > first && r <= last_inner) {
+                step(r, std::true_type{});
+            } else {
+                step(r, std::false_type{});
+            }
         }
+        if (is_last) store_dx(dx_above);
         __syncthreads();  // the next image begins with either half of the exchange
     }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The launchers: what the op entries call, one a kernel. Each queues its kernel and returns what the runtime says.
+// The launchers: what the op entries call. Each queues its kernel, or those of one step after another, and returns what the runtime says.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -23,6 +23,8 @@ cudaError_t launch_reduce_columns(const ReduceArgs& args, DType dtype, cudaStrea
 cudaError_t launch_column_sums(const ColumnSumArgs& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_pack_parameters(const PackArgs& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_sum_parameters(const SumArgs& args, DType dtype, cudaStream_t stream);
+cudaError_t launch_batch_norm_relu_fwd(const BatchNormArgs& args, DType dtype, cudaStream_t stream);
+cudaError_t launch_batch_norm_relu_bwd(const BatchNormArgs& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_channel_affinity_fwd(const AffinityArgs& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_channel_affinity_bwd(const AffinityArgs& args, DType dtype, cudaStream_t stream);
 

@@ -11,13 +11,15 @@ namespace {
 
 constexpr int kThreads = 256;
 
-constexpr int kSumThreads = 8;  // threads that share a sum of many parts, see row_sum
+// A sum of many parts is shared by the rows of a block whose columns are one 32-byte sector of float partials; fewer
+// parts are one thread's.
+constexpr int kSumColumns = 8, kSumRows = kThreads / kSumColumns, kManyParts = 32;
 
 // Elements of a block.
 __host__ __device__ __forceinline__ int unit_of(const PackItem&) { return kThreads; }
-__host__ __device__ __forceinline__ bool shares_sums(const SumItem& item) { return item.parts >= kSumThreads; }
+__host__ __device__ __forceinline__ bool shares_sums(const SumItem& item) { return item.parts >= kManyParts; }
 __host__ __device__ __forceinline__ int unit_of(const SumItem& item) {
-    return shares_sums(item) ? kReduceColumns : kReduceColumns * kSumThreads;
+    return shares_sums(item) ? kSumColumns : kThreads;
 }
 
 template <class Item>
@@ -52,10 +54,9 @@ __global__ void __launch_bounds__(kThreads) pack_parameters_kernel(const __grid_
     const PackItem& item = find_item(args, element);
     element += threadIdx.x;
     if (element >= item.count) return;
-    const int64_t row = element / item.w2;
-    const int i2 = static_cast<int>(element - row * item.w2);
-    const int64_t i0 = row / item.w1;
-    const int i1 = static_cast<int>(row - i0 * item.w1);
+    const unsigned e = static_cast<unsigned>(element);  // an item has fewer than 2^31
+    const unsigned row = e / item.w2, i0 = row / item.w1;
+    const int i2 = static_cast<int>(e - row * item.w2), i1 = static_cast<int>(row - i0 * item.w1);
     float v = 0.f;
     if (i1 < item.n1 && i2 < item.n2) {
         v = load_param<T>(item.from, i0 * item.strides[0] + i1 * item.strides[1] + i2 * item.strides[2]);
@@ -64,39 +65,61 @@ __global__ void __launch_bounds__(kThreads) pack_parameters_kernel(const __grid_
     store_param<T>(item.to, element, v);
 }
 
+// Of p[0], p[step], ...; eight loads on their way, since their latency is what counts.
 template <class T>
-__device__ __forceinline__ float strided_sum(const T* p, int from, int count, int by, int64_t step) {
+__device__ __forceinline__ float strided_sum(const T* p, int count, int64_t step) {
+    constexpr int kAhead = 8;
     float sum = 0.f;
-#pragma unroll 4
-    for (int i = from; i < count; i += by) sum += to_float(p[i * step]);
+    for (; count >= kAhead; count -= kAhead, p += kAhead * step) {
+        float x[kAhead];
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) x[i] = to_float(p[i * step]);
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) sum += x[i];
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead - 1; ++i)
+        if (i < count) sum += to_float(p[i * step]);
     return sum;
 }
 
 template <class T>
-__global__ void __launch_bounds__(kReduceColumns* kSumThreads)
-    sum_parameters_kernel(const __grid_constant__ SumArgs args) {
-    __shared__ float shared[kSumThreads][kReduceColumns];
+__global__ void __launch_bounds__(kThreads) sum_parameters_kernel(const __grid_constant__ SumArgs args) {
+    __shared__ float rows[kSumRows][kSumColumns];
     int64_t element = 0;
     const SumItem& item = find_item(args, element);
     const bool shares = shares_sums(item);
-    element += threadIdx.x + (shares ? 0 : threadIdx.y * kReduceColumns);
-    const int64_t row = element / item.n2, matrix = row / item.n1;
-    const int i2 = static_cast<int>(element - row * item.n2), i1 = static_cast<int>(row - matrix * item.n1);
-    const int64_t i0 = matrix / item.inner, j = matrix - i0 * item.inner;
-    const int64_t step = static_cast<int64_t>(item.inner) * item.w1 * item.w2;
-    const int64_t first = i0 * item.parts * step + (j * item.w1 + i1) * item.w2 + i2;
+    const int row = shares ? threadIdx.x / kSumColumns : 0, by = shares ? kSumRows : 1;
+    element += shares ? threadIdx.x % kSumColumns : threadIdx.x;
+    const bool in = element < item.count;
+    // An item has fewer than 2^31 elements.
+    const unsigned e = static_cast<unsigned>(element);
+    const unsigned line = e / item.n2, matrix = line / item.n1;
+    const unsigned i2 = e - line * item.n2, i1 = line - matrix * item.n1;
+    const unsigned i0 = matrix / item.inner, j = matrix - i0 * item.inner;
+    const int64_t place = (static_cast<int64_t>(j) * item.w1 + i1) * item.w2 + i2;
     float sum = 0.f;
-    const int from = shares ? threadIdx.y : 0, by = shares ? kSumThreads : 1;
-    if (element < item.count) {
+    if (in) {
+        const int64_t first = (static_cast<int64_t>(i0) * item.parts + row) * item.part_stride + place;
+        const int count = (item.parts - row + by - 1) / by;
         sum = item.from.is_float
-                  ? strided_sum(static_cast<const float*>(item.from.ptr) + first, from, item.parts, by, step)
-                  : strided_sum(static_cast<const T*>(item.from.ptr) + first, from, item.parts, by, step);
+                  ? strided_sum(static_cast<const float*>(item.from.ptr) + first, count, by * item.part_stride)
+                  : strided_sum(static_cast<const T*>(item.from.ptr) + first, count, by * item.part_stride);
+        if (item.more != nullptr)
+            sum += strided_sum(item.more + element + row * item.more_stride, (item.more_parts - row + by - 1) / by,
+                               by * item.more_stride);
     }
-    if (shares) sum = row_sum(sum, shared);
-    if (element >= item.count || (shares && threadIdx.y != 0)) return;
-    if (item.add.ptr != nullptr) sum += load_param<T>(item.add, element);
-    if (item.scale != nullptr) sum *= item.scale[first];
-    store_param<T>(item.to, element, sum);
+    if (shares) {
+        rows[row][threadIdx.x % kSumColumns] = sum;
+        __syncthreads();
+        if (row != 0) return;
+        sum = 0.f;
+#pragma unroll 8
+        for (int i = 0; i < kSumRows; ++i) sum += rows[i][threadIdx.x];
+    }
+    if (!in) return;
+    if (item.scale != nullptr) sum *= item.scale[static_cast<int64_t>(i0) * item.inner * item.w1 * item.w2 + place];
+    store_param<T>(item.to, matrix * item.to_strides[0] + i1 * item.to_strides[1] + i2 * item.to_strides[2], sum);
 }
 
 // A thread adds kVec adjacent columns of every `row_threads`-th row of its block's.
@@ -145,12 +168,8 @@ cudaError_t launch_pack_parameters(const PackArgs& args, DType dtype, cudaStream
 
 cudaError_t launch_sum_parameters(const SumArgs& args, DType dtype, cudaStream_t stream) {
     const int64_t blocks = total_blocks(args);
-    if (blocks == 0) return cudaSuccess;
-    if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
     return dispatch_dtype(dtype, [&](auto tag) {
-        sum_parameters_kernel<typename decltype(tag)::type>
-            <<<static_cast<unsigned>(blocks), dim3(kReduceColumns, kSumThreads), 0, stream>>>(args);
-        return cudaGetLastError();
+        return launch_kernel(sum_parameters_kernel<typename decltype(tag)::type>, blocks, kThreads, 0, stream, args);
     });
 }
 

@@ -214,12 +214,16 @@ struct PackArgs {
 };
 
 // The way back for gradients: sums over parts, pads dropped. Element (i0, j, i1, i2) of the result, j < inner, is
-//   sum over part of from[(((i0 * parts + part) * inner + j) * w1 + i1) * w2 + i2], [+ add[.]] [* scale[.]]
+//   sum over part of from[(i0 * parts + part) * part_stride + (j * w1 + i1) * w2 + i2]
+//     [+ sum over part of more[part * more_stride + i]] [* scale[.]],  i the element's number
 struct SumItem {
-    ParamArg from, add;
-    const float* scale = nullptr;
+    ParamArg from;
+    const float *more = nullptr, *scale = nullptr;
     ParamOut to;
-    int n1 = 1, n2 = 1, w1 = 1, w2 = 1, inner = 1, parts = 1;
+    int64_t to_strides[3] = {};  // of (i0 * inner + j, i1, i2), in elements
+    int n1 = 1, n2 = 1, w1 = 1, w2 = 1, inner = 1;
+    int parts = 1, more_parts = 0;
+    int64_t part_stride = 0, more_stride = 0;
     int64_t count = 0;  // of the result
 };
 constexpr int kMaxSumItems = 20;
@@ -236,6 +240,29 @@ struct ColumnSumArgs {
     float* partials = nullptr;  // (blocks, columns)
 };
 
+// batch_norm_relu on rows (rows, channels), all of them contiguous and aligned to 16 bytes.
+constexpr int kBatchNormUnit = 8, kBatchNormThreads = 256;  // channels of a thread; threads of a block
+struct BatchNormArgs {
+    const void *x = nullptr, *dy = nullptr;
+    void *y = nullptr, *dx = nullptr;
+    int64_t rows = 0;
+    int channels = 0, blocks = 0;
+    ParamArg weight, bias;
+    float eps = 0.f;
+    float* stats = nullptr;     // (3, channels): mean, variance by rows - 1, 1 / sqrt(variance by rows + eps)
+    float* means = nullptr;     // backward: (2, channels), of g and of g (x - mean) / deviation^2
+    float* partials = nullptr;  // (blocks, 2, channels)
+    ParamOut dweight, dbias;
+};
+
+// Eight blocks an SM of an H100, all at once, unless that leaves a thread fewer than four rows.
+inline int batch_norm_blocks(int64_t rows, int channels) {
+    constexpr int64_t kMostBlocks = 8 * 132, kLeastRows = 4;
+    const int64_t rows_of_block = kBatchNormThreads / (channels / kBatchNormUnit) * kLeastRows;
+    const int64_t blocks = (rows + rows_of_block - 1) / rows_of_block;
+    return static_cast<int>(blocks < kMostBlocks ? blocks : kMostBlocks);
+}
+
 // gate = sigmoid(fc2(relu(fc1(pooled)))). Channel m of the gate lies at m / group_dim * group_width + m % group_dim.
 struct AffinityArgs {
     int batch = 0, dim = 0, hidden = 0, out_dim = 0, group_dim = 0, group_width = 0;
@@ -247,7 +274,10 @@ struct AffinityArgs {
     float* hidden_out = nullptr;  // (batch, hidden), after the relu
     float* gate = nullptr;        // (batch, out_dim / group_dim * group_width)
     // backward
-    const float* dgate = nullptr;
+    const float* dgate =
+        nullptr;  // (batch, dgate_parts, dgate_stride), to be summed over the parts; laid out like gate
+    int dgate_parts = 1;
+    int64_t dgate_stride = 0;
     float* dpooled = nullptr;  // (batch, dim)
     float* scratch = nullptr;  // (batch, out_dim + hidden): gradients before the sigmoid, before the relu
     ParamOut dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias;

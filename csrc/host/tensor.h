@@ -170,6 +170,20 @@ inline std::optional<Shape> view_strides(const Tensor& t, const Shape& sizes) {
     return strides;
 }
 
+// The strides of a gradient of `t`, which autograd would copy into any others: those of torch.channels_last where `t`
+// has them, else contiguous ones.
+inline Shape gradient_strides(const Tensor& t) {
+    const Shape sizes = shape_of(t);
+    if (sizes.size() == 4 && !t.is_contiguous()) {
+        const Shape s = contiguous_strides({sizes[0], sizes[2], sizes[3], sizes[1]});
+        const Shape last{s[0], s[3], s[1], s[2]};
+        bool same = true;
+        for (size_t i = 0; i < 4; ++i) same = same && (sizes[i] == 1 || t.stride(static_cast<int64_t>(i)) == last[i]);
+        if (same) return last;
+    }
+    return contiguous_strides(sizes);
+}
+
 // Another view of the storage of `t`, `offset` elements behind its first.
 inline Tensor alias(const Tensor& t, const Shape& sizes, const Shape& strides, int64_t offset = 0) {
     AtenTensorHandle handle = nullptr;

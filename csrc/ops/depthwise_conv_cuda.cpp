@@ -54,25 +54,20 @@ void depthwise_conv3x3_fwd_into(const Tensor& y, Tensor x, Tensor weight, OptTen
     check_cuda(launch_depthwise_conv_fwd(args, dtype, context.stream()), "depthwise_conv3x3 forward");
 }
 
-ConvGradients conv3x3_bwd_into(const Tensor& dx, Tensor dy, Tensor x, Tensor weight, OptTensor bias, int64_t activation,
-                               const CudaContext& context, const OptTensor& y, bool sum_dx) {
+PartialRows conv3x3_bwd_into(const Tensor& dx, Tensor dy, Tensor x, Tensor weight, OptTensor bias, int64_t activation,
+                             const CudaContext& context, const OptTensor& y, bool sum_dx) {
     check_conv(x, weight, bias, activation);
     check_image(dy, "dy", shape_of(x), x);
     GM_CHECK(!y || activation != 0, "y without an activation is x's convolution, which is not computed");
     const DType dtype = dtype_of(x);
     check_image(dx, "dx", shape_of(x), x);
     const int64_t channels = x.size(3) * x.size(4);
-    ConvGradients out{empty_like_or_absent(weight, x), empty_like_or_absent(bias, x), {}};
-    if (sum_dx) out.dx_sum = empty({channels}, ScalarType::Float, x);
-    if (dx.numel() == 0) {
-        torch::stable::zero_(out.dweight), torch::stable::zero_(out.dbias);
-        if (sum_dx) torch::stable::zero_(*out.dx_sum);
-        return out;
-    }
+    ConvBwdArgs args;
+    if (sum_dx) ++args.sums;
+    if (dx.numel() == 0) return partial_rows(0, channels * args.sums, x);
 
     x = canonical_image(x), dy = canonical_image(dy);
     ParamHolder param;
-    ConvBwdArgs args;
     args.shape = conv_shape(
         x, groups_adjacent(x) && groups_adjacent(dy) && groups_adjacent(dx) && (!y || groups_adjacent(*y)), activation);
     ConvShape& s = args.shape;
@@ -87,20 +82,10 @@ ConvGradients conv3x3_bwd_into(const Tensor& dx, Tensor dy, Tensor x, Tensor wei
     s.aligned = s.dim % kVec == 0;
     for (const ImageArg* image : {&args.x, &args.dy, &args.dx, &args.y})  // a row within 32-bit offsets
         s.aligned = s.aligned && allows_vectors(*image, size) && s.width * image->token <= UINT32_MAX;
-    if (sum_dx) ++args.sums;
-    Tensor partials = empty({args.plan.partial_rows, channels * args.sums}, ScalarType::Float, x);
-    args.partials = static_cast<float*>(partials.data_ptr());
+    const PartialRows sums = partial_rows(args.plan.partial_rows, channels * args.sums, x);
+    args.partials = static_cast<float*>(sums.values.data_ptr());
     check_cuda(launch_depthwise_conv_bwd(args, dtype, context.stream()), "depthwise_conv3x3 backward");
-
-    ReduceArgs reduce;
-    reduce.partials = args.partials;
-    reduce.rows = args.plan.partial_rows, reduce.row_stride = channels * args.sums;
-    reduce.targets[0] = param_out(out.dweight, weight), reduce.counts[0] = channels * kConvTaps;
-    reduce.targets[1] = param_out(out.dbias, bias), reduce.counts[1] = channels;
-    if (sum_dx) reduce.targets[2] = param_out(*out.dx_sum, out.dx_sum), reduce.counts[2] = channels;
-    reduce.columns = bias || sum_dx ? reduce.row_stride : reduce.counts[0];
-    check_cuda(launch_reduce_columns(reduce, dtype, context.stream()), "depthwise_conv3x3 parameter sums");
-    return out;
+    return sums;
 }
 
 namespace {
@@ -116,8 +101,10 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv3x3_bwd(Tensor dy, Tensor x, Te
                                                          int64_t activation) {
     const CudaContext context(x);
     const Tensor dx = empty_image_like(x);
-    const ConvGradients gradients = conv3x3_bwd_into(dx, dy, x, weight, bias, activation, context);
-    return {dx, gradients.dweight, gradients.dbias};
+    const PartialRows sums = conv3x3_bwd_into(dx, dy, x, weight, bias, activation, context);
+    const Tensor dweight = empty_like_or_absent(weight, x), dbias = empty_like_or_absent(bias, x);
+    reduce_rows(sums, 0, 1, {dweight, dbias}, dtype_of(x), context);
+    return {dx, dweight, dbias};
 }
 
 }  // namespace

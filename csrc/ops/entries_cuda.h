@@ -6,10 +6,25 @@
 #include <tuple>
 #include <vector>
 
+#include "cuda/params.h"
 #include "host/stream.h"
 #include "host/tensor.h"
 
 namespace gm {
+
+// Partial sums (rows, columns), float32, which the caller adds up by reduce_rows or in ParameterSums.
+struct PartialRows {
+    Tensor values;
+    int64_t rows = 0, columns = 0;
+    const float* column(int64_t first) const { return static_cast<const float*>(values.data_ptr()) + first; }
+};
+inline PartialRows partial_rows(int64_t rows, int64_t columns, const Tensor& device_of) {
+    return {empty({rows, columns}, ScalarType::Float, device_of), rows, columns};
+}
+// Adds them up, or the rows of each of `segments` images: columns from `first` on are those of the targets one after
+// another, each (segments, ...).
+void reduce_rows(const PartialRows& partials, int64_t first, int64_t segments, const std::vector<Tensor>& targets,
+                 DType dtype, const CudaContext& context, float factor = 1.f);
 
 struct NormPoolInputs {
     Tensor x, weight, bias;
@@ -28,8 +43,9 @@ struct NormPoolGradients {
     bool padded = false;
 };
 struct NormPoolResult {
-    Tensor dx, dweight, dbias;
-    OptTensor dx_more_sum;  // (C,), over all pixels, float32; where the kernel has registers for it
+    Tensor dx;
+    PartialRows sums;  // C columns each: dweight, dbias, and where `sums_dx_more` the sum of dx_more over all pixels
+    bool sums_dx_more;
 };
 NormPoolResult layer_norm_pool_bwd(NormPoolGradients gradients, Tensor x, Tensor weight, double eps,
                                    const CudaContext& context);
@@ -37,20 +53,20 @@ NormPoolResult layer_norm_pool_bwd(NormPoolGradients gradients, Tensor x, Tensor
 // Any of the images may be (batch, H, W, G, width), zeros behind the channels of a group.
 void modulated_layer_norm_fwd_into(const Tensor& y, Tensor o, Tensor x, Tensor scale, OptTensor gate, Tensor weight,
                                    Tensor bias, double eps, const CudaContext& context);
-using ModulatedGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+struct ModulatedGradients {
+    Tensor d_o, dx;
+    PartialRows sums;  // rows image by image; columns: C of dweight, C of dbias, dscale, C of dgate
+};
 ModulatedGradients modulated_layer_norm_bwd(Tensor dy, Tensor o, Tensor x, Tensor scale, OptTensor gate, Tensor weight,
                                             double eps, const CudaContext& context);
 
 constexpr int64_t kSilu = 1, kGelu = 2;  // codes of csrc/schemas.cpp
 void depthwise_conv3x3_fwd_into(const Tensor& y, Tensor x, Tensor weight, OptTensor bias, int64_t activation,
                                 const CudaContext& context);
-struct ConvGradients {
-    Tensor dweight, dbias;
-    OptTensor dx_sum;  // (G * D,) float32
-};
-// Writes dx, and into y, if given, what the forward returned.
-ConvGradients conv3x3_bwd_into(const Tensor& dx, Tensor dy, Tensor x, Tensor weight, OptTensor bias, int64_t activation,
-                               const CudaContext& context, const OptTensor& y = std::nullopt, bool sum_dx = false);
+// Writes dx, and into y, if given, what the forward returned. Columns of the result: 9 G D of dweight, G D of dbias
+// and, with sum_dx, G D of the sum of dx over all pixels.
+PartialRows conv3x3_bwd_into(const Tensor& dx, Tensor dy, Tensor x, Tensor weight, OptTensor bias, int64_t activation,
+                             const CudaContext& context, const OptTensor& y = std::nullopt, bool sum_dx = false);
 
 // norm_dim: channels that LayerNorm counts, 0 for D. Where it is less than D, the images are 0 in the channels behind
 // it, and so are dt_weight, dt_bias, D, norm_weight, norm_bias and gate; gradients hold anything finite there.

@@ -155,7 +155,7 @@ FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight,
     matmul_out(dactivated, dout_rows, pack.get(kFc2, {s.channels_pad, s.hidden_pad}));
     Tensor dhidden = empty({tokens, s.hidden_pad}, type, x), activated = empty({tokens, s.hidden_pad}, type, x);
     const Shape image = s.image(s.hidden_pad);
-    const ConvGradients conv = conv3x3_bwd_into(
+    const PartialRows conv = conv3x3_bwd_into(
         alias(dhidden, image), alias(dactivated, image), alias(hidden, image), pack.get(kConv, {1, s.hidden_pad, 3, 3}),
         pack.get(kConvBias, {1, s.hidden_pad}), kGelu, context, alias(activated, image), true);
     dactivated = Tensor();
@@ -166,23 +166,25 @@ FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight,
     const WeightPartials fc1 = weight_partials(as_batch(dhidden), as_batch(xn));
     const Tensor dfc1_weight =
         sums.add(fc1_weight, {1, s.hidden, s.channels}, fc1.values, s.hidden_pad, s.channels_pad, fc1.parts);
-    const Tensor dfc1_bias = sums.add(fc1_bias, {1, 1, s.hidden}, *conv.dx_sum, 1, s.hidden_pad);
-    const auto cropped = [&](const Tensor& parameter, const Tensor& gradient, int64_t row) {
-        if (s.hidden == s.hidden_pad) return alias(gradient, shape_of(parameter));
-        return sums.add(parameter, {1, s.hidden, row}, gradient, s.hidden_pad, row);
+    const auto of_conv = [&](const Tensor& parameter, int64_t row, int64_t first) {
+        return sums.add_rows(parameter, {1, s.hidden, row}, conv, first * s.hidden_pad, s.hidden_pad, row);
     };
-    const Tensor dconv_weight = cropped(conv_weight, conv.dweight, 9), dconv_bias = cropped(conv_bias, conv.dbias, 1);
+    const Tensor dconv_weight = of_conv(conv_weight, 9, 0), dconv_bias = of_conv(conv_bias, 1, 9);
+    const Tensor dfc1_bias = of_conv(fc1_bias, 1, 10);  // sums of dhidden
     const Tensor dxn = empty({tokens, s.channels_pad}, type, x);
     matmul_out(dxn, dhidden, pack.get(kFc1, {s.hidden_pad, s.channels_pad}));
     dhidden = Tensor();
     NormPoolGradients norm{alias(dxn, s.image(s.channels_pad)), std::nullopt, std::nullopt, std::nullopt, true};
     if (residual) norm.dx_more = dout;
     const NormPoolResult normed = layer_norm_pool_bwd(norm, x, norm_weight, eps, context);
+    const Tensor dnorm_weight = sums.add_rows(norm_weight, {1, 1, s.channels}, normed.sums, 0, 1, s.channels);
+    const Tensor dnorm_bias = sums.add_rows(norm_weight, {1, 1, s.channels}, normed.sums, s.channels, 1, s.channels);
     const Tensor dfc2_bias =
-        sum_of_columns(sums, fc2_bias, normed.dx_more_sum, dout_rows, s.channels, dtype, context.stream());
+        normed.sums_dx_more ? sums.add_rows(fc2_bias, {1, 1, s.channels}, normed.sums, 2 * s.channels, 1, s.channels)
+                            : sum_of_columns(sums, fc2_bias, dout_rows, s.channels, dtype, context.stream());
     sums.launch(dtype, context.stream());
-    return {normed.dx,    normed.dweight, normed.dbias, dfc1_weight, dfc1_bias,
-            dconv_weight, dconv_bias,     dfc2_weight,  dfc2_bias};
+    return {normed.dx,    dnorm_weight, dnorm_bias,  dfc1_weight, dfc1_bias,
+            dconv_weight, dconv_bias,   dfc2_weight, dfc2_bias};
 }
 
 }  // namespace

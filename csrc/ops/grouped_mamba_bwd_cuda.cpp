@@ -39,16 +39,21 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
     matmul_out(dmixed, dout_rows, pack.get(kProj, {s.channels_pad, s.mixed}));
 
     Tensor dy = alias(dmixed, {s.batch, s.height, s.width, g, s.mixed / g});
-    OptTensor dout_proj, dscale, dmix_weight, dmix_bias, dxn, dgate;
+    OptTensor dout_proj, dscale, dxn;
+    PartialRows mix;
+    // The gradient of the gate, summed over `parts` rows an image.
+    const float* dgate = nullptr;
+    int64_t dgate_parts = 1, dgate_stride = s.groups * s.gate_width;
     if (s.merges) {
         OptTensor flat_gate;
         if (s.gated()) flat_gate = alias(*images.gate, {s.batch, s.channels});
-        auto [d_o, dxn_merge, dscale_merge, dgate_merge, dweight, dbias] = modulated_layer_norm_bwd(
-            dy, images.o, images.xn, *p.skip_scale, flat_gate, p.norm_weight, scalars.eps, context);
+        const ModulatedGradients merge = modulated_layer_norm_bwd(dy, images.o, images.xn, *p.skip_scale, flat_gate,
+                                                                  p.norm_weight, scalars.eps, context);
         dy = dmixed = Tensor();
-        dxn = dxn_merge, dscale = dscale_merge, dmix_weight = dweight, dmix_bias = dbias;
-        if (s.gated()) dgate = alias(dgate_merge, shape_of(*images.gate));
-        const Tensor do_rows = rows_of(d_o, s, d_pad);
+        dxn = merge.dx, mix = merge.sums;
+        dscale = sums.add_rows(*p.skip_scale, {1, 1, 1}, mix, 2 * s.channels, 1, 1);
+        dgate = mix.column(2 * s.channels + 1), dgate_parts = mix.rows / s.batch, dgate_stride = mix.columns;
+        const Tensor do_rows = rows_of(merge.d_o, s, d_pad);
         const WeightPartials out_proj = weight_partials(do_rows, rows_of(images.y, s, e_pad));
         dout_proj = sums.add(*p.out_proj_weight, {g, s.dim, e}, out_proj.values, d_pad, e_pad, out_proj.parts);
         const Tensor dy_rows = empty({g, tokens, e_pad}, type, x);
@@ -69,12 +74,12 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
                        image_of(dfeatures, s, s.states, s.rank + s.states), image_of(duz, s, e_pad, e_pad)},
                       dy, scan_inputs(pack, s, images, scalars), *images.states, context);
     dy = Tensor(), dmixed = Tensor();
-    if (s.gates_scan()) dgate = scan.dgate;
+    if (s.gates_scan()) dgate = static_cast<const float*>(scan.dgate.data_ptr());
 
     const WeightPartials x_proj = weight_partials(dfeatures, images.u);
     add_matmul(du, dfeatures, pack.get(kXProj, {g, s.features_pad, e_pad}));
     dfeatures = Tensor();
-    const ConvGradients conv =
+    const PartialRows conv =
         conv3x3_bwd_into(image_of(duz, s, e_pad), image_of(du, s, e_pad), image_of(images.uz, s, e_pad),
                          pack.get(kConvWeight, {g, e_pad, 3, 3}), pack.get(kConvBias, {g, e_pad}), kSilu, context);
     du = Tensor();
@@ -88,12 +93,11 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
     if (s.gated()) {
         ParamHolder param;
         AffinityArgs args = affinity_args(p, s, images, param);
-        check_shape(*dgate, "dgate", shape_of(*images.gate));
         const Tensor inner = empty({s.batch, args.out_dim + args.hidden}, ScalarType::Float, x);
         dpooled = empty({s.batch, s.channels}, ScalarType::Float, x);
         dfc1_weight = empty_like_or_absent(p.fc1_weight, x), dfc1_bias = empty_like_or_absent(p.fc1_bias, x);
         dfc2_weight = empty_like_or_absent(p.fc2_weight, x), dfc2_bias = empty_like_or_absent(p.fc2_bias, x);
-        args.dgate = static_cast<const float*>(dgate->data_ptr());
+        args.dgate = dgate, args.dgate_parts = static_cast<int>(dgate_parts), args.dgate_stride = dgate_stride;
         args.dpooled = static_cast<float*>(dpooled->data_ptr()), args.scratch = static_cast<float*>(inner.data_ptr());
         args.dfc1_weight = param_out(*dfc1_weight, p.fc1_weight), args.dfc1_bias = param_out(*dfc1_bias, p.fc1_bias);
         args.dfc2_weight = param_out(*dfc2_weight, p.fc2_weight), args.dfc2_bias = param_out(*dfc2_bias, p.fc2_bias);
@@ -101,33 +105,36 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
     }
     NormPoolGradients norm{image_of(dxn_rows, s, d_pad), dxn, dpooled, std::nullopt, true};
     if (scalars.residual) norm.dx_more = dout;
-    auto [dx, dnorm_weight, dnorm_bias, dout_sum] = layer_norm_pool_bwd(norm, x, p.norm_weight, scalars.eps, context);
-    const Tensor dproj_bias =
-        sum_of_columns(sums, p.proj_bias, dout_sum, dout_rows, s.channels, dtype, context.stream());
+    const NormPoolResult normed = layer_norm_pool_bwd(norm, x, p.norm_weight, scalars.eps, context);
+    const Shape per_channel{1, 1, s.channels};
+    const Tensor dproj_bias = normed.sums_dx_more
+                                  ? sums.add_rows(p.proj_bias, per_channel, normed.sums, 2 * s.channels, 1, s.channels)
+                                  : sum_of_columns(sums, p.proj_bias, dout_rows, s.channels, dtype, context.stream());
+    const auto of_norm = [&](int64_t first) {  // the released layer uses its norm twice
+        return s.merges ? sums.add_rows(p.norm_weight, normed.sums, first, mix, first)
+                        : sums.add_rows(p.norm_weight, per_channel, normed.sums, first, 1, s.channels);
+    };
+    const Tensor dnorm_weight = of_norm(0), dnorm_bias = of_norm(s.channels);
 
     const Tensor din_proj =
         sums.add(p.in_proj_weight, {2 * g, e, s.dim}, in_proj.values, e_pad, d_pad, in_proj.parts, 2);
     const Tensor dx_proj =
         sums.add(p.x_proj_weight, {g, s.features, e}, x_proj.values, s.features_pad, e_pad, x_proj.parts);
     // A = -exp(A_log), so dA_log = dA * A.
-    const Tensor dA_log = sums.add(p.A_log, {g, e, s.states}, scan.dA, e_pad, s.states, 1, 1, std::nullopt,
-                                   pack.get(kA, {g, e_pad, s.states}));
+    const Tensor dA_log =
+        sums.add(p.A_log, {g, e, s.states}, scan.dA, e_pad, s.states, 1, 1, pack.get(kA, {g, e_pad, s.states}));
     const auto cropped = [&](const Tensor& parameter, const Tensor& gradient, int64_t row) {
         return e == e_pad ? gradient : sums.add(parameter, {g, e, row}, gradient, e_pad, row);
     };
-    const Tensor dconv_weight = cropped(p.conv_weight, conv.dweight, 9),
-                 dconv_bias = cropped(p.conv_bias, conv.dbias, 1);
+    const Tensor dconv_weight = sums.add_rows(p.conv_weight, {g, e, 9}, conv, 0, e_pad, 9),
+                 dconv_bias = sums.add_rows(p.conv_bias, {g, e, 1}, conv, 9 * g * e_pad, e_pad, 1);
     const Tensor ddt_weight = cropped(p.dt_weight, scan.ddt_weight, s.rank);
     const Tensor ddt_bias = cropped(p.dt_bias, scan.ddt_bias, 1), dD = cropped(p.D, scan.dD, 1);
     const Tensor dout_weight = cropped(p.out_norm_weight, scan.dnorm_weight, 1);
     const Tensor dout_bias = cropped(p.out_norm_bias, scan.dnorm_bias, 1);
-    if (s.merges) {  // the released layer uses its norm twice
-        dnorm_weight = sums.add(p.norm_weight, {1, 1, s.channels}, dnorm_weight, 1, s.channels, 1, 1, dmix_weight);
-        dnorm_bias = sums.add(p.norm_weight, {1, 1, s.channels}, dnorm_bias, 1, s.channels, 1, 1, dmix_bias);
-    }
     sums.launch(dtype, context.stream());
     const auto or_absent = [&](const OptTensor& t) { return t ? *t : empty_absent(ScalarType::Float, x); };
-    return {dx,
+    return {normed.dx,
             dnorm_weight,
             dnorm_bias,
             or_absent(dfc1_weight),

@@ -118,11 +118,7 @@ NormPoolResult layer_norm_pool_bwd(NormPoolGradients gradients, Tensor x, Tensor
     const DType dtype = dtype_of(x);
     Tensor dx =
         padded ? empty_padded_image(sizes.batch, sizes.height, sizes.width, sizes.channels, x) : empty_image_like(x);
-    Tensor dweight = empty_like_or_absent(weight, x), dbias = empty_like_or_absent(weight, x);
-    if (dx.numel() == 0) {
-        torch::stable::zero_(dweight), torch::stable::zero_(dbias);
-        return {dx, dweight, dbias, {}};
-    }
+    if (dx.numel() == 0) return {dx, partial_rows(0, 2 * sizes.channels, x), false};
 
     x = canonical_image(x), dxn = canonical_image(dxn);
     ParamHolder param;
@@ -140,21 +136,11 @@ NormPoolResult layer_norm_pool_bwd(NormPoolGradients gradients, Tensor x, Tensor
     if (dpooled) args.dpooled = static_cast<const float*>(param(dpooled).ptr);
     args.weight = param(weight);
     args.sum_dx_more = dx_more && sums_dx_more(args.plan.vecs);
-    OptTensor dx_more_sum;
-    if (args.sum_dx_more) dx_more_sum = empty({sizes.channels}, ScalarType::Float, x);
     const int64_t columns = (args.sum_dx_more ? 3 : 2) * static_cast<int64_t>(s.dim);
-    Tensor partials = empty({s.batch, args.plan.strips, columns}, ScalarType::Float, x);
-    args.partials = static_cast<float*>(partials.data_ptr());
+    const PartialRows sums = partial_rows(s.batch * args.plan.strips, columns, x);
+    args.partials = static_cast<float*>(sums.values.data_ptr());
     check_cuda(launch_layer_norm_pool_bwd(args, dtype, context.stream()), "layer_norm_pool backward");
-
-    ReduceArgs reduce;
-    reduce.partials = args.partials;
-    reduce.rows = s.batch * args.plan.strips, reduce.row_stride = reduce.columns = columns;
-    reduce.targets[0] = param_out(dweight, weight), reduce.targets[1] = param_out(dbias, weight);
-    reduce.counts[0] = reduce.counts[1] = s.dim;
-    if (dx_more_sum) reduce.targets[2] = param_out(*dx_more_sum, dx_more_sum), reduce.counts[2] = s.dim;
-    check_cuda(launch_reduce_columns(reduce, dtype, context.stream()), "layer_norm_pool parameter sums");
-    return {dx, dweight, dbias, dx_more_sum};
+    return {dx, sums, args.sum_dx_more};
 }
 
 namespace {
@@ -198,12 +184,8 @@ ModulatedGradients modulated_layer_norm_bwd(Tensor dy, Tensor o, Tensor x, Tenso
     check_norm_image(dy, "dy", sizes, x);
     const DType dtype = dtype_of(x);
     Tensor d_o = empty_image_like(o), dx = empty_image_like(x);
-    Tensor dscale = empty_like_or_absent(scale, x), dgate = empty_like_or_absent(gate, x);
-    Tensor dweight = empty_like_or_absent(weight, x), dbias = empty_like_or_absent(weight, x);
-    if (dx.numel() == 0) {
-        for (Tensor* t : {&dscale, &dgate, &dweight, &dbias}) torch::stable::zero_(*t);
-        return {d_o, dx, dscale, dgate, dweight, dbias};
-    }
+    const int64_t columns = 3 * sizes.channels + 1;
+    if (dx.numel() == 0) return {d_o, dx, partial_rows(0, columns, x)};
 
     dy = canonical_image(dy), o = canonical_image(o), x = canonical_image(x);
     ParamHolder param;
@@ -214,27 +196,26 @@ ModulatedGradients modulated_layer_norm_bwd(Tensor dy, Tensor o, Tensor x, Tenso
     const NormShape& s = args.shape;
     args.plan = norm_plan(s.batch, s.tokens, s.slots(), kNormBwdBlocks, kRowVecs);
     args.scale = param(scale), args.gate = param(gate), args.weight = param(weight);
-    const int64_t columns = 3 * static_cast<int64_t>(s.dim) + 1;
-    Tensor partials = empty({s.batch, args.plan.strips, columns}, ScalarType::Float, x);
-    args.partials = static_cast<float*>(partials.data_ptr());
+    const PartialRows sums = partial_rows(s.batch * args.plan.strips, columns, x);
+    args.partials = static_cast<float*>(sums.values.data_ptr());
     check_cuda(launch_modulated_layer_norm_bwd(args, dtype, context.stream()), "modulated_layer_norm backward");
+    return {d_o, dx, sums};
+}
 
-    ReduceArgs reduce;
-    reduce.partials = args.partials;
-    reduce.rows = s.batch * args.plan.strips, reduce.row_stride = columns;
-    reduce.targets[0] = param_out(dweight, weight), reduce.targets[1] = param_out(dbias, weight);
-    reduce.targets[2] = param_out(dscale, scale);
-    reduce.counts[0] = reduce.counts[1] = s.dim, reduce.counts[2] = 1;
-    reduce.columns = columns - s.dim;
-    check_cuda(launch_reduce_columns(reduce, dtype, context.stream()), "modulated_layer_norm parameter sums");
-    if (gate) {
-        ReduceArgs by_image;
-        by_image.partials = args.partials + reduce.columns;
-        by_image.segments = s.batch, by_image.rows = args.plan.strips, by_image.row_stride = columns;
-        by_image.targets[0] = param_out(dgate, gate), by_image.columns = by_image.counts[0] = s.dim;
-        check_cuda(launch_reduce_columns(by_image, dtype, context.stream()), "modulated_layer_norm gate sums");
+void reduce_rows(const PartialRows& partials, int64_t first, int64_t segments, const std::vector<Tensor>& targets,
+                 DType dtype, const CudaContext& context, float factor) {
+    GM_CHECK(targets.size() <= kReduceTargets, "too many targets for one launch");
+    if (segments == 0) return;
+    ReduceArgs args;
+    args.partials = partials.column(first);
+    args.segments = segments, args.rows = partials.rows / segments, args.row_stride = partials.columns;
+    args.factor = factor;
+    for (size_t i = 0; i < targets.size(); ++i) {
+        args.targets[i] = param_out(targets[i], targets[i]);
+        args.counts[i] = targets[i].numel() / segments;
+        args.columns += args.counts[i];
     }
-    return {d_o, dx, dscale, dgate, dweight, dbias};
+    check_cuda(launch_reduce_columns(args, dtype, context.stream()), "sums");
 }
 
 namespace {
@@ -252,20 +233,22 @@ std::tuple<Tensor, Tensor> pool_fwd(Tensor x, Tensor weight, Tensor bias, double
         torch::stable::zero_(pooled);
         return {xn, pooled};
     }
-    ReduceArgs reduce;
-    reduce.partials = static_cast<const float*>(partials.data_ptr());
-    reduce.segments = batch, reduce.rows = strips, reduce.row_stride = reduce.columns = channels;
-    reduce.factor = 1.f / static_cast<float>(tokens);
-    reduce.targets[0] = param_out(pooled, pooled), reduce.counts[0] = channels;
-    check_cuda(launch_reduce_columns(reduce, dtype_of(x), context.stream()), "layer_norm_pool sums");
+    reduce_rows({partials, batch * strips, channels}, 0, batch, {pooled}, dtype_of(x), context,
+                1.f / static_cast<float>(tokens));
     return {xn, pooled};
+}
+
+std::tuple<Tensor, Tensor, Tensor> summed(const NormPoolResult& result, const Tensor& weight,
+                                          const CudaContext& context) {
+    const Tensor dweight = empty_like_or_absent(weight, weight), dbias = empty_like_or_absent(weight, weight);
+    reduce_rows(result.sums, 0, 1, {dweight, dbias}, dtype_of(result.dx), context);
+    return {result.dx, dweight, dbias};
 }
 
 std::tuple<Tensor, Tensor, Tensor> pool_bwd(Tensor dxn, Tensor dpooled, Tensor x, Tensor weight, double eps) {
     GM_CHECK(dxn.dim() == 4, "dxn must be (batch, H, W, C), got ", show(shape_of(dxn)));
     const CudaContext context(x);
-    const NormPoolResult r = layer_norm_pool_bwd({dxn, std::nullopt, dpooled}, x, weight, eps, context);
-    return {r.dx, r.dweight, r.dbias};
+    return summed(layer_norm_pool_bwd({dxn, std::nullopt, dpooled}, x, weight, eps, context), weight, context);
 }
 
 Tensor token_norm_fwd(Tensor x, Tensor weight, Tensor bias, double eps) {
@@ -278,8 +261,7 @@ Tensor token_norm_fwd(Tensor x, Tensor weight, Tensor bias, double eps) {
 std::tuple<Tensor, Tensor, Tensor> token_norm_bwd(Tensor dy, Tensor x, Tensor weight, double eps) {
     GM_CHECK(dy.dim() == 4, "dy must be (batch, H, W, C), got ", show(shape_of(dy)));
     const CudaContext context(x);
-    const NormPoolResult r = layer_norm_pool_bwd({dy}, x, weight, eps, context);
-    return {r.dx, r.dweight, r.dbias};
+    return summed(layer_norm_pool_bwd({dy}, x, weight, eps, context), weight, context);
 }
 
 Tensor modulated_fwd(Tensor o, Tensor x, Tensor scale, OptTensor gate, Tensor weight, Tensor bias, double eps) {
@@ -290,10 +272,16 @@ Tensor modulated_fwd(Tensor o, Tensor x, Tensor scale, OptTensor gate, Tensor we
     return y;
 }
 
-ModulatedGradients modulated_bwd(Tensor dy, Tensor o, Tensor x, Tensor scale, OptTensor gate, Tensor weight,
-                                 double eps) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> modulated_bwd(Tensor dy, Tensor o, Tensor x, Tensor scale,
+                                                                         OptTensor gate, Tensor weight, double eps) {
     const CudaContext context(x);
-    return modulated_layer_norm_bwd(dy, o, x, scale, gate, weight, eps, context);
+    const ModulatedGradients g = modulated_layer_norm_bwd(dy, o, x, scale, gate, weight, eps, context);
+    const DType dtype = dtype_of(x);
+    const Tensor dweight = empty_like_or_absent(weight, x), dbias = empty_like_or_absent(weight, x);
+    const Tensor dscale = empty_like_or_absent(scale, x), dgate = empty_like_or_absent(gate, x);
+    reduce_rows(g.sums, 0, 1, {dweight, dbias, dscale}, dtype, context);
+    if (gate) reduce_rows(g.sums, 2 * weight.numel() + 1, x.size(0), {dgate}, dtype, context);
+    return {g.d_o, g.dx, dscale, dgate, dweight, dbias};
 }
 
 }  // namespace

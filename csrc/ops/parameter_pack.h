@@ -8,6 +8,7 @@
 #include "host/cuda_args.h"
 #include "host/stream.h"
 #include "host/workspace.h"
+#include "ops/entries_cuda.h"
 
 namespace gm {
 
@@ -53,6 +54,7 @@ public:
             item.w1 = static_cast<int>(e.w1), item.w2 = static_cast<int>(e.w2);
             item.negative_exp = e.negative_exp;
             item.count = n0 * e.w1 * e.w2;
+            GM_CHECK(item.count <= INT32_MAX, "a parameter has more than 2^31 elements");
         }
         check_cuda(launch_pack_parameters(args, dtype, stream), "parameters");
     }
@@ -93,27 +95,39 @@ public:
 
     // A gradient like `parameter`, seen as (n0 * inner, n1, n2), from `parts` parts of (inner, w1, w2) for each of n0.
     Tensor add(const Tensor& parameter, const Shape& sizes, const Tensor& from, int64_t w1, int64_t w2,
-               int64_t parts = 1, int64_t inner = 1, const OptTensor& add = std::nullopt,
-               const OptTensor& scale = std::nullopt) {
-        GM_CHECK(args_.count < kMaxSumItems, "too many parameters for one launch");
-        Tensor gradient = empty(shape_of(parameter), parameter.scalar_type(), from);
-        kept_.push_back(from), kept_.push_back(gradient);
-        SumItem& item = args_.items[args_.count++];
+               int64_t parts = 1, int64_t inner = 1, const OptTensor& scale = std::nullopt) {
+        SumItem& item = next(from);
         item.from = {from.data_ptr(), is_float(from)};
-        if (add) {
-            kept_.push_back(*add);
-            item.add = {add->data_ptr(), is_float(*add)};
-        }
+        item.inner = static_cast<int>(inner), item.parts = static_cast<int>(parts);
+        item.part_stride = inner * w1 * w2;
         if (scale) {
             kept_.push_back(*scale);
             item.scale = static_cast<const float*>(scale->data_ptr());
         }
-        item.to = {gradient.data_ptr(), is_float(gradient)};
-        item.n1 = static_cast<int>(sizes[1]), item.n2 = static_cast<int>(sizes[2]);
-        item.w1 = static_cast<int>(w1), item.w2 = static_cast<int>(w2);
-        item.inner = static_cast<int>(inner), item.parts = static_cast<int>(parts);
-        item.count = sizes[0] * sizes[1] * sizes[2];
-        return gradient;
+        return gradient(item, parameter, sizes, w1, w2);
+    }
+
+    // The same from rows of partial sums, whose columns from `first` on are (n0, w1, w2).
+    Tensor add_rows(const Tensor& parameter, const Shape& sizes, const PartialRows& from, int64_t first, int64_t w1,
+                    int64_t w2) {
+        SumItem& item = next(from.values);
+        item.from = {from.column(first), true};
+        item.inner = static_cast<int>(sizes[0]), item.parts = static_cast<int>(from.rows);
+        item.part_stride = from.columns;
+        return gradient(item, parameter, sizes, w1, w2);
+    }
+
+    // The gradient of a vector used twice: columns `first` of one matrix, `more_first` of the other.
+    Tensor add_rows(const Tensor& parameter, const PartialRows& from, int64_t first, const PartialRows& more,
+                    int64_t more_first) {
+        const int64_t size = parameter.numel();
+        SumItem& item = next(from.values);
+        item.from = {from.column(first), true};
+        item.parts = static_cast<int>(from.rows), item.part_stride = from.columns;
+        kept_.push_back(more.values);
+        item.more = more.column(more_first);
+        item.more_parts = static_cast<int>(more.rows), item.more_stride = more.columns;
+        return gradient(item, parameter, {1, 1, size}, 1, size);
     }
 
     void launch(DType dtype, cudaStream_t stream) {
@@ -121,6 +135,27 @@ public:
     }
 
 private:
+    SumItem& next(const Tensor& from) {
+        GM_CHECK(args_.count < kMaxSumItems, "too many parameters for one launch");
+        kept_.push_back(from);
+        return args_.items[args_.count++];
+    }
+
+    Tensor gradient(SumItem& item, const Tensor& parameter, const Shape& sizes, int64_t w1, int64_t w2) {
+        item.n1 = static_cast<int>(sizes[1]), item.n2 = static_cast<int>(sizes[2]);
+        item.w1 = static_cast<int>(w1), item.w2 = static_cast<int>(w2);
+        item.count = sizes[0] * sizes[1] * sizes[2];
+        GM_CHECK(item.count <= INT32_MAX && item.parts <= INT32_MAX, "a parameter has more than 2^31 elements");
+        const Tensor result =
+            empty_strided(shape_of(parameter), gradient_strides(parameter), parameter.scalar_type(), kept_.back());
+        const std::optional<Shape> strides = view_strides(result, sizes);
+        GM_CHECK(strides.has_value(), "a gradient of shape ", show(shape_of(parameter)), " can't be written");
+        std::copy(strides->begin(), strides->end(), item.to_strides);
+        item.to = {result.data_ptr(), is_float(result)};
+        kept_.push_back(result);
+        return result;
+    }
+
     SumArgs args_;
     std::vector<Tensor> kept_;
 };

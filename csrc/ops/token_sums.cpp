@@ -40,18 +40,17 @@ WeightPartials weight_partials(const Tensor& dy, const Tensor& x) {
     return {values, count};
 }
 
-Tensor sum_of_columns(ParameterSums& sums, const Tensor& bias, const OptTensor& known, const Tensor& rows,
-                      int64_t columns, DType dtype, cudaStream_t stream) {
-    if (known) return sums.add(bias, {1, 1, columns}, *known, 1, columns);
+Tensor sum_of_columns(ParameterSums& sums, const Tensor& bias, const Tensor& rows, int64_t columns, DType dtype,
+                      cudaStream_t stream) {
     constexpr int64_t kBlocks = 264, kLeastRows = 16;  // two blocks an SM of an H100
     ColumnSumArgs args;
     args.x = rows.data_ptr(), args.rows = rows.size(0), args.row_stride = rows.stride(0);
     args.columns = static_cast<int>(columns);
     args.blocks = static_cast<int>(std::min<int64_t>(kBlocks, (rows.size(0) + kLeastRows - 1) / kLeastRows));
-    const Tensor values = empty({args.blocks, columns}, ScalarType::Float, rows);
-    args.partials = static_cast<float*>(values.data_ptr());
+    const PartialRows partials = partial_rows(args.blocks, columns, rows);
+    args.partials = static_cast<float*>(partials.values.data_ptr());
     check_cuda(launch_column_sums(args, dtype, stream), "bias gradient");
-    return sums.add(bias, {1, 1, columns}, values, 1, columns, args.blocks);
+    return sums.add_rows(bias, {1, 1, columns}, partials, 0, 1, columns);
 }
 
 PaddedRows::PaddedRows(const Tensor& image) {

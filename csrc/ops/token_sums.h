@@ -18,9 +18,9 @@ struct WeightPartials {
 };
 WeightPartials weight_partials(const Tensor& dy, const Tensor& x);
 
-// The gradient of a bias: the sum over the rows of a matrix, of its first columns, which `known` may hold already.
-Tensor sum_of_columns(ParameterSums& sums, const Tensor& bias, const OptTensor& known, const Tensor& rows,
-                      int64_t columns, DType dtype, cudaStream_t stream);
+// The gradient of a bias: the sum over the rows of a matrix, of its first columns.
+Tensor sum_of_columns(ParameterSums& sums, const Tensor& bias, const Tensor& rows, int64_t columns, DType dtype,
+                      cudaStream_t stream);
 
 // The pixels of an image (batch, H, W, C) as rows (tokens, C rounded up to kPixelUnit); a copy only where they do not
 // lie like that.

@@ -13,17 +13,39 @@ from groupmamba.layers import GroupedMamba2d
 from groupmamba.layers.feed_forward import ConvFeedForward
 from groupmamba.layers.token_norm import TokenNorm
 from groupmamba.models.entry_conv import EntryConv
+from groupmamba_ext.layer_ops import batch_norm_relu, takes_batch_norm
 
 BLOCK_EPS = 1e-6  # block, class-block and stage norms
 CONV_EPS = 1e-5  # norms behind the stem and downsampling convolutions
-
-for _module in (GroupedMamba2d, ConvFeedForward, TokenNorm, EntryConv):
-    register_notrace_module(_module)
 
 
 def _tokens(x: Tensor) -> Tensor:
     """(batch, C, H, W) to contiguous (batch, H, W, C): a view of a channels-last image."""
     return x.permute(0, 2, 3, 1).contiguous()
+
+
+class BatchNormReLU(nn.BatchNorm2d):
+    """``relu(BatchNorm2d(x))``; with the statistics of the batch on CUDA through kernels of its own.
+
+    Those read an image twice and write it once, and their backward in the same way; torch's take several times as long
+    for an image of few channels in bfloat16.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        several = x.dim() == 4 and x.numel() > x.shape[1]  # torch raises otherwise
+        usual = self.training and self.track_running_stats and self.momentum is not None and self.affine
+        if not (several and usual and takes_batch_norm(x, self.weight, self.bias)):
+            return super().forward(x).relu_()
+        y, stats = batch_norm_relu(x, self.weight, self.bias, self.eps)
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(stats[0].to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(stats[1].to(self.running_var.dtype), self.momentum)
+        return y
+
+
+for _module in (GroupedMamba2d, ConvFeedForward, TokenNorm, EntryConv, BatchNormReLU):
+    register_notrace_module(_module)
 
 
 class Stem(nn.Module):
@@ -42,7 +64,7 @@ class Stem(nn.Module):
                 conv: nn.Conv2d = EntryConv(channels, stem_dim, kernel)
             else:
                 conv = nn.Conv2d(channels, stem_dim, kernel, stride, kernel // 2, bias=False)
-            layers += [conv, nn.BatchNorm2d(stem_dim), nn.ReLU(inplace=True)]
+            layers += [conv, BatchNormReLU(stem_dim), nn.ReLU(inplace=True)]
         self.conv = nn.Sequential(*layers)
         self.proj = nn.Conv2d(stem_dim, dim, 3, 2, 1)
         self.norm = TokenNorm(dim, eps=CONV_EPS)
@@ -52,7 +74,11 @@ class Stem(nn.Module):
         fold = not self.training and not torch.is_grad_enabled()
         for i in range(0, len(self.conv), 3):
             conv, norm, relu = self.conv[i : i + 3]
-            x = _conv_norm_relu(x, conv, norm) if fold else relu(norm(conv(x)))
+            if fold:
+                x = _conv_norm_relu(x, conv, norm)
+            else:
+                x = norm(conv(x))
+                x = x if isinstance(norm, BatchNormReLU) else relu(x)  # SyncBatchNorm, if that took its place
         return self.norm(_tokens(self.proj(x)))
 
 
