@@ -28,6 +28,8 @@ __device__ __forceinline__ int gate_width(const AffinityArgs& args) {
     return args.out_dim / args.group_dim * args.group_width;
 }
 
+constexpr int kGateLanes = 8;
+
 // Mean over the image from the sums of its strips, into shared memory and args.pooled: `rows` threads a channel.
 __device__ __forceinline__ void pool(const AffinityArgs& args, float* shared, float* rows_of_sums) {
     const int64_t image = blockIdx.x;
@@ -69,26 +71,33 @@ __global__ void __launch_bounds__(kAffinityThreads)
     }
     __syncthreads();
     const int width = gate_width(args);
-    for (int i = threadIdx.x; i < width; i += kAffinityThreads) {
+    // kGateLanes threads share a channel's row of fc2: they read whole sectors.
+    const int lane = threadIdx.x % kGateLanes;
+    for (int first = 0; first < width; first += kAffinityThreads / kGateLanes) {
+        const int i = first + threadIdx.x / kGateLanes;
         const int group = i / args.group_width, d = i - group * args.group_width;
-        float gate = 0.f;
-        if (d < args.group_dim) {
-            const int m = group * args.group_dim + d;
-            float sum = load_param<T>(args.fc2_bias, m);
+        const bool real = i < width && d < args.group_dim;
+        float sum = 0.f;
+        if (real) {
+            const int64_t row = static_cast<int64_t>(group * args.group_dim + d) * args.hidden;
 #pragma unroll 8
-            for (int j = 0; j < args.hidden; ++j)
-                sum = fmaf(hidden[j], load_param<T>(args.fc2_weight, static_cast<int64_t>(m) * args.hidden + j), sum);
-            gate = 1.f / (1.f + expf(-sum));
+            for (int j = lane; j < args.hidden; j += kGateLanes)
+                sum = fmaf(hidden[j], load_param<T>(args.fc2_weight, row + j), sum);
         }
-        args.gate[image * width + i] = gate;
+#pragma unroll
+        for (int k = kGateLanes / 2; k > 0; k /= 2) sum += __shfl_xor_sync(kFullWarp, sum, k);
+        if (lane != 0 || i >= width) continue;
+        if (real) sum += load_param<T>(args.fc2_bias, group * args.group_dim + d);
+        args.gate[image * width + i] = real ? 1.f / (1.f + expf(-sum)) : 0.f;
     }
 }
 
 // A block an image: gradients before the sigmoid and the relu, of the pooled image.
 template <class T>
 __global__ void __launch_bounds__(kThreads) channel_affinity_bwd_kernel(const __grid_constant__ AffinityArgs args) {
-    extern __shared__ float shared[];  // gradient before the sigmoid, before the relu
+    extern __shared__ float shared[];  // gradient before the sigmoid, before the relu, and by rows of threads
     float* const hidden = shared + args.out_dim;
+    float* const by_rows = hidden + args.hidden;
     const int64_t image = blockIdx.x;
     float* const scratch = args.scratch + image * (args.out_dim + args.hidden);
     const int width = gate_width(args);
@@ -102,17 +111,26 @@ __global__ void __launch_bounds__(kThreads) channel_affinity_bwd_kernel(const __
         scratch[m] = shared[m] = sum * gate * (1.f - gate);
     }
     __syncthreads();
-    for (int j = threadIdx.x / 32; j < args.hidden; j += kThreads / 32) {
+    // Neighbouring threads take neighbouring hidden units, rows of threads every so-manieth channel.
+    const int rows = max(kThreads / args.hidden, 1), r = threadIdx.x / args.hidden;
+    for (int j = threadIdx.x - r * args.hidden; r < rows && j < args.hidden; j += kThreads) {
         float sum = 0.f;
-        for (int m = threadIdx.x % 32; m < args.out_dim; m += 32)
+#pragma unroll 8
+        for (int m = r; m < args.out_dim; m += rows)
             sum = fmaf(shared[m], load_param<T>(args.fc2_weight, static_cast<int64_t>(m) * args.hidden + j), sum);
-        sum = warp_sum(sum);
+        by_rows[r * args.hidden + j] = sum;
+    }
+    __syncthreads();
+    for (int j = threadIdx.x; j < args.hidden; j += kThreads) {
+        float sum = 0.f;
+        for (int i = 0; i < rows; ++i) sum += by_rows[i * args.hidden + j];
         if (args.hidden_out[image * args.hidden + j] <= 0.f) sum = 0.f;
-        if (threadIdx.x % 32 == 0) scratch[args.out_dim + j] = hidden[j] = sum;
+        scratch[args.out_dim + j] = hidden[j] = sum;
     }
     __syncthreads();
     for (int c = threadIdx.x; c < args.dim; c += kThreads) {
         float sum = 0.f;
+#pragma unroll 8
         for (int j = 0; j < args.hidden; ++j)
             sum = fmaf(hidden[j], load_param<T>(args.fc1_weight, static_cast<int64_t>(j) * args.dim + c), sum);
         args.dpooled[image * args.dim + c] = sum;
@@ -171,10 +189,11 @@ cudaError_t launch_channel_affinity_fwd(const AffinityArgs& args, DType dtype, c
 
 cudaError_t launch_channel_affinity_bwd(const AffinityArgs& args, DType dtype, cudaStream_t stream) {
     const int64_t parameters = static_cast<int64_t>(args.hidden) * (args.dim + args.out_dim + 1) + args.out_dim;
+    const int sums = std::max(kThreads / args.hidden, 1) * args.hidden;
     return dispatch_dtype(dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
         const cudaError_t error = launch_kernel(channel_affinity_bwd_kernel<T>, args.batch, kThreads,
-                                                sizeof(float) * (args.out_dim + args.hidden), stream, args);
+                                                sizeof(float) * (args.out_dim + args.hidden + sums), stream, args);
         if (error != cudaSuccess) return error;
         const int64_t blocks = (parameters + kReduceColumns - 1) / kReduceColumns;
         channel_affinity_weights_kernel<T>

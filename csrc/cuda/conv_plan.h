@@ -62,6 +62,8 @@ constexpr int kConvBwdThreads = 128;
 constexpr int kConvBwdLanes = 64;
 constexpr int kConvBwdHalo = kConvColumns;  // whole threads
 constexpr int kConvBwdUnit = 8;             // lanes of 32 bytes of a 16-bit type, a sector
+constexpr int kConvBwdVector = 8;           // channels that a thread copies: so many threads as a row of a tile takes
+static_assert(kConvBwdVector == kConvVec * kConvColumns);
 
 struct ConvBwdPlan {
     int lanes, chunks;

@@ -7,14 +7,15 @@
 //   dx[h, w] = sum over i, j of weight[i, j] g[h + 1 - i, w + 1 - j]
 //   dweight[i, j] = sum over h, w of x[h, w] g[h + 1 - i, w + 1 - j],  dbias = sum of g
 //
-// A block goes down a tile of columns. A thread owns four of them in two channels; one step takes row r + 1 of x (with
-// the columns on both sides, which come out of the L1 cache), finishes row r of g, and with it row r - 1 of dx. Rows
-// enter the sums of three rows of pre and dx, which stay in registers; the columns of g on both sides come from the
-// neighbouring threads through shared memory: one barrier a step. x and dy of the next step are on their way meanwhile.
+// A block goes down a tile of columns. A thread owns four of them in two channels; one step takes row r + 1 of x, with
+// the columns on both sides, finishes row r of g, and with it row r - 1 of dx. Rows enter the sums of three rows of pre
+// and dx, which stay in registers; the columns of g on both sides come from the neighbouring threads through shared
+// memory: one barrier a step. Rows of x and dy are copied to shared memory some steps ahead.
 //
 // dweight and dbias: every thread sums over its columns and rows, then the block over its threads, then
 // launch_reduce_columns over the blocks, all in a fixed order.
 #include "cuda/activation.cuh"
+#include "cuda/async_copy.cuh"
 #include "cuda/conv_tile.cuh"
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
@@ -49,6 +50,31 @@ union BlockMemory {
         ConvTable<kConvBwdLanes * kVecs> table;  // in registers the taps would cost a quarter of the warps
     } walk;
     Pair sums[kConvTaps + 2][kConvBwdThreads];  // of every thread, at the end
+};
+
+// Rows of the tile on their way. Pair p is row p of x and row p - 1 of dy, both in slot p % kSlots. In a slot the
+// columns 3, 1, 2 and 0 of all threads lie one after another: a warp reads neighbouring words; and what is left of the
+// first thread's column 0 and right of the last one's column 3 are `lanes` zeros in front and behind.
+template <class T>
+struct RowRing {
+    static constexpr int kSlots = sizeof(T) == 2 ? 4 : 2;  // 20 KB
+    static constexpr int kPitch = kConvBwdThreads * kColumns + 2 * kConvBwdLanes;
+    static constexpr int kLanesOfCopy = kConvBwdVector / kVecs;  // neighbouring lanes whose channels a thread copies
+    using Stored = Packed<T, kVecs>;
+    struct alignas(16) Row {
+        Stored columns[kPitch];
+    } x[kSlots], dy[kSlots];
+
+    static __device__ __forceinline__ int place(int c, int quads, int lanes) {
+        return (1 + (c == 0 ? 3 : c == 3 ? 0 : c) * quads) * lanes;
+    }
+    __device__ void clear_edges(int quads, int lanes) {
+        for (int i = threadIdx.x; i < 2 * lanes; i += blockDim.x) {
+            const int at = i < lanes ? i : kColumns * quads * lanes + i;
+#pragma unroll
+            for (int k = 0; k < kSlots; ++k) x[k].columns[at] = {};
+        }
+    }
 };
 
 __device__ __forceinline__ Pair pack(const float (&x)[kVecs]) {
@@ -105,7 +131,9 @@ template <class T, bool kAligned>
 __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 4 : 2)
     depthwise_conv_bwd_kernel(const __grid_constant__ ConvBwdArgs args) {
     using Stored = Packed<T, kVecs>;
+    using Ring = RowRing<T>;
     __shared__ BlockMemory memory;
+    __shared__ Ring ring;
     const ConvShape& s = args.shape;
     const ConvBwdPlan& plan = args.plan;
 
@@ -122,7 +150,7 @@ __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 
     const int64_t first_param = static_cast<int64_t>(group) * s.dim + block_first;
     Exchange& exchange = memory.walk.exchange;
     memory.walk.table.template fill<T>(args.weight, args.bias, first_param, count, width);
-    exchange.clear_edges(plan.lanes);
+    exchange.clear_edges(plan.lanes), ring.clear_edges(plan.quads, plan.lanes);
     __syncthreads();
 
     const int quad = threadIdx.x / plan.lanes;
@@ -130,9 +158,9 @@ __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 
     // The outer threads of a tile that goes on beyond its edge belong to the neighbouring tile.
     const int column = tile * plan.tile_step + quad * kColumns;
     const bool own = (quad > 0 || tile == 0) && (quad + 1 < plan.quads || tile + 1 == plan.tiles);
-    bool inside[kWindow];
+    bool inside[kColumns];
 #pragma unroll
-    for (int k = 0; k < kWindow; ++k) inside[k] = column - 1 + k >= 0 && column - 1 + k < s.width && channels.valid > 0;
+    for (int c = 0; c < kColumns; ++c) inside[c] = column + c < s.width && channels.valid > 0;
 
     const auto tap = [&](int i, float(&out)[kVecs]) { memory.walk.table.reread(i, channels, out); };
     Taps dtaps = {};
@@ -144,6 +172,18 @@ __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 
         return static_cast<unsigned>(row - first) < static_cast<unsigned>(end - first);
     };
     const int left = threadIdx.x, self = left + plan.lanes, right = self + plan.lanes;
+    // What this thread copies of a row: kConvBwdVector channels of any column or, where images are not aligned, its own
+    // columns.
+    const int copies = max(plan.lanes / Ring::kLanesOfCopy, 1);  // of a column
+    const int tile_column = kAligned ? threadIdx.x / copies : quad * kColumns;
+    const int copy_lane = kAligned ? threadIdx.x % copies * Ring::kLanesOfCopy : 0;
+    const int copy_column = tile * plan.tile_step + tile_column;
+    const int copy_channel = block_first + (kAligned ? copy_lane * kVecs : channels.local);
+    const int copy_to = kAligned ? Ring::place(tile_column % kColumns, plan.quads, plan.lanes) +
+                                       tile_column / kColumns * plan.lanes + copy_lane
+                                 : threadIdx.x;
+    const bool copy_in = copy_channel < s.dim && copy_column < s.width;
+    constexpr int kToDy = Ring::kSlots * Ring::kPitch;
     const int64_t batch_end = min((segment + 1) * plan.images, s.batch);
     for (int64_t batch = segment * plan.images; batch < batch_end; ++batch) {
         // This thread's columns in a row of an image, all in bytes; a column's distance takes 32 bits (checked by
@@ -165,25 +205,57 @@ __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 
             return Place{reinterpret_cast<char*>(base + channels.local + tokens * image.token), s.width * token,
                          static_cast<uint32_t>(token)};
         };
-        Place x = place(args.x, ahead + 1, column - 1), dy = place(args.dy, begin, column),
-              dx = place(args.dx, begin - 1, column), y = place(args.y, begin, column);
+        const auto row_of = [&](const ImageArg& image, int row) {
+            return static_cast<const T*>(image.ptr) + batch * image.batch + group * image.group + copy_channel +
+                   (static_cast<int64_t>(row) * s.width + copy_column) * image.token;
+        };
+        Place dx = place(args.dx, begin - 1, column), y = place(args.y, begin, column);
 
-        // Rows r - 1, r and r + 1 of x, the last with its neighbours; the next one, and dy's row r, are on their way.
-        Stored x_above[kColumns] = {}, x_level[kColumns] = {}, x_below[kWindow], x_ahead[kWindow], dy_ahead[kColumns];
-        const auto fetch_x = [&](int row, Stored(&into)[kWindow], bool inner) {
-            const bool needed = inner || (row >= 0 && row <= end + 1 && row < s.height);
+        const bool is_last = end == s.height;  // g is 0 below it
+        const int last_pair = end + !is_last;
+        const T* x = row_of(args.x, ahead + 1);
+        const T* dy = row_of(args.dy, ahead);
+        // Queues pair p; called for one after the other.
+        const auto queue = [&](int p) {
+            const bool x_in = p < s.height && p <= last_pair, dy_in = p > begin && p <= last_pair;
+            Stored* const to = ring.x[p % Ring::kSlots].columns + copy_to;
+            if constexpr (kAligned) {
+                constexpr int kStep = 16 / sizeof(T);  // channels of a copy
 #pragma unroll
-            for (int k = 0; k < kWindow; ++k) into[k] = channels.load(x[k], needed && inside[k]);
-            x.advance();
-        };
-        const auto fetch_dy = [&](int row, bool inner) {
-            const bool needed = inner || (row >= 0 && row <= end && row < s.height);
+                for (int k = 0; k < kConvBwdVector / kStep; ++k) {
+                    Stored* const place = to + k * kStep / kVecs;
+                    copy16_async(place, x + k * kStep, copy_in && x_in);
+                    copy16_async(place + kToDy, dy + k * kStep, copy_in && dy_in);
+                }
+            } else {
 #pragma unroll
-            for (int c = 0; c < kColumns; ++c) dy_ahead[c] = channels.load(dy[c], needed && inside[c + 1]);
-            dy.advance();
+                for (int c = 0; c < kColumns; ++c) {
+                    Stored* const place = to + Ring::place(c, plan.quads, plan.lanes);
+                    place[0] = channels.load(x + c * args.x.token, x_in && inside[c]);
+                    place[kToDy] = channels.load(dy + c * args.dy.token, dy_in && inside[c]);
+                }
+            }
+            copy_commit();
+            x += s.width * args.x.token, dy += s.width * args.dy.token;
         };
-        fetch_x(ahead + 1, x_below, false);
-        fetch_dy(begin, false);
+        // Makes pair p readable, and its predecessor's slot free for the pair behind those on their way.
+        const auto acquire = [&](int p) {
+            copy_wait<Ring::kSlots - 2>();
+            __syncthreads();
+            queue(p - 1 + Ring::kSlots);
+        };
+
+        // Rows r - 1, r and r + 1 of x, the last with its neighbours.
+        Stored x_above[kColumns] = {}, x_level[kColumns] = {}, x_below[kWindow];
+        const auto take_x = [&](int p) {
+            const Stored* const row = ring.x[p % Ring::kSlots].columns + threadIdx.x;
+            x_below[0] = row[Ring::place(3, plan.quads, plan.lanes) - plan.lanes];
+#pragma unroll
+            for (int c = 0; c < kColumns; ++c) x_below[c + 1] = row[Ring::place(c, plan.quads, plan.lanes)];
+            x_below[kWindow - 1] = row[Ring::place(0, plan.quads, plan.lanes) + plan.lanes];
+        };
+#pragma unroll
+        for (int k = 0; k < Ring::kSlots - 1; ++k) queue(ahead + 1 + k);
 
         Outputs pre_above, pre_level, dx_above = {}, dx_level = {};
 #pragma unroll
@@ -192,8 +264,6 @@ __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 
         const auto next_row = [&](const Stored(&x_own)[kColumns]) {
 #pragma unroll
             for (int c = 0; c < kColumns; ++c) x_above[c] = x_level[c], x_level[c] = x_own[c];
-#pragma unroll
-            for (int k = 0; k < kWindow; ++k) x_below[k] = x_ahead[k];
         };
         const auto own_columns = [&](Stored(&x_own)[kColumns]) {
 #pragma unroll
@@ -208,15 +278,16 @@ __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 
         const auto store_dx = [&](const Outputs& done) {
 #pragma unroll
             for (int c = 0; c < kColumns; ++c) {
-                if (!(own && inside[c + 1])) continue;
+                if (!(own && inside[c])) continue;
                 channels.store(dx[c], done[c], true);
 #pragma unroll
                 for (int j = 0; j < kVecs; ++j) dx_sum[j] += done[c][j];
             }
         };
         // Rows of x that the first row of pre needs.
-        for (int r = ahead; r < begin; ++r) {
-            fetch_x(r + 2, x_ahead, false);
+        for (int p = ahead + 1; p <= begin; ++p) {
+            acquire(p);
+            take_x(p);
             if (s.activation != Activation::kNone) {
                 Outputs unfinished;
                 add_x_row(unfinished);
@@ -225,9 +296,12 @@ __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 
             own_columns(x_own), next_row(x_own);
         }
 
+        acquire(begin + 1);
+
         // One step. Most rows are `inner`: what it touches is there, and is the strip's own.
         const auto step = [&](int r, auto inner_tag) {
             constexpr bool inner = decltype(inner_tag)::value;
+            take_x(r + 1);
             Outputs slope;
             if (s.activation == Activation::kNone) {
 #pragma unroll
@@ -240,20 +314,19 @@ __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 
                 activation_slope<T>(s.activation, reinterpret_cast<float(&)[kColumns * kVecs]>(slope), out);
                 if (args.y.ptr != nullptr && (inner || is_own_row(r)))
 #pragma unroll
-                    for (int c = 0; c < kColumns; ++c) channels.store(y[c], out + c * kVecs, own && inside[c + 1]);
+                    for (int c = 0; c < kColumns; ++c) channels.store(y[c], out + c * kVecs, own && inside[c]);
             }
             Row g;
 #pragma unroll
             for (int c = 0; c < kColumns; ++c) {
-                dy_ahead[c].widen(g[c + 1]);
+                ring.dy[(r + 1) % Ring::kSlots].columns[threadIdx.x + Ring::place(c, plan.quads, plan.lanes)].widen(
+                    g[c + 1]);
 #pragma unroll
                 for (int j = 0; j < kVecs; ++j) g[c + 1][j] *= slope[c][j];
             }
             exchange.first[r & 1][self] = pack(g[1]);
             exchange.last[r & 1][self] = pack(g[kColumns]);
-            fetch_dy(r + 1, inner);
-            fetch_x(r + 2, x_ahead, inner);  // half a step ahead of its use: registers are short before
-            __syncthreads();
+            acquire(r + 2);  // its barrier is the exchange's too
             exchange.last[r & 1][left].widen(g[0]);
             exchange.first[r & 1][right].widen(g[kWindow - 1]);
 
@@ -276,7 +349,6 @@ __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 
             dx.advance(), y.advance();
         };
         const int last_inner = min(end - 2, s.height - 3);
-        const bool is_last = end == s.height;  // g is 0 below it
         for (int r = begin; r < end + !is_last; ++r) {
             if (r > first && r <= last_inner) {
                 step(r, std::true_type{});
@@ -285,7 +357,8 @@ __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 
             }
         }
         if (is_last) store_dx(dx_above);
-        __syncthreads();  // the next image begins with either half of the exchange
+        copy_wait<0>();
+        __syncthreads();  // the next image begins with either half of the exchange, and with any slot
     }
 
     __syncthreads();

@@ -12,14 +12,16 @@ namespace {
 constexpr int kThreads = 256;
 
 // A sum of many parts is shared by the rows of a block whose columns are one 32-byte sector of float partials; fewer
-// parts are one thread's.
-constexpr int kSumColumns = 8, kSumRows = kThreads / kSumColumns, kManyParts = 32;
+// parts are one thread's, of kVec elements at once where they lie side by side.
+constexpr int kSumColumns = 8, kSumRows = kThreads / kSumColumns, kManyParts = 128;
 
 // Elements of a block.
-__host__ __device__ __forceinline__ int unit_of(const PackItem&) { return kThreads; }
+__host__ __device__ __forceinline__ int unit_of(const PackItem& item) {
+    return item.vectors ? kThreads * kVec : kThreads;
+}
 __host__ __device__ __forceinline__ bool shares_sums(const SumItem& item) { return item.parts >= kManyParts; }
 __host__ __device__ __forceinline__ int unit_of(const SumItem& item) {
-    return shares_sums(item) ? kSumColumns : kThreads;
+    return shares_sums(item) ? kSumColumns : item.vectors ? kThreads * kVec : kThreads;
 }
 
 template <class Item>
@@ -48,21 +50,55 @@ int64_t total_blocks(const Args& args) {
     return blocks;
 }
 
+// kVec elements of a tensor in the images' dtype or float32, side by side and aligned to their size.
+template <class T>
+__device__ __forceinline__ void load_vector(const void* p, bool is_float, int64_t i, float (&out)[kVec]) {
+    if (is_float) {
+        to_floats(*reinterpret_cast<const Vec4<float>*>(static_cast<const float*>(p) + i), out);
+    } else {
+        to_floats(*reinterpret_cast<const Vec4<T>*>(static_cast<const T*>(p) + i), out);
+    }
+}
+
+template <class T>
+__device__ __forceinline__ void store_vector(const ParamOut& out, int64_t i, const float (&x)[kVec]) {
+    if (out.is_float) {
+        store4<true>(static_cast<float*>(out.ptr) + i, x, kVec);
+    } else {
+        store4<true>(static_cast<T*>(out.ptr) + i, x, kVec);
+    }
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads) pack_parameters_kernel(const __grid_constant__ PackArgs args) {
     int64_t element = 0;
     const PackItem& item = find_item(args, element);
-    element += threadIdx.x;
+    const int width = item.vectors ? kVec : 1;
+    element += threadIdx.x * width;
     if (element >= item.count) return;
     const unsigned e = static_cast<unsigned>(element);  // an item has fewer than 2^31
     const unsigned row = e / item.w2, i0 = row / item.w1;
     const int i2 = static_cast<int>(e - row * item.w2), i1 = static_cast<int>(row - i0 * item.w1);
-    float v = 0.f;
-    if (i1 < item.n1 && i2 < item.n2) {
-        v = load_param<T>(item.from, i0 * item.strides[0] + i1 * item.strides[1] + i2 * item.strides[2]);
-        if (item.negative_exp) v = -expf(v);
+    float v[kVec] = {};
+    if (i1 < item.n1) {
+        const int64_t from = i0 * item.strides[0] + i1 * item.strides[1] + i2 * item.strides[2];
+        if (item.vectors && i2 + kVec <= item.n2 && item.reads_vectors) {
+            load_vector<T>(item.from.ptr, item.from.is_float, from, v);
+        } else {
+#pragma unroll
+            for (int k = 0; k < kVec; ++k)
+                if (k < width && i2 + k < item.n2) v[k] = load_param<T>(item.from, from + k * item.strides[2]);
+        }
+        if (item.negative_exp) {
+#pragma unroll
+            for (int k = 0; k < kVec; ++k) v[k] = i2 + k < item.n2 ? -expf(v[k]) : 0.f;
+        }
     }
-    store_param<T>(item.to, element, v);
+    if (item.vectors) {
+        store_vector<T>(item.to, element, v);
+    } else {
+        store_param<T>(item.to, element, v[0]);
+    }
 }
 
 // Of p[0], p[step], ...; eight loads on their way, since their latency is what counts.
@@ -84,23 +120,59 @@ __device__ __forceinline__ float strided_sum(const T* p, int count, int64_t step
 }
 
 template <class T>
+__device__ __forceinline__ void strided_vector_sum(const T* p, int count, int64_t step, float (&sum)[kVec]) {
+#pragma unroll 4
+    for (int i = 0; i < count; ++i) {
+        float x[kVec];
+        to_floats(*reinterpret_cast<const Vec4<T>*>(p + i * step), x);
+#pragma unroll
+        for (int k = 0; k < kVec; ++k) sum[k] += x[k];
+    }
+}
+
+// Where an element of a gradient comes from and goes to.
+struct SumPlace {
+    int64_t first, in_matrix, to;
+
+    __device__ SumPlace(const SumItem& item, int64_t element) {
+        const unsigned e = static_cast<unsigned>(element);  // an item has fewer than 2^31
+        const unsigned line = e / item.n2, matrix = line / item.n1;
+        const unsigned i2 = e - line * item.n2, i1 = line - matrix * item.n1;
+        const unsigned i0 = matrix / item.inner, j = matrix - i0 * item.inner;
+        const int64_t place = (static_cast<int64_t>(j) * item.w1 + i1) * item.w2 + i2;
+        first = static_cast<int64_t>(i0) * item.parts * item.part_stride + place;
+        in_matrix = static_cast<int64_t>(i0) * item.inner * item.w1 * item.w2 + place;
+        to = matrix * item.to_strides[0] + i1 * item.to_strides[1] + i2 * item.to_strides[2];
+    }
+};
+
+template <class T>
+__device__ __forceinline__ void sum_vector(const SumItem& item, int64_t element) {
+    if (element >= item.count) return;
+    const SumPlace at(item, element);
+    float sum[kVec] = {};
+    if (item.from.is_float) {
+        strided_vector_sum(static_cast<const float*>(item.from.ptr) + at.first, item.parts, item.part_stride, sum);
+    } else {
+        strided_vector_sum(static_cast<const T*>(item.from.ptr) + at.first, item.parts, item.part_stride, sum);
+    }
+    store_vector<T>(item.to, at.to, sum);
+}
+
+template <class T>
 __global__ void __launch_bounds__(kThreads) sum_parameters_kernel(const __grid_constant__ SumArgs args) {
     __shared__ float rows[kSumRows][kSumColumns];
     int64_t element = 0;
     const SumItem& item = find_item(args, element);
     const bool shares = shares_sums(item);
+    if (!shares && item.vectors) return sum_vector<T>(item, element + threadIdx.x * kVec);
     const int row = shares ? threadIdx.x / kSumColumns : 0, by = shares ? kSumRows : 1;
     element += shares ? threadIdx.x % kSumColumns : threadIdx.x;
     const bool in = element < item.count;
-    // An item has fewer than 2^31 elements.
-    const unsigned e = static_cast<unsigned>(element);
-    const unsigned line = e / item.n2, matrix = line / item.n1;
-    const unsigned i2 = e - line * item.n2, i1 = line - matrix * item.n1;
-    const unsigned i0 = matrix / item.inner, j = matrix - i0 * item.inner;
-    const int64_t place = (static_cast<int64_t>(j) * item.w1 + i1) * item.w2 + i2;
+    const SumPlace at(item, in ? element : 0);
     float sum = 0.f;
     if (in) {
-        const int64_t first = (static_cast<int64_t>(i0) * item.parts + row) * item.part_stride + place;
+        const int64_t first = at.first + row * item.part_stride;
         const int count = (item.parts - row + by - 1) / by;
         sum = item.from.is_float
                   ? strided_sum(static_cast<const float*>(item.from.ptr) + first, count, by * item.part_stride)
@@ -118,8 +190,8 @@ __global__ void __launch_bounds__(kThreads) sum_parameters_kernel(const __grid_c
         for (int i = 0; i < kSumRows; ++i) sum += rows[i][threadIdx.x];
     }
     if (!in) return;
-    if (item.scale != nullptr) sum *= item.scale[static_cast<int64_t>(i0) * item.inner * item.w1 * item.w2 + place];
-    store_param<T>(item.to, matrix * item.to_strides[0] + i1 * item.to_strides[1] + i2 * item.to_strides[2], sum);
+    if (item.scale != nullptr) sum *= item.scale[at.in_matrix];
+    store_param<T>(item.to, at.to, sum);
 }
 
 // A thread adds kVec adjacent columns of every `row_threads`-th row of its block's.

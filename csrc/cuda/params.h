@@ -114,7 +114,8 @@ struct ConvShape {
     int64_t batch;
     int height, width, groups, dim;
     Activation activation;
-    bool aligned;  // every image allows aligned 4-channel accesses, and D is a multiple of 4
+    bool aligned;  // every image allows aligned accesses, to 4 channels or, backward, 16 bytes; D is a multiple of 4 or
+                   // 8
 };
 
 struct ConvFwdArgs {
@@ -205,7 +206,9 @@ struct PackItem {
     ParamOut to;
     int n1 = 1, n2 = 1, w1 = 1, w2 = 1;
     bool negative_exp = false;  // A = -exp(A_log)
-    int64_t count = 0;          // n0 * w1 * w2
+    bool vectors = false;       // rows of kVec elements are written at once, and read so where reads_vectors
+    bool reads_vectors = false;
+    int64_t count = 0;  // n0 * w1 * w2
 };
 constexpr int kMaxPackItems = 16;
 struct PackArgs {
@@ -223,6 +226,7 @@ struct SumItem {
     int64_t to_strides[3] = {};  // of (i0 * inner + j, i1, i2), in elements
     int n1 = 1, n2 = 1, w1 = 1, w2 = 1, inner = 1;
     int parts = 1, more_parts = 0;
+    bool vectors = false;  // kVec elements of a row lie side by side, aligned to their size; no more and no scale
     int64_t part_stride = 0, more_stride = 0;
     int64_t count = 0;  // of the result
 };

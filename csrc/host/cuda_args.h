@@ -46,11 +46,11 @@ inline ParamOut param_out(const Tensor& t, const OptTensor& input) {
     return {t.data_ptr(), is_float(t)};
 }
 
-// True when every access to kVec adjacent channels of `image` is aligned to its size.
-inline bool allows_vectors(const ImageArg& image, int64_t element_size) {
+// True when every access to `count` adjacent channels of `image` is aligned to its size.
+inline bool allows_vectors(const ImageArg& image, int64_t element_size, int64_t count = kVec) {
     if (image.ptr == nullptr) return true;
-    const bool strides = image.batch % kVec == 0 && image.token % kVec == 0 && image.group % kVec == 0;
-    return strides && reinterpret_cast<uintptr_t>(image.ptr) % (kVec * element_size) == 0;
+    const bool strides = image.batch % count == 0 && image.token % count == 0 && image.group % count == 0;
+    return strides && reinterpret_cast<uintptr_t>(image.ptr) % (count * element_size) == 0;
 }
 
 }  // namespace gm

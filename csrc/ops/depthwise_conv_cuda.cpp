@@ -79,9 +79,9 @@ PartialRows conv3x3_bwd_into(const Tensor& dx, Tensor dy, Tensor x, Tensor weigh
     }
     args.weight = param(weight), args.bias = param(bias);
     const int64_t size = static_cast<int64_t>(x.element_size());
-    s.aligned = s.dim % kVec == 0;
-    for (const ImageArg* image : {&args.x, &args.dy, &args.dx, &args.y})  // a row within 32-bit offsets
-        s.aligned = s.aligned && allows_vectors(*image, size) && s.width * image->token <= UINT32_MAX;
+    s.aligned = s.dim % kConvBwdVector == 0;
+    for (const ImageArg* image : {&args.x, &args.dy, &args.dx, &args.y})
+        s.aligned = s.aligned && allows_vectors(*image, size, 16 / size);
     const PartialRows sums = partial_rows(args.plan.partial_rows, channels * args.sums, x);
     args.partials = static_cast<float*>(sums.values.data_ptr());
     check_cuda(launch_depthwise_conv_bwd(args, dtype, context.stream()), "depthwise_conv3x3 backward");

@@ -12,6 +12,10 @@
 
 namespace gm {
 
+inline bool is_vector_aligned(const void* p, const Tensor& t) {
+    return reinterpret_cast<uintptr_t>(p) % (kVec * static_cast<size_t>(t.element_size())) == 0;
+}
+
 // Parameters in the order of add(). One that needs no change is used as it is; the others, and those that are not
 // contiguous, get places in a workspace, which fill() writes once it is allocated.
 class ParameterPack {
@@ -53,6 +57,9 @@ public:
             item.n1 = static_cast<int>(n1), item.n2 = static_cast<int>(n2);
             item.w1 = static_cast<int>(e.w1), item.w2 = static_cast<int>(e.w2);
             item.negative_exp = e.negative_exp;
+            item.vectors = e.w2 % kVec == 0;  // places in a workspace are aligned
+            item.reads_vectors = item.strides[0] % kVec == 0 && item.strides[1] % kVec == 0 && item.strides[2] == 1 &&
+                                 is_vector_aligned(item.from.ptr, e.tensor);
             item.count = n0 * e.w1 * e.w2;
             GM_CHECK(item.count <= INT32_MAX, "a parameter has more than 2^31 elements");
         }
@@ -152,6 +159,10 @@ private:
         GM_CHECK(strides.has_value(), "a gradient of shape ", show(shape_of(parameter)), " can't be written");
         std::copy(strides->begin(), strides->end(), item.to_strides);
         item.to = {result.data_ptr(), is_float(result)};
+        item.vectors = item.n2 % kVec == 0 && w2 % kVec == 0 && item.part_stride % kVec == 0 &&
+                       item.to_strides[0] % kVec == 0 && item.to_strides[1] % kVec == 0 && item.to_strides[2] == 1 &&
+                       item.more == nullptr && item.scale == nullptr && is_vector_aligned(item.to.ptr, result) &&
+                       reinterpret_cast<uintptr_t>(item.from.ptr) % (kVec * sizeof(float)) == 0;
         kept_.push_back(result);
         return result;
     }

@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copies from device to shared memory that do not pass through registers (sm_80 and newer; older GPUs copy at once).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace gm {
+
+// 16 bytes, both ends aligned; zeros where `in` is false.
+__device__ __forceinline__ void copy16_async(void* shared, const void* global, bool in) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+    asm volatile(
+        "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+        "l"(global), "r"(in ? 16 : 0)
+        : "memory");
+#else
+    *static_cast<uint4*>(shared) = in ? *static_cast<const uint4*>(global) : uint4{};
+#endif
+}
+
+// Closes the group of a thread's copies since the last call.
+__device__ __forceinline__ void copy_commit() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Until all of a thread's groups but the last kPending have arrived; a barrier makes them visible to other threads.
+template <int kPending>
+__device__ __forceinline__ void copy_wait() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+}  // namespace gm
