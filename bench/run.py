@@ -53,6 +53,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--released", type=Path, metavar="PATH", help="a checkout of the released GroupMamba, built")
     parser.add_argument("--vmamba", type=Path, metavar="PATH", help="a checkout of VMamba, built")
     parser.add_argument("--models", metavar="NAME", nargs="+", help="with --op model: these only (default: all)")
+    parser.add_argument(
+        "--kinds", choices=models.KINDS, help=f"with --op model: of {', '.join(models.KINDS)} (default: all)", **every
+    )
     parser.add_argument("--quick", action="store_true", help="the stage shapes alone, fewer repetitions")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the roofline as a PNG (needs matplotlib)")
@@ -72,6 +75,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.op = list(dict.fromkeys(args.op or ("scan", "layer")))
     args.dtype = list(dict.fromkeys(args.dtype or (("bfloat16",) if args.device == "cuda" else ("float32",))))
     args.passes = args.passes or list(PASSES)
+    args.kinds = [kind for kind in models.KINDS if kind in (args.kinds or models.KINDS)]
     args.cases = []
     try:
         dtypes = [DTYPES[name] for name in args.dtype]
@@ -138,7 +142,7 @@ def measured(args: argparse.Namespace, device: torch.device, run: dict) -> Itera
         for entry in args.entries:
             for batch in batches:
                 for dtype in args.dtype:
-                    yield list(runner.rows(entry, batch, DTYPES[dtype], models.KINDS)), runner.red
+                    yield list(runner.rows(entry, batch, DTYPES[dtype], args.kinds)), runner.red
             bar.advance(entry.label)
 
 

@@ -311,6 +311,10 @@ def test_models_side_by_side(monkeypatch, capsys, tmp_path):
     assert "groupmamba_tiny, train (batch 1): " in out and "x test_convnext" in out
     rows = {(row["label"], row["pass"]): row for row in report.read_json(path)[0]["rows"]}
     assert set(rows) == {(m, k) for m in ("groupmamba_tiny", "test_convnext") for k in ("eval", "train", "latency")}
+    one = tmp_path / "one.json"
+    assert quick("--op", "model", "--models", "groupmamba_tiny", "--kinds", "eval", "--json", one) == 0
+    assert [row["pass"] for row in report.read_json(one)[0]["rows"]] == ["eval"]
+    capsys.readouterr()
     row, other = (rows[name, "train"] for name in ("groupmamba_tiny", "test_convnext"))
     assert row["peers"]["test_convnext"]["ratio"] == pytest.approx(other["us"] / row["us"])
     assert row["images_per_s"] == pytest.approx(1e6 / row["us"]) and row["check"]["passed"]

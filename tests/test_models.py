@@ -270,6 +270,21 @@ def test_compile_and_trace():
     assert torch.equal(taps(x)["middle"], model.stages[1](model.stage_norms[0](model.stages[0](model.stem(x)))))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_as_one_graph_under_autocast(device, training):
+    torch.manual_seed(0)
+    model = small(drop_path_rate=0.0).to(device, memory_format=torch.channels_last).train(training)
+    x = torch.randn(2, 3, 64, 32, device=device).to(memory_format=torch.channels_last)
+    results = []
+    for function in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        with torch.set_grad_enabled(training), torch.autocast(device, torch.bfloat16):
+            y = function(x)
+        leaves = list(model.parameters())
+        results.append([y.detach(), *(torch.autograd.grad(y.float().sum(), leaves) if training else ())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.05 * b.abs().max().item())
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

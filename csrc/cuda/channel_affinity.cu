@@ -11,13 +11,9 @@
 namespace gm {
 namespace {
 
-constexpr int kThreads = 256, kAffinityThreads = 512;  // forward: all hidden units of the field's widths at once
-
-__device__ __forceinline__ float warp_sum(float v) {
-#pragma unroll
-    for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(kFullWarp, v, d);
-    return v;
-}
+// A block an image: what counts is how many loads of weights follow one another, so all are done by as many threads,
+// four columns at once where rows allow that.
+constexpr int kAffinityThreads = 512;
 
 __device__ __forceinline__ int gate_index(const AffinityArgs& args, int m) {
     const int group = m / args.group_dim;
@@ -28,7 +24,106 @@ __device__ __forceinline__ int gate_width(const AffinityArgs& args) {
     return args.out_dim / args.group_dim * args.group_width;
 }
 
-constexpr int kGateLanes = 8;
+// Four elements of a row from column `c` on.
+template <class T>
+__device__ __forceinline__ void load_four(const ParamArg& w, int64_t i, float (&out)[kVec]) {
+    if (w.is_float) {
+        to_floats(*reinterpret_cast<const Vec4<float>*>(static_cast<const float*>(w.ptr) + i), out);
+    } else {
+        to_floats(*reinterpret_cast<const Vec4<T>*>(static_cast<const T*>(w.ptr) + i), out);
+    }
+}
+
+template <class T>
+__device__ __forceinline__ bool rows_of_four(const ParamArg& w, int columns) {
+    const size_t size = w.is_float ? sizeof(float) : sizeof(T);
+    return columns % kVec == 0 && reinterpret_cast<uintptr_t>(w.ptr) % (kVec * size) == 0;
+}
+
+// emit(row, w[row] x) for w (rows, columns): a power of two of lanes a row, each with about eight loads.
+template <class T, int kWidth, class Emit>
+__device__ __forceinline__ void row_products(const ParamArg& w, int rows, int columns, const float* x,
+                                             const Emit& emit) {
+    int lanes = 1;
+    while (lanes < 32 && lanes * kWidth * 8 < columns) lanes *= 2;
+    const int lane = threadIdx.x % lanes, step = kAffinityThreads / lanes;
+    for (int first = 0; first < rows; first += step) {  // the same for all threads, who shuffle
+        const int row = first + threadIdx.x / lanes;
+        float sum = 0.f;
+        if (row < rows) {
+            const int64_t at = static_cast<int64_t>(row) * columns;
+#pragma unroll 8
+            for (int c = lane * kWidth; c < columns; c += lanes * kWidth) {
+                if constexpr (kWidth == kVec) {
+                    float v[kVec];
+                    load_four<T>(w, at + c, v);
+#pragma unroll
+                    for (int k = 0; k < kVec; ++k) sum = fmaf(v[k], x[c + k], sum);
+                } else {
+                    sum = fmaf(load_param<T>(w, at + c), x[c], sum);
+                }
+            }
+        }
+        for (int d = lanes / 2; d > 0; d /= 2) sum += __shfl_xor_sync(kFullWarp, sum, d);
+        if (row < rows && lane == 0) emit(row, sum);
+    }
+}
+
+// emit(column, sum over rows of x[row] w[row, column]): rows of threads share a column, `scratch` has a float for
+// kWidth columns of every thread, or of all columns.
+template <class T, int kWidth, class Emit>
+__device__ __forceinline__ void column_products(const ParamArg& w, int rows, int columns, const float* x,
+                                                float* scratch, const Emit& emit) {
+    const int vectors = columns / kWidth, thread_rows = max(kAffinityThreads / vectors, 1);
+    const int r = threadIdx.x / vectors;
+    for (int i = threadIdx.x - r * vectors; r < thread_rows && i < vectors; i += kAffinityThreads) {
+        float sum[kWidth] = {};
+#pragma unroll 8
+        for (int row = r; row < rows; row += thread_rows) {
+            const int64_t at = static_cast<int64_t>(row) * columns + i * kWidth;
+            if constexpr (kWidth == kVec) {
+                float v[kVec];
+                load_four<T>(w, at, v);
+#pragma unroll
+                for (int k = 0; k < kVec; ++k) sum[k] = fmaf(v[k], x[row], sum[k]);
+            } else {
+                sum[0] = fmaf(load_param<T>(w, at), x[row], sum[0]);
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k) scratch[r * columns + i * kWidth + k] = sum[k];
+    }
+    __syncthreads();
+    for (int c = threadIdx.x; c < columns; c += kAffinityThreads) {
+        float sum = 0.f;
+        for (int i = 0; i < thread_rows; ++i) sum += scratch[i * columns + c];
+        emit(c, sum);
+    }
+    __syncthreads();
+}
+
+// Floats that column_products needs for so many columns.
+int product_scratch(int columns) { return std::max(kAffinityThreads * kVec, columns); }
+
+template <class T, class Emit>
+__device__ __forceinline__ void row_products(const ParamArg& w, int rows, int columns, const float* x,
+                                             const Emit& emit) {
+    if (rows_of_four<T>(w, columns)) {
+        row_products<T, kVec>(w, rows, columns, x, emit);
+    } else {
+        row_products<T, 1>(w, rows, columns, x, emit);
+    }
+}
+
+template <class T, class Emit>
+__device__ __forceinline__ void column_products(const ParamArg& w, int rows, int columns, const float* x,
+                                                float* scratch, const Emit& emit) {
+    if (rows_of_four<T>(w, columns)) {
+        column_products<T, kVec>(w, rows, columns, x, scratch, emit);
+    } else {
+        column_products<T, 1>(w, rows, columns, x, scratch, emit);
+    }
+}
 
 // Mean over the image from the sums of its strips, into shared memory and args.pooled: `rows` threads a channel.
 __device__ __forceinline__ void pool(const AffinityArgs& args, float* shared, float* rows_of_sums) {
@@ -49,7 +144,6 @@ __device__ __forceinline__ void pool(const AffinityArgs& args, float* shared, fl
     }
 }
 
-// A block an image; a warp a hidden unit, then a thread a channel of the gate.
 template <class T>
 __global__ void __launch_bounds__(kAffinityThreads)
     channel_affinity_fwd_kernel(const __grid_constant__ AffinityArgs args) {
@@ -58,50 +152,30 @@ __global__ void __launch_bounds__(kAffinityThreads)
     const int64_t image = blockIdx.x;
     pool(args, shared, hidden + args.hidden);
     __syncthreads();
-    for (int j = threadIdx.x / 32; j < args.hidden; j += kAffinityThreads / 32) {
-        float sum = 0.f;
-#pragma unroll 8
-        for (int c = threadIdx.x % 32; c < args.dim; c += 32)
-            sum = fmaf(shared[c], load_param<T>(args.fc1_weight, static_cast<int64_t>(j) * args.dim + c), sum);
-        sum = fmaxf(warp_sum(sum) + load_param<T>(args.fc1_bias, j), 0.f);
-        if (threadIdx.x % 32 == 0) {
-            hidden[j] = sum;
-            args.hidden_out[image * args.hidden + j] = sum;
-        }
-    }
+    row_products<T>(args.fc1_weight, args.hidden, args.dim, shared, [&](int j, float sum) {
+        hidden[j] = args.hidden_out[image * args.hidden + j] = fmaxf(sum + load_param<T>(args.fc1_bias, j), 0.f);
+    });
     __syncthreads();
-    const int width = gate_width(args);
-    // kGateLanes threads share a channel's row of fc2: they read whole sectors.
-    const int lane = threadIdx.x % kGateLanes;
-    for (int first = 0; first < width; first += kAffinityThreads / kGateLanes) {
-        const int i = first + threadIdx.x / kGateLanes;
-        const int group = i / args.group_width, d = i - group * args.group_width;
-        const bool real = i < width && d < args.group_dim;
-        float sum = 0.f;
-        if (real) {
-            const int64_t row = static_cast<int64_t>(group * args.group_dim + d) * args.hidden;
-#pragma unroll 8
-            for (int j = lane; j < args.hidden; j += kGateLanes)
-                sum = fmaf(hidden[j], load_param<T>(args.fc2_weight, row + j), sum);
-        }
-#pragma unroll
-        for (int k = kGateLanes / 2; k > 0; k /= 2) sum += __shfl_xor_sync(kFullWarp, sum, k);
-        if (lane != 0 || i >= width) continue;
-        if (real) sum += load_param<T>(args.fc2_bias, group * args.group_dim + d);
-        args.gate[image * width + i] = real ? 1.f / (1.f + expf(-sum)) : 0.f;
-    }
+    float* const gate = args.gate + image * gate_width(args);
+    row_products<T>(args.fc2_weight, args.out_dim, args.hidden, hidden, [&](int m, float sum) {
+        gate[gate_index(args, m)] = 1.f / (1.f + expf(-sum - load_param<T>(args.fc2_bias, m)));
+    });
+    const int pads = args.group_width - args.group_dim;
+    for (int i = threadIdx.x; i < args.out_dim / args.group_dim * pads; i += kAffinityThreads)
+        gate[i / pads * args.group_width + args.group_dim + i % pads] = 0.f;
 }
 
-// A block an image: gradients before the sigmoid and the relu, of the pooled image.
+// Gradients before the sigmoid and the relu, and of the pooled image.
 template <class T>
-__global__ void __launch_bounds__(kThreads) channel_affinity_bwd_kernel(const __grid_constant__ AffinityArgs args) {
-    extern __shared__ float shared[];  // gradient before the sigmoid, before the relu, and by rows of threads
+__global__ void __launch_bounds__(kAffinityThreads)
+    channel_affinity_bwd_kernel(const __grid_constant__ AffinityArgs args) {
+    extern __shared__ float shared[];  // gradient before the sigmoid, before the relu, and of column_products
     float* const hidden = shared + args.out_dim;
-    float* const by_rows = hidden + args.hidden;
+    float* const sums = hidden + args.hidden;
     const int64_t image = blockIdx.x;
     float* const scratch = args.scratch + image * (args.out_dim + args.hidden);
     const int width = gate_width(args);
-    for (int m = threadIdx.x; m < args.out_dim; m += kThreads) {
+    for (int m = threadIdx.x; m < args.out_dim; m += kAffinityThreads) {
         const int i = gate_index(args, m);
         const float gate = args.gate[image * width + i];
         const float* const from = args.dgate + image * args.dgate_parts * args.dgate_stride + i;
@@ -111,30 +185,12 @@ __global__ void __launch_bounds__(kThreads) channel_affinity_bwd_kernel(const __
         scratch[m] = shared[m] = sum * gate * (1.f - gate);
     }
     __syncthreads();
-    // Neighbouring threads take neighbouring hidden units, rows of threads every so-manieth channel.
-    const int rows = max(kThreads / args.hidden, 1), r = threadIdx.x / args.hidden;
-    for (int j = threadIdx.x - r * args.hidden; r < rows && j < args.hidden; j += kThreads) {
-        float sum = 0.f;
-#pragma unroll 8
-        for (int m = r; m < args.out_dim; m += rows)
-            sum = fmaf(shared[m], load_param<T>(args.fc2_weight, static_cast<int64_t>(m) * args.hidden + j), sum);
-        by_rows[r * args.hidden + j] = sum;
-    }
-    __syncthreads();
-    for (int j = threadIdx.x; j < args.hidden; j += kThreads) {
-        float sum = 0.f;
-        for (int i = 0; i < rows; ++i) sum += by_rows[i * args.hidden + j];
+    column_products<T>(args.fc2_weight, args.out_dim, args.hidden, shared, sums, [&](int j, float sum) {
         if (args.hidden_out[image * args.hidden + j] <= 0.f) sum = 0.f;
         scratch[args.out_dim + j] = hidden[j] = sum;
-    }
-    __syncthreads();
-    for (int c = threadIdx.x; c < args.dim; c += kThreads) {
-        float sum = 0.f;
-#pragma unroll 8
-        for (int j = 0; j < args.hidden; ++j)
-            sum = fmaf(hidden[j], load_param<T>(args.fc1_weight, static_cast<int64_t>(j) * args.dim + c), sum);
-        args.dpooled[image * args.dim + c] = sum;
-    }
+    });
+    column_products<T>(args.fc1_weight, args.hidden, args.dim, hidden, sums,
+                       [&](int c, float sum) { args.dpooled[image * args.dim + c] = sum; });
 }
 
 constexpr int kSumThreads = 8;
@@ -189,10 +245,10 @@ cudaError_t launch_channel_affinity_fwd(const AffinityArgs& args, DType dtype, c
 
 cudaError_t launch_channel_affinity_bwd(const AffinityArgs& args, DType dtype, cudaStream_t stream) {
     const int64_t parameters = static_cast<int64_t>(args.hidden) * (args.dim + args.out_dim + 1) + args.out_dim;
-    const int sums = std::max(kThreads / args.hidden, 1) * args.hidden;
+    const int sums = product_scratch(std::max(args.hidden, args.dim));
     return dispatch_dtype(dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
-        const cudaError_t error = launch_kernel(channel_affinity_bwd_kernel<T>, args.batch, kThreads,
+        const cudaError_t error = launch_kernel(channel_affinity_bwd_kernel<T>, args.batch, kAffinityThreads,
                                                 sizeof(float) * (args.out_dim + args.hidden + sums), stream, args);
         if (error != cudaSuccess) return error;
         const int64_t blocks = (parameters + kReduceColumns - 1) / kReduceColumns;
