@@ -24,14 +24,23 @@ __device__ __forceinline__ int gate_width(const AffinityArgs& args) {
     return args.out_dim / args.group_dim * args.group_width;
 }
 
-// Four elements of a row from column `c` on.
-template <class T>
-__device__ __forceinline__ void load_four(const ParamArg& w, int64_t i, float (&out)[kVec]) {
-    if (w.is_float) {
-        to_floats(*reinterpret_cast<const Vec4<float>*>(static_cast<const float*>(w.ptr) + i), out);
+template <int kWidth>
+struct Floats {
+    float v[kWidth];
+};
+
+// kWidth adjacent elements of a weight, from element `i` on.
+template <class T, int kWidth>
+__device__ __forceinline__ Floats<kWidth> load_floats(const ParamArg& w, int64_t i) {
+    Floats<kWidth> out;
+    if constexpr (kWidth == 1) {
+        out.v[0] = load_param<T>(w, i);
+    } else if (w.is_float) {
+        to_floats(*reinterpret_cast<const Vec4<float>*>(static_cast<const float*>(w.ptr) + i), out.v);
     } else {
-        to_floats(*reinterpret_cast<const Vec4<T>*>(static_cast<const T*>(w.ptr) + i), out);
+        to_floats(*reinterpret_cast<const Vec4<T>*>(static_cast<const T*>(w.ptr) + i), out.v);
     }
+    return out;
 }
 
 template <class T>
@@ -52,17 +61,12 @@ __device__ __forceinline__ void row_products(const ParamArg& w, int rows, int co
         float sum = 0.f;
         if (row < rows) {
             const int64_t at = static_cast<int64_t>(row) * columns;
-#pragma unroll 8
-            for (int c = lane * kWidth; c < columns; c += lanes * kWidth) {
-                if constexpr (kWidth == kVec) {
-                    float v[kVec];
-                    load_four<T>(w, at + c, v);
+            load_ahead(
+                lane * kWidth, columns, lanes * kWidth, [&](int c) { return load_floats<T, kWidth>(w, at + c); },
+                [&](const Floats<kWidth>& weight, int c) {
 #pragma unroll
-                    for (int k = 0; k < kVec; ++k) sum = fmaf(v[k], x[c + k], sum);
-                } else {
-                    sum = fmaf(load_param<T>(w, at + c), x[c], sum);
-                }
-            }
+                    for (int k = 0; k < kWidth; ++k) sum = fmaf(weight.v[k], x[c + k], sum);
+                });
         }
         for (int d = lanes / 2; d > 0; d /= 2) sum += __shfl_xor_sync(kFullWarp, sum, d);
         if (row < rows && lane == 0) emit(row, sum);
@@ -78,18 +82,13 @@ __device__ __forceinline__ void column_products(const ParamArg& w, int rows, int
     const int r = threadIdx.x / vectors;
     for (int i = threadIdx.x - r * vectors; r < thread_rows && i < vectors; i += kAffinityThreads) {
         float sum[kWidth] = {};
-#pragma unroll 8
-        for (int row = r; row < rows; row += thread_rows) {
-            const int64_t at = static_cast<int64_t>(row) * columns + i * kWidth;
-            if constexpr (kWidth == kVec) {
-                float v[kVec];
-                load_four<T>(w, at, v);
+        load_ahead(
+            r, rows, thread_rows,
+            [&](int row) { return load_floats<T, kWidth>(w, static_cast<int64_t>(row) * columns + i * kWidth); },
+            [&](const Floats<kWidth>& weight, int row) {
 #pragma unroll
-                for (int k = 0; k < kVec; ++k) sum[k] = fmaf(v[k], x[row], sum[k]);
-            } else {
-                sum[0] = fmaf(load_param<T>(w, at), x[row], sum[0]);
-            }
-        }
+                for (int k = 0; k < kWidth; ++k) sum[k] = fmaf(weight.v[k], x[row], sum[k]);
+            });
 #pragma unroll
         for (int k = 0; k < kWidth; ++k) scratch[r * columns + i * kWidth + k] = sum[k];
     }
@@ -132,8 +131,9 @@ __device__ __forceinline__ void pool(const AffinityArgs& args, float* shared, fl
     const int rows = max(kAffinityThreads / args.dim, 1), r = threadIdx.x / args.dim;
     for (int c = threadIdx.x - r * args.dim; r < rows && c < args.dim; c += kAffinityThreads) {
         float sum = 0.f;
-#pragma unroll 8
-        for (int i = r; i < args.strips; i += rows) sum += from[static_cast<int64_t>(i) * args.dim + c];
+        load_ahead(
+            r, args.strips, rows, [&](int i) { return from[static_cast<int64_t>(i) * args.dim + c]; },
+            [&](float v, int) { sum += v; });
         rows_of_sums[r * args.dim + c] = sum;
     }
     __syncthreads();
@@ -145,7 +145,7 @@ __device__ __forceinline__ void pool(const AffinityArgs& args, float* shared, fl
 }
 
 template <class T>
-__global__ void __launch_bounds__(kAffinityThreads)
+__global__ void __launch_bounds__(kAffinityThreads, 1)
     channel_affinity_fwd_kernel(const __grid_constant__ AffinityArgs args) {
     extern __shared__ float shared[];  // pooled, hidden, sums by rows
     float* const hidden = shared + args.dim;
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kAffinityThreads)
 
 // Gradients before the sigmoid and the relu, and of the pooled image.
 template <class T>
-__global__ void __launch_bounds__(kAffinityThreads)
+__global__ void __launch_bounds__(kAffinityThreads, 1)
     channel_affinity_bwd_kernel(const __grid_constant__ AffinityArgs args) {
     extern __shared__ float shared[];  // gradient before the sigmoid, before the relu, and of column_products
     float* const hidden = shared + args.out_dim;
@@ -180,8 +180,9 @@ __global__ void __launch_bounds__(kAffinityThreads)
         const float gate = args.gate[image * width + i];
         const float* const from = args.dgate + image * args.dgate_parts * args.dgate_stride + i;
         float sum = 0.f;
-#pragma unroll 8
-        for (int k = 0; k < args.dgate_parts; ++k) sum += from[k * args.dgate_stride];
+        load_ahead(
+            0, args.dgate_parts, 1, [&](int k) { return from[k * args.dgate_stride]; },
+            [&](float v, int) { sum += v; });
         scratch[m] = shared[m] = sum * gate * (1.f - gate);
     }
     __syncthreads();

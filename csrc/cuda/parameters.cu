@@ -101,33 +101,24 @@ __global__ void __launch_bounds__(kThreads) pack_parameters_kernel(const __grid_
     }
 }
 
-// Of p[0], p[step], ...; eight loads on their way, since their latency is what counts.
+// Of p[0], p[step], ...
 template <class T>
 __device__ __forceinline__ float strided_sum(const T* p, int count, int64_t step) {
-    constexpr int kAhead = 8;
     float sum = 0.f;
-    for (; count >= kAhead; count -= kAhead, p += kAhead * step) {
-        float x[kAhead];
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i) x[i] = to_float(p[i * step]);
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i) sum += x[i];
-    }
-#pragma unroll
-    for (int i = 0; i < kAhead - 1; ++i)
-        if (i < count) sum += to_float(p[i * step]);
+    load_ahead(0, count, 1, [&](int i) { return p[i * step]; }, [&](const T& v, int) { sum += to_float(v); });
     return sum;
 }
 
 template <class T>
 __device__ __forceinline__ void strided_vector_sum(const T* p, int count, int64_t step, float (&sum)[kVec]) {
-#pragma unroll 4
-    for (int i = 0; i < count; ++i) {
-        float x[kVec];
-        to_floats(*reinterpret_cast<const Vec4<T>*>(p + i * step), x);
+    load_ahead(
+        0, count, 1, [&](int i) { return *reinterpret_cast<const Vec4<T>*>(p + i * step); },
+        [&](const Vec4<T>& v, int) {
+            float x[kVec];
+            to_floats(v, x);
 #pragma unroll
-        for (int k = 0; k < kVec; ++k) sum[k] += x[k];
-    }
+            for (int k = 0; k < kVec; ++k) sum[k] += x[k];
+        });
 }
 
 // Where an element of a gradient comes from and goes to.

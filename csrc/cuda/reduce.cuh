@@ -19,6 +19,22 @@ __device__ __forceinline__ void store_param(const ParamOut& out, int64_t i, floa
     }
 }
 
+// take(load(i)) for i = first, first + step, ... below `end`, with eight loads on their way: an unrolled loop would
+// wait for each of the last ones alone.
+template <class Load, class Take>
+__device__ __forceinline__ void load_ahead(int first, int end, int step, const Load& load, const Take& take) {
+    constexpr int kAhead = 8;
+    for (int i = first; i < end; i += kAhead * step) {
+        decltype(load(i)) v[kAhead];
+#pragma unroll
+        for (int k = 0; k < kAhead; ++k)
+            if (i + k * step < end) v[k] = load(i + k * step);
+#pragma unroll
+        for (int k = 0; k < kAhead; ++k)
+            if (i + k * step < end) take(v[k], i + k * step);
+    }
+}
+
 // Sum over the block's row threads; every one of them gets it.
 __device__ __forceinline__ float row_sum(float v, float (*shared)[kReduceColumns]) {
     __syncthreads();
