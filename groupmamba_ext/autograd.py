@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from groupmamba_ext import layer_ops
+from groupmamba_ext.cross_scan import saved_shape
 from groupmamba_ext.dispatch import call_backward, define, define_alone
 from groupmamba_ext.ops import saved_states
 
@@ -92,8 +93,7 @@ def _scan_backward(ctx, dy, _dstates):
 
 def _cross_fake(u, dt, A, B, C, D, dt_weight, dt_bias, directions, softplus, chunk, save):
     _same_device("cross_selective_scan", u, dt, A, B, C, D, dt_weight, dt_bias)
-    batch, height, width, groups, dim = u.shape
-    shape = (groups, batch, len(directions), (height * width + chunk - 1) // chunk, A.shape[3], dim) if save else (0,)
+    shape = saved_shape(u, len(directions), A.shape[3]) if save else (0,)
     return _empty_image(u), u.new_empty(shape, dtype=_wide(u.dtype))
 
 

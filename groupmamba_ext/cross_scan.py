@@ -12,12 +12,29 @@ from groupmamba_ext import reference
 from groupmamba_ext._checks import Arguments, last_size
 from groupmamba_ext.backend import use_native
 from groupmamba_ext.dispatch import call
-from groupmamba_ext.ops import DIRECTIONS, MAX_STATES, _autocast, chunk_tokens
+from groupmamba_ext.ops import DIRECTIONS, FUSED_CHANNELS, MAX_STATES, _autocast, chunk_tokens, saved_states
+
+
+def _slices(dim: int) -> list[int]:
+    """Channels of the launches that scan ``dim`` channels on CUDA: csrc/ops/cross_scan_cuda.cpp."""
+    count = -(-dim // FUSED_CHANNELS)
+    width = dim if count == 1 else -(-dim // count // 4) * 4
+    return [min(width, dim - first) for first in range(0, dim, width)]
 
 
 def saved_chunk(dim: int, device_type: str) -> int:
-    """Path tokens between two saved states; on CUDA kCrossChunk of csrc/cuda/cross_plan.h."""
-    return chunk_tokens(dim, device_type) if device_type == "cpu" else 112
+    """Path tokens between two saved states; on CUDA those of the first slice."""
+    return chunk_tokens(dim if device_type == "cpu" else _slices(dim)[0], device_type)
+
+
+def saved_shape(u: Tensor, scans: int, states: int) -> tuple[int, ...]:
+    """Shape of the states that a forward saves for its backward."""
+    batch, height, width, groups, dim = u.shape
+    kind = u.device.type
+    if kind == "cpu":
+        return groups, batch, scans, saved_states(height, width, dim, kind), states, dim
+    elements = (saved_states(height, width, part, kind) * part for part in _slices(dim))
+    return (batch * groups * scans * states * sum(elements),)
 
 
 def cross_selective_scan(

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kBwdSlab / kBwdTokens<T, kSingle>, kSingle&& k
     const ScanShape& s = args.shape;
     const Tile tile(s);
     const int c0 = tile.channel, valid = tile.valid, lanes = tile.lanes;
-    const int64_t param = static_cast<int64_t>(tile.group) * s.dim + c0;
+    const int64_t param = static_cast<int64_t>(tile.group) * s.param_dim + c0;
     const bool has_norm = args.norm_weight.ptr != nullptr, has_z = args.z.ptr != nullptr;
     const Plane<const T> u(args.u, tile, c0);
     // What a phase needs once or twice waits in shared memory, from the group's first channel on: 3 registers apiece.
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kBwdSlab / kBwdTokens<T, kSingle>, kSingle&& k
     }
     const StepWeight<T> weight(s, args.dt_weight, tile, reinterpret_cast<float*>(dynamic_shared));
     table.fill(s.dim, [&](int c, float(&row)[5]) {
-        const int64_t i = static_cast<int64_t>(tile.group) * s.dim + c;
+        const int64_t i = static_cast<int64_t>(tile.group) * s.param_dim + c;
         row[kBias] = load_param_or<T>(args.dt_bias, i, 0.f) / Math<T>::kStepUnit;
         row[kSkip] = load_param_or<T>(args.D, i, 0.f);
         row[kNormWeight] = load_param_or<T>(args.norm_weight, i, 1.f);

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kFwdThreads, kSingle&& kAligned && sizeof(T) =
     const ScanShape& s = args.shape;
     const Tile tile(s);
     const int c0 = tile.channel, valid = tile.valid, lanes = tile.lanes;
-    const int64_t param = static_cast<int64_t>(tile.group) * s.dim + c0;  // of the thread's first channel
+    const int64_t param = static_cast<int64_t>(tile.group) * s.param_dim + c0;  // of the thread's first channel
     const Plane<const T> u(args.u, tile, c0), B(args.B, tile, 0), C(args.C, tile, 0);
     const Plane<const T> dt(args.dt, tile, 0);
     const StepWeight<T> weight(s, args.dt_weight, tile, reinterpret_cast<float*>(dynamic_shared));
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kFwdThreads, kSingle&& kAligned && sizeof(T) =
     const bool has_norm = args.norm_weight.ptr != nullptr, has_z = args.z.ptr != nullptr;
     enum { kBias, kSkip, kScale, kShift, kA };  // the gate is folded into the norm's scale and shift
     table.fill(s.dim, [&](int c, float(&row)[5]) {
-        const int64_t i = static_cast<int64_t>(tile.group) * s.dim + c;
+        const int64_t i = static_cast<int64_t>(tile.group) * s.param_dim + c;
         const int64_t gate_index = static_cast<int64_t>(tile.batch) * s.groups * s.dim + i;
         const float gate = load_param_or<T>(args.gate, gate_index, 1.f);
         row[kBias] = load_param_or<T>(args.dt_bias, i, 0.f) / Math<T>::kStepUnit;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The launchers: what the op entries call. Each queues its kernel, or those of one step after another, and returns what the runtime says.
+// The launchers: what the op entries call. Each queues its kernel, or those of one step after another, and returns what
+// the runtime says.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,8 +11,7 @@ namespace gm {
 
 cudaError_t launch_grouped_scan_fwd(const ScanFwdArgs& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_grouped_scan_bwd(const ScanBwdArgs& args, DType dtype, cudaStream_t stream);
-cudaError_t launch_cross_scan_fwd(const CrossFwdArgs& args, DType dtype, cudaStream_t stream);
-cudaError_t launch_cross_scan_bwd(const CrossBwdArgs& args, DType dtype, cudaStream_t stream);
+cudaError_t launch_sum_images(const SumImagesArgs& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_scan_reduce(const ScanReduceArgs& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_depthwise_conv_fwd(const ConvFwdArgs& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_depthwise_conv_bwd(const ConvBwdArgs& args, DType dtype, cudaStream_t stream);

@@ -16,8 +16,9 @@ constexpr int kNormThreads = 128;
 // hold it: 16 channels a thread keep 32 bytes of each image on their way, and short rows need few shuffles.
 constexpr int kRowVecs = 4, kMaxRowVecs = 8;
 constexpr int kWideTokens = 16;  // of a block where rows do not fit
-// Blocks wanted: two waves of an H100, no more. Each block begins with tables of parameters and, backward, ends with sums
-// over its threads, a fifth of the time of one of 16 tokens; and each leaves a row for the second stage of the sums.
+// Blocks wanted: two waves of an H100, no more. Each block begins with tables of parameters and, backward, ends with
+// sums over its threads, a fifth of the time of one of 16 tokens; and each leaves a row for the second stage of the
+// sums.
 constexpr int64_t kNormFwdBlocks = 1280, kNormBwdBlocks = 768;
 
 // True where layer_norm_pool's backward has registers for the sums of dx_more.

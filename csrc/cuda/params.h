@@ -16,6 +16,7 @@ enum class DType : int { kFloat, kHalf, kBFloat16 };
 struct ImageArg {  // (batch, token, group, channel) by strides; ptr null where absent
     void* ptr = nullptr;
     int64_t batch = 0, token = 0, group = 0;
+    int64_t scan = 0;  // of the cross scan: between the scans of a group; 0 where they share the image
 };
 
 struct ParamArg {  // contiguous; dtype of the images, or float32
@@ -29,9 +30,11 @@ constexpr int kMaxGroups = 4096;  // two bits each in the kernel's parameters
 struct ScanShape {
     int64_t batch;
     int height, width, groups, dim, states, rank;  // rank 0: dt holds the step itself
-    int norm_dim;                                  // channels that LayerNorm counts: D, or fewer where the rest is pad
-    int lanes;                                     // lanes that share a token, a power of two up to 32
-    int threads;                                   // threads of a block
+    int scans;      // groups of the kernel that are scans of one group of the images, one after another
+    int param_dim;  // channels between the parameters of two groups: dim, or more where dim is a part
+    int norm_dim;   // channels that LayerNorm counts: D, or fewer where the rest is pad
+    int lanes;      // lanes that share a token, a power of two up to 32
+    int threads;    // threads of a block
     bool softplus;
     bool aligned;  // every image-sized tensor allows aligned 4-channel accesses, and D is a multiple of 4
     float norm_eps;
@@ -65,44 +68,19 @@ struct ScanBwdArgs {
     int64_t num_chunks = 0;
 };
 
-// The cross scan; plan in cross_plan.h. `shape.groups` are the image's, `shape.directions` one code a scan of a group;
-// parameters are (G, K, ...), K scans of each group.
-struct CrossImageArg : ImageArg {
-    int64_t scan = 0;
-};
-
-struct CrossArgs {
-    ScanShape shape;
-    int scans = 0, slices = 0;
-    ImageArg u;
-    CrossImageArg dt, B, C;
-    ParamArg A, D, dt_weight, dt_bias;
-    size_t sums_bytes = 0;   // of shared memory for the sums over scans, or 0
-    float* sums = nullptr;   // without: (batch, G, slices, tokens, 4 * lanes)
-    float* carry = nullptr;  // (batch, G, slices, 2, N, 4 * lanes) scratch for N > 1
-    int64_t num_chunks = 0;
-};
-
-struct CrossFwdArgs : CrossArgs {
-    ImageArg y;
-    float* states = nullptr;  // (G, batch, K, num_chunks, N, D), or null
-};
-
-struct CrossBwdArgs : CrossArgs {
-    ImageArg dy, du;
-    const float* states = nullptr;
-    // Gradients (batch, tokens, G, K, .), contiguous, in the images' dtype; with several slices, which add up to them,
-    // in float, `slice_stride` elements apart. ddt with rank 0 is in the images' dtype and of no slice alone.
-    void *ddt = nullptr, *dB = nullptr, *dC = nullptr;
-    int64_t slice_stride = 0;
-    float* partials = nullptr;  // (batch, warps, G * K, rows, D); rows: ScanPartialRow
+// out[i] = sum over k of in[k * stride + i], i < count; k < parts.
+struct SumImagesArgs {
+    const void* in = nullptr;
+    void* out = nullptr;
+    int64_t count = 0, stride = 0;
+    int parts = 0;
 };
 
 // Second stage of the backward's parameter sums.
 struct ScanReduceArgs {
     const float* partials = nullptr;  // (batch, parts, G, rows, D), see ScanPartialRow
     int64_t batch = 0;
-    int parts = 0, groups = 0, dim = 0, states = 0, rank = 0;
+    int parts = 0, groups = 0, dim = 0, param_dim = 0, states = 0, rank = 0;
     ParamArg norm_weight, norm_bias, gate;
     ParamOut dA, dD, ddt_bias, ddt_weight, dnorm_weight, dnorm_bias, dgate;
 };

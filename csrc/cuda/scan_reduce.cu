@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kReduceColumns* kRowThreads)
     const int row = blockIdx.x / column_blocks % rows;
     const int group = blockIdx.x / column_blocks / rows;
     const bool in = d < args.dim;
-    const int64_t channel = static_cast<int64_t>(group) * args.dim + d;
+    const int64_t channel = static_cast<int64_t>(group) * args.param_dim + d;
     const int64_t row_stride = static_cast<int64_t>(args.groups) * rows * args.dim;  // to the next (batch, part)
     const float* column = args.partials + (static_cast<int64_t>(group) * rows + row) * args.dim + d;
 

@@ -18,14 +18,16 @@ template <class T, bool kSingle>
 constexpr int kBwdTokens = bwd_tokens(kSingle, sizeof(T));
 
 struct Tile {
-    int batch, group;  // of the block
-    int direction;     // code of the group
+    int batch, group;       // of the block
+    int image_group, scan;  // the group of the images that it scans, and which of that group's scans it is
+    int direction;          // code of the group
     int chunk_in_warp, chunks_per_warp, chunk;
     int channel, valid;  // first channel of the thread, how many of its 4 exist
     int lanes;
 
     __device__ explicit Tile(const ScanShape& s) : Tile(blockIdx.x / s.groups, blockIdx.x % s.groups, s.lanes, s.dim) {
-        direction = direction_of(s, group);
+        direction = (s.directions[group >> 4] >> (2 * (group & 15))) & 3;
+        image_group = group / s.scans, scan = group - image_group * s.scans;
     }
     // `channels`: of the block, from its first on.
     __device__ Tile(int batch, int group, int lanes, int channels) : batch(batch), group(group), lanes(lanes) {
@@ -34,9 +36,6 @@ struct Tile {
         chunk_in_warp = chunk & (chunks_per_warp - 1);
         channel = lane() * kVec;
         valid = min(max(channels - channel, 0), kVec);
-    }
-    static __device__ __forceinline__ int direction_of(const ScanShape& s, int scan) {
-        return (s.directions[scan >> 4] >> (2 * (scan & 15))) & 3;
     }
     // Found anew where needed, to spare registers.
     __device__ __forceinline__ int lane() const { return threadIdx.x & (lanes - 1); }  // among those of its token
@@ -96,7 +95,8 @@ struct Plane {
     uint32_t stride;  // bytes
     Plane() = default;
     __device__ Plane(const ImageArg& image, const Tile& tile, int64_t channel)
-        : base(static_cast<T*>(image.ptr) + tile.batch * image.batch + tile.group * image.group + channel),
+        : base(static_cast<T*>(image.ptr) + tile.batch * image.batch + tile.image_group * image.group +
+               tile.scan * image.scan + channel),
           stride(static_cast<uint32_t>(image.token * sizeof(T))) {}
     __device__ __forceinline__ T* at(int token) const {
         using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
@@ -208,19 +208,16 @@ struct StepWeight {
     int rank, channel, valid;
 
     __device__ StepWeight(const ScanShape& s, const ParamArg& w, const Tile& tile, float* shared)
-        : StepWeight(s, w, tile, tile.group, 0, shared) {}
-    __device__ StepWeight(const ScanShape& s, const ParamArg& w, const Tile& tile, int64_t scan, int first,
-                          float* shared)
         : staged(shared),
           weight(w),
-          row((scan * s.dim + first + tile.channel) * s.rank),
+          row((static_cast<int64_t>(tile.group) * s.param_dim + tile.channel) * s.rank),
           rank(s.rank),
           channel(tile.channel),
           valid(tile.valid) {
         if (rank == 0 || rank > kMaxStagedRank) return;
         for (int i = threadIdx.x; i < rank * kChannels; i += blockDim.x) {
-            const int r = i / kChannels, c = first + i % kChannels;
-            const int64_t at = (scan * s.dim + c) * rank + r;
+            const int r = i / kChannels, c = i % kChannels;
+            const int64_t at = (static_cast<int64_t>(tile.group) * s.param_dim + c) * rank + r;
             shared[i] = c < s.dim ? load_param<T>(w, at) / Math<T>::kStepUnit : 0.f;
         }
         // the caller's __syncthreads makes it visible

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// cross_selective_scan on CUDA: checks, device guard, allocation, launch. Schemas and layouts: csrc/schemas.cpp.
-#include "cuda/cross_plan.h"
+// cross_selective_scan on CUDA, by the kernels of the grouped scan: K scans of each of G groups are G * K groups, which
+// share images u and dy; their results are K images, which one more kernel adds. More channels than a warp holds go in
+// slices, a launch each. Schemas and layouts: csrc/schemas.cpp.
 #include "cuda/launch.h"
 #include "host/cuda_args.h"
 #include "host/scan_args.h"
@@ -9,163 +10,229 @@
 namespace gm {
 namespace {
 
-// The tensors of a call, canonical once `prepare` has run, and the scratch of its kernels.
+// Channels [first, first + dim) of every group, and the part of the saved states that is theirs.
+struct Slice {
+    int64_t first, dim, chunk, saved, states_offset;
+};
+
 struct CrossInputs {
     Tensor u, dt, A, B, C;
     OptTensor D, dt_weight, dt_bias;
     std::vector<int64_t> directions;
     bool softplus;
     int64_t chunk;
-    ParamHolder param;
-    Tensor sums, carry;
 };
+
+// All of one width, a multiple of kVec, but the last. groupmamba_ext.cross_scan.saved_elements repeats it.
+std::vector<Slice> slices_of(const CrossSizes& s) {
+    const int64_t count = (s.dim + kMaxScanDim - 1) / kMaxScanDim;
+    const int64_t width = count == 1 ? s.dim : round_up((s.dim + count - 1) / count, kVec);
+    std::vector<Slice> slices;
+    int64_t states = 0;
+    for (int64_t first = 0; first < s.dim; first += width) {
+        Slice slice{first, std::min(width, s.dim - first), 0, 0, states};
+        slice.chunk = kBwdSlab / scan_lanes(static_cast<int>(slice.dim));
+        slice.saved = scan_saved_states(s.height, s.width, slice.chunk);
+        states += s.batch * s.groups * s.scans * slice.saved * s.states * slice.dim;
+        slices.push_back(slice);
+    }
+    return slices;
+}
+
+int64_t saved_elements(const CrossSizes& s, const std::vector<Slice>& slices) {
+    const Slice& last = slices.back();
+    return last.states_offset + s.batch * s.groups * s.scans * last.saved * s.states * last.dim;
+}
 
 CrossSizes check_inputs(const CrossInputs& in) {
     const CrossSizes s =
         check_cross_scan(in.u, in.dt, in.A, in.B, in.C, in.D, in.dt_weight, in.dt_bias, in.directions, in.chunk);
-    GM_CHECK(in.chunk == kCrossChunk, "on CUDA chunk must be ", kCrossChunk, ", got ", in.chunk);
-    GM_CHECK(s.scans <= kMaxGroups, "the CUDA cross scan takes up to ", kMaxGroups, " directions, got ", s.scans);
-    GM_CHECK(s.groups * s.scans <= INT32_MAX, "G * K must be below 2^31, got ", s.groups * s.scans);
+    GM_CHECK(s.groups * s.scans <= kMaxGroups, "the CUDA cross scan takes up to ", kMaxGroups,
+             " scans of all groups together, got ", s.groups, " groups in ", s.scans, " directions");
+    GM_CHECK(s.dim <= INT32_MAX, "D must be below 2^31, got ", s.dim);
+    const int64_t chunk = slices_of(s)[0].chunk;
+    GM_CHECK(in.chunk == chunk, "on CUDA chunk must be ", chunk, " for ", s.dim, " channels, got ", in.chunk);
     return s;
 }
 
-// Group and direction of `t` (batch, H, W, G, K, .), which must be canonical.
-CrossImageArg cross_image(const Tensor& t) {
-    CrossImageArg image{image_arg(t)};
+// Elements behind those of `p`, in the dtype of the images or float32.
+ParamArg behind(const ParamArg& p, int64_t elements, int64_t image_size) {
+    if (p.ptr == nullptr) return p;
+    return {static_cast<const char*>(p.ptr) + elements * (p.is_float ? 4 : image_size), p.is_float};
+}
+ParamOut behind(const ParamOut& p, int64_t elements, int64_t image_size) {
+    if (p.ptr == nullptr) return p;
+    return {static_cast<char*>(p.ptr) + elements * (p.is_float ? 4 : image_size), p.is_float};
+}
+ImageArg behind(ImageArg image, int64_t elements, int64_t image_size) {
+    image.ptr = static_cast<char*>(image.ptr) + elements * image_size;
+    return image;
+}
+
+// `t` (batch, H, W, G, K, .), canonical.
+ImageArg scans_arg(const Tensor& t) {
+    ImageArg image = image_arg(t);
     image.group = t.stride(3), image.scan = t.stride(4);
     return image;
 }
 
-size_t shared_limit() {
-    int device = 0, bytes = 0;
-    check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-    check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory limit");
-    return static_cast<size_t>(bytes);
-}
+// K images like `like`, one after another, or where K is 1 that one alone; each dense, with the strides of `like`.
+struct Parts {
+    Tensor values, sum;
+    int64_t count;
 
-// Fills what forward and backward have in common; `in` holds what `args` points to.
-void prepare(CrossArgs& args, CrossInputs& in, const CrossSizes& s, bool backward) {
-    for (Tensor* t : {&in.u, &in.dt, &in.B, &in.C}) *t = canonical_image(*t);
-    const CrossPlan plan = cross_plan(s.tokens(), static_cast<int>(s.dim), static_cast<int>(s.rank),
-                                      static_cast<int>(s.scans), shared_limit(), backward);
+    Parts(const Tensor& like, int64_t parts) : sum(like), count(parts) {
+        if (count > 1) values = empty({count, like.numel()}, like.scalar_type(), like);
+    }
+    void* data() const { return count > 1 ? values.data_ptr() : sum.data_ptr(); }
+    int64_t stride() const { return count > 1 ? sum.numel() : 0; }
+    void add_up(DType dtype, const CudaContext& context) const {
+        if (count <= 1) return;
+        const SumImagesArgs args{values.data_ptr(), sum.data_ptr(), sum.numel(), sum.numel(), static_cast<int>(count)};
+        check_cuda(launch_sum_images(args, dtype, context.stream()), "cross_selective_scan sums");
+    }
+};
+
+// What forward and backward have in common; `in` and `param` hold what `args` points to.
+template <class Args>
+void prepare(Args& args, CrossInputs& in, const CrossSizes& s, const Slice& slice, ParamHolder& param) {
     ScanShape& shape = args.shape;
     shape = {};
     shape.batch = s.batch;
     shape.height = static_cast<int>(s.height), shape.width = static_cast<int>(s.width);
-    shape.groups = static_cast<int>(s.groups), shape.dim = static_cast<int>(s.dim);
+    shape.scans = static_cast<int>(s.scans), shape.groups = static_cast<int>(s.groups * s.scans);
+    shape.dim = shape.norm_dim = static_cast<int>(slice.dim), shape.param_dim = static_cast<int>(s.dim);
     shape.states = static_cast<int>(s.states), shape.rank = static_cast<int>(s.rank);
-    shape.lanes = plan.lanes, shape.threads = plan.threads;
+    shape.lanes = scan_lanes(shape.dim);
     shape.softplus = in.softplus;
-    for (int64_t k = 0; k < s.scans; ++k)
-        shape.directions[k / 16] |= static_cast<uint32_t>(in.directions[k]) << (2 * (k % 16));
-    args.scans = static_cast<int>(s.scans), args.slices = plan.slices;
-    args.u = image_arg(in.u);
-    args.dt = cross_image(in.dt), args.B = cross_image(in.B), args.C = cross_image(in.C);
-    args.A = in.param(in.A), args.D = in.param(in.D);
-    args.dt_weight = in.param(in.dt_weight), args.dt_bias = in.param(in.dt_bias);
-    const int64_t blocks = s.batch * s.groups * plan.slices, width = plan.lanes * kVec;
-    args.sums_bytes = plan.sums_bytes;
-    if (s.scans > 1 && plan.sums_bytes == 0) {
-        in.sums = empty({blocks, s.tokens(), width}, ScalarType::Float, in.u);
-        args.sums = static_cast<float*>(in.sums.data_ptr());
-    }
-    if (s.states > 1) {
-        in.carry = empty({blocks, 2, s.states, width}, ScalarType::Float, in.u);
-        args.carry = static_cast<float*>(in.carry.data_ptr());
-    }
-    args.num_chunks = cross_states_shape(s, in.chunk)[3];
+    for (int64_t g = 0; g < shape.groups; ++g)
+        shape.directions[g / 16] |= static_cast<uint32_t>(in.directions[static_cast<size_t>(g % s.scans)])
+                                    << (2 * (g % 16));
+    const int64_t size = static_cast<int64_t>(in.u.element_size());
+    args.u = behind(image_arg(in.u), slice.first, size);
+    args.dt = behind(scans_arg(in.dt), s.rank > 0 ? 0 : slice.first, size);
+    args.B = scans_arg(in.B), args.C = scans_arg(in.C);
+    args.A = behind(param(in.A), slice.first * s.states, size);
+    args.D = behind(param(in.D), slice.first, size), args.dt_bias = behind(param(in.dt_bias), slice.first, size);
+    args.dt_weight = behind(param(in.dt_weight), slice.first * s.rank, size);
+    args.chunk = static_cast<int>(slice.chunk), args.num_chunks = slice.saved;
 }
 
-bool allows_cross_vectors(const CrossArgs& args, std::initializer_list<ImageArg> images, int64_t size) {
-    bool aligned = args.shape.dim % kVec == 0 && allows_vectors(args.u, size);
-    for (const ImageArg& image : images) aligned = aligned && allows_vectors(image, size);
-    if (args.shape.rank > 0) return aligned;
-    return aligned && allows_vectors(args.dt, size) && args.dt.scan % kVec == 0;
+bool allows_scan_vectors(std::initializer_list<ImageArg> images, int64_t dim, int64_t size) {
+    bool aligned = dim % kVec == 0;
+    for (const ImageArg& image : images) aligned = aligned && allows_vectors(image, size) && image.scan % kVec == 0;
+    return aligned;
 }
 
 std::tuple<Tensor, Tensor> cross_selective_scan_fwd(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, OptTensor D,
                                                     OptTensor dt_weight, OptTensor dt_bias,
                                                     std::vector<int64_t> directions, bool softplus, int64_t chunk,
                                                     bool save_states) {
-    CrossInputs in{u, dt, A, B, C, D, dt_weight, dt_bias, directions, softplus, chunk, {}, {}, {}};
+    CrossInputs in{u, dt, A, B, C, D, dt_weight, dt_bias, directions, softplus, chunk};
     const CrossSizes s = check_inputs(in);
     const DType dtype = dtype_of(u);
     const CudaContext context(u);
-    Tensor y = empty_image_like(u);
-    Tensor states =
-        save_states ? empty(cross_states_shape(s, chunk), ScalarType::Float, u) : empty_absent(ScalarType::Float, u);
+    const std::vector<Slice> slices = slices_of(s);
+    const Tensor y = empty_image_like(u);
+    const Tensor states =
+        save_states ? empty({saved_elements(s, slices)}, ScalarType::Float, u) : empty_absent(ScalarType::Float, u);
     if (s.batch == 0 || s.tokens() == 0) return {y, states};
 
-    CrossFwdArgs args;
-    prepare(args, in, s, false);
-    args.y = image_arg(y);
-    if (save_states) args.states = static_cast<float*>(states.data_ptr());
-    args.shape.aligned = allows_cross_vectors(args, {args.y}, static_cast<int64_t>(u.element_size()));
-    check_cuda(launch_cross_scan_fwd(args, dtype, context.stream()), "cross_selective_scan forward");
+    for (Tensor* t : {&in.u, &in.dt, &in.B, &in.C}) *t = canonical_image(*t);
+    const int64_t size = static_cast<int64_t>(u.element_size());
+    const Parts parts(y, s.scans);
+    Tensor carry;
+    if (s.states > 1 && !save_states)
+        carry = empty({s.batch * s.groups * s.scans, 2, s.states, slices[0].dim}, ScalarType::Float, u);
+    ParamHolder param;
+    for (const Slice& slice : slices) {
+        ScanFwdArgs args;
+        prepare(args, in, s, slice, param);
+        args.y = image_arg(y);
+        args.y.ptr = parts.data(), args.y.scan = parts.stride();
+        args.y = behind(args.y, slice.first, size);
+        if (save_states) {
+            args.states = static_cast<float*>(states.data_ptr()) + slice.states_offset;
+        } else if (s.states > 1) {
+            args.carry = static_cast<float*>(carry.data_ptr());
+        }
+        args.shape.aligned = allows_scan_vectors({args.u, args.y}, slice.dim, size) &&
+                             (s.rank > 0 || allows_scan_vectors({args.dt}, slice.dim, size));
+        args.shape.threads = scan_fwd_threads(args.shape.lanes, s.tokens());
+        check_cuda(launch_grouped_scan_fwd(args, dtype, context.stream()), "cross_selective_scan forward");
+    }
+    parts.add_up(dtype, context);
     return {y, states};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_selective_scan_bwd(
     Tensor dy, Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, OptTensor D, OptTensor dt_weight, OptTensor dt_bias,
     Tensor states, std::vector<int64_t> directions, bool softplus, int64_t chunk) {
-    CrossInputs in{u, dt, A, B, C, D, dt_weight, dt_bias, directions, softplus, chunk, {}, {}, {}};
+    CrossInputs in{u, dt, A, B, C, D, dt_weight, dt_bias, directions, softplus, chunk};
     const CrossSizes s = check_inputs(in);
+    const std::vector<Slice> slices = slices_of(s);
     check_image(dy, "dy", shape_of(u), u);
-    check_shape(states, "states", cross_states_shape(s, chunk));
+    check_shape(states, "states", {saved_elements(s, slices)});
     const DType dtype = dtype_of(u);
     const CudaContext context(u);
 
-    Tensor du = empty_image_like(u);
-    Tensor ddt = empty(shape_of(dt), dt.scalar_type(), u), dB = empty(shape_of(B), B.scalar_type(), u);
-    Tensor dC = empty(shape_of(C), C.scalar_type(), u), dA = empty(shape_of(A), A.scalar_type(), u);
-    Tensor dD = empty_like_or_absent(D, u), ddt_weight = empty_like_or_absent(dt_weight, u);
-    Tensor ddt_bias = empty_like_or_absent(dt_bias, u);
+    const Tensor du = empty_image_like(u);
+    const Tensor ddt = empty(shape_of(dt), dt.scalar_type(), u), dB = empty(shape_of(B), B.scalar_type(), u);
+    const Tensor dC = empty(shape_of(C), C.scalar_type(), u), dA = empty(shape_of(A), A.scalar_type(), u);
+    const Tensor dD = empty_like_or_absent(D, u), ddt_weight = empty_like_or_absent(dt_weight, u);
+    const Tensor ddt_bias = empty_like_or_absent(dt_bias, u);
     if (s.batch == 0 || s.tokens() == 0) {
-        for (Tensor* t : {&dA, &dD, &ddt_weight, &ddt_bias}) torch::stable::zero_(*t);
+        for (Tensor t : {dA, dD, ddt_weight, ddt_bias}) torch::stable::zero_(t);
         return {du, ddt, dA, dB, dC, dD, ddt_weight, ddt_bias};
     }
 
-    CrossBwdArgs args;
-    prepare(args, in, s, true);
+    for (Tensor* t : {&in.u, &in.dt, &in.B, &in.C}) *t = canonical_image(*t);
     dy = canonical_image(dy);
     if (!states.is_contiguous()) states = torch::stable::contiguous(states);
-    args.dy = image_arg(dy), args.du = image_arg(du);
-    args.states = static_cast<const float*>(states.data_ptr());
-    args.ddt = ddt.data_ptr(), args.dB = dB.data_ptr(), args.dC = dC.data_ptr();
-    args.shape.aligned = allows_cross_vectors(args, {args.dy, args.du}, static_cast<int64_t>(u.element_size()));
+    const int64_t size = static_cast<int64_t>(u.element_size()), all = s.groups * s.scans;
+    const int64_t count = static_cast<int64_t>(slices.size());
+    const Parts du_parts(du, s.scans), dB_parts(dB, count), dC_parts(dC, count);
+    const Parts ddt_parts(ddt, s.rank > 0 ? count : 1);
+    Tensor carry;
+    if (s.states > 1) carry = empty({s.batch * all, 2, s.states, slices[0].dim}, ScalarType::Float, u);
+    ParamHolder param;
+    for (int64_t i = 0; i < count; ++i) {
+        const Slice& slice = slices[static_cast<size_t>(i)];
+        ScanBwdArgs args;
+        prepare(args, in, s, slice, param);
+        args.dy = behind(image_arg(dy), slice.first, size);
+        args.du = image_arg(du);
+        args.du.ptr = du_parts.data(), args.du.scan = du_parts.stride();
+        args.du = behind(args.du, slice.first, size);
+        const auto of_slice = [&](const Tensor& t, const Parts& parts) {
+            ImageArg image = scans_arg(t);
+            image.ptr = parts.data();
+            return behind(image, i * parts.stride(), size);
+        };
+        args.ddt = s.rank > 0 ? of_slice(ddt, ddt_parts) : behind(scans_arg(ddt), slice.first, size);
+        args.dB = of_slice(dB, dB_parts), args.dC = of_slice(dC, dC_parts);
+        args.states = static_cast<const float*>(states.data_ptr()) + slice.states_offset;
+        if (s.states > 1) args.carry = static_cast<float*>(carry.data_ptr());
+        args.shape.aligned = allows_scan_vectors({args.u, args.dy, args.du}, slice.dim, size) &&
+                             (s.rank > 0 || allows_scan_vectors({args.dt, args.ddt}, slice.dim, size));
+        args.shape.threads = scan_bwd_threads(args.shape.lanes, s.tokens(), s.states == 1, static_cast<int>(size));
+        const int64_t warps = args.shape.threads / 32, rows = s.states + kFixedRows + s.rank;
+        const Tensor partials = empty({s.batch, warps, all, rows, slice.dim}, ScalarType::Float, u);
+        args.partials = static_cast<float*>(partials.data_ptr());
+        check_cuda(launch_grouped_scan_bwd(args, dtype, context.stream()), "cross_selective_scan backward");
 
-    const bool is_float = u.scalar_type() == ScalarType::Float;
-    ReduceArgs features;  // of all slices
-    Tensor slice_parts;
-    if (args.slices > 1) {
-        features.rows = args.slices;
-        features.counts[0] = s.rank > 0 ? ddt.numel() : 0, features.counts[1] = dB.numel();
-        features.counts[2] = dC.numel();
-        features.columns = features.row_stride = features.counts[0] + features.counts[1] + features.counts[2];
-        features.targets[0] = {args.ddt, is_float}, features.targets[1] = {args.dB, is_float};
-        features.targets[2] = {args.dC, is_float};
-        slice_parts = empty({args.slices, features.columns}, ScalarType::Float, u);
-        float* parts = static_cast<float*>(slice_parts.data_ptr());
-        features.partials = parts;
-        args.slice_stride = features.columns;
-        if (s.rank > 0) args.ddt = parts;
-        args.dB = parts + features.counts[0], args.dC = parts + features.counts[0] + features.counts[1];
+        ScanReduceArgs reduce;
+        reduce.partials = args.partials;
+        reduce.batch = s.batch, reduce.parts = static_cast<int>(warps), reduce.groups = static_cast<int>(all);
+        reduce.dim = args.shape.dim, reduce.param_dim = args.shape.param_dim;
+        reduce.states = args.shape.states, reduce.rank = args.shape.rank;
+        reduce.dA = behind(param_out(dA, A), slice.first * s.states, size);
+        reduce.dD = behind(param_out(dD, D), slice.first, size);
+        reduce.ddt_bias = behind(param_out(ddt_bias, dt_bias), slice.first, size);
+        reduce.ddt_weight = behind(param_out(ddt_weight, dt_weight), slice.first * s.rank, size);
+        check_cuda(launch_scan_reduce(reduce, dtype, context.stream()), "cross_selective_scan parameter sums");
     }
-    const int64_t warps = args.shape.threads / 32, rows = s.states + kFixedRows + s.rank, all = s.groups * s.scans;
-    const Tensor partials = empty({s.batch, warps, all, rows, s.dim}, ScalarType::Float, u);
-    args.partials = static_cast<float*>(partials.data_ptr());
-    check_cuda(launch_cross_scan_bwd(args, dtype, context.stream()), "cross_selective_scan backward");
-    if (args.slices > 1) {
-        check_cuda(launch_reduce_columns(features, dtype, context.stream()), "cross_selective_scan slice sums");
-    }
-
-    ScanReduceArgs reduce;
-    reduce.partials = args.partials;
-    reduce.batch = s.batch, reduce.parts = static_cast<int>(warps), reduce.groups = static_cast<int>(all);
-    reduce.dim = args.shape.dim, reduce.states = args.shape.states, reduce.rank = args.shape.rank;
-    reduce.dA = param_out(dA, A), reduce.dD = param_out(dD, D);
-    reduce.ddt_bias = param_out(ddt_bias, dt_bias), reduce.ddt_weight = param_out(ddt_weight, dt_weight);
-    check_cuda(launch_scan_reduce(reduce, dtype, context.stream()), "cross_selective_scan parameter sums");
+    for (const Parts* parts : {&du_parts, &ddt_parts, &dB_parts, &dC_parts}) parts->add_up(dtype, context);
     return {du, ddt, dA, dB, dC, dD, ddt_weight, ddt_bias};
 }
 

@@ -19,6 +19,7 @@ ScanShape scan_shape(const ScanSizes& s, const ScanInputs& in) {
     shape.width = static_cast<int>(s.width);
     shape.groups = static_cast<int>(s.groups);
     shape.dim = static_cast<int>(s.dim);
+    shape.scans = 1, shape.param_dim = shape.dim;
     shape.states = static_cast<int>(s.states);
     shape.rank = static_cast<int>(s.rank);
     shape.lanes = scan_lanes(shape.dim);
@@ -239,7 +240,7 @@ ScanParameterGradients scan_bwd_into(const ScanImageGradients& images, Tensor dy
     reduce.partials = args.partials;
     reduce.batch = s.batch;
     reduce.parts = static_cast<int>(parts);
-    reduce.groups = args.shape.groups, reduce.dim = args.shape.dim;
+    reduce.groups = args.shape.groups, reduce.dim = reduce.param_dim = args.shape.dim;
     reduce.states = args.shape.states, reduce.rank = args.shape.rank;
     reduce.norm_weight = args.norm_weight, reduce.norm_bias = args.norm_bias, reduce.gate = args.gate;
     reduce.dA = param_out(p.dA, in.A), reduce.dD = param_out(p.dD, in.D);

@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+// The sum of images that lie one after another, in float32, rounded once.
+#include "cuda/dispatch.h"
+#include "cuda/launch.h"
+#include "cuda/launch_kernel.cuh"
+#include "cuda/packed.cuh"
+#include "cuda/reduce.cuh"
+
+namespace gm {
+namespace {
+
+constexpr int kThreads = 256;
+
+template <class T, int kCount>
+__global__ void __launch_bounds__(kThreads) sum_images_kernel(const __grid_constant__ SumImagesArgs args) {
+    const int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kCount;
+    if (i >= args.count) return;
+    const T* const from = static_cast<const T*>(args.in) + i;
+    float sum[kCount] = {};
+    if constexpr (kCount == 1) {
+        load_ahead(
+            0, args.parts, 1, [&](int k) { return to_float(from[k * args.stride]); },
+            [&](float v, int) { sum[0] += v; });
+        static_cast<T*>(args.out)[i] = from_float<T>(sum[0]);
+    } else {
+        load_ahead(
+            0, args.parts, 1, [&](int k) { return load_packed<kCount>(from + k * args.stride, true); },
+            [&](const Packed<T, kCount>& words, int) {
+                float v[kCount];
+                words.widen(v);
+#pragma unroll
+                for (int j = 0; j < kCount; ++j) sum[j] += v[j];
+            });
+        store_packed<kCount>(static_cast<T*>(args.out) + i, sum, true);
+    }
+}
+
+}  // namespace
+
+cudaError_t launch_sum_images(const SumImagesArgs& args, DType dtype, cudaStream_t stream) {
+    return dispatch_dtype(dtype, [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        constexpr int kCount = 16 / sizeof(T);
+        const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+        const bool vectors =
+            args.count % kCount == 0 && args.stride % kCount == 0 && aligned(args.in) && aligned(args.out);
+        const int64_t block = int64_t{kThreads} * (vectors ? kCount : 1), blocks = (args.count + block - 1) / block;
+        return launch_kernel(vectors ? sum_images_kernel<T, kCount> : sum_images_kernel<T, 1>, blocks, kThreads, 0,
+                             stream, args);
+    });
+}
+
+}  // namespace gm
