@@ -118,9 +118,10 @@ def chosen_models(args: argparse.Namespace) -> list[models.Entry]:
         return found
     names = list(dict.fromkeys(entry.label.removesuffix(models.COMPILED) for entry in found))
     for name in args.models:
-        if name not in names:
+        if name not in names and name not in [entry.label for entry in found]:
             raise ValueError(f"argument --models: invalid choice: {name!r} (choose from {', '.join(names)})")
-    return [entry for entry in found if entry.label.removesuffix(models.COMPILED) in args.models]
+    chosen = (entry for entry in found if {entry.label, entry.label.removesuffix(models.COMPILED)} & set(args.models))
+    return list(chosen)
 
 
 def measured(args: argparse.Namespace, device: torch.device, run: dict) -> Iterator[tuple[list[dict], bool]]:

@@ -81,7 +81,8 @@ def cross_selective_scan(
 
     u, dt, B and C share one dtype: float32, float16, bfloat16, or float64 (on CUDA through the reference). The other
     tensors have that dtype or float32. Under autocast the former are cast to its dtype. States are float32 (float64 for
-    float64). Gradients have their input's dtype; results are bitwise repeatable.
+    float64). Gradients have their input's dtype; results are bitwise repeatable. On CUDA each direction's result, and
+    its gradient of ``u``, is rounded to that dtype before the sum, which is in float32.
 
     Raises:
         TypeError: an argument is no tensor or has the wrong dtype.
