@@ -24,13 +24,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench/table.py", description=__doc__)
     parser.add_argument("results", type=Path, help="a file that bench/run.py --json wrote")
     parser.add_argument("--op", nargs="+", metavar="NAME", help="these ops only")
+    parser.add_argument("--stages", action="store_true", help="the four stage shapes alone")
     parser.add_argument("--readme", type=Path, metavar="FILE", help="replace what is between its bench markers")
     args = parser.parse_args(argv)
     try:
         runs = read_json(args.results)
     except (OSError, ValueError) as error:
         parser.error(f"argument results: {error}")
-    text = markdown.tables(runs, args.op)
+    text = markdown.tables(runs, args.op, args.stages)
     if args.readme is None:
         print(text)
         return 0

@@ -26,8 +26,8 @@ STABLE_TORCH_LIBRARY(groupmamba, m) {
 
     // u, dy, y (batch, H, W, G, D); K directions, each with its own dt (batch, H, W, G, K, R or D), B and C
     // (batch, H, W, G, K, N), A (G, K, D, N), dt_weight (G, K, D, R), D and dt_bias (G, K, D); y is the sum over K.
-    // states: on the CPU (G, batch, K, S, N, D); on CUDA, one behind the other, (batch, G, K, S, N, .) for each slice of
-    // up to 128 channels
+    // states: on the CPU (G, batch, K, S, N, D); on CUDA, one behind the other, (batch, G, K, S, N, .) for each slice
+    // of up to 128 channels
     m.def(
         "cross_selective_scan_fwd(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_weight, "
         "Tensor? dt_bias, int[] directions, bool softplus, int chunk, bool save_states) -> (Tensor y, Tensor states)");
@@ -61,8 +61,8 @@ STABLE_TORCH_LIBRARY(groupmamba, m) {
     m.def("token_norm_fwd(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor");
     m.def("token_norm_bwd(Tensor dy, Tensor x, Tensor weight, float eps) -> (Tensor dx, Tensor dweight, Tensor dbias)");
 
-    // relu(BatchNorm(x)) with the statistics of the batch, on CUDA; x (batch, H, W, C), C a multiple of 8; stats (3, C),
-    // float32: mean, variance by n - 1, 1 / sqrt(variance by n + eps)
+    // relu(BatchNorm(x)) with the statistics of the batch, on CUDA; x (batch, H, W, C), C a multiple of 8; stats (3,
+    // C), float32: mean, variance by n - 1, 1 / sqrt(variance by n + eps)
     m.def("batch_norm_relu_fwd(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor y, Tensor stats)");
     m.def(
         "batch_norm_relu_bwd(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor stats, float eps) "

@@ -19,20 +19,26 @@ def latest(runs: Sequence[dict]) -> list[dict]:
     return list(rows.values())
 
 
-def tables(runs: Sequence[dict], ops: Sequence[str] | None = None) -> str:
-    """One table for every op (of ``ops``, if given), label and series; a red row says so in place of figures."""
+def tables(runs: Sequence[dict], ops: Sequence[str] | None = None, stages: bool = False) -> str:
+    """One table for every op (of ``ops``, if given), label and series (``stages``: the stage shapes alone); a red row
+    says so in place of figures."""
     blocks: dict[tuple, list[dict]] = {}
     for row in latest(runs):
         if row["op"] == "model" or (ops is not None and row["op"] not in ops):
             continue
+        if stages and row["series"] != "stages":
+            continue
         blocks.setdefault((row["op"], row["label"], row["series"]), []).append(row)
-    lines = []
+    settings: dict[str, list[float]] = {}
     for run in runs:
         versions, copy = run["versions"], run["copy"]
-        lines.append(
+        setting = (
             f"{run['device']['name']}, torch {versions['torch']}, groupmamba {versions['groupmamba']}, "
-            f"{run['date'][:10]}; a kernel copy of {copy['bytes'] >> 20} MiB: {copy['gb_s']:,.0f} GB/s.  "
+            f"{run['date'][:10]}; a kernel copy of {copy['bytes'] >> 20} MiB: "
         )
+        settings.setdefault(setting, []).append(copy["gb_s"])
+    speeds = {setting: dict.fromkeys(f"{speed:,.0f}" for speed in sorted(found)) for setting, found in settings.items()}
+    lines = [f"{setting}{' and '.join(found)} GB/s.  " for setting, found in speeds.items()]
     for (_, label, series), rows in blocks.items():
         lines += ["", f"**{label}**" + ("" if series == "stages" else f", {series}"), "", *_table(rows)]
     if ops is None or "model" in ops:

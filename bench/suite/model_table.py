@@ -55,7 +55,7 @@ def _line(label: str, kinds: dict[str, dict]) -> list[str]:
         cell("train", "peak_memory_bytes", 2**-20),
         cell("latency", "eager_us", 1e-3),
         cell("latency", "graph_us", 1e-3),
-        cell("latency", "launches"),
+        cell("latency", "launches").removesuffix(".0"),
     ]
 
 
