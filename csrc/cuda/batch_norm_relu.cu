@@ -224,34 +224,28 @@ __global__ void __launch_bounds__(kThreads) batch_norm_grad_kernel(const __grid_
     }
 }
 
-}  // namespace
-
-cudaError_t launch_batch_norm_relu_fwd(const BatchNormArgs& args, DType dtype, cudaStream_t stream) {
+template <bool kBackward>
+cudaError_t launch(const BatchNormArgs& args, DType dtype, cudaStream_t stream) {
     return dispatch_dtype(dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
-        const int finish_blocks = args.channels / kFinishColumns;
-        cudaError_t error = launch_kernel(batch_norm_sums_kernel<T>, args.blocks, kThreads, 0, stream, args);
+        const auto sums = kBackward ? batch_norm_grad_sums_kernel<T> : batch_norm_sums_kernel<T>;
+        const auto apply = kBackward ? batch_norm_grad_kernel<T> : batch_norm_apply_kernel<T>;
+        cudaError_t error = launch_kernel(sums, args.blocks, kThreads, 0, stream, args);
         if (error == cudaSuccess)
-            error = launch_kernel(batch_norm_finish_kernel<T, false>, finish_blocks, kFinishColumns * kFinishRows, 0,
-                                  stream, args);
-        if (error == cudaSuccess)
-            error = launch_kernel(batch_norm_apply_kernel<T>, args.blocks, kThreads, 0, stream, args);
-        return error;
+            error = launch_kernel(batch_norm_finish_kernel<T, kBackward>, args.channels / kFinishColumns,
+                                  kFinishColumns * kFinishRows, 0, stream, args);
+        return error == cudaSuccess ? launch_kernel(apply, args.blocks, kThreads, 0, stream, args) : error;
     });
 }
 
+}  // namespace
+
+cudaError_t launch_batch_norm_relu_fwd(const BatchNormArgs& args, DType dtype, cudaStream_t stream) {
+    return launch<false>(args, dtype, stream);
+}
+
 cudaError_t launch_batch_norm_relu_bwd(const BatchNormArgs& args, DType dtype, cudaStream_t stream) {
-    return dispatch_dtype(dtype, [&](auto tag) {
-        using T = typename decltype(tag)::type;
-        const int finish_blocks = args.channels / kFinishColumns;
-        cudaError_t error = launch_kernel(batch_norm_grad_sums_kernel<T>, args.blocks, kThreads, 0, stream, args);
-        if (error == cudaSuccess)
-            error = launch_kernel(batch_norm_finish_kernel<T, true>, finish_blocks, kFinishColumns * kFinishRows, 0,
-                                  stream, args);
-        if (error == cudaSuccess)
-            error = launch_kernel(batch_norm_grad_kernel<T>, args.blocks, kThreads, 0, stream, args);
-        return error;
-    });
+    return launch<true>(args, dtype, stream);
 }
 
 }  // namespace gm

@@ -12,8 +12,8 @@
 // and dx, which stay in registers; the columns of g on both sides come from the neighbouring threads through shared
 // memory: one barrier a step. Rows of x and dy are copied to shared memory some steps ahead.
 //
-// dweight and dbias: every thread sums over its columns and rows, then the block over its threads, then
-// launch_reduce_columns over the blocks, all in a fixed order.
+// dweight and dbias: every thread sums over its columns and rows, then the block over its threads, then the
+// caller over the blocks, all in a fixed order.
 #include "cuda/activation.cuh"
 #include "cuda/async_copy.cuh"
 #include "cuda/conv_tile.cuh"
@@ -125,8 +125,7 @@ __device__ __forceinline__ void add_taps(const Packed<T, kVecs> (&x)[kColumns], 
     }
 }
 
-// 128 registers or less: 4 blocks of 128 threads an SM. float rows on their way, and pointers to single elements, need
-// more.
+// 128 registers or less: 4 blocks of 128 threads an SM. float rows, and pointers to single elements, need more.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 4 : 2)
     depthwise_conv_bwd_kernel(const __grid_constant__ ConvBwdArgs args) {

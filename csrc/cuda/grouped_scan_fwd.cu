@@ -17,7 +17,7 @@ template <class T, bool kSingle, bool kAligned>
 __global__ void __launch_bounds__(kFwdThreads, kSingle&& kAligned && sizeof(T) == 2 ? 2 : 1)
     grouped_scan_fwd_kernel(const __grid_constant__ ScanFwdArgs args) {
     constexpr int kTokens = kFwdTokens;
-    __shared__ ScanExchange<> exchange;
+    __shared__ ScanExchange exchange;
     __shared__ ChannelTable<5> table;  // of every channel, to spare registers; so are the two planes of the epilogue
     __shared__ Plane<const T> z_plane;
     __shared__ Plane<T> y_plane;

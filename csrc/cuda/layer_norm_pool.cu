@@ -8,7 +8,7 @@
 //   dx = (h - mean(h) - n mean(h n)) / sqrt(variance + eps) [+ dx_more];  dweight = sum g n,  dbias = sum g
 //
 // One read of the inputs and one write. xn and its gradients may be grouped and padded where x is not. Sums over tokens
-// leave the block as one row a strip, which launch_reduce_columns adds.
+// leave the block as one row a strip, which the caller adds.
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "cuda/launch_kernel.cuh"

@@ -6,7 +6,7 @@
 //   dweight = sum dy n,  dbias = sum dy;  with S = sum over an image of dp * o * x:
 //   dgate = scale * S,  dscale = sum over images and channels of gate * S
 //
-// The sums leave the block as one row a strip, which launch_reduce_columns adds.
+// The sums leave the block as one row a strip, which the caller adds.
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "cuda/launch_kernel.cuh"

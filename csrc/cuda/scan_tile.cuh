@@ -25,17 +25,15 @@ struct Tile {
     int channel, valid;  // first channel of the thread, how many of its 4 exist
     int lanes;
 
-    __device__ explicit Tile(const ScanShape& s) : Tile(blockIdx.x / s.groups, blockIdx.x % s.groups, s.lanes, s.dim) {
-        direction = (s.directions[group >> 4] >> (2 * (group & 15))) & 3;
-        image_group = group / s.scans, scan = group - image_group * s.scans;
-    }
-    // `channels`: of the block, from its first on.
-    __device__ Tile(int batch, int group, int lanes, int channels) : batch(batch), group(group), lanes(lanes) {
+    __device__ explicit Tile(const ScanShape& s)
+        : batch(blockIdx.x / s.groups), group(blockIdx.x % s.groups), lanes(s.lanes) {
         chunks_per_warp = 32 / lanes;
         chunk = threadIdx.x / lanes;
         chunk_in_warp = chunk & (chunks_per_warp - 1);
         channel = lane() * kVec;
-        valid = min(max(channels - channel, 0), kVec);
+        valid = min(max(s.dim - channel, 0), kVec);
+        direction = (s.directions[group >> 4] >> (2 * (group & 15))) & 3;
+        image_group = group / s.scans, scan = group - image_group * s.scans;
     }
     // Found anew where needed, to spare registers.
     __device__ __forceinline__ int lane() const { return threadIdx.x & (lanes - 1); }  // among those of its token
@@ -106,14 +104,14 @@ struct Plane {
 };
 
 // kRows floats of each of the block's channels in shared memory, 0 for channels that do not exist.
-template <int kRows, int kChannels = kMaxScanDim>
+template <int kRows>
 struct alignas(16) ChannelTable {
-    float rows[kRows][kChannels];
+    float rows[kRows][kMaxScanDim];
 
     // `value(channel, row values)`; the caller's __syncthreads makes the table visible.
     template <class F>
     __device__ void fill(int dim, F&& value) {
-        for (int c = threadIdx.x; c < kChannels; c += blockDim.x) {
+        for (int c = threadIdx.x; c < kMaxScanDim; c += blockDim.x) {
             float row[kRows] = {};
             if (c < dim) value(c, row);
 #pragma unroll
@@ -144,16 +142,15 @@ __device__ __forceinline__ float chunk_sum(float x, int lanes) {
 
 // Warp totals (P, h) for every channel, double-buffered so that one barrier an exchange is enough: a warp that runs
 // ahead writes the other buffer, and cannot pass the next barrier before all have read this one.
-template <int kWarps = kMaxScanWarps, int kChannels = kMaxScanDim>
 struct ScanExchange {
-    float P[2][kWarps][kChannels];
-    float h[2][kWarps][kChannels];
+    float P[2][kMaxScanWarps][kMaxScanDim];
+    float h[2][kMaxScanWarps][kMaxScanDim];
 };
 
 // Turns each thread's chunk aggregate (P, h) into the state entering its chunk. `carry` is the state entering the slab
 // and becomes the one leaving it; `kReverse` runs from the last chunk to the first. One __syncthreads.
-template <bool kReverse, class Exchange>
-__device__ __forceinline__ void block_scan(const Tile& tile, Exchange& shared, int& buffer, float (&P)[kVec],
+template <bool kReverse>
+__device__ __forceinline__ void block_scan(const Tile& tile, ScanExchange& shared, int& buffer, float (&P)[kVec],
                                            float (&h)[kVec], float (&carry)[kVec], float (&entering)[kVec]) {
     const int lanes = tile.lanes;
     const int rank = kReverse ? tile.chunks_per_warp - 1 - tile.chunk_in_warp : tile.chunk_in_warp;
@@ -198,9 +195,9 @@ __device__ __forceinline__ void block_scan(const Tile& tile, Exchange& shared, i
     }
 }
 
-// dt_weight / kStepUnit of the block's channels, `first` on, as [rank][kChannels] floats in shared memory; ranks beyond
+// dt_weight / kStepUnit of the block's channels, as [rank][kMaxScanDim] floats in shared memory; ranks beyond
 // kMaxStagedRank are read in place.
-template <class T, int kChannels = kMaxScanDim>
+template <class T>
 struct StepWeight {
     const float* staged;
     ParamArg weight;
@@ -215,8 +212,8 @@ struct StepWeight {
           channel(tile.channel),
           valid(tile.valid) {
         if (rank == 0 || rank > kMaxStagedRank) return;
-        for (int i = threadIdx.x; i < rank * kChannels; i += blockDim.x) {
-            const int r = i / kChannels, c = i % kChannels;
+        for (int i = threadIdx.x; i < rank * kMaxScanDim; i += blockDim.x) {
+            const int r = i / kMaxScanDim, c = i % kMaxScanDim;
             const int64_t at = (static_cast<int64_t>(tile.group) * s.param_dim + c) * rank + r;
             shared[i] = c < s.dim ? load_param<T>(w, at) / Math<T>::kStepUnit : 0.f;
         }
@@ -224,7 +221,7 @@ struct StepWeight {
     }
     __device__ __forceinline__ void get(int r, float (&w)[kVec]) const {
         if (rank <= kMaxStagedRank) {
-            const float4 v = *reinterpret_cast<const float4*>(staged + r * kChannels + channel);
+            const float4 v = *reinterpret_cast<const float4*>(staged + r * kMaxScanDim + channel);
             w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
         } else {
 #pragma unroll

@@ -23,7 +23,7 @@ struct CrossInputs {
     int64_t chunk;
 };
 
-// All of one width, a multiple of kVec, but the last. groupmamba_ext.cross_scan.saved_elements repeats it.
+// All of one width, a multiple of kVec, but the last. groupmamba_ext.cross_scan._slices repeats it.
 std::vector<Slice> slices_of(const CrossSizes& s) {
     const int64_t count = (s.dim + kMaxScanDim - 1) / kMaxScanDim;
     const int64_t width = count == 1 ? s.dim : round_up((s.dim + count - 1) / count, kVec);
