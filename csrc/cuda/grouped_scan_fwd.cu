@@ -18,17 +18,15 @@ __global__ void __launch_bounds__(kFwdThreads, kSingle&& kAligned && sizeof(T) =
     grouped_scan_fwd_kernel(const __grid_constant__ ScanFwdArgs args) {
     constexpr int kTokens = kFwdTokens;
     __shared__ ScanExchange exchange;
-    __shared__ ChannelTable<5> table;  // of every channel, to spare registers; so are the two planes of the epilogue
-    __shared__ Plane<const T> z_plane;
-    __shared__ Plane<T> y_plane;
+    __shared__ ChannelTable<5> table;  // of every channel, to spare registers; so are planes read once a slab
+    __shared__ Plane<const T> u, B, C, dt, z;
+    __shared__ Plane<T> y_out;
     extern __shared__ float4 dynamic_shared[];
 
     const ScanShape& s = args.shape;
     const Tile tile(s);
     const int c0 = tile.channel, valid = tile.valid, lanes = tile.lanes;
     const int64_t param = static_cast<int64_t>(tile.group) * s.param_dim + c0;  // of the thread's first channel
-    const Plane<const T> u(args.u, tile, c0), B(args.B, tile, 0), C(args.C, tile, 0);
-    const Plane<const T> dt(args.dt, tile, 0);
     const StepWeight<T> weight(s, args.dt_weight, tile, reinterpret_cast<float*>(dynamic_shared));
 
     const bool has_norm = args.norm_weight.ptr != nullptr, has_z = args.z.ptr != nullptr;
@@ -44,8 +42,12 @@ __global__ void __launch_bounds__(kFwdThreads, kSingle&& kAligned && sizeof(T) =
         row[kShift] = gate * load_param_or<T>(args.norm_bias, i, 0.f);
     });
     if (threadIdx.x == 0) {
-        z_plane = Plane<const T>(args.z, tile, 0);
-        y_plane = Plane<T>(args.y, tile, 0);
+        u = Plane<const T>(args.u, tile, 0);
+        B = Plane<const T>(args.B, tile, 0);
+        C = Plane<const T>(args.C, tile, 0);
+        dt = Plane<const T>(args.dt, tile, 0);
+        z = Plane<const T>(args.z, tile, 0);
+        y_out = Plane<T>(args.y, tile, 0);
     }
     float carry[kVec] = {};
     __syncthreads();
@@ -95,7 +97,7 @@ __global__ void __launch_bounds__(kFwdThreads, kSingle&& kAligned && sizeof(T) =
             for (int k = 0; k < kTokens; ++k) {
                 const float b = Math<T>::kStepUnit * to_float(B.at(path.token[k])[n]);
                 const float c = to_float(C.at(path.token[k])[n]);
-                const Vec4<T> uv = load4<kAligned>(u.at(path.token[k]), valid);
+                const Vec4<T> uv = load4<kAligned>(u.at(path.token[k]) + c0, valid);
 #pragma unroll
                 for (int j = 0; j < kVec; ++j) {
                     const float x = to_float(uv.v[j]), a = Math<T>::decay(step[k][j], a_coef[j]);
@@ -170,7 +172,7 @@ __global__ void __launch_bounds__(kFwdThreads, kSingle&& kAligned && sizeof(T) =
         if (has_z) {
 #pragma unroll
             for (int k = 0; k < kTokens; ++k) {
-                const Vec4<T> zv = load4<kAligned>(z_plane.at(out_path.token[k]) + c0, valid);
+                const Vec4<T> zv = load4<kAligned>(z.at(out_path.token[k]) + c0, valid);
 #pragma unroll
                 for (int j = 0; j < kVec; ++j) {
                     const float x = to_float(zv.v[j]);
@@ -180,7 +182,7 @@ __global__ void __launch_bounds__(kFwdThreads, kSingle&& kAligned && sizeof(T) =
         }
 #pragma unroll
         for (int k = 0; k < kTokens; ++k)
-            if (k < out_path.count) store4<kAligned>(y_plane.at(out_path.token[k]) + c0, y[k], valid);
+            if (k < out_path.count) store4<kAligned>(y_out.at(out_path.token[k]) + c0, y[k], valid);
     }
 }
 

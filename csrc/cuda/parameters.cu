@@ -151,7 +151,7 @@ __device__ __forceinline__ void sum_vector(const SumItem& item, int64_t element)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) sum_parameters_kernel(const __grid_constant__ SumArgs args) {
+__global__ void __launch_bounds__(kThreads, 3) sum_parameters_kernel(const __grid_constant__ SumArgs args) {
     __shared__ float rows[kSumRows][kSumColumns];
     int64_t element = 0;
     const SumItem& item = find_item(args, element);

@@ -12,7 +12,7 @@ namespace {
 constexpr int kThreads = 256;
 
 template <class T, int kCount>
-__global__ void __launch_bounds__(kThreads) sum_images_kernel(const __grid_constant__ SumImagesArgs args) {
+__global__ void __launch_bounds__(kThreads, 3) sum_images_kernel(const __grid_constant__ SumImagesArgs args) {
     const int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kCount;
     if (i >= args.count) return;
     const T* const from = static_cast<const T*>(args.in) + i;
