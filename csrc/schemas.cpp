@@ -78,7 +78,7 @@ STABLE_TORCH_LIBRARY(groupmamba, m) {
     //   pooled (batch, C), hidden (batch, C'), states: float32   uz (G, T, 2 Ep), u (G, T, Ep)
     //   features (G, T, Fp): dt, B, C                        y (batch, H, W, G, Ep): group-major with out_proj_weight
     //   o (batch, H, W, G, Dp) group-major                   mixed (batch, H, W, G, Dp)
-    // For the backward saved holds, each at a multiple of 128 elements, features, xn, y, u, o, uz and mixed, without
+    // For the backward saved holds, each at a multiple of 128 elements, features, xn, y, u, o and uz, without
     // out_proj_weight features, u, uz, xn and y, in the dtype of x; saved_float gate, pooled, hidden and states. The
     // first op is for where there is no backward, and keeps nothing.
     m.def(
@@ -95,8 +95,9 @@ STABLE_TORCH_LIBRARY(groupmamba, m) {
         "Tensor proj_weight, Tensor proj_bias, int[] directions, float eps, float norm_eps, int chunk, bool residual) "
         "-> (Tensor out, Tensor saved, Tensor saved_float)");
     m.def(
-        "grouped_mamba_layer_bwd(Tensor dout, Tensor x, Tensor norm_weight, Tensor? fc1_weight, Tensor? fc1_bias, "
-        "Tensor? fc2_weight, Tensor? fc2_bias, Tensor in_proj_weight, Tensor conv_weight, Tensor conv_bias, "
+        "grouped_mamba_layer_bwd(Tensor dout, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor? fc1_weight, "
+        "Tensor? fc1_bias, Tensor? fc2_weight, Tensor? fc2_bias, Tensor in_proj_weight, Tensor conv_weight, Tensor "
+        "conv_bias, "
         "Tensor x_proj_weight, Tensor dt_weight, Tensor dt_bias, Tensor A_log, Tensor D, Tensor out_norm_weight, "
         "Tensor out_norm_bias, Tensor? out_proj_weight, Tensor? skip_scale, Tensor proj_weight, Tensor proj_bias, "
         "Tensor saved, Tensor saved_float, int[] directions, float eps, float norm_eps, int chunk, bool residual) "
@@ -107,8 +108,8 @@ STABLE_TORCH_LIBRARY(groupmamba, m) {
         "Tensor dproj_weight, Tensor dproj_bias)");
 
     // The feed-forward network on CUDA: [x +] fc2(gelu(conv3x3(fc1(LayerNorm(x))))); x, out, dx as above, H hidden
-    // channels, Hp rounded up. saved: the normed image (T, Cp), and behind it at a multiple of 128 elements what the
-    // convolution reads, (T, Hp).
+    // channels, Hp rounded up. saved: what the convolution reads, (T, Hp), up to a multiple of 128
+    // elements.
     m.def(
         "feed_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor fc1_bias, "
         "Tensor conv_weight, Tensor conv_bias, Tensor fc2_weight, Tensor fc2_bias, float eps, bool residual) "
@@ -118,8 +119,8 @@ STABLE_TORCH_LIBRARY(groupmamba, m) {
         "Tensor conv_weight, Tensor conv_bias, Tensor fc2_weight, Tensor fc2_bias, float eps, bool residual) "
         "-> (Tensor out, Tensor saved)");
     m.def(
-        "feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight, Tensor fc1_weight, Tensor fc1_bias, "
-        "Tensor conv_weight, Tensor conv_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor saved, "
+        "feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, "
+        "Tensor fc1_bias, Tensor conv_weight, Tensor conv_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor saved, "
         "float eps, bool residual) -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dfc1_weight, "
         "Tensor dfc1_bias, Tensor dconv_weight, Tensor dconv_bias, Tensor dfc2_weight, Tensor dfc2_bias)");
 }

@@ -109,7 +109,7 @@ def _layer_fake(x, *args):
     widths = [_padded(x_proj_weight.shape[1]), dim_pad, inner_pad, inner_pad, 2 * inner_pad]
     gate_width = inner_pad
     if out_proj_weight is not None:
-        widths += [dim_pad, dim_pad]
+        widths.append(dim_pad)
         gate_width = channels // groups
     planes = batch * groups
     floats = [planes * saved_states(height, width, inner_pad, "cuda") * states * inner_pad]
@@ -119,9 +119,8 @@ def _layer_fake(x, *args):
     return _padded_image(x), _workspace(x, images, x.dtype), _workspace(x, floats, torch.float32)
 
 
-def _layer_bwd_fake(dout, x, norm_weight, *args):
-    parameters = norm_weight, norm_weight, *args[: _LAYER_PARAMETERS - 2]
-    return _padded_image(x), *(_empty_or_absent(x, t) for t in parameters)
+def _layer_bwd_fake(dout, x, *args):
+    return _padded_image(x), *(_empty_or_absent(x, t) for t in args[:_LAYER_PARAMETERS])
 
 
 def _layer_setup(ctx, inputs, output):
@@ -135,11 +134,9 @@ def _layer_setup(ctx, inputs, output):
 def _layer_backward(ctx, dout, *_):
     if dout is None:
         return (None,) * (_LAYER_PARAMETERS + 6)
-    x, norm_weight, norm_bias, *rest = ctx.saved_tensors
-    grads = list(call_backward("grouped_mamba_layer", dout, x, norm_weight, *rest, *ctx.scalars))
-    grads[2] = grads[2].to(norm_bias.dtype)
-    parameters = norm_weight, norm_bias, *rest[: _LAYER_PARAMETERS - 2]
-    grads = (g if t is not None else None for g, t in zip(grads, (x, *parameters), strict=True))
+    saved = ctx.saved_tensors
+    grads = call_backward("grouped_mamba_layer", dout, *saved, *ctx.scalars)
+    grads = (g if t is not None else None for g, t in zip(grads, saved[: _LAYER_PARAMETERS + 1], strict=True))
     return (*grads, None, None, None, None, None)
 
 
@@ -150,30 +147,25 @@ def _feed_forward_fake(
     x, norm_weight, norm_bias, fc1_weight, fc1_bias, conv_weight, conv_bias, fc2_weight, fc2_bias, eps, residual
 ):
     tokens = x.shape[0] * x.shape[1] * x.shape[2]
-    saved = [tokens * _padded(n) for n in (x.shape[3], fc1_weight.shape[0])]
-    return _padded_image(x), _workspace(x, saved, x.dtype)
+    return _padded_image(x), _workspace(x, [tokens * _padded(fc1_weight.shape[0])], x.dtype)
 
 
-def _feed_forward_bwd_fake(dout, x, norm_weight, *args):
-    parameters = norm_weight, norm_weight, *args[: _FEED_FORWARD_PARAMETERS - 2]
-    return _padded_image(x), *map(_empty_gradient, parameters)
+def _feed_forward_bwd_fake(dout, x, *args):
+    return _padded_image(x), *map(_empty_gradient, args[:_FEED_FORWARD_PARAMETERS])
 
 
 def _feed_forward_setup(ctx, inputs, output):
-    x, norm_weight, norm_bias, *rest, eps, residual = inputs
+    *tensors, eps, residual = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(x, norm_weight, *rest, *output[1:])
-    ctx.norm_bias_dtype = norm_bias.dtype
+    ctx.save_for_backward(*tensors, *output[1:])
     ctx.scalars = (eps, residual)
 
 
 def _feed_forward_backward(ctx, dout, *_):
     if dout is None:
         return (None,) * (_FEED_FORWARD_PARAMETERS + 3)
-    grads = list(call_backward("feed_forward", dout, *ctx.saved_tensors, *ctx.scalars))
-    grads[2] = grads[2].to(ctx.norm_bias_dtype)
-    return (*grads, None, None)
+    return (*call_backward("feed_forward", dout, *ctx.saved_tensors, *ctx.scalars), None, None)
 
 
 OPS = {

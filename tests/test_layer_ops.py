@@ -10,6 +10,7 @@ from groupmamba.layers import grouped_mamba
 from groupmamba.layers import token_norm as layers_token_norm
 from groupmamba.layers.feed_forward import ConvFeedForward
 from groupmamba.layers.token_norm import TokenNorm
+from groupmamba.models.blocks import GroupMambaBlock
 from groupmamba_ext import layer_ops
 from groupmamba_ext.ops import DIRECTIONS, chunk_tokens
 from layer_tools import image, make, run
@@ -50,6 +51,7 @@ def three_ways(monkeypatch, dtype, dim, shape, **options):
         (36, (6, 7), {"expand": 1.5, "dt_rank": 5}),
         (64, (1, 1), {}),
         (64, (1, 40), {"directions": ("bt", "rl", "tb", "lr")}),
+        (640, (3, 4), {"expand": 0.5}),  # tokens wider than the norms' registers
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -197,7 +199,16 @@ def feed_forward(dim, hidden):
 
 @pytest.mark.parametrize(
     "dim, hidden, shape",
-    [(64, 512, (9, 14)), (348, 1392, (7, 7)), (44, 20, (3, 5)), (16, 9, (1, 1)), (96, 64, (1, 70))],
+    [
+        (64, 512, (9, 14)),
+        (348, 1392, (7, 7)),
+        (44, 20, (3, 5)),
+        (16, 9, (1, 1)),
+        (96, 64, (1, 70)),
+        # tokens of eight vectors a thread, and wider than the norms' registers
+        (600, 72, (5, 3)),
+        (1100, 40, (3, 3)),
+    ],  # fmt: skip
 )
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -248,22 +259,39 @@ def test_bitwise_repeatable():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_replays_in_a_graph():
-    layer = make(64).to("cuda")
-    x = image(2, 64, 14, 14, device="cuda", dtype=torch.float32).to(memory_format=torch.channels_last)
-    expected = layer(x).detach()
-    static = torch.zeros_like(x)
+@pytest.mark.parametrize("dim", [64, 348])
+@pytest.mark.parametrize("variant", ["released", "fused"])
+def test_replays_in_a_graph(variant, dim):
+    """Forward and backward, the block's feed-forward too: in a capture some kernels run beside the others."""
+    block = GroupMambaBlock(dim, 4.0, 0.0, variant=variant).to("cuda")
+    leaves = list(block.parameters())
+    x, static = (torch.zeros(3, 14, 14, dim, device="cuda") for _ in range(2))
+    x.normal_(generator=torch.Generator("cuda").manual_seed(0))
+
+    def step(t):
+        with torch.autocast("cuda", torch.bfloat16):
+            y = block(t)
+        return y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        inference = block(x)
+    expected = step(x)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), torch.no_grad():
-        layer(static)
+    with torch.cuda.stream(stream):
+        step(static)
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), torch.no_grad():
-        y = layer(static)
+    graph, inference_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step(static)
+    with torch.cuda.graph(inference_graph), torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        y = block(static)
     static.copy_(x)
-    graph.replay()
-    assert torch.equal(y, expected)
+    for _ in range(3):
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+        inference_graph.replay()
+        assert torch.equal(y, inference)
 
 
 def test_double_backward_raises():

@@ -89,9 +89,9 @@ template <class T, int kVecs, bool kAligned>
 __global__ void __launch_bounds__(kNormThreads, norm_bwd_blocks(kVecs))
     layer_norm_pool_bwd_kernel(const __grid_constant__ PoolBwdArgs args) {
     using Tile = RowTile<kVecs>;
-    enum { kWeight, kPooled };
+    enum { kWeight, kBias, kPooled };
     constexpr bool kAhead = kAligned && sizeof(T) == 2;  // of float, a step's data would be in the sums' registers
-    __shared__ SlotRows<2, Tile::kWidth> table;
+    __shared__ SlotRows<3, Tile::kWidth> table;
     __shared__ alignas(16) float sums[kNormWarps][Tile::kWidth];
     __shared__ VectorOffsets<kVecs> x_offsets, dxn_offsets, more_offsets, dx_offsets, dx_more_offsets;
     const NormShape& s = args.shape;
@@ -117,8 +117,9 @@ __global__ void __launch_bounds__(kNormThreads, norm_bwd_blocks(kVecs))
         dx_more_in.advance();
     };
     if (kAhead) load(strip.end - strip.first), load_dx_more(strip.end - strip.first);
-    table.fill(s, args.plan, [&](int c, float(&row)[2]) {
+    table.fill(s, args.plan, [&](int c, float(&row)[3]) {
         row[kWeight] = load_param<T>(args.weight, c);
+        row[kBias] = load_param_or<T>(args.bias, c, 0.f);
         row[kPooled] = args.dpooled == nullptr ? 0.f : __fmul_rn(args.dpooled[strip.batch * s.dim + c], inverse_tokens);
     });
     clear_tails<T>(args.dx, s, strip);
@@ -138,8 +139,20 @@ __global__ void __launch_bounds__(kNormThreads, norm_bwd_blocks(kVecs))
 #pragma unroll
             for (int j = 0; j < kVec; ++j) g[v][j] += added[j];
         }
-        if (kAhead) load(left - args.plan.step);
         const float inverse_std = tile.normalise(s.eps, normed);
+        if (kAhead) load(left - args.plan.step);
+        if (writes_xn(kVecs) && args.xn != nullptr) {  // dxn_in is one or two steps ahead
+            const int64_t ahead = (kAhead ? 2 : 1) * dxn_in.step;
+            const GroupCursor<T, kVecs, kAligned> xn_out(
+                dxn_in, static_cast<T*>(args.xn) - static_cast<const T*>(args.dxn.ptr) - ahead);
+            xn_out.store(tile, [&](int v, float(&xn)[kVec]) {
+                float weight[kVec], bias[kVec];
+                table.get(kWeight, tile.slot(v), weight);
+                table.get(kBias, tile.slot(v), bias);
+#pragma unroll
+                for (int j = 0; j < kVec; ++j) xn[j] = fmaf(normed[v][j], weight[j], bias[j]);
+            });
+        }
 #pragma unroll
         for (int v = 0; v < kVecs; ++v) {
             float weight[kVec], pooled[kVec];
@@ -217,6 +230,9 @@ __global__ void __launch_bounds__(kNormThreads)
     const WideImage<const T> x(args.x, s, strip), dxn(args.dxn, s, strip), more(args.dxn_more, s, strip),
         dx_more(args.dx_more, s, strip);
     const WideImage<T> dx(args.dx, s, strip);
+    NormImage xn_image = args.dxn;
+    xn_image.ptr = args.xn;
+    const WideImage<T> xn(xn_image, s, strip);
     const float* dpooled = args.dpooled == nullptr ? nullptr : args.dpooled + strip.batch * s.dim;
     const auto value = [&](int t, int c) { return to_float(x(t, x.offset(c))); };
     const auto gradient = [&](int t, int c) {
@@ -232,13 +248,14 @@ __global__ void __launch_bounds__(kNormThreads)
     __syncthreads();
     float* out = args.partials + strip.number * (args.sum_dx_more ? 3 : 2) * s.dim;
     for (int c = threadIdx.x; c < s.dim; c += kNormThreads) {
-        const float weight = load_param<T>(args.weight, c);
-        const int64_t dx_at = dx.offset(c);
+        const float weight = load_param<T>(args.weight, c), bias = load_param_or<T>(args.bias, c, 0.f);
+        const int64_t dx_at = dx.offset(c), xn_at = xn.offset(c);
         float dweight = 0.f, dbias = 0.f, dx_more_sum = 0.f;
         for (int t = 0; t < count; ++t) {
             const float normed = rows.normed(t, value(t, c)), g = gradient(t, c);
             const float more_dx = args.dx_more.ptr == nullptr ? 0.f : to_float(dx_more(t, dx_more.offset(c)));
             dx(t, dx_at) = from_float<T>(rows.backward(t, g * weight, normed) + more_dx);
+            if (args.xn != nullptr) xn(t, xn_at) = from_float<T>(fmaf(normed, weight, bias));
             dweight = fmaf(g, normed, dweight);
             dbias += g;
             dx_more_sum += more_dx;
@@ -248,6 +265,7 @@ __global__ void __launch_bounds__(kNormThreads)
         if (args.sum_dx_more) out[2 * s.dim + c] = dx_more_sum;
     }
     dx.clear_pads(count);
+    if (args.xn != nullptr) xn.clear_pads(count);
     clear_tails<T>(args.dx, s, strip);
 }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Backward of modulated_layer_norm, in one read of dy, o and x and one write of their gradients.
+// Backward of modulated_layer_norm, in one read of dy, o and x and one write of their gradients and, where wanted, of
+// the forward's result.
 //
 //   n = (p - mean) / sqrt(variance + eps),  p = o * scale * x * gate;  h = dy weight
 //   dp = (h - mean(h) - n mean(h n)) / sqrt(variance + eps);  do = dp * scale * x * gate,  dx = dp * scale * o * gate
@@ -31,9 +32,9 @@ template <class T, int kVecs, bool kAligned>
 __global__ void __launch_bounds__(kNormThreads, norm_bwd_blocks(kVecs))
     modulated_layer_norm_bwd_kernel(const __grid_constant__ ModulatedBwdArgs args) {
     using Tile = RowTile<kVecs>;
-    enum { kModulation, kWeight };
+    enum { kModulation, kWeight, kBias };
     constexpr bool kAhead = kAligned && sizeof(T) == 2;  // of float, a step's data would be in the sums' registers
-    __shared__ SlotRows<2, Tile::kWidth> table;
+    __shared__ SlotRows<3, Tile::kWidth> table;
     __shared__ VectorOffsets<kVecs> dy_offsets, o_offsets, x_offsets, d_o_offsets, dx_offsets;
     __shared__ alignas(16) float sums[kNormWarps][Tile::kWidth];
     const NormShape& s = args.shape;
@@ -55,9 +56,10 @@ __global__ void __launch_bounds__(kNormThreads, norm_bwd_blocks(kVecs))
         dy_in.advance();
     };
     if (kAhead) load(strip.end - strip.first, o_stored, x_stored), load_dy(strip.end - strip.first);
-    table.fill(s, args.plan, [&](int c, float(&row)[2]) {
+    table.fill(s, args.plan, [&](int c, float(&row)[3]) {
         row[kModulation] = scale * load_param_or<T>(args.gate, strip.batch * s.dim + c, 1.f);
         row[kWeight] = load_param<T>(args.weight, c);
+        row[kBias] = load_param_or<T>(args.bias, c, 0.f);
     });
     __syncthreads();
 
@@ -79,6 +81,17 @@ __global__ void __launch_bounds__(kNormThreads, norm_bwd_blocks(kVecs))
             for (int j = 0; j < kVec; ++j) normed[v][j] = __fmul_rn(x[j], o[j] * factor[j]);
         }
         const float inverse_std = tile.normalise(s.eps, normed);
+        if (args.y != nullptr) {  // dy_in is a step ahead
+            const int64_t distance = static_cast<T*>(args.y) - static_cast<const T*>(args.dy.ptr);
+            const GroupCursor<T, kVecs, kAligned> y_out(dy_in, distance - dy_in.step);
+            y_out.store(tile, [&](int v, float(&y)[kVec]) {
+                float weight[kVec], bias[kVec];
+                table.get(kWeight, tile.slot(v), weight);
+                table.get(kBias, tile.slot(v), bias);
+#pragma unroll
+                for (int j = 0; j < kVec; ++j) y[j] = fmaf(normed[v][j], weight[j], bias[j]);
+            });
+        }
 #pragma unroll
         for (int v = 0; v < kVecs; ++v) dy_in.widen(tile, v, dy_stored, h[v]);
         if (kAhead) load_dy(left - args.plan.step);
@@ -139,6 +152,9 @@ __global__ void __launch_bounds__(kNormThreads, 2)
     const int count = strip.end - strip.first;
     const WideImage<const T> o(args.o, s, strip), x(args.x, s, strip), dy(args.dy, s, strip);
     const WideImage<T> d_o(args.d_o, s, strip), dx(args.dx, s, strip);
+    NormImage y_image = args.dy;
+    y_image.ptr = args.y;
+    const WideImage<T> y(y_image, s, strip);
     const float scale = load_param<T>(args.scale, 0);
     const auto factor = [&](int c) { return scale * load_param_or<T>(args.gate, strip.batch * s.dim + c, 1.f); };
     const auto value = [&](int t, int c) {
@@ -156,7 +172,9 @@ __global__ void __launch_bounds__(kNormThreads, 2)
     float dscale = 0.f;
     for (int c = threadIdx.x; c < s.dim; c += kNormThreads) {
         const float weight = load_param<T>(args.weight, c), f = factor(c);
+        const float bias = load_param_or<T>(args.bias, c, 0.f);
         const int64_t o_at = o.offset(c), x_at = x.offset(c), d_o_at = d_o.offset(c), dx_at = dx.offset(c);
+        const int64_t y_at = y.offset(c);
         float dweight = 0.f, dbias = 0.f, products = 0.f;
 #pragma unroll 2
         for (int t = 0; t < count; ++t) {
@@ -165,6 +183,7 @@ __global__ void __launch_bounds__(kNormThreads, 2)
             const float dp = rows.backward(t, g * weight, normed), through_o = dp * ov;
             d_o(t, d_o_at) = from_float<T>(dp * (xv * f));
             dx(t, dx_at) = from_float<T>(through_o * f);
+            if (args.y != nullptr) y(t, y_at) = from_float<T>(fmaf(normed, weight, bias));
             dweight = fmaf(g, normed, dweight);
             dbias += g;
             products = fmaf(through_o, xv, products);
@@ -175,6 +194,7 @@ __global__ void __launch_bounds__(kNormThreads, 2)
         dscale = fmaf(load_param_or<T>(args.gate, strip.batch * s.dim + c, 1.f), products, dscale);
     }
     d_o.clear_pads(count), dx.clear_pads(count);
+    if (args.y != nullptr) y.clear_pads(count);
     dscale = block_total(dscale);
     if (threadIdx.x == 0) *out.dscale = dscale;
 }

@@ -56,6 +56,14 @@ struct Cursor {
           pads(image.width - s.group_dim) {
         shared.fill(s, image);
     }
+    // Of an image that lies as that of `other`, `distance` elements behind it.
+    template <class Other>
+    __device__ Cursor(const Cursor<Other, kVecs>& other, int64_t distance)
+        : p(const_cast<T*>(other.p) + distance),
+          step(other.step),
+          offsets(other.offsets),
+          aligned(other.aligned),
+          pads(other.pads) {}
     __device__ __forceinline__ void advance() { p += step; }
     __device__ __forceinline__ T* at(const Tile& tile, int v) const {
         return p + offsets.of[v * tile.lanes + tile.lane];
@@ -121,6 +129,9 @@ struct AlignedCursor {
           step(tile.rows * image.token),
           gap(static_cast<int>((image.group - s.group_width) * static_cast<int64_t>(sizeof(T)))),
           pads(image.width - s.group_dim) {}
+    template <class Other>
+    __device__ AlignedCursor(const AlignedCursor<Other, kVecs>& other, int64_t distance)
+        : p(const_cast<T*>(other.p) + distance), step(other.step), gap(other.gap), pads(other.pads) {}
     __device__ __forceinline__ void advance() { p += step; }
     __device__ __forceinline__ T* at(const Tile& tile, int v) const {
         using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;

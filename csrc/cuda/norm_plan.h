@@ -23,6 +23,8 @@ constexpr int64_t kNormFwdBlocks = 1280, kNormBwdBlocks = 768;
 
 // True where layer_norm_pool's backward has registers for the sums of dx_more.
 constexpr bool sums_dx_more(int vecs) { return vecs <= kRowVecs; }
+// And for writing the forward's result once more.
+constexpr bool writes_xn(int vecs) { return vecs <= kRowVecs; }
 
 // A block walks one strip of tokens of one image, `step` at a time.
 struct NormPlan {

@@ -143,8 +143,9 @@ struct PoolBwdArgs {
     NormShape shape;
     NormPlan plan;
     NormImage dxn, dxn_more, x, dx, dx_more;  // dxn_more, dx_more: added to dxn, to dx, or absent
+    void* xn = nullptr;                       // the forward's result once more, laid out as dxn, or null
     const float* dpooled = nullptr;           // (batch, dim), or null
-    ParamArg weight;
+    ParamArg weight, bias;                    // bias: for xn
     bool sum_dx_more = false;
     // (batch, plan.strips, 2 * dim): dweight, dbias; with sum_dx_more 3 * dim, the last for sums of dx_more
     float* partials = nullptr;
@@ -161,7 +162,9 @@ struct ModulatedBwdArgs {
     NormShape shape;
     NormPlan plan;
     NormImage dy, o, x, d_o, dx;
+    void* y = nullptr;  // the forward's result once more, laid out as dy, or null
     ParamArg scale, gate, weight;
+    ParamArg bias;              // for y
     float* partials = nullptr;  // (batch, plan.strips, 3 * dim + 1): dweight, dbias, dscale, dgate
 };
 

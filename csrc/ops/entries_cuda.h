@@ -36,11 +36,13 @@ struct NormPoolInputs {
 void layer_norm_pool_fwd_into(const Tensor& xn, NormPoolInputs in, const CudaContext& context);
 // Strips of an image of `tokens` tokens, each of `groups` runs of `width` channels and pads.
 int64_t norm_strips(int64_t batch, int64_t tokens, int64_t groups, int64_t width);
-// dx: dense, or padded (see empty_padded_image) as dx_more may be, which is added to it.
+// dx: dense, or padded (see empty_padded_image) as dx_more may be, which is added to it. xn, if given, becomes what the
+// forward returned: it lies as dxn does and takes bias.
 struct NormPoolGradients {
     Tensor dxn;
     OptTensor dxn_more{}, dpooled{}, dx_more{};
     bool padded = false;
+    OptTensor xn{}, bias{};
 };
 struct NormPoolResult {
     Tensor dx;
@@ -57,8 +59,10 @@ struct ModulatedGradients {
     Tensor d_o, dx;
     PartialRows sums;  // rows image by image; columns: C of dweight, C of dbias, dscale, C of dgate
 };
+// Writes what the forward returned into y, if given, which lies as dy does and takes bias.
 ModulatedGradients modulated_layer_norm_bwd(Tensor dy, Tensor o, Tensor x, Tensor scale, OptTensor gate, Tensor weight,
-                                            double eps, const CudaContext& context);
+                                            double eps, const CudaContext& context, const OptTensor& y = std::nullopt,
+                                            const OptTensor& bias = std::nullopt);
 
 constexpr int64_t kSilu = 1, kGelu = 2;  // codes of csrc/schemas.cpp
 void depthwise_conv3x3_fwd_into(const Tensor& y, Tensor x, Tensor weight, OptTensor bias, int64_t activation,

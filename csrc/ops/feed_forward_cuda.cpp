@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The feed-forward network of a block on CUDA as one op: LayerNorm, fc1, depthwise convolution with GELU, fc2, and the
 // addition to the residual stream. The hidden image is written twice, before and after the convolution; the backward
-// keeps the first and computes the second again. A kernel that never writes it would replace this file's middle.
+// keeps the first alone, and computes the second and the normed image again. A kernel that never writes the hidden
+// image would replace this file's middle.
 #include "host/blas.h"
+#include "host/branch.h"
 #include "host/workspace.h"
 #include "ops/entries_cuda.h"
 #include "ops/parameter_pack.h"
@@ -52,15 +54,6 @@ ParameterPack feed_forward_pack(const FeedForwardParameters& p, const FeedForwar
     return pack;
 }
 
-struct FeedForwardPlaces {
-    Workspace::Piece xn, hidden;
-};
-// The layout of what the forward returns for its backward.
-FeedForwardPlaces reserve_saved(const FeedForwardSizes& s, Workspace& workspace) {
-    const Workspace::Piece xn = workspace.reserve_image(s.tokens() * s.channels_pad);
-    return {xn, workspace.reserve_image(s.tokens() * s.hidden_pad)};
-}
-
 struct FeedForward {
     Tensor out;
     Workspace saved;  // what the backward reads; without `save` empty
@@ -76,26 +69,23 @@ FeedForward feed_forward_forward(const Tensor& x, const Tensor& norm_weight, con
     Workspace scratch(type), saved(type);
     Workspace& kept = save ? saved : scratch;
     ParameterPack pack = feed_forward_pack(p, s, type, scratch);
-    FeedForwardPlaces places;
-    Workspace::Piece activated_place;
-    if (save) {
-        places = reserve_saved(s, saved);
-        activated_place = scratch.reserve_image(tokens * s.hidden_pad);
-    } else {  // nothing reads xn when the convolution runs
-        places.hidden = scratch.reserve_image(tokens * s.hidden_pad);
-        places.xn = activated_place = scratch.reserve_image(tokens * std::max(s.channels_pad, s.hidden_pad));
-    }
+    // Nothing reads xn when the convolution runs.
+    const Workspace::Piece hidden_place = kept.reserve_image(tokens * s.hidden_pad);
+    const Workspace::Piece place = scratch.reserve_image(tokens * std::max(s.channels_pad, s.hidden_pad));
     scratch.allocate(x), saved.allocate(x);
     const Tensor out = empty_padded_image(s.batch, s.height, s.width, s.channels, x);
-    pack.fill(dtype, context.stream());
+    pack.prepare();
+    Branch packing(context);
+    pack.launch(dtype, packing.stream());
 
     NormPoolInputs norm{x, norm_weight, norm_bias, eps};
     if (residual) norm.sum = out, norm.sum_bias = p.fc2_bias;
-    layer_norm_pool_fwd_into(kept.get(places.xn, s.image(s.channels_pad)), norm, context);
-    const Tensor hidden = kept.get(places.hidden, {tokens, s.hidden_pad});
-    matmul_bias_out(hidden, pack.get(kFc1Bias, {s.hidden_pad}), kept.get(places.xn, {tokens, s.channels_pad}),
+    layer_norm_pool_fwd_into(scratch.get(place, s.image(s.channels_pad)), norm, context);
+    packing.join();
+    const Tensor hidden = kept.get(hidden_place, {tokens, s.hidden_pad});
+    matmul_bias_out(hidden, pack.get(kFc1Bias, {s.hidden_pad}), scratch.get(place, {tokens, s.channels_pad}),
                     pack.get_transposed(kFc1, {s.hidden_pad, s.channels_pad}));
-    const Tensor activated = scratch.get(activated_place, {tokens, s.hidden_pad});
+    const Tensor activated = scratch.get(place, {tokens, s.hidden_pad});
     const Shape image = s.image(s.hidden_pad);
     depthwise_conv3x3_fwd_into(alias(activated, image), alias(hidden, image), pack.get(kConv, {1, s.hidden_pad, 3, 3}),
                                pack.get(kConvBias, {1, s.hidden_pad}), kGelu, context);
@@ -128,9 +118,9 @@ std::conditional_t<kSave, std::tuple<Tensor, Tensor>, Tensor> feed_forward(Tenso
 
 using FeedForwardGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight, Tensor fc1_weight, Tensor fc1_bias,
-                                      Tensor conv_weight, Tensor conv_bias, Tensor fc2_weight, Tensor fc2_bias,
-                                      Tensor saved, double eps, bool residual) {
+FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight,
+                                      Tensor fc1_bias, Tensor conv_weight, Tensor conv_bias, Tensor fc2_weight,
+                                      Tensor fc2_bias, Tensor saved, double eps, bool residual) {
     const FeedForwardParameters parameters{fc1_weight, fc1_bias, conv_weight, conv_bias, fc2_weight, fc2_bias};
     const FeedForwardSizes s = feed_forward_sizes(x, parameters);
     check_image(dout, "dout", shape_of(x), x);
@@ -139,13 +129,13 @@ FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight,
     const CudaContext context(x);
     const int64_t tokens = s.tokens();
     Workspace kept(type), scratch(type);
-    const FeedForwardPlaces places = reserve_saved(s, kept);
+    const Workspace::Piece hidden_place = kept.reserve_image(tokens * s.hidden_pad);
     kept.adopt_images(saved, x);
-    const Tensor xn = kept.get(places.xn, {tokens, s.channels_pad});
-    const Tensor hidden = kept.get(places.hidden, {tokens, s.hidden_pad});
+    const Tensor hidden = kept.get(hidden_place, {tokens, s.hidden_pad});
     ParameterPack pack = feed_forward_pack(parameters, s, type, scratch);
     scratch.allocate(x);
-    pack.fill(dtype, context.stream());
+    pack.prepare();
+    pack.launch(dtype, context.stream());
     ParameterSums sums;
     const auto as_batch = [](const Tensor& rows) { return alias(rows, {1, rows.size(0), rows.size(1)}); };
 
@@ -163,9 +153,6 @@ FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight,
     activated = Tensor();
     const Tensor dfc2_weight =
         sums.add(fc2_weight, {1, s.channels, s.hidden}, fc2.values, s.channels_pad, s.hidden_pad, fc2.parts);
-    const WeightPartials fc1 = weight_partials(as_batch(dhidden), as_batch(xn));
-    const Tensor dfc1_weight =
-        sums.add(fc1_weight, {1, s.hidden, s.channels}, fc1.values, s.hidden_pad, s.channels_pad, fc1.parts);
     const auto of_conv = [&](const Tensor& parameter, int64_t row, int64_t first) {
         return sums.add_rows(parameter, {1, s.hidden, row}, conv, first * s.hidden_pad, s.hidden_pad, row);
     };
@@ -173,12 +160,17 @@ FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight,
     const Tensor dfc1_bias = of_conv(fc1_bias, 1, 10);  // sums of dhidden
     const Tensor dxn = empty({tokens, s.channels_pad}, type, x);
     matmul_out(dxn, dhidden, pack.get(kFc1, {s.hidden_pad, s.channels_pad}));
-    dhidden = Tensor();
+    const Tensor xn = empty({tokens, s.channels_pad}, type, x);
     NormPoolGradients norm{alias(dxn, s.image(s.channels_pad)), std::nullopt, std::nullopt, std::nullopt, true};
+    norm.xn = alias(xn, s.image(s.channels_pad)), norm.bias = norm_bias;
     if (residual) norm.dx_more = dout;
     const NormPoolResult normed = layer_norm_pool_bwd(norm, x, norm_weight, eps, context);
+    const WeightPartials fc1 = weight_partials(as_batch(dhidden), as_batch(xn));
+    dhidden = Tensor();
+    const Tensor dfc1_weight =
+        sums.add(fc1_weight, {1, s.hidden, s.channels}, fc1.values, s.hidden_pad, s.channels_pad, fc1.parts);
     const Tensor dnorm_weight = sums.add_rows(norm_weight, {1, 1, s.channels}, normed.sums, 0, 1, s.channels);
-    const Tensor dnorm_bias = sums.add_rows(norm_weight, {1, 1, s.channels}, normed.sums, s.channels, 1, s.channels);
+    const Tensor dnorm_bias = sums.add_rows(norm_bias, {1, 1, s.channels}, normed.sums, s.channels, 1, s.channels);
     const Tensor dfc2_bias =
         normed.sums_dx_more ? sums.add_rows(fc2_bias, {1, 1, s.channels}, normed.sums, 2 * s.channels, 1, s.channels)
                             : sum_of_columns(sums, fc2_bias, dout_rows, s.channels, dtype, context.stream());

@@ -19,6 +19,8 @@ LayerSizes layer_sizes(const Tensor& x, const LayerParameters& p, int64_t chunk)
     s.merges = p.out_proj_weight.has_value();
     s.mixed = s.groups * (s.merges ? s.dim_pad : s.inner_pad);
     s.saved_states = scan_saved_states(s.height, s.width, chunk);
+    check_parameter(p.norm_weight, "norm_weight", {s.channels}, x);
+    check_parameter(p.norm_bias, "norm_bias", {s.channels}, x);
     check_parameter(p.in_proj_weight, "in_proj_weight", {s.groups, 2 * s.inner, s.dim}, x);
     check_parameter(p.conv_weight, "conv_weight", {s.groups, s.inner, 3, 3}, x);
     check_parameter(p.conv_bias, "conv_bias", {s.groups, s.inner}, x);
@@ -81,7 +83,8 @@ LayerPlaces reserve_layer(const LayerSizes& s, bool save, Workspace& workspace) 
     if (s.merges) {
         p.xn = rows(s.dim_pad), p.y = rows(s.inner_pad);
         one_after_the_other(p.u, s.inner_pad, p.o, s.dim_pad);
-        one_after_the_other(p.uz, 2 * s.inner_pad, p.mixed, s.dim_pad);
+        p.uz = rows(save ? 2 * s.inner_pad : std::max(2 * s.inner_pad, s.dim_pad));
+        if (!save) p.mixed = p.uz;
     } else {
         p.u = rows(s.inner_pad), p.uz = rows(2 * s.inner_pad);
         one_after_the_other(p.xn, s.dim_pad, p.y, s.inner_pad);
@@ -113,7 +116,8 @@ LayerImages layer_images(const LayerSizes& s, const LayerPlaces& p, bool save, c
     images.features = rows(p.features, s.features_pad);
     if (s.merges) {
         images.y = group_major(p.y, s.inner_pad);
-        images.o = group_major(p.o, s.dim_pad), images.mixed = token_major(p.mixed, s.dim_pad);
+        images.o = group_major(p.o, s.dim_pad);
+        if (!save) images.mixed = token_major(p.mixed, s.dim_pad);
     } else {
         // The product takes all groups of a token at once.
         images.y = token_major(p.y, s.inner_pad);

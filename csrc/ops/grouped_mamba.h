@@ -10,8 +10,8 @@
 
 namespace gm {
 
-struct LayerParameters {  // all but norm_bias, which the backward does not read
-    Tensor norm_weight;
+struct LayerParameters {
+    Tensor norm_weight, norm_bias;
     OptTensor fc1_weight, fc1_bias, fc2_weight, fc2_bias;
     Tensor in_proj_weight, conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A_log, D, out_norm_weight,
         out_norm_bias;
@@ -67,8 +67,8 @@ struct LayerImages {
 struct LayerPlaces {
     Workspace::Piece xn, uz, u, features, y, o, mixed, gate, pooled, hidden, states;
 };
-// The order of the reservations is the layout of what the forward returns for its backward. Without `save` there is
-// none, and an image may lie where an earlier one is not read any more.
+// The order of the reservations is the layout of what the forward returns for its backward, which computes `mixed`
+// again: it has no place there. Without `save` an image may lie where an earlier one is not read any more.
 LayerPlaces reserve_layer(const LayerSizes& s, bool save, Workspace& workspace);
 LayerImages layer_images(const LayerSizes& s, const LayerPlaces& places, bool save, const Workspace& workspace);
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The backward of the GroupMamba layer on CUDA, in the order of its forward read backwards.
 #include "host/blas.h"
+#include "host/branch.h"
 #include "ops/grouped_mamba.h"
 #include "ops/token_sums.h"
 
@@ -25,34 +26,53 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
     const LayerImages images = layer_images(s, places, true, saved);
     ParameterPack pack = layer_pack(p, s, type, scratch);
     scratch.allocate(x);
-    pack.fill(dtype, context.stream());
+    pack.prepare();
+    pack.launch(dtype, context.stream());
     ParameterSums sums;
 
     // From the output to the scan.
     const PaddedRows dout_padded(dout);
     const Tensor dout_rows = dout_padded.rows();
-    const WeightPartials proj = weight_partials(alias(dout_rows, {1, tokens, s.channels_pad}),
-                                                alias(s.merges ? images.mixed : images.y, {1, tokens, s.mixed}));
-    const Tensor dproj = sums.add(p.proj_weight, {1, s.channels * g, p.proj_weight.size(1) / g}, proj.values,
-                                  s.channels_pad * g, s.mixed / g, proj.parts);
     Tensor dmixed = empty({tokens, s.mixed}, type, x);
     matmul_out(dmixed, dout_rows, pack.get(kProj, {s.channels_pad, s.mixed}));
 
-    Tensor dy = alias(dmixed, {s.batch, s.height, s.width, g, s.mixed / g});
+    const Shape mixed_image{s.batch, s.height, s.width, g, s.mixed / g};
+    Tensor dy = alias(dmixed, mixed_image);
     OptTensor dout_proj, dscale, dxn;
+    Tensor mixed = images.y;
     PartialRows mix;
     // The gradient of the gate, summed over `parts` rows an image.
     const float* dgate = nullptr;
     int64_t dgate_parts = 1, dgate_stride = s.groups * s.gate_width;
+    OptTensor dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias, dpooled;
+    Tensor affinity_scratch;
+    ParamHolder affinity_parameters;
+    std::optional<Branch> affinity;  // beside all but the first norm
+    const auto affinity_backward = [&] {
+        AffinityArgs args = affinity_args(p, s, images, affinity_parameters);
+        affinity_scratch = empty({s.batch, args.out_dim + args.hidden}, ScalarType::Float, x);
+        dpooled = empty({s.batch, s.channels}, ScalarType::Float, x);
+        dfc1_weight = empty_like_or_absent(p.fc1_weight, x), dfc1_bias = empty_like_or_absent(p.fc1_bias, x);
+        dfc2_weight = empty_like_or_absent(p.fc2_weight, x), dfc2_bias = empty_like_or_absent(p.fc2_bias, x);
+        args.dgate = dgate, args.dgate_parts = static_cast<int>(dgate_parts), args.dgate_stride = dgate_stride;
+        args.dpooled = static_cast<float*>(dpooled->data_ptr()),
+        args.scratch = static_cast<float*>(affinity_scratch.data_ptr());
+        args.dfc1_weight = param_out(*dfc1_weight, p.fc1_weight), args.dfc1_bias = param_out(*dfc1_bias, p.fc1_bias);
+        args.dfc2_weight = param_out(*dfc2_weight, p.fc2_weight), args.dfc2_bias = param_out(*dfc2_bias, p.fc2_bias);
+        affinity.emplace(context);
+        check_cuda(launch_channel_affinity_bwd(args, dtype, affinity->stream()), "channel affinity backward");
+    };
     if (s.merges) {
         OptTensor flat_gate;
         if (s.gated()) flat_gate = alias(*images.gate, {s.batch, s.channels});
-        const ModulatedGradients merge = modulated_layer_norm_bwd(dy, images.o, images.xn, *p.skip_scale, flat_gate,
-                                                                  p.norm_weight, scalars.eps, context);
+        mixed = empty(mixed_image, type, x);
+        const ModulatedGradients merge = modulated_layer_norm_bwd(
+            dy, images.o, images.xn, *p.skip_scale, flat_gate, p.norm_weight, scalars.eps, context, mixed, p.norm_bias);
         dy = dmixed = Tensor();
         dxn = merge.dx, mix = merge.sums;
         dscale = sums.add_rows(*p.skip_scale, {1, 1, 1}, mix, 2 * s.channels, 1, 1);
         dgate = mix.column(2 * s.channels + 1), dgate_parts = mix.rows / s.batch, dgate_stride = mix.columns;
+        if (s.gated()) affinity_backward();
         const Tensor do_rows = rows_of(merge.d_o, s, d_pad);
         const WeightPartials out_proj = weight_partials(do_rows, rows_of(images.y, s, e_pad));
         dout_proj = sums.add(*p.out_proj_weight, {g, s.dim, e}, out_proj.values, d_pad, e_pad, out_proj.parts);
@@ -60,9 +80,15 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
         matmul_out(dy_rows, do_rows, pack.get(kOutProj, {g, d_pad, e_pad}));
         dy = image_of(dy_rows, s, e_pad);
     }
+    const WeightPartials proj =
+        weight_partials(alias(dout_rows, {1, tokens, s.channels_pad}), alias(mixed, {1, tokens, s.mixed}));
+    const Tensor dproj = sums.add(p.proj_weight, {1, s.channels * g, p.proj_weight.size(1) / g}, proj.values,
+                                  s.channels_pad * g, s.mixed / g, proj.parts);
+    mixed = Tensor();
 
-    // From the scan to the image.
-    Tensor du = empty({g, tokens, e_pad}, type, x), duz = empty({g, tokens, 2 * e_pad}, type, x);
+    // From the scan to the image. Each of its slabs reads dy before it writes du, which may therefore take its place.
+    Tensor du = s.merges ? rows_of(dy, s, e_pad) : empty({g, tokens, e_pad}, type, x);
+    Tensor duz = empty({g, tokens, 2 * e_pad}, type, x);
     Tensor dfeatures = empty({g, tokens, s.features_pad}, type, x);
     if (s.features < s.features_pad) {  // the scan leaves the pads alone
         const size_t bytes = static_cast<size_t>(dfeatures.numel()) * dfeatures.element_size();
@@ -74,7 +100,10 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
                        image_of(dfeatures, s, s.states, s.rank + s.states), image_of(duz, s, e_pad, e_pad)},
                       dy, scan_inputs(pack, s, images, scalars), *images.states, context);
     dy = Tensor(), dmixed = Tensor();
-    if (s.gates_scan()) dgate = static_cast<const float*>(scan.dgate.data_ptr());
+    if (s.gates_scan()) {
+        dgate = static_cast<const float*>(scan.dgate.data_ptr());
+        affinity_backward();
+    }
 
     const WeightPartials x_proj = weight_partials(dfeatures, images.u);
     add_matmul(du, dfeatures, pack.get(kXProj, {g, s.features_pad, e_pad}));
@@ -89,20 +118,7 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
     matmul_out(dxn_rows, duz, pack.get(kInProj, {g, 2 * e_pad, d_pad}));
     duz = Tensor();
 
-    OptTensor dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias, dpooled;
-    if (s.gated()) {
-        ParamHolder param;
-        AffinityArgs args = affinity_args(p, s, images, param);
-        const Tensor inner = empty({s.batch, args.out_dim + args.hidden}, ScalarType::Float, x);
-        dpooled = empty({s.batch, s.channels}, ScalarType::Float, x);
-        dfc1_weight = empty_like_or_absent(p.fc1_weight, x), dfc1_bias = empty_like_or_absent(p.fc1_bias, x);
-        dfc2_weight = empty_like_or_absent(p.fc2_weight, x), dfc2_bias = empty_like_or_absent(p.fc2_bias, x);
-        args.dgate = dgate, args.dgate_parts = static_cast<int>(dgate_parts), args.dgate_stride = dgate_stride;
-        args.dpooled = static_cast<float*>(dpooled->data_ptr()), args.scratch = static_cast<float*>(inner.data_ptr());
-        args.dfc1_weight = param_out(*dfc1_weight, p.fc1_weight), args.dfc1_bias = param_out(*dfc1_bias, p.fc1_bias);
-        args.dfc2_weight = param_out(*dfc2_weight, p.fc2_weight), args.dfc2_bias = param_out(*dfc2_bias, p.fc2_bias);
-        check_cuda(launch_channel_affinity_bwd(args, dtype, context.stream()), "channel affinity backward");
-    }
+    if (affinity) affinity->join();
     NormPoolGradients norm{image_of(dxn_rows, s, d_pad), dxn, dpooled, std::nullopt, true};
     if (scalars.residual) norm.dx_more = dout;
     const NormPoolResult normed = layer_norm_pool_bwd(norm, x, p.norm_weight, scalars.eps, context);
@@ -110,11 +126,11 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
     const Tensor dproj_bias = normed.sums_dx_more
                                   ? sums.add_rows(p.proj_bias, per_channel, normed.sums, 2 * s.channels, 1, s.channels)
                                   : sum_of_columns(sums, p.proj_bias, dout_rows, s.channels, dtype, context.stream());
-    const auto of_norm = [&](int64_t first) {  // the released layer uses its norm twice
-        return s.merges ? sums.add_rows(p.norm_weight, normed.sums, first, mix, first)
-                        : sums.add_rows(p.norm_weight, per_channel, normed.sums, first, 1, s.channels);
+    const auto of_norm = [&](const Tensor& parameter, int64_t first) {  // the released layer uses its norm twice
+        return s.merges ? sums.add_rows(parameter, normed.sums, first, mix, first)
+                        : sums.add_rows(parameter, per_channel, normed.sums, first, 1, s.channels);
     };
-    const Tensor dnorm_weight = of_norm(0), dnorm_bias = of_norm(s.channels);
+    const Tensor dnorm_weight = of_norm(p.norm_weight, 0), dnorm_bias = of_norm(p.norm_bias, s.channels);
 
     const Tensor din_proj =
         sums.add(p.in_proj_weight, {2 * g, e, s.dim}, in_proj.values, e_pad, d_pad, in_proj.parts, 2);
@@ -157,19 +173,19 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
             dproj_bias};
 }
 
-LayerGradients grouped_mamba_layer_bwd(Tensor dout, Tensor x, Tensor norm_weight, OptTensor fc1_weight,
-                                       OptTensor fc1_bias, OptTensor fc2_weight, OptTensor fc2_bias,
-                                       Tensor in_proj_weight, Tensor conv_weight, Tensor conv_bias,
+LayerGradients grouped_mamba_layer_bwd(Tensor dout, Tensor x, Tensor norm_weight, Tensor norm_bias,
+                                       OptTensor fc1_weight, OptTensor fc1_bias, OptTensor fc2_weight,
+                                       OptTensor fc2_bias, Tensor in_proj_weight, Tensor conv_weight, Tensor conv_bias,
                                        Tensor x_proj_weight, Tensor dt_weight, Tensor dt_bias, Tensor A_log, Tensor D,
                                        Tensor out_norm_weight, Tensor out_norm_bias, OptTensor out_proj_weight,
                                        OptTensor skip_scale, Tensor proj_weight, Tensor proj_bias, Tensor saved,
                                        Tensor saved_float, std::vector<int64_t> directions, double eps, double norm_eps,
                                        int64_t chunk, bool residual) {
-    return layer_backward(dout, x,
-                          {norm_weight, fc1_weight, fc1_bias, fc2_weight, fc2_bias, in_proj_weight, conv_weight,
-                           conv_bias, x_proj_weight, dt_weight, dt_bias, A_log, D, out_norm_weight, out_norm_bias,
-                           out_proj_weight, skip_scale, proj_weight, proj_bias},
-                          {directions, eps, norm_eps, chunk, residual}, saved, saved_float);
+    return layer_backward(
+        dout, x, {norm_weight,     norm_bias,     fc1_weight,      fc1_bias,   fc2_weight,  fc2_bias, in_proj_weight,
+                  conv_weight,     conv_bias,     x_proj_weight,   dt_weight,  dt_bias,     A_log,    D,
+                  out_norm_weight, out_norm_bias, out_proj_weight, skip_scale, proj_weight, proj_bias},
+        {directions, eps, norm_eps, chunk, residual}, saved, saved_float);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 // The GroupMamba layer on CUDA as one op. It queues the kernels of the other ops and torch's matrix products from one
 // call, so that a small layer does not wait for the host. Its backward is in grouped_mamba_bwd_cuda.cpp.
 #include "host/blas.h"
+#include "host/branch.h"
 #include "ops/grouped_mamba.h"
 
 namespace gm {
@@ -12,8 +13,7 @@ struct LayerForward {
     Workspace saved;  // what the backward reads; without `save` empty
 };
 
-LayerForward layer_forward(const Tensor& x, const Tensor& norm_bias, const LayerParameters& p,
-                           const LayerScalars& scalars, bool save) {
+LayerForward layer_forward(const Tensor& x, const LayerParameters& p, const LayerScalars& scalars, bool save) {
     const LayerSizes s = layer_sizes(x, p, scalars.chunk);
     const DType dtype = dtype_of(x);
     const ScalarType type = x.scalar_type();
@@ -25,23 +25,30 @@ LayerForward layer_forward(const Tensor& x, const Tensor& norm_bias, const Layer
     ParameterPack pack = layer_pack(p, s, type, scratch);
     const LayerPlaces places = reserve_layer(s, save, kept);
     const int64_t strips = norm_strips(s.batch, s.height * s.width, s.groups, s.dim_pad);
-    Workspace::Piece sums;
+    Workspace::Piece sums, mixed;
+    if (save && s.merges) mixed = scratch.reserve_image(tokens * s.mixed);
     if (s.gated()) sums = scratch.reserve_float(s.batch * strips * s.channels);
     scratch.allocate(x), saved.allocate(x);
-    const LayerImages images = layer_images(s, places, save, kept);
+    LayerImages images = layer_images(s, places, save, kept);
+    if (save && s.merges) images.mixed = scratch.get(mixed, {s.batch, s.height, s.width, s.groups, s.dim_pad});
     const Tensor out = empty_padded_image(s.batch, s.height, s.width, s.channels, x);
-    pack.fill(dtype, context.stream());
+    pack.prepare();
+    Branch packing(context);
+    pack.launch(dtype, packing.stream());
 
-    NormPoolInputs norm{x, p.norm_weight, norm_bias, scalars.eps};
+    NormPoolInputs norm{x, p.norm_weight, p.norm_bias, scalars.eps};
     if (s.gated()) norm.partials = scratch.get(sums, {s.batch, strips, s.channels});
     if (scalars.residual) norm.sum = out, norm.sum_bias = p.proj_bias;
     layer_norm_pool_fwd_into(images.xn, norm, context);
+    packing.join();
+    std::optional<Branch> affinity;
+    ParamHolder affinity_parameters;
     if (s.gated()) {
-        ParamHolder param;
-        AffinityArgs args = affinity_args(p, s, images, param);
+        AffinityArgs args = affinity_args(p, s, images, affinity_parameters);
         args.partials = static_cast<const float*>(norm.partials->data_ptr());
         args.strips = static_cast<int>(strips), args.factor = 1.f / static_cast<float>(s.height * s.width);
-        check_cuda(launch_channel_affinity_fwd(args, dtype, context.stream()), "channel affinity");
+        affinity.emplace(context);
+        check_cuda(launch_channel_affinity_fwd(args, dtype, affinity->stream()), "channel affinity");
     }
 
     matmul_out(images.uz, rows_of(images.xn, s, s.dim_pad),
@@ -50,15 +57,17 @@ LayerForward layer_forward(const Tensor& x, const Tensor& norm_bias, const Layer
                                pack.get(kConvWeight, {s.groups, s.inner_pad, 3, 3}),
                                pack.get(kConvBias, {s.groups, s.inner_pad}), kSilu, context);
     matmul_out(images.features, images.u, pack.get_transposed(kXProj, {s.groups, s.features_pad, s.inner_pad}));
+    if (s.gates_scan()) affinity->join();
     scan_fwd_into(images.y, images.states, scan_inputs(pack, s, images, scalars), context);
 
     if (s.merges) {
         matmul_out(rows_of(images.o, s, s.dim_pad), rows_of(images.y, s, s.inner_pad),
                    pack.get_transposed(kOutProj, {s.groups, s.dim_pad, s.inner_pad}));
+        if (affinity) affinity->join();
         OptTensor gate;
         if (s.gated()) gate = alias(*images.gate, {s.batch, s.channels});
-        modulated_layer_norm_fwd_into(images.mixed, images.o, images.xn, *p.skip_scale, gate, p.norm_weight, norm_bias,
-                                      scalars.eps, context);
+        modulated_layer_norm_fwd_into(images.mixed, images.o, images.xn, *p.skip_scale, gate, p.norm_weight,
+                                      p.norm_bias, scalars.eps, context);
     }
     const Tensor rows = alias(s.merges ? images.mixed : images.y, {tokens, s.mixed});
     const Tensor out_rows = alias(out, {tokens, s.channels_pad});
@@ -79,12 +88,11 @@ std::conditional_t<kSave, std::tuple<Tensor, Tensor, Tensor>, Tensor> grouped_ma
     Tensor dt_weight, Tensor dt_bias, Tensor A_log, Tensor D, Tensor out_norm_weight, Tensor out_norm_bias,
     OptTensor out_proj_weight, OptTensor skip_scale, Tensor proj_weight, Tensor proj_bias,
     std::vector<int64_t> directions, double eps, double norm_eps, int64_t chunk, bool residual) {
-    const LayerForward done =
-        layer_forward(x, norm_bias,
-                      {norm_weight, fc1_weight, fc1_bias, fc2_weight, fc2_bias, in_proj_weight, conv_weight, conv_bias,
-                       x_proj_weight, dt_weight, dt_bias, A_log, D, out_norm_weight, out_norm_bias, out_proj_weight,
-                       skip_scale, proj_weight, proj_bias},
-                      {directions, eps, norm_eps, chunk, residual}, kSave);
+    const LayerForward done = layer_forward(
+        x, {norm_weight,     norm_bias,     fc1_weight,      fc1_bias,   fc2_weight,  fc2_bias, in_proj_weight,
+            conv_weight,     conv_bias,     x_proj_weight,   dt_weight,  dt_bias,     A_log,    D,
+            out_norm_weight, out_norm_bias, out_proj_weight, skip_scale, proj_weight, proj_bias},
+        {directions, eps, norm_eps, chunk, residual}, kSave);
     if constexpr (kSave) {
         return {done.out, done.saved.images(), done.saved.floats()};
     } else {

@@ -53,6 +53,16 @@ NormImage padded_norm_image(const Tensor& t, const NormSizes& s) {
     return image;
 }
 
+// Where a kernel writes `t`, which must lie as `like` does and is written by the accesses that `image`, that of `like`,
+// is read by.
+void* place_like(const Tensor& t, const char* name, const Tensor& like, NormImage& image, const NormSizes& s) {
+    check_image(t, name, shape_of(like), like);
+    for (int64_t d = 0; d < like.dim(); ++d)
+        GM_CHECK(t.stride(d) == like.stride(d), name, " must have the strides of its gradient");
+    image.aligned = image.aligned && norm_image(t, s).aligned;
+    return t.data_ptr();
+}
+
 template <class... Images>
 NormShape norm_shape(const NormSizes& s, double eps, const Images&... images) {
     NormShape shape{};
@@ -102,7 +112,7 @@ void layer_norm_pool_fwd_into(const Tensor& xn, NormPoolInputs in, const CudaCon
 
 NormPoolResult layer_norm_pool_bwd(NormPoolGradients gradients, Tensor x, Tensor weight, double eps,
                                    const CudaContext& context) {
-    auto& [dxn, dxn_more, dpooled, dx_more, padded] = gradients;
+    auto& [dxn, dxn_more, dpooled, dx_more, padded, xn, bias] = gradients;
     GM_CHECK(x.dim() == 4, "x must be (batch, H, W, C), got ", show(shape_of(x)));
     const NormSizes sizes = norm_sizes(x, "dxn", weight, dxn.dim() == 5 ? dxn.size(3) : 1);
     check_norm_image(x, "x", sizes, x);
@@ -110,6 +120,8 @@ NormPoolResult layer_norm_pool_bwd(NormPoolGradients gradients, Tensor x, Tensor
     if (dxn_more) check_norm_image(*dxn_more, "dxn_more", sizes, x);
     if (dx_more) check_norm_image(*dx_more, "dx_more", sizes, x);
     check_parameter(weight, "weight", {sizes.channels}, x);
+    check_parameter(bias, "bias", {sizes.channels}, x);
+    GM_CHECK(xn.has_value() == bias.has_value(), "xn and bias go together");
     if (dpooled) {
         check_shape(*dpooled, "dpooled", {sizes.batch, sizes.channels});
         GM_CHECK(dpooled->scalar_type() == ScalarType::Float, "dpooled must be float32");
@@ -130,11 +142,16 @@ NormPoolResult layer_norm_pool_bwd(NormPoolGradients gradients, Tensor x, Tensor
         image = norm_image(*t, sizes);
     };
     optional_image(dxn_more, args.dxn_more), optional_image(dx_more, args.dx_more);
+    if (xn) args.xn = place_like(*xn, "xn", dxn, args.dxn, sizes);
     args.shape = norm_shape(sizes, eps, args.dxn, args.dxn_more, args.x);
     const NormShape& s = args.shape;
     args.plan = norm_plan(s.batch, s.tokens, s.slots(), kNormBwdBlocks);
+    if (xn && !writes_xn(args.plan.vecs)) {
+        layer_norm_pool_fwd_into(*xn, {x, weight, *bias, eps}, context);
+        args.xn = nullptr;
+    }
     if (dpooled) args.dpooled = static_cast<const float*>(param(dpooled).ptr);
-    args.weight = param(weight);
+    args.weight = param(weight), args.bias = param(bias);
     args.sum_dx_more = dx_more && sums_dx_more(args.plan.vecs);
     const int64_t columns = (args.sum_dx_more ? 3 : 2) * static_cast<int64_t>(s.dim);
     const PartialRows sums = partial_rows(s.batch * args.plan.strips, columns, x);
@@ -179,8 +196,10 @@ void modulated_layer_norm_fwd_into(const Tensor& y, Tensor o, Tensor x, Tensor s
 }
 
 ModulatedGradients modulated_layer_norm_bwd(Tensor dy, Tensor o, Tensor x, Tensor scale, OptTensor gate, Tensor weight,
-                                            double eps, const CudaContext& context) {
-    const NormSizes sizes = check_modulated(o, x, scale, gate, weight, std::nullopt);
+                                            double eps, const CudaContext& context, const OptTensor& y,
+                                            const OptTensor& bias) {
+    const NormSizes sizes = check_modulated(o, x, scale, gate, weight, bias);
+    GM_CHECK(y.has_value() == bias.has_value(), "y and bias go together");
     check_norm_image(dy, "dy", sizes, x);
     const DType dtype = dtype_of(x);
     Tensor d_o = empty_image_like(o), dx = empty_image_like(x);
@@ -192,10 +211,11 @@ ModulatedGradients modulated_layer_norm_bwd(Tensor dy, Tensor o, Tensor x, Tenso
     ModulatedBwdArgs args;
     args.dy = norm_image(dy, sizes), args.o = norm_image(o, sizes), args.x = norm_image(x, sizes);
     args.d_o = norm_image(d_o, sizes), args.dx = norm_image(dx, sizes);
+    if (y) args.y = place_like(*y, "y", dy, args.dy, sizes);
     args.shape = norm_shape(sizes, eps, args.dy, args.o, args.x);
     const NormShape& s = args.shape;
     args.plan = norm_plan(s.batch, s.tokens, s.slots(), kNormBwdBlocks, kRowVecs);
-    args.scale = param(scale), args.gate = param(gate), args.weight = param(weight);
+    args.scale = param(scale), args.gate = param(gate), args.weight = param(weight), args.bias = param(bias);
     const PartialRows sums = partial_rows(s.batch * args.plan.strips, columns, x);
     args.partials = static_cast<float*>(sums.values.data_ptr());
     check_cuda(launch_modulated_layer_norm_bwd(args, dtype, context.stream()), "modulated_layer_norm backward");

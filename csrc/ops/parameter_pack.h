@@ -17,7 +17,8 @@ inline bool is_vector_aligned(const void* p, const Tensor& t) {
 }
 
 // Parameters in the order of add(). One that needs no change is used as it is; the others, and those that are not
-// contiguous, get places in a workspace, which fill() writes once it is allocated.
+// contiguous, get places in a workspace. Once that is allocated, prepare() finds their addresses and launch() writes
+// them, on any stream that follows the current one.
 class ParameterPack {
 public:
     ParameterPack(ScalarType image_dtype, Workspace& workspace) : image_dtype_(image_dtype), workspace_(workspace) {
@@ -36,21 +37,19 @@ public:
         entries_.push_back(e);
     }
 
-    void fill(DType dtype, cudaStream_t stream) {
-        PackArgs args;
-        ParamHolder param;
+    void prepare() {
         for (const Entry& e : entries_) {
             if (!e.place) continue;
-            GM_CHECK(args.count < kMaxPackItems, "too many parameters for one launch");
+            GM_CHECK(args_.count < kMaxPackItems, "too many parameters for one launch");
             const auto& [n0, n1, n2] = e.sizes;
-            PackItem& item = args.items[args.count++];
+            PackItem& item = args_.items[args_.count++];
             // A model in torch.channels_last has its convolutions' weights so: read in place like any view.
             const std::optional<Shape> strides = view_strides(e.tensor, {n0, n1, n2});
             if (strides) {
                 item.from = {e.tensor.data_ptr(), is_float(e.tensor)};
                 std::copy(strides->begin(), strides->end(), item.strides);
             } else {
-                item.from = param(e.tensor);
+                item.from = param_(e.tensor);
                 item.strides[0] = n1 * n2, item.strides[1] = n2, item.strides[2] = 1;
             }
             item.to = {workspace_.address(*e.place), e.place->is_float};
@@ -63,7 +62,10 @@ public:
             item.count = n0 * e.w1 * e.w2;
             GM_CHECK(item.count <= INT32_MAX, "a parameter has more than 2^31 elements");
         }
-        check_cuda(launch_pack_parameters(args, dtype, stream), "parameters");
+    }
+
+    void launch(DType dtype, cudaStream_t stream) const {
+        check_cuda(launch_pack_parameters(args_, dtype, stream), "parameters");
     }
 
     // Parameter i, shaped `shape`, which has n0 * w1 * w2 elements.
@@ -93,6 +95,8 @@ private:
     ScalarType image_dtype_;
     Workspace& workspace_;
     std::vector<Entry> entries_;
+    PackArgs args_;
+    ParamHolder param_;  // copies of parameters of strides that the kernel can't walk
 };
 
 // Gradients of parameters, queued one by one and computed by one launch.
