@@ -10,6 +10,7 @@ import torch
 import groupmamba_ext as ext
 from common import group_major, padded_channels
 from groupmamba import GroupedMamba2d
+from groupmamba.layers.stochastic_depth import KeptImages
 from groupmamba_ext import layer_ops
 from scan_tools import IMAGES
 from scan_tools import inputs as scan_inputs
@@ -28,8 +29,9 @@ SCANS = [  # dim, rank, states, h, w: the portable kernels, aligned and not
     (16, 1, 1, 30, 600), (128, 14, 1, 33, 29),
 ]  # fmt: skip
 MANY_IMAGES = [(24, 2, 1, 15, 16), (112, 7, 1, 7, 7)]  # planes that are not shared
-CROSS = [  # dim, rank, states, h, w: sums in shared memory, in slices of the channels, in device memory
+CROSS = [  # dim, rank, states, h, w: the last in two slices of its channels
     (3, 1, 1, 5, 7), (16, 1, 1, 56, 56), (40, 2, 3, 29, 31), (87, 6, 1, 7, 9), (16, None, 1, 9, 11), (32, 2, 2, 90, 91),
+    (132, 3, 1, 6, 5),
 ]  # fmt: skip
 
 LAYERS = [(64, 9, 14), (44, 7, 5), (348, 6, 7), (448, 1, 1)]  # dim, h, w: groups of 16, 11, 87, 112 channels
@@ -41,9 +43,13 @@ def run_layers(dtype: torch.dtype, dim: int, h: int, w: int) -> None:
     for variant in ("released", "fused"):
         layer = GroupedMamba2d(dim, variant=variant).to("cuda", dtype, memory_format=torch.channels_last)
         run(lambda x, layer=layer: layer(x, residual=True), {"x": x})
+    kept = KeptImages(torch.tensor([1.0, 0.0], device="cuda"), 2.0)
+    layer = GroupedMamba2d(dim).to("cuda", dtype)
+    run(lambda x: layer(x, residual=True, kept=kept), {"x": x})
     modules = feed_forward(dim, 2 * dim + 2).to("cuda", dtype)
     mlp, norm = modules["mlp"], modules["norm"]
-    run(lambda x: mlp(x, norm, residual=True), {"x": x.permute(0, 2, 3, 1)})
+    for images in (None, kept):
+        run(lambda x, images=images: mlp(x, norm, residual=True, kept=images), {"x": x.permute(0, 2, 3, 1)})
 
 
 def run(function, tensors: dict, **options) -> None:

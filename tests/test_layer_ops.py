@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA ops of whole layers (`groupmamba_ext.layer_ops`) against the same layers composed of the public ops."""
 
+import functools
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from groupmamba.layers import feed_forward as layers_feed_forward
 from groupmamba.layers import grouped_mamba
 from groupmamba.layers import token_norm as layers_token_norm
 from groupmamba.layers.feed_forward import ConvFeedForward
+from groupmamba.layers.stochastic_depth import KeptImages
 from groupmamba.layers.token_norm import TokenNorm
 from groupmamba.models.blocks import GroupMambaBlock
 from groupmamba_ext import layer_ops
@@ -73,7 +76,8 @@ def arguments(layer, x, residual=False):
     chunk = chunk_tokens(layer_ops._padded(mamba.inner_dim), "cuda")
     tokens = x.permute(0, 2, 3, 1).contiguous().detach().requires_grad_()
     norm, proj = (layer.norm.weight, layer.norm.bias), (layer.proj.weight, layer.proj.bias)
-    scalars = (codes, layer.norm.eps, 1e-5, chunk, residual)
+    kept = torch.tensor([1.0, 0.0], device=x.device) if residual and layer.variant == "released" else None
+    scalars = (codes, layer.norm.eps, 1e-5, chunk, residual, kept, 1.0 if kept is None else 1.5)
     return tokens, *norm, *fc, *mamba.core_parameters(), mamba.out_proj_weight, layer.skip_scale, *proj, *scalars
 
 
@@ -234,12 +238,64 @@ def test_feed_forward_equals_the_composed_one(monkeypatch, dtype, dim, hidden, s
         assert error <= max(2 * own, FLOOR[dtype]), f"{name}: {error:.2e}, composed {own:.2e}"
 
 
+def stochastic_depth(function, parameters, x, dy, scale, dtype, device):
+    """Of images 0 and 2 of four: output, input and parameter gradients."""
+    t = x.to(device, dtype).requires_grad_()
+    dy = dy.to(device, dtype)
+    kept = KeptImages(torch.tensor([1.0, 0.0, 1.0, 0.0], device=device), scale)
+    y = function(t, residual=True, kept=kept)
+    dx, *gradients = torch.autograd.grad(y, [t, *parameters], dy)
+    assert torch.equal(y[1::2], t[1::2]) and torch.equal(dx[1::2], dy[1::2])
+    return [y.detach(), dx, *(g.clone() for g in gradients)]
+
+
+def check_stochastic_depth(monkeypatch, module, function, size, dtype, patches):
+    x, dy = (torch.randn(4, *size, dtype=torch.float64) for _ in range(2))
+
+    def results(dtype, device, scale=1.25):
+        module.to(device, dtype)
+        return stochastic_depth(function, list(module.parameters()), x, dy, scale, dtype, device)
+
+    truth = results(torch.float64, "cpu")
+    fused = results(dtype, "cuda")
+    for place, name in patches:
+        monkeypatch.setattr(place, name, lambda *_: False)
+    composed = results(dtype, "cuda")
+    for i, (expected, a, b) in enumerate(zip(truth, fused, composed, strict=True)):
+        # d(skip_scale) is one number, a sum over the image that cancels.
+        terms = (composed[1].double().norm() * x.norm()).item() if expected.numel() == 1 else 0.0
+        error, own = relative_error(a, expected, terms), relative_error(b, expected, terms)
+        assert error <= max(2 * own, FLOOR[dtype]), f"result {i}: {error:.2e}, composed {own:.2e}"
+
+
+@pytest.mark.parametrize("dim, shape, options", [
+    (64, (9, 14), {}), (348, (7, 7), {}), (44, (7, 5), {"affinity": False}), (640, (3, 4), {"expand": 0.5}),
+])  # fmt: skip
+@pytest.mark.parametrize("variant", ["released", "fused"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stochastic_depth(monkeypatch, dtype, variant, dim, shape, options):
+    layer = make(dim, variant=variant, **options)
+    function = functools.partial(layer, tokens=True)
+    check_stochastic_depth(monkeypatch, layer, function, (*shape, dim), dtype, [(grouped_mamba, "can_fuse")])
+
+
+@pytest.mark.parametrize("dim, hidden, shape", [
+    (64, 512, (9, 14)), (348, 1392, (7, 7)), (44, 20, (3, 5)), (16, 9, (1, 1)), (600, 72, (5, 3)), (1100, 40, (3, 3)),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_feed_forward_stochastic_depth(monkeypatch, dtype, dim, hidden, shape):
+    modules = feed_forward(dim, hidden)
+    function = functools.partial(modules["mlp"], norm=modules["norm"])
+    patches = [(place, "takes_image") for place in (layers_feed_forward, layers_token_norm)]
+    check_stochastic_depth(monkeypatch, modules, function, (*shape, dim), dtype, patches)
+
+
 def test_feed_forward_opcheck():
     modules = feed_forward(44, 20).cuda()
     x = torch.randn(2, 3, 5, 44, device="cuda", requires_grad=True)
     mlp, norm = modules["mlp"], modules["norm"]
     parameters = (t for m in (norm, mlp.fc1, mlp.dwconv, mlp.fc2) for t in (m.weight, m.bias))
-    inputs = (x, *parameters, 1e-6, True)
+    inputs = (x, *parameters, 1e-6, True, torch.tensor([0.0, 1.0], device="cuda"), 1.5)
     check_training_op(torch.ops.groupmamba.feed_forward_fwd, inputs)
     detached = [t.detach() if isinstance(t, torch.Tensor) else t for t in inputs]
     torch.library.opcheck(torch.ops.groupmamba.feed_forward, detached)

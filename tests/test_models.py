@@ -13,6 +13,7 @@ from common import relative_error  # noqa: E402
 from groupmamba import convert_released_state_dict  # noqa: E402
 from groupmamba.cli import main  # noqa: E402
 from groupmamba.model_info import multiply_adds  # noqa: E402
+from groupmamba.models import blocks  # noqa: E402
 from model_tools import GOLDEN, MODELS, released_state_dict, small, weights  # noqa: E402
 
 PARAMETERS = {"tiny": 23_361_917, "small": 34_781_555, "base": 57_150_838}  # with both heads
@@ -301,3 +302,20 @@ def test_compiles_as_one_graph_under_autocast(device, training):
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
         small(**options)
+
+
+def test_block_leaves_branches_out():
+    block = blocks.GroupMambaBlock(16, 2.0, 1.0)
+    x = torch.randn(3, 4, 5, 16)
+    assert torch.equal(block.train()(x), x)
+    expected = blocks.GroupMambaBlock(16, 2.0, 0.0)
+    expected.load_state_dict(block.state_dict())
+    assert torch.equal(block.eval()(x), expected(x))
+    block = blocks.GroupMambaBlock(16, 2.0, 0.5).train()
+    block.mlp.fc2.weight.data.zero_(), block.mlp.fc2.bias.data.zero_()  # leaves the layer's branch alone
+    torch.manual_seed(0)
+    x = torch.randn(1, 4, 5, 16).expand(64, -1, -1, -1)
+    changes = (block(x) - x).flatten(1)
+    kept = changes.any(1)
+    assert 16 < int(kept.sum()) < 48  # 32 expected; three deviations are 12
+    torch.testing.assert_close(changes[kept], 2 * (block.eval()(x) - x).flatten(1)[kept])

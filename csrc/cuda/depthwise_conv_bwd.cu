@@ -208,6 +208,19 @@ __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 
             return static_cast<const T*>(image.ptr) + batch * image.batch + group * image.group + copy_channel +
                    (static_cast<int64_t>(row) * s.width + copy_column) * image.token;
         };
+        if (!is_kept(args.kept, batch)) {
+            Place dx = place(args.dx, first, column), y = place(args.y, first, column);
+            const float zeros[kVecs] = {};
+#pragma unroll 1
+            for (int row = first; row < end; ++row) {
+                for (int c = 0; c < kColumns; ++c) {
+                    channels.store(dx[c], zeros, own && inside[c]);
+                    if (args.y.ptr != nullptr) channels.store(y[c], zeros, own && inside[c]);
+                }
+                dx.advance(), y.advance();
+            }
+            continue;
+        }
         Place dx = place(args.dx, begin - 1, column), y = place(args.y, begin, column);
 
         const bool is_last = end == s.height;  // g is 0 below it

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward of the 3x3 depthwise convolution with bias and activation: one read, one write.
 //
-//   y[h, w] = act(bias + sum over i, j in 0..2 of weight[i, j] x[h + i - 1, w + j - 1]),  x = 0 outside the image
+//   y[h, w] = act(bias + sum over i, j in 0..2 of weight[i, j] x[h + i - 1, w + j - 1]),  x = 0 outside the image;
+//   y = 0 in the images whose branch is left out
 //
 // A thread walks down kConvColumns columns and reads one row of them and their two neighbours a step (the neighbours
 // come out of the L1 cache, where the next thread has just read them). A row enters the sums of three output rows,
@@ -48,6 +49,13 @@ __global__ void __launch_bounds__(kConvFwdThreads, kAligned ? (sizeof(T) == 2 ? 
 #pragma unroll
     for (int i = 0; i < kConvTaps; ++i) table.get(i, channels, weight[i]);
     table.get(kConvTaps, channels, bias);
+    // Without its rows and the bias, an image's result is 0.
+    int rows_end = min(end + 1, s.height);
+    if (!is_kept(args.kept, batch)) {
+        rows_end = 0;
+#pragma unroll
+        for (int j = 0; j < kConvVec; ++j) bias[j] = 0.f;
+    }
 
     const int64_t x_token = args.x.token, x_row = x_token * s.width, y_token = args.y.token, y_row = y_token * s.width;
     const int start = max(first - 1, 0);
@@ -73,7 +81,7 @@ __global__ void __launch_bounds__(kConvFwdThreads, kAligned ? (sizeof(T) == 2 ? 
     Row rows[kRowsAhead + 1];
     int row = start;
     const auto fetch = [&](Row& into, int number) {
-        const bool needed = number <= end && number < s.height;
+        const bool needed = number < rows_end;
 #pragma unroll
         for (int k = 0; k < kWindow; ++k) {
             into[k] = channels.load(x[k], needed && inside[k]);

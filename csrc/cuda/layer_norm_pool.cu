@@ -3,7 +3,9 @@
 // both.
 //
 //   n = (x - mean) / sqrt(variance + eps) over C;  xn = n weight + bias;  pooled = mean over H, W of xn before rounding
-//   [sum = x + sum_bias: what a product then adds to is the residual stream behind it]
+//   [sum = x + sum_bias: what a product then adds to is the residual stream behind it; sum_bias, and the sums of
+//   dx_more,
+//    count as much as the image's branch does]
 //   g = dxn [+ dxn_more] [+ dpooled / (H W)];  h = g weight
 //   dx = (h - mean(h) - n mean(h n)) / sqrt(variance + eps) [+ dx_more];  dweight = sum g n,  dbias = sum g
 //
@@ -43,7 +45,7 @@ __global__ void __launch_bounds__(kNormThreads, norm_fwd_blocks(kVecs))
     table.fill(s, args.plan, [&](int c, float(&row)[3]) {
         row[kWeight] = load_param<T>(args.weight, c);
         row[kBias] = load_param<T>(args.bias, c);
-        row[kSumBias] = load_param_or<T>(args.sum_bias, c, 0.f);
+        row[kSumBias] = kept_factor(args.kept, strip.batch) * load_param_or<T>(args.sum_bias, c, 0.f);
     });
     if (add) clear_tails<T>(args.sum, s, strip);
     __syncthreads();
@@ -183,7 +185,8 @@ __global__ void __launch_bounds__(kNormThreads, norm_bwd_blocks(kVecs))
     tile.block_sums(dweight, sums, [&](int c, int, float sum) { out[c] = sum; });
     tile.block_sums(dbias, sums, [&](int c, int, float sum) { out[s.dim + c] = sum; });
     if (sums_dx_more(kVecs) && args.sum_dx_more)
-        tile.block_sums(dx_more_sum, sums, [&](int c, int, float sum) { out[2 * s.dim + c] = sum; });
+        tile.block_sums(dx_more_sum, sums,
+                        [&](int c, int, float sum) { out[2 * s.dim + c] = kept_factor(args.kept, strip.batch) * sum; });
 }
 
 // Rows beyond the registers: statistics first, a warp a token; then every thread takes a channel through all tokens.
@@ -203,7 +206,7 @@ __global__ void __launch_bounds__(kNormThreads)
         const float weight = load_param<T>(args.weight, c), bias = load_param<T>(args.bias, c);
         const int64_t x_at = x.offset(c), xn_at = xn.offset(c);
         if (args.sum.ptr != nullptr) {
-            const float sum_bias = load_param_or<T>(args.sum_bias, c, 0.f);
+            const float sum_bias = kept_factor(args.kept, strip.batch) * load_param_or<T>(args.sum_bias, c, 0.f);
             const int64_t sum_at = sums.offset(c);
             for (int t = 0; t < count; ++t) sums(t, sum_at) = from_float<T>(to_float(x(t, x_at)) + sum_bias);
         }
@@ -262,7 +265,7 @@ __global__ void __launch_bounds__(kNormThreads)
         }
         out[c] = dweight;
         out[s.dim + c] = dbias;
-        if (args.sum_dx_more) out[2 * s.dim + c] = dx_more_sum;
+        if (args.sum_dx_more) out[2 * s.dim + c] = kept_factor(args.kept, strip.batch) * dx_more_sum;
     }
     dx.clear_pads(count);
     if (args.xn != nullptr) xn.clear_pads(count);

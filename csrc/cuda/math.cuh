@@ -98,6 +98,14 @@ __device__ __forceinline__ float load_param_or(const ParamArg& p, int64_t i, flo
     return p.ptr == nullptr ? fallback : load_param<T>(p, i);
 }
 
+// What the branch of an image counts.
+__device__ __forceinline__ float kept_factor(const KeptArg& kept, int64_t image) {
+    return kept.images == nullptr ? 1.f : kept.images[image] * kept.scale;
+}
+__device__ __forceinline__ bool is_kept(const KeptArg& kept, int64_t image) {
+    return kept.images == nullptr || kept.images[image] != 0.f;
+}
+
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 

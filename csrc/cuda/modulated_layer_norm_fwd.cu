@@ -34,8 +34,9 @@ __global__ void __launch_bounds__(kNormThreads, norm_fwd_blocks(kVecs))
     if (kAligned) load(strip.end - strip.first);
     table.fill(s, args.plan, [&](int c, float(&row)[3]) {
         row[kModulation] = scale * load_param_or<T>(args.gate, strip.batch * s.dim + c, 1.f);
-        row[kWeight] = load_param<T>(args.weight, c);
-        row[kBias] = load_param<T>(args.bias, c);
+        const float kept = is_kept(args.kept, strip.batch) ? 1.f : 0.f;
+        row[kWeight] = kept * load_param<T>(args.weight, c);
+        row[kBias] = kept * load_param<T>(args.bias, c);
     });
     __syncthreads();
 
@@ -83,7 +84,8 @@ __global__ void __launch_bounds__(kNormThreads, 2)
     for (int t = threadIdx.x >> 5; t < count; t += kNormWarps) rows.statistics(t, s.dim, s.eps, value);
     __syncthreads();
     for (int c = threadIdx.x; c < s.dim; c += kNormThreads) {
-        const float weight = load_param<T>(args.weight, c), bias = load_param<T>(args.bias, c), f = factor(c);
+        const float kept = is_kept(args.kept, strip.batch) ? 1.f : 0.f, f = factor(c);
+        const float weight = kept * load_param<T>(args.weight, c), bias = kept * load_param<T>(args.bias, c);
         const int64_t o_at = o.offset(c), x_at = x.offset(c), y_at = y.offset(c);
 #pragma unroll 2
         for (int t = 0; t < count; ++t) {

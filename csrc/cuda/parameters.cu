@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(kThreads) column_sums_kernel(const __grid_cons
                     if (j < channels) x[j] = to_float(p[t * args.row_stride + j]);
             }
 #pragma unroll
-            for (int j = 0; j < kVec; ++j) sum[j] += x[j];
+            for (int j = 0; j < kVec; ++j) sum[j] = fmaf(kept_factor(args.kept, t / args.rows_of_image), x[j], sum[j]);
         }
         for (int j = 0; j < channels; ++j) partial[r * args.columns + v * kVec + j] = sum[j];
     }

@@ -41,6 +41,13 @@ struct ScanShape {
     uint32_t directions[kMaxGroups / 16];
 };
 
+// Stochastic depth: images whose branch of the residual stream is left out. The branch of the others counts `scale`
+// times.
+struct KeptArg {
+    const float* images = nullptr;  // (batch,): 1 where the branch is kept, else 0; null where all are
+    float scale = 1.f;
+};
+
 struct ParamOut {  // contiguous gradient of a parameter; ptr null where absent
     void* ptr = nullptr;
     bool is_float = false;
@@ -76,6 +83,13 @@ struct SumImagesArgs {
     int parts = 0;
 };
 
+// Zeros in the images that are not kept; each is `bytes` long, all one after another.
+struct ClearImagesArgs {
+    void* images = nullptr;
+    int64_t batch = 0, bytes = 0;  // a multiple of 16, from an address that is one too
+    KeptArg kept;
+};
+
 // Second stage of the backward's parameter sums.
 struct ScanReduceArgs {
     const float* partials = nullptr;  // (batch, parts, G, rows, D), see ScanPartialRow
@@ -100,6 +114,7 @@ struct ConvFwdArgs {
     ConvShape shape;
     ConvFwdPlan plan;
     ImageArg x, y;
+    KeptArg kept;           // y is 0 in the images that are not
     ParamArg weight, bias;  // (G, D, 3, 3), (G, D)
 };
 
@@ -107,7 +122,8 @@ struct ConvBwdArgs {
     ConvShape shape;
     ConvBwdPlan plan;
     ImageArg dy, x, dx;
-    ImageArg y;  // the forward's result once more, or absent
+    ImageArg y;    // the forward's result once more, or absent
+    KeptArg kept;  // as in the forward: dx is 0 in the others
     ParamArg weight, bias;
     // Sums of a channel that a block leaves: dweight, dbias and, with one more, of dx.
     int sums = kConvTaps + 1;
@@ -135,6 +151,7 @@ struct PoolFwdArgs {
     NormShape shape;
     NormPlan plan;
     NormImage x, xn, sum;  // sum: x + sum_bias, or absent
+    KeptArg kept;          // factors of sum_bias
     ParamArg weight, bias, sum_bias;
     float* partials = nullptr;  // (batch, plan.strips, dim): sums of xn, or null
 };
@@ -147,6 +164,7 @@ struct PoolBwdArgs {
     const float* dpooled = nullptr;           // (batch, dim), or null
     ParamArg weight, bias;                    // bias: for xn
     bool sum_dx_more = false;
+    KeptArg kept;  // factors of dx_more in its sums
     // (batch, plan.strips, 2 * dim): dweight, dbias; with sum_dx_more 3 * dim, the last for sums of dx_more
     float* partials = nullptr;
 };
@@ -155,6 +173,7 @@ struct ModulatedFwdArgs {
     NormShape shape;
     NormPlan plan;
     NormImage o, x, y;
+    KeptArg kept;                        // y is 0 in the images that are not
     ParamArg scale, gate, weight, bias;  // gate (batch, dim)
 };
 
@@ -222,6 +241,8 @@ struct ColumnSumArgs {
     const void* x = nullptr;
     int64_t rows = 0, row_stride = 0;
     int columns = 0, blocks = 0;
+    KeptArg kept;  // factors of the rows of an image
+    int64_t rows_of_image = 1;
     float* partials = nullptr;  // (blocks, columns)
 };
 

@@ -29,16 +29,22 @@ inline Tensor transposed(const Tensor& t) {
     return alias(t, sizes, strides);
 }
 
-// out = a @ b, for matrices or batches of them.
-inline void matmul_out(const Tensor& out, const Tensor& a, const Tensor& b) {
+// out = beta * out + alpha * a @ b, for matrices or batches of them.
+inline void matmul_onto(const Tensor& out, double beta, const Tensor& a, const Tensor& b, double alpha) {
+    const auto product = out.dim() == 2 ? &aoti_torch_cuda_addmm_out : &aoti_torch_cuda_baddbmm_out;
+    GM_TORCH_CALL(product(out.get(), out.get(), a.get(), b.get(), beta, alpha));
+}
+
+// out = alpha * a @ b, for matrices or batches of them.
+inline void matmul_out(const Tensor& out, const Tensor& a, const Tensor& b, double alpha = 1.) {
+    if (alpha != 1.) return matmul_onto(out, 0., a, b, alpha);
     const auto product = out.dim() == 2 ? &aoti_torch_cuda_mm_out : &aoti_torch_cuda_bmm_out;
     GM_TORCH_CALL(product(out.get(), a.get(), b.get()));
 }
 
-// out += a @ b, for matrices or batches of them.
-inline void add_matmul(const Tensor& out, const Tensor& a, const Tensor& b) {
-    const auto product = out.dim() == 2 ? &aoti_torch_cuda_addmm_out : &aoti_torch_cuda_baddbmm_out;
-    GM_TORCH_CALL(product(out.get(), out.get(), a.get(), b.get(), 1., 1.));
+// out += alpha * a @ b, for matrices or batches of them.
+inline void add_matmul(const Tensor& out, const Tensor& a, const Tensor& b, double alpha = 1.) {
+    matmul_onto(out, 1., a, b, alpha);
 }
 
 // out = a @ b + row, for matrices; row has as many elements as out has columns.

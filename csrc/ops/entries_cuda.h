@@ -30,7 +30,8 @@ struct NormPoolInputs {
     Tensor x, weight, bias;
     double eps = 0;
     OptTensor partials{};         // (batch, strips, C) float32: becomes the sums over the strips of each image
-    OptTensor sum{}, sum_bias{};  // sum, (batch, H, W, C), becomes x + sum_bias
+    OptTensor sum{}, sum_bias{};  // sum, (batch, H, W, C), becomes x + sum_bias, which counts as `kept` says
+    KeptArg kept{};
 };
 // Writes xn: (batch, H, W, C), or (batch, H, W, groups, width) with zeros behind the channels of a group.
 void layer_norm_pool_fwd_into(const Tensor& xn, NormPoolInputs in, const CudaContext& context);
@@ -43,18 +44,21 @@ struct NormPoolGradients {
     OptTensor dxn_more{}, dpooled{}, dx_more{};
     bool padded = false;
     OptTensor xn{}, bias{};
+    KeptArg kept{};
 };
 struct NormPoolResult {
     Tensor dx;
-    PartialRows sums;  // C columns each: dweight, dbias, and where `sums_dx_more` the sum of dx_more over all pixels
+    // C columns each: dweight, dbias, and where `sums_dx_more` the sum of dx_more over all pixels, which count as
+    // `kept` says.
+    PartialRows sums;
     bool sums_dx_more;
 };
 NormPoolResult layer_norm_pool_bwd(NormPoolGradients gradients, Tensor x, Tensor weight, double eps,
                                    const CudaContext& context);
 
-// Any of the images may be (batch, H, W, G, width), zeros behind the channels of a group.
+// Any of the images may be (batch, H, W, G, width), zeros behind the channels of a group. y is 0 in images not kept.
 void modulated_layer_norm_fwd_into(const Tensor& y, Tensor o, Tensor x, Tensor scale, OptTensor gate, Tensor weight,
-                                   Tensor bias, double eps, const CudaContext& context);
+                                   Tensor bias, double eps, const CudaContext& context, const KeptArg& kept = {});
 struct ModulatedGradients {
     Tensor d_o, dx;
     PartialRows sums;  // rows image by image; columns: C of dweight, C of dbias, dscale, C of dgate
@@ -65,12 +69,14 @@ ModulatedGradients modulated_layer_norm_bwd(Tensor dy, Tensor o, Tensor x, Tenso
                                             const OptTensor& bias = std::nullopt);
 
 constexpr int64_t kSilu = 1, kGelu = 2;  // codes of csrc/schemas.cpp
+// y is 0 in images not kept.
 void depthwise_conv3x3_fwd_into(const Tensor& y, Tensor x, Tensor weight, OptTensor bias, int64_t activation,
-                                const CudaContext& context);
+                                const CudaContext& context, const KeptArg& kept = {});
 // Writes dx, and into y, if given, what the forward returned. Columns of the result: 9 G D of dweight, G D of dbias
-// and, with sum_dx, G D of the sum of dx over all pixels.
+// and, with sum_dx, G D of the sum of dx over all pixels. Images not kept have no part in anything.
 PartialRows conv3x3_bwd_into(const Tensor& dx, Tensor dy, Tensor x, Tensor weight, OptTensor bias, int64_t activation,
-                             const CudaContext& context, const OptTensor& y = std::nullopt, bool sum_dx = false);
+                             const CudaContext& context, const OptTensor& y = std::nullopt, bool sum_dx = false,
+                             const KeptArg& kept = {});
 
 // norm_dim: channels that LayerNorm counts, 0 for D. Where it is less than D, the images are 0 in the channels behind
 // it, and so are dt_weight, dt_bias, D, norm_weight, norm_bias and gate; gradients hold anything finite there.

@@ -8,6 +8,7 @@
 #include "host/workspace.h"
 #include "ops/entries_cuda.h"
 #include "ops/parameter_pack.h"
+#include "ops/stochastic_depth.h"
 #include "ops/token_sums.h"
 
 namespace gm {
@@ -60,17 +61,19 @@ struct FeedForward {
 };
 
 FeedForward feed_forward_forward(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias,
-                                 const FeedForwardParameters& p, double eps, bool residual, bool save) {
+                                 const FeedForwardParameters& p, double eps, bool residual,
+                                 const OptTensor& kept_images, double kept_scale, bool save) {
     const FeedForwardSizes s = feed_forward_sizes(x, p);
     const DType dtype = dtype_of(x);
     const ScalarType type = x.scalar_type();
     const CudaContext context(x);
     const int64_t tokens = s.tokens();
+    const KeptArg kept = kept_arg(kept_images, kept_scale, residual, s.batch, x);
     Workspace scratch(type), saved(type);
-    Workspace& kept = save ? saved : scratch;
+    Workspace& held = save ? saved : scratch;
     ParameterPack pack = feed_forward_pack(p, s, type, scratch);
     // Nothing reads xn when the convolution runs.
-    const Workspace::Piece hidden_place = kept.reserve_image(tokens * s.hidden_pad);
+    const Workspace::Piece hidden_place = held.reserve_image(tokens * s.hidden_pad);
     const Workspace::Piece place = scratch.reserve_image(tokens * std::max(s.channels_pad, s.hidden_pad));
     scratch.allocate(x), saved.allocate(x);
     const Tensor out = empty_padded_image(s.batch, s.height, s.width, s.channels, x);
@@ -79,20 +82,20 @@ FeedForward feed_forward_forward(const Tensor& x, const Tensor& norm_weight, con
     pack.launch(dtype, packing.stream());
 
     NormPoolInputs norm{x, norm_weight, norm_bias, eps};
-    if (residual) norm.sum = out, norm.sum_bias = p.fc2_bias;
+    if (residual) norm.sum = out, norm.sum_bias = p.fc2_bias, norm.kept = kept;
     layer_norm_pool_fwd_into(scratch.get(place, s.image(s.channels_pad)), norm, context);
     packing.join();
-    const Tensor hidden = kept.get(hidden_place, {tokens, s.hidden_pad});
+    const Tensor hidden = held.get(hidden_place, {tokens, s.hidden_pad});
     matmul_bias_out(hidden, pack.get(kFc1Bias, {s.hidden_pad}), scratch.get(place, {tokens, s.channels_pad}),
                     pack.get_transposed(kFc1, {s.hidden_pad, s.channels_pad}));
     const Tensor activated = scratch.get(place, {tokens, s.hidden_pad});
     const Shape image = s.image(s.hidden_pad);
     depthwise_conv3x3_fwd_into(alias(activated, image), alias(hidden, image), pack.get(kConv, {1, s.hidden_pad, 3, 3}),
-                               pack.get(kConvBias, {1, s.hidden_pad}), kGelu, context);
+                               pack.get(kConvBias, {1, s.hidden_pad}), kGelu, context, kept);
     const Tensor out_rows = alias(out, {tokens, s.channels_pad});
     const Tensor fc2 = pack.get_transposed(kFc2, {s.channels_pad, s.hidden_pad});
     if (residual) {
-        add_matmul(out_rows, activated, fc2);
+        add_matmul(out_rows, activated, fc2, kept_scale);
     } else {
         matmul_bias_out(out_rows, pack.get(kFc2Bias, {s.channels_pad}), activated, fc2);
     }
@@ -105,10 +108,11 @@ std::conditional_t<kSave, std::tuple<Tensor, Tensor>, Tensor> feed_forward(Tenso
                                                                            Tensor norm_bias, Tensor fc1_weight,
                                                                            Tensor fc1_bias, Tensor conv_weight,
                                                                            Tensor conv_bias, Tensor fc2_weight,
-                                                                           Tensor fc2_bias, double eps, bool residual) {
+                                                                           Tensor fc2_bias, double eps, bool residual,
+                                                                           OptTensor kept, double kept_scale) {
     const FeedForward done = feed_forward_forward(x, norm_weight, norm_bias,
                                                   {fc1_weight, fc1_bias, conv_weight, conv_bias, fc2_weight, fc2_bias},
-                                                  eps, residual, kSave);
+                                                  eps, residual, kept, kept_scale, kSave);
     if constexpr (kSave) {
         return {done.out, done.saved.images()};
     } else {
@@ -120,7 +124,8 @@ using FeedForwardGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, 
 
 FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight,
                                       Tensor fc1_bias, Tensor conv_weight, Tensor conv_bias, Tensor fc2_weight,
-                                      Tensor fc2_bias, Tensor saved, double eps, bool residual) {
+                                      Tensor fc2_bias, Tensor saved, double eps, bool residual, OptTensor kept_images,
+                                      double kept_scale) {
     const FeedForwardParameters parameters{fc1_weight, fc1_bias, conv_weight, conv_bias, fc2_weight, fc2_bias};
     const FeedForwardSizes s = feed_forward_sizes(x, parameters);
     check_image(dout, "dout", shape_of(x), x);
@@ -128,10 +133,11 @@ FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight,
     const ScalarType type = x.scalar_type();
     const CudaContext context(x);
     const int64_t tokens = s.tokens();
-    Workspace kept(type), scratch(type);
-    const Workspace::Piece hidden_place = kept.reserve_image(tokens * s.hidden_pad);
-    kept.adopt_images(saved, x);
-    const Tensor hidden = kept.get(hidden_place, {tokens, s.hidden_pad});
+    const KeptArg kept = kept_arg(kept_images, kept_scale, residual, s.batch, x);
+    Workspace held(type), scratch(type);
+    const Workspace::Piece hidden_place = held.reserve_image(tokens * s.hidden_pad);
+    held.adopt_images(saved, x);
+    const Tensor hidden = held.get(hidden_place, {tokens, s.hidden_pad});
     ParameterPack pack = feed_forward_pack(parameters, s, type, scratch);
     scratch.allocate(x);
     pack.prepare();
@@ -142,14 +148,14 @@ FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight,
     const PaddedRows dout_padded(dout);
     const Tensor dout_rows = dout_padded.rows();
     Tensor dactivated = empty({tokens, s.hidden_pad}, type, x);
-    matmul_out(dactivated, dout_rows, pack.get(kFc2, {s.channels_pad, s.hidden_pad}));
+    matmul_out(dactivated, dout_rows, pack.get(kFc2, {s.channels_pad, s.hidden_pad}), kept_scale);
     Tensor dhidden = empty({tokens, s.hidden_pad}, type, x), activated = empty({tokens, s.hidden_pad}, type, x);
     const Shape image = s.image(s.hidden_pad);
     const PartialRows conv = conv3x3_bwd_into(
         alias(dhidden, image), alias(dactivated, image), alias(hidden, image), pack.get(kConv, {1, s.hidden_pad, 3, 3}),
-        pack.get(kConvBias, {1, s.hidden_pad}), kGelu, context, alias(activated, image), true);
+        pack.get(kConvBias, {1, s.hidden_pad}), kGelu, context, alias(activated, image), true, kept);
     dactivated = Tensor();
-    const WeightPartials fc2 = weight_partials(as_batch(dout_rows), as_batch(activated));
+    const WeightPartials fc2 = weight_partials(as_batch(dout_rows), as_batch(activated), kept_scale);
     activated = Tensor();
     const Tensor dfc2_weight =
         sums.add(fc2_weight, {1, s.channels, s.hidden}, fc2.values, s.channels_pad, s.hidden_pad, fc2.parts);
@@ -163,7 +169,7 @@ FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight,
     const Tensor xn = empty({tokens, s.channels_pad}, type, x);
     NormPoolGradients norm{alias(dxn, s.image(s.channels_pad)), std::nullopt, std::nullopt, std::nullopt, true};
     norm.xn = alias(xn, s.image(s.channels_pad)), norm.bias = norm_bias;
-    if (residual) norm.dx_more = dout;
+    if (residual) norm.dx_more = dout, norm.kept = kept;
     const NormPoolResult normed = layer_norm_pool_bwd(norm, x, norm_weight, eps, context);
     const WeightPartials fc1 = weight_partials(as_batch(dhidden), as_batch(xn));
     dhidden = Tensor();
@@ -172,8 +178,9 @@ FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight,
     const Tensor dnorm_weight = sums.add_rows(norm_weight, {1, 1, s.channels}, normed.sums, 0, 1, s.channels);
     const Tensor dnorm_bias = sums.add_rows(norm_bias, {1, 1, s.channels}, normed.sums, s.channels, 1, s.channels);
     const Tensor dfc2_bias =
-        normed.sums_dx_more ? sums.add_rows(fc2_bias, {1, 1, s.channels}, normed.sums, 2 * s.channels, 1, s.channels)
-                            : sum_of_columns(sums, fc2_bias, dout_rows, s.channels, dtype, context.stream());
+        normed.sums_dx_more
+            ? sums.add_rows(fc2_bias, {1, 1, s.channels}, normed.sums, 2 * s.channels, 1, s.channels)
+            : sum_of_columns(sums, fc2_bias, dout_rows, s.channels, dtype, context.stream(), kept, s.height * s.width);
     sums.launch(dtype, context.stream());
     return {normed.dx,    dnorm_weight, dnorm_bias,  dfc1_weight, dfc1_bias,
             dconv_weight, dconv_bias,   dfc2_weight, dfc2_bias};

@@ -2,6 +2,8 @@
 // Sizes, packed parameters and images of the GroupMamba layer on CUDA.
 #include "ops/grouped_mamba.h"
 
+#include "ops/stochastic_depth.h"
+
 namespace gm {
 
 LayerSizes layer_sizes(const Tensor& x, const LayerParameters& p, int64_t chunk) {
@@ -139,6 +141,11 @@ Tensor image_of(const Tensor& rows, const LayerSizes& s, int64_t channels, int64
 
 Tensor rows_of(const Tensor& image, const LayerSizes& s, int64_t channels) {
     return alias(image, {s.groups, s.tokens(), channels});
+}
+
+KeptArg layer_kept(const Tensor& x, const LayerSizes& s, const LayerScalars& scalars) {
+    GM_CHECK(s.merges || !scalars.kept, "kept goes with out_proj_weight");
+    return kept_arg(scalars.kept, scalars.kept_scale, scalars.residual, s.batch, x);
 }
 
 ScanInputs scan_inputs(const ParameterPack& pack, const LayerSizes& s, const LayerImages& images,

@@ -24,6 +24,8 @@ struct LayerScalars {
     double eps, norm_eps;
     int64_t chunk;
     bool residual;
+    OptTensor kept;     // (batch,): stochastic depth
+    double kept_scale;  // of the images kept
 };
 
 struct LayerSizes {
@@ -77,6 +79,8 @@ Tensor image_of(const Tensor& rows, const LayerSizes& s, int64_t channels, int64
 // A group-major image (batch, H, W, G, K) without gaps as rows (G, T, K).
 Tensor rows_of(const Tensor& image, const LayerSizes& s, int64_t channels);
 
+// Stochastic depth, of the released layer alone.
+KeptArg layer_kept(const Tensor& x, const LayerSizes& s, const LayerScalars& scalars);
 ScanInputs scan_inputs(const ParameterPack& pack, const LayerSizes& s, const LayerImages& images,
                        const LayerScalars& scalars);
 AffinityArgs affinity_args(const LayerParameters& p, const LayerSizes& s, const LayerImages& images,

@@ -3,6 +3,7 @@
 #include "host/blas.h"
 #include "host/branch.h"
 #include "ops/grouped_mamba.h"
+#include "ops/stochastic_depth.h"
 #include "ops/token_sums.h"
 
 namespace gm {
@@ -20,6 +21,8 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
     const ScalarType type = x.scalar_type();
     const CudaContext context(x);
     const int64_t tokens = s.tokens(), g = s.groups, e = s.inner, e_pad = s.inner_pad, d_pad = s.dim_pad;
+    const KeptArg kept = layer_kept(x, s, scalars);
+    const double branch = scalars.kept_scale;
     Workspace saved(type), scratch(type);
     const LayerPlaces places = reserve_layer(s, true, saved);
     saved.adopt_images(saved_images, x), saved.adopt_floats(saved_floats, x);
@@ -34,7 +37,8 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
     const PaddedRows dout_padded(dout);
     const Tensor dout_rows = dout_padded.rows();
     Tensor dmixed = empty({tokens, s.mixed}, type, x);
-    matmul_out(dmixed, dout_rows, pack.get(kProj, {s.channels_pad, s.mixed}));
+    matmul_out(dmixed, dout_rows, pack.get(kProj, {s.channels_pad, s.mixed}), branch);
+    clear_left_out(dmixed, s.batch, kept, context);
 
     const Shape mixed_image{s.batch, s.height, s.width, g, s.mixed / g};
     Tensor dy = alias(dmixed, mixed_image);
@@ -80,8 +84,9 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
         matmul_out(dy_rows, do_rows, pack.get(kOutProj, {g, d_pad, e_pad}));
         dy = image_of(dy_rows, s, e_pad);
     }
+    clear_left_out(mixed, s.batch, kept, context);
     const WeightPartials proj =
-        weight_partials(alias(dout_rows, {1, tokens, s.channels_pad}), alias(mixed, {1, tokens, s.mixed}));
+        weight_partials(alias(dout_rows, {1, tokens, s.channels_pad}), alias(mixed, {1, tokens, s.mixed}), branch);
     const Tensor dproj = sums.add(p.proj_weight, {1, s.channels * g, p.proj_weight.size(1) / g}, proj.values,
                                   s.channels_pad * g, s.mixed / g, proj.parts);
     mixed = Tensor();
@@ -120,12 +125,13 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
 
     if (affinity) affinity->join();
     NormPoolGradients norm{image_of(dxn_rows, s, d_pad), dxn, dpooled, std::nullopt, true};
-    if (scalars.residual) norm.dx_more = dout;
+    if (scalars.residual) norm.dx_more = dout, norm.kept = kept;
     const NormPoolResult normed = layer_norm_pool_bwd(norm, x, p.norm_weight, scalars.eps, context);
     const Shape per_channel{1, 1, s.channels};
     const Tensor dproj_bias = normed.sums_dx_more
                                   ? sums.add_rows(p.proj_bias, per_channel, normed.sums, 2 * s.channels, 1, s.channels)
-                                  : sum_of_columns(sums, p.proj_bias, dout_rows, s.channels, dtype, context.stream());
+                                  : sum_of_columns(sums, p.proj_bias, dout_rows, s.channels, dtype, context.stream(),
+                                                   kept, s.height * s.width);
     const auto of_norm = [&](const Tensor& parameter, int64_t first) {  // the released layer uses its norm twice
         return s.merges ? sums.add_rows(parameter, normed.sums, first, mix, first)
                         : sums.add_rows(parameter, per_channel, normed.sums, first, 1, s.channels);
@@ -180,12 +186,12 @@ LayerGradients grouped_mamba_layer_bwd(Tensor dout, Tensor x, Tensor norm_weight
                                        Tensor out_norm_weight, Tensor out_norm_bias, OptTensor out_proj_weight,
                                        OptTensor skip_scale, Tensor proj_weight, Tensor proj_bias, Tensor saved,
                                        Tensor saved_float, std::vector<int64_t> directions, double eps, double norm_eps,
-                                       int64_t chunk, bool residual) {
+                                       int64_t chunk, bool residual, OptTensor kept, double kept_scale) {
     return layer_backward(
         dout, x, {norm_weight,     norm_bias,     fc1_weight,      fc1_bias,   fc2_weight,  fc2_bias, in_proj_weight,
                   conv_weight,     conv_bias,     x_proj_weight,   dt_weight,  dt_bias,     A_log,    D,
                   out_norm_weight, out_norm_bias, out_proj_weight, skip_scale, proj_weight, proj_bias},
-        {directions, eps, norm_eps, chunk, residual}, saved, saved_float);
+        {directions, eps, norm_eps, chunk, residual, kept, kept_scale}, saved, saved_float);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include "host/blas.h"
 #include "host/branch.h"
 #include "ops/grouped_mamba.h"
+#include "ops/stochastic_depth.h"
 
 namespace gm {
 namespace {
@@ -19,17 +20,18 @@ LayerForward layer_forward(const Tensor& x, const LayerParameters& p, const Laye
     const ScalarType type = x.scalar_type();
     const CudaContext context(x);
     const int64_t tokens = s.tokens();
+    const KeptArg kept = layer_kept(x, s, scalars);
 
     Workspace scratch(type), saved(type);
-    Workspace& kept = save ? saved : scratch;
+    Workspace& held = save ? saved : scratch;
     ParameterPack pack = layer_pack(p, s, type, scratch);
-    const LayerPlaces places = reserve_layer(s, save, kept);
+    const LayerPlaces places = reserve_layer(s, save, held);
     const int64_t strips = norm_strips(s.batch, s.height * s.width, s.groups, s.dim_pad);
     Workspace::Piece sums, mixed;
     if (save && s.merges) mixed = scratch.reserve_image(tokens * s.mixed);
     if (s.gated()) sums = scratch.reserve_float(s.batch * strips * s.channels);
     scratch.allocate(x), saved.allocate(x);
-    LayerImages images = layer_images(s, places, save, kept);
+    LayerImages images = layer_images(s, places, save, held);
     if (save && s.merges) images.mixed = scratch.get(mixed, {s.batch, s.height, s.width, s.groups, s.dim_pad});
     const Tensor out = empty_padded_image(s.batch, s.height, s.width, s.channels, x);
     pack.prepare();
@@ -38,7 +40,7 @@ LayerForward layer_forward(const Tensor& x, const LayerParameters& p, const Laye
 
     NormPoolInputs norm{x, p.norm_weight, p.norm_bias, scalars.eps};
     if (s.gated()) norm.partials = scratch.get(sums, {s.batch, strips, s.channels});
-    if (scalars.residual) norm.sum = out, norm.sum_bias = p.proj_bias;
+    if (scalars.residual) norm.sum = out, norm.sum_bias = p.proj_bias, norm.kept = kept;
     layer_norm_pool_fwd_into(images.xn, norm, context);
     packing.join();
     std::optional<Branch> affinity;
@@ -67,13 +69,13 @@ LayerForward layer_forward(const Tensor& x, const LayerParameters& p, const Laye
         OptTensor gate;
         if (s.gated()) gate = alias(*images.gate, {s.batch, s.channels});
         modulated_layer_norm_fwd_into(images.mixed, images.o, images.xn, *p.skip_scale, gate, p.norm_weight,
-                                      p.norm_bias, scalars.eps, context);
+                                      p.norm_bias, scalars.eps, context, kept);
     }
     const Tensor rows = alias(s.merges ? images.mixed : images.y, {tokens, s.mixed});
     const Tensor out_rows = alias(out, {tokens, s.channels_pad});
     const Tensor proj = pack.get_transposed(kProj, {s.channels_pad, s.mixed});
     if (scalars.residual) {
-        add_matmul(out_rows, rows, proj);
+        add_matmul(out_rows, rows, proj, scalars.kept_scale);
     } else {
         matmul_bias_out(out_rows, pack.get(kProjBias, {s.channels_pad}), rows, proj);
     }
@@ -87,12 +89,13 @@ std::conditional_t<kSave, std::tuple<Tensor, Tensor, Tensor>, Tensor> grouped_ma
     OptTensor fc2_bias, Tensor in_proj_weight, Tensor conv_weight, Tensor conv_bias, Tensor x_proj_weight,
     Tensor dt_weight, Tensor dt_bias, Tensor A_log, Tensor D, Tensor out_norm_weight, Tensor out_norm_bias,
     OptTensor out_proj_weight, OptTensor skip_scale, Tensor proj_weight, Tensor proj_bias,
-    std::vector<int64_t> directions, double eps, double norm_eps, int64_t chunk, bool residual) {
+    std::vector<int64_t> directions, double eps, double norm_eps, int64_t chunk, bool residual, OptTensor kept,
+    double kept_scale) {
     const LayerForward done = layer_forward(
         x, {norm_weight,     norm_bias,     fc1_weight,      fc1_bias,   fc2_weight,  fc2_bias, in_proj_weight,
             conv_weight,     conv_bias,     x_proj_weight,   dt_weight,  dt_bias,     A_log,    D,
             out_norm_weight, out_norm_bias, out_proj_weight, skip_scale, proj_weight, proj_bias},
-        {directions, eps, norm_eps, chunk, residual}, kSave);
+        {directions, eps, norm_eps, chunk, residual, kept, kept_scale}, kSave);
     if constexpr (kSave) {
         return {done.out, done.saved.images(), done.saved.floats()};
     } else {

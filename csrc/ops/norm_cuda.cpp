@@ -103,6 +103,7 @@ void layer_norm_pool_fwd_into(const Tensor& xn, NormPoolInputs in, const CudaCon
     const NormShape& s = args.shape;
     args.plan = norm_plan(s.batch, s.tokens, s.slots(), kNormFwdBlocks);
     args.weight = param(in.weight), args.bias = param(in.bias), args.sum_bias = param(in.sum_bias);
+    args.kept = in.kept;
     if (in.partials) {
         check_shape(*in.partials, "partials", {s.batch, args.plan.strips, sizes.channels});
         args.partials = static_cast<float*>(in.partials->data_ptr());
@@ -112,7 +113,7 @@ void layer_norm_pool_fwd_into(const Tensor& xn, NormPoolInputs in, const CudaCon
 
 NormPoolResult layer_norm_pool_bwd(NormPoolGradients gradients, Tensor x, Tensor weight, double eps,
                                    const CudaContext& context) {
-    auto& [dxn, dxn_more, dpooled, dx_more, padded, xn, bias] = gradients;
+    auto& [dxn, dxn_more, dpooled, dx_more, padded, xn, bias, kept] = gradients;
     GM_CHECK(x.dim() == 4, "x must be (batch, H, W, C), got ", show(shape_of(x)));
     const NormSizes sizes = norm_sizes(x, "dxn", weight, dxn.dim() == 5 ? dxn.size(3) : 1);
     check_norm_image(x, "x", sizes, x);
@@ -151,7 +152,7 @@ NormPoolResult layer_norm_pool_bwd(NormPoolGradients gradients, Tensor x, Tensor
         args.xn = nullptr;
     }
     if (dpooled) args.dpooled = static_cast<const float*>(param(dpooled).ptr);
-    args.weight = param(weight), args.bias = param(bias);
+    args.weight = param(weight), args.bias = param(bias), args.kept = kept;
     args.sum_dx_more = dx_more && sums_dx_more(args.plan.vecs);
     const int64_t columns = (args.sum_dx_more ? 3 : 2) * static_cast<int64_t>(s.dim);
     const PartialRows sums = partial_rows(s.batch * args.plan.strips, columns, x);
@@ -178,7 +179,7 @@ NormSizes check_modulated(const Tensor& o, const Tensor& x, const Tensor& scale,
 }  // namespace
 
 void modulated_layer_norm_fwd_into(const Tensor& y, Tensor o, Tensor x, Tensor scale, OptTensor gate, Tensor weight,
-                                   Tensor bias, double eps, const CudaContext& context) {
+                                   Tensor bias, double eps, const CudaContext& context, const KeptArg& kept) {
     const NormSizes sizes = check_modulated(o, x, scale, gate, weight, bias);
     check_norm_image(y, "y", sizes, x);
     const DType dtype = dtype_of(x);
@@ -191,6 +192,7 @@ void modulated_layer_norm_fwd_into(const Tensor& y, Tensor o, Tensor x, Tensor s
     args.shape = norm_shape(sizes, eps, args.o, args.x, args.y);
     const NormShape& s = args.shape;
     args.plan = norm_plan(s.batch, s.tokens, s.slots(), kNormFwdBlocks);
+    args.kept = kept;
     args.scale = param(scale), args.gate = param(gate), args.weight = param(weight), args.bias = param(bias);
     check_cuda(launch_modulated_layer_norm_fwd(args, dtype, context.stream()), "modulated_layer_norm forward");
 }

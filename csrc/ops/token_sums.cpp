@@ -6,7 +6,7 @@
 
 namespace gm {
 
-WeightPartials weight_partials(const Tensor& dy, const Tensor& x) {
+WeightPartials weight_partials(const Tensor& dy, const Tensor& x, double alpha) {
     const int64_t groups = dy.size(0), tokens = dy.size(1), n = dy.size(2), k = x.size(2);
     // Enough products to fill a GPU of about 132 multiprocessors twice, of at least 256 terms.
     constexpr int64_t kProducts = 264, kTile = 64, kMinTerms = 256, kMaxParts = 64;
@@ -21,7 +21,7 @@ WeightPartials weight_partials(const Tensor& dy, const Tensor& x) {
     if (2 * parts >= most) {
         const Tensor values = empty({groups * parts, n, k}, dy.scalar_type(), dy);
         const int64_t terms = tokens / parts;
-        matmul_out(values, transposed(part(dy, 0, groups * parts, terms)), part(x, 0, groups * parts, terms));
+        matmul_out(values, transposed(part(dy, 0, groups * parts, terms)), part(x, 0, groups * parts, terms), alpha);
         return {values, parts};
     }
     // No number of equal parts will do: one shorter part more, a group at a time.
@@ -32,20 +32,21 @@ WeightPartials weight_partials(const Tensor& dy, const Tensor& x) {
             return alias(values, {batch, n, k}, {n * k, k, 1}, (g * count + i) * n * k);
         };
         const int64_t first = g * tokens;
-        matmul_out(slot(0, most), transposed(part(dy, first, most, terms)), part(x, first, most, terms));
+        matmul_out(slot(0, most), transposed(part(dy, first, most, terms)), part(x, first, most, terms), alpha);
         if (rest > 0)
             matmul_out(slot(most, 1), transposed(part(dy, first + most * terms, 1, rest)),
-                       part(x, first + most * terms, 1, rest));
+                       part(x, first + most * terms, 1, rest), alpha);
     }
     return {values, count};
 }
 
 Tensor sum_of_columns(ParameterSums& sums, const Tensor& bias, const Tensor& rows, int64_t columns, DType dtype,
-                      cudaStream_t stream) {
+                      cudaStream_t stream, const KeptArg& kept, int64_t rows_of_image) {
     constexpr int64_t kBlocks = 264, kLeastRows = 16;  // two blocks an SM of an H100
     ColumnSumArgs args;
     args.x = rows.data_ptr(), args.rows = rows.size(0), args.row_stride = rows.stride(0);
     args.columns = static_cast<int>(columns);
+    args.kept = kept, args.rows_of_image = rows_of_image;
     args.blocks = static_cast<int>(std::min<int64_t>(kBlocks, (rows.size(0) + kLeastRows - 1) / kLeastRows));
     const PartialRows partials = partial_rows(args.blocks, columns, rows);
     args.partials = static_cast<float*>(partials.values.data_ptr());

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import groupmamba_ext as ext
 from groupmamba.layers._checks import positive_int
 from groupmamba.layers._lookup import AFFINE, parameters_of
+from groupmamba.layers.stochastic_depth import KeptImages, add
 from groupmamba.layers.token_linear import token_linear
 from groupmamba_ext.layer_ops import feed_forward, takes_image
 
@@ -48,17 +49,27 @@ class ConvFeedForward(nn.Module):
         self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, **place)
         self.fc2 = nn.Linear(hidden_dim, dim, **place)
 
-    def forward(self, x: Tensor, norm: nn.LayerNorm | None = None, *, residual: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        norm: nn.LayerNorm | None = None,
+        *,
+        residual: bool = False,
+        kept: KeptImages | None = None,
+    ) -> Tensor:
         """``[x +] mlp(norm(x))``: with ``norm`` and ``residual`` the whole second half of a block in one op on CUDA.
 
         Args:
             x: (batch, H, W, dim).
             norm: applied to ``x`` first, or None.
             residual: add ``x``.
+            kept: with ``residual``, the images whose branch is added, and its scale.
 
         Returns:
             (batch, H, W, dim); on CUDA with ``norm``, pixels lie a multiple of 8 channels apart.
         """
+        if kept is not None:
+            kept.check(x, residual)
         if norm is not None and takes_image(x):
             modules = self._modules
             layers = {
@@ -67,11 +78,10 @@ class ConvFeedForward(nn.Module):
                 "conv": parameters_of(modules["dwconv"], AFFINE),
                 "fc2": parameters_of(modules["fc2"], AFFINE),
             }
-            return feed_forward(x, **layers, eps=norm.eps, residual=residual)
+            return feed_forward(x, **layers, eps=norm.eps, residual=residual, kept=kept)
         hidden = _linear(x if norm is None else norm(x), self.fc1)
         hidden = ext.depthwise_conv3x3(hidden, self.dwconv.weight, self.dwconv.bias, activation="gelu")
-        y = _linear(hidden, self.fc2)
-        return x + y if residual else y
+        return add(x, _linear(hidden, self.fc2), residual, kept)
 
 
 def _linear(x: Tensor, layer: nn.Linear) -> Tensor:

@@ -13,6 +13,7 @@ from groupmamba.layers._checks import direction_names, image_input, positive_int
 from groupmamba.layers._lookup import AFFINE, parameters_of
 from groupmamba.layers.channel_affinity import ChannelAffinity
 from groupmamba.layers.group_core import SCANS, GroupCore
+from groupmamba.layers.stochastic_depth import KeptImages, add
 from groupmamba.layers.token_linear import token_linear
 from groupmamba.layers.vsss import GroupedVSSS
 from groupmamba_ext.layer_ops import can_fuse, grouped_mamba_layer, scan_constants
@@ -144,43 +145,51 @@ class GroupedMamba2d(nn.Module):
             self.affinity.reset_parameters()
         self._reset_own_parameters()
 
-    def forward(self, x: Tensor, *, residual: bool = False, tokens: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, *, residual: bool = False, tokens: bool = False, kept: KeptImages | None = None
+    ) -> Tensor:
         """The layer, or with ``residual`` ``x`` plus it, which on CUDA costs no pass of its own.
 
         With ``tokens`` ``x`` and the result are (batch, H, W, dim), as they lie in memory: a network that keeps its
-        images so is spared the views.
+        images so is spared the views. ``kept``, with ``residual`` and a batch, is stochastic depth:
+        ``x + kept.kept * kept.scale * layer(x)``, in the released variant again without a pass of its own.
         """
         paper = self.variant == "paper"
         first = self._parameters.get("skip_scale")
         if first is None:
             first = next(self.parameters()) if paper else self._modules["norm"].weight
         image_input(x, self.dim, first, tokens=tokens)
+        if kept is not None:
+            if x.dim() == 3:
+                raise ValueError(f"kept needs a batch of images, got x of shape {tuple(x.shape)}")
+            kept.check(x, residual)
         if not tokens:
-            return self._image(x, residual)
+            return self._image(x, residual, kept)
         if paper:
-            return self._image(x.permute(0, 3, 1, 2), residual).permute(0, 2, 3, 1)
-        return self._tokens(x, residual)
+            return self._image(x.permute(0, 3, 1, 2), residual, kept).permute(0, 2, 3, 1)
+        return self._tokens(x, residual, kept)
 
-    def _image(self, x: Tensor, residual: bool) -> Tensor:
+    def _image(self, x: Tensor, residual: bool, kept: KeptImages | None) -> Tensor:
         """Any variant on (batch, dim, H, W) or (dim, H, W)."""
         if self.variant == "paper":
             y = self.vsss(x)
             y = y if self.affinity is None else y * self.affinity(x).to(y.dtype)[..., None, None]
-            return x + y if residual else y
+            return add(x, y, residual, kept)
         if x.dim() == 4:
-            return self._tokens(x.permute(0, 2, 3, 1), residual).permute(0, 3, 1, 2)
-        return self._tokens(x.unsqueeze(0).permute(0, 2, 3, 1), residual).permute(0, 3, 1, 2).squeeze(0)
+            return self._tokens(x.permute(0, 2, 3, 1), residual, kept).permute(0, 3, 1, 2)
+        return self._tokens(x.unsqueeze(0).permute(0, 2, 3, 1), residual, kept).permute(0, 3, 1, 2).squeeze(0)
 
-    def _tokens(self, x: Tensor, residual: bool) -> Tensor:
+    def _tokens(self, x: Tensor, residual: bool, kept: KeptImages | None) -> Tensor:
         """The released and fused variants on (batch, H, W, dim)."""
         if self._one_op and can_fuse(x, self._inner_dim):
-            return self._fused(x, residual)
+            if kept is None or self.variant == "released":
+                return self._fused(x, residual, kept)
+            return kept.added(x, self._fused(x, False, None))
         mixed = self._mix(x.contiguous())
         y = token_linear(mixed.flatten(0, 2).unsqueeze(0), self.proj.weight.unsqueeze(0), self.proj.bias)
-        y = y.view(*mixed.shape[:3], self.dim)
-        return x + y if residual else y
+        return add(x, y.view(*mixed.shape[:3], self.dim), residual, kept)
 
-    def _fused(self, x: Tensor, residual: bool) -> Tensor:
+    def _fused(self, x: Tensor, residual: bool, kept: KeptImages | None) -> Tensor:
         modules = self._modules
         norm, mamba, affinity = modules["norm"], modules["mamba"], modules.get("affinity")
         if affinity is not None:
@@ -198,6 +207,7 @@ class GroupedMamba2d(nn.Module):
             chunk=chunk,
             eps=norm.eps,
             residual=residual,
+            kept=kept,
         )
 
     def _mix(self, x: Tensor) -> Tensor:

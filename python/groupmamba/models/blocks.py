@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from groupmamba.layers import GroupedMamba2d
 from groupmamba.layers.feed_forward import ConvFeedForward
+from groupmamba.layers.stochastic_depth import KeptImages
 from groupmamba.layers.token_norm import TokenNorm
 from groupmamba.models.entry_conv import EntryConv
 from groupmamba_ext.layer_ops import batch_norm_relu, takes_batch_norm
@@ -129,11 +130,15 @@ class GroupMambaBlock(nn.Module):
         if self.paper:
             mixed = self.attn(x, tokens=True).contiguous()
             return x + self.drop_path(self.mlp(mixed, self.norm2))
-        whole = not self.training or isinstance(self.drop_path, nn.Identity)  # no path to drop
-        mixed = self.attn(x, residual=whole, tokens=True)
-        x = mixed if whole else x + self.drop_path(mixed)
-        fed = self.mlp(x, self.norm2, residual=whole)
-        return fed if whole else x + self.drop_path(fed)
+        x = self.attn(x, residual=True, tokens=True, kept=self._kept(x))
+        return self.mlp(x, self.norm2, residual=True, kept=self._kept(x))
+
+    def _kept(self, x: Tensor) -> KeptImages | None:
+        """What `drop_path` would draw for one branch; the branch then counts it on its way to the residual stream."""
+        drop = self.drop_path
+        if not self.training or isinstance(drop, nn.Identity) or not drop.drop_prob:
+            return None
+        return KeptImages.draw(x, drop.drop_prob, scale_by_keep=drop.scale_by_keep)
 
 
 class Stage(nn.Module):

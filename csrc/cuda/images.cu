@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The sum of images that lie one after another, in float32, rounded once.
+// Images that lie one after another: their sum, in float32, rounded once; zeros in some of them.
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "cuda/launch_kernel.cuh"
@@ -35,7 +35,23 @@ __global__ void __launch_bounds__(kThreads, 3) sum_images_kernel(const __grid_co
     }
 }
 
+constexpr int kClearedByBlock = 16 * kThreads * 8;  // bytes
+
+__global__ void __launch_bounds__(kThreads) clear_images_kernel(const __grid_constant__ ClearImagesArgs args) {
+    const int64_t blocks = (args.bytes + kClearedByBlock - 1) / kClearedByBlock, image = blockIdx.x / blocks;
+    if (is_kept(args.kept, image)) return;
+    const int64_t first = (blockIdx.x - image * blocks) * kClearedByBlock;
+    const int64_t end = min(args.bytes, first + kClearedByBlock);
+    for (int64_t i = first + threadIdx.x * 16; i < end; i += kThreads * 16)
+        *reinterpret_cast<uint4*>(static_cast<char*>(args.images) + image * args.bytes + i) = make_uint4(0, 0, 0, 0);
+}
+
 }  // namespace
+
+cudaError_t launch_clear_images(const ClearImagesArgs& args, cudaStream_t stream) {
+    const int64_t blocks = (args.bytes + kClearedByBlock - 1) / kClearedByBlock;
+    return launch_kernel(clear_images_kernel, args.batch * blocks, kThreads, 0, stream, args);
+}
 
 cudaError_t launch_sum_images(const SumImagesArgs& args, DType dtype, cudaStream_t stream) {
     return dispatch_dtype(dtype, [&](auto tag) {
