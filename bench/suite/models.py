@@ -25,9 +25,10 @@ from suite.runner import blank_row
 from suite.timing import Timer
 
 OURS = ("groupmamba_tiny", "groupmamba_small", "groupmamba_base")
-ABLATION = {  # of the paper's layer, on the whole of the tiny model
+VARIED = {  # the tiny model: the paper's ablation, and training as its recipes do
     "groupmamba_tiny, 4-D scanning": {"scan": "cross", "affinity": False},
     "groupmamba_tiny, no CAM": {"affinity": False},
+    "groupmamba_tiny, drop path 0.2": {"drop_path_rate": 0.2},
 }
 TIMM = ("swin_tiny_patch4_window7_224", "convnext_tiny", "caformer_s18", "hiera_small_224")
 VMAMBA = "vmamba_tiny_s1l8"
@@ -58,7 +59,7 @@ def require() -> None:
 def _ours(label: str) -> nn.Module:
     from groupmamba import models
 
-    return getattr(models, label.split(",")[0])(**ABLATION.get(label, {}))
+    return getattr(models, label.split(",")[0])(**VARIED.get(label, {}))
 
 
 def _timm(name: str) -> nn.Module:
@@ -70,12 +71,12 @@ def _timm(name: str) -> nn.Module:
 def entries(peers: Sequence[str], released: Path | None, vmamba: Path | None) -> list[Entry]:
     """This project's models and those of the peers asked for; compiled, too, with ``compile`` among them."""
     found = [Entry(name, "ours", lambda name=name: _ours(name)) for name in OURS]
-    ablation = [Entry(name, "ours", lambda name=name: _ours(name)) for name in ABLATION]
+    varied = [Entry(name, "ours", lambda name=name: _ours(name)) for name in VARIED]
     if "timm" in peers:
         found += [Entry(name, "timm", lambda name=name: _timm(name)) for name in TIMM]
     if "compile" in peers:
         found += [replace(entry, label=entry.label + COMPILED, compiled=True) for entry in list(found)]
-    found += ablation
+    found += varied
     if "released" in peers:
         for name in OURS:
             build = lambda name=name: getattr(checkouts.load("released", released, "groupmamba"), name)()  # noqa: E731
@@ -102,7 +103,7 @@ def check(name: str, device: torch.device, dtype: torch.dtype, other: nn.Module 
     """Logits of two small images against the model in float64 through the reference.
 
     Args:
-        name: one of :data:`OURS` or :data:`ABLATION`, checked under autocast to ``dtype``.
+        name: one of :data:`OURS` or :data:`VARIED`, checked under autocast to ``dtype``.
         other: a released model to be checked in its place, in float32: its weights go into the model of that name.
     """
     torch.manual_seed(0)
@@ -225,7 +226,7 @@ def compare_rows(rows: Sequence[dict]) -> None:
             same = all(row[k] == other[k] for k in ("pass", "batch", "dtype", "shape"))
             wanted = other["label"] == RELEASED + name
             if name == OURS[0]:
-                wanted |= other["series"] in ("timm", "vmamba") or other["label"] in ABLATION
+                wanted |= other["series"] in ("timm", "vmamba") or other["label"] in VARIED
             if not (same and wanted):
                 continue
             graphs = row["graph_us"] is not None and other["graph_us"] is not None

@@ -20,6 +20,18 @@ __device__ __forceinline__ void copy16_async(void* shared, const void* global, b
 #endif
 }
 
+// 4 bytes, both ends aligned.
+__device__ __forceinline__ void copy4_async(void* shared, const void* global) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+    asm volatile(
+        "cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+        "l"(global)
+        : "memory");
+#else
+    *static_cast<uint32_t*>(shared) = *static_cast<const uint32_t*>(global);
+#endif
+}
+
 // Closes the group of a thread's copies since the last call.
 __device__ __forceinline__ void copy_commit() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800

@@ -3,6 +3,7 @@
 // counts is latency, and that it is one launch forward (with the end of the pooling) and two backward.
 #include <algorithm>
 
+#include "cuda/async_copy.cuh"
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "cuda/launch_kernel.cuh"
@@ -11,9 +12,65 @@
 namespace gm {
 namespace {
 
-// A block an image: what counts is how many loads of weights follow one another, so all are done by as many threads,
-// four columns at once where rows allow that.
+// A block an image: what counts is how many accesses follow one another, so all are done by as many threads, four
+// columns at once where rows allow that, and the weights are on their way to shared memory before anything else.
 constexpr int kAffinityThreads = 512;
+
+// A parameter of `count` elements as the block reads it: copied behind `to`, which moves on, or in place. The caller
+// waits for the copies.
+template <class T>
+__device__ __forceinline__ ParamArg staged(const ParamArg& w, int64_t count, unsigned char*& to) {
+    const int bytes = static_cast<int>(count * (w.is_float ? sizeof(float) : sizeof(T)));
+    const auto* const from = static_cast<const unsigned char*>(w.ptr);
+    if (bytes % 16 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+        for (int i = threadIdx.x * 16; i < bytes; i += kAffinityThreads * 16) copy16_async(to + i, from + i, true);
+    } else {
+        for (int i = threadIdx.x * 4; i < bytes; i += kAffinityThreads * 4) copy4_async(to + i, from + i);
+    }
+    const ParamArg out{to, w.is_float};
+    to += (bytes + 15) / 16 * 16;
+    return out;
+}
+
+// The weights and biases as a block reads them. Behind `shared` there are args.staged_bytes.
+struct Weights {
+    ParamArg fc1_weight, fc2_weight, fc1_bias, fc2_bias;
+
+    template <class T>
+    static __device__ __forceinline__ Weights of(const AffinityArgs& args, float* shared, bool biases) {
+        Weights w{args.fc1_weight, args.fc2_weight, args.fc1_bias, args.fc2_bias};
+        if (args.staged_bytes == 0) return w;
+        auto* to = reinterpret_cast<unsigned char*>(shared);
+        w.fc1_weight = staged<T>(w.fc1_weight, static_cast<int64_t>(args.hidden) * args.dim, to);
+        w.fc2_weight = staged<T>(w.fc2_weight, static_cast<int64_t>(args.hidden) * args.out_dim, to);
+        if (biases) {
+            w.fc1_bias = staged<T>(w.fc1_bias, args.hidden, to);
+            w.fc2_bias = staged<T>(w.fc2_bias, args.out_dim, to);
+        }
+        copy_commit();
+        return w;
+    }
+};
+
+// What Weights needs in a block that has `bytes_besides`, or 0 where parameters are not whole words or the device
+// has no room for them.
+int staged_bytes(const AffinityArgs& args, DType dtype, bool biases, int bytes_besides) {
+    int device = 0, room = 0;
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
+        return 0;
+    const int64_t counts[] = {static_cast<int64_t>(args.hidden) * args.dim,
+                              static_cast<int64_t>(args.hidden) * args.out_dim, biases ? args.hidden : 0,
+                              biases ? args.out_dim : 0};
+    const ParamArg* const parameters[] = {&args.fc1_weight, &args.fc2_weight, &args.fc1_bias, &args.fc2_bias};
+    int64_t all = 0;
+    for (int i = 0; i < 4; ++i) {
+        const int64_t bytes = counts[i] * (parameters[i]->is_float || dtype == DType::kFloat ? 4 : 2);
+        if (bytes % 4 != 0 || reinterpret_cast<uintptr_t>(parameters[i]->ptr) % 4 != 0) return 0;
+        all += (bytes + 15) / 16 * 16;
+    }
+    return bytes_besides + all <= room ? static_cast<int>(all) : 0;
+}
 
 __device__ __forceinline__ int gate_index(const AffinityArgs& args, int m) {
     const int group = m / args.group_dim;
@@ -147,18 +204,22 @@ __device__ __forceinline__ void pool(const AffinityArgs& args, float* shared, fl
 template <class T>
 __global__ void __launch_bounds__(kAffinityThreads, 1)
     channel_affinity_fwd_kernel(const __grid_constant__ AffinityArgs args) {
-    extern __shared__ float shared[];  // pooled, hidden, sums by rows
-    float* const hidden = shared + args.dim;
+    extern __shared__ float4 dynamic_shared[];  // weights, pooled, hidden, sums by rows
+    float* const shared = reinterpret_cast<float*>(dynamic_shared);
+    float* const pooled = shared + args.staged_bytes / sizeof(float);
+    float* const hidden = pooled + args.dim;
     const int64_t image = blockIdx.x;
-    pool(args, shared, hidden + args.hidden);
+    const Weights weights = Weights::of<T>(args, shared, true);
+    pool(args, pooled, hidden + args.hidden);
+    copy_wait<0>();
     __syncthreads();
-    row_products<T>(args.fc1_weight, args.hidden, args.dim, shared, [&](int j, float sum) {
-        hidden[j] = args.hidden_out[image * args.hidden + j] = fmaxf(sum + load_param<T>(args.fc1_bias, j), 0.f);
+    row_products<T>(weights.fc1_weight, args.hidden, args.dim, pooled, [&](int j, float sum) {
+        hidden[j] = args.hidden_out[image * args.hidden + j] = fmaxf(sum + load_param<T>(weights.fc1_bias, j), 0.f);
     });
     __syncthreads();
     float* const gate = args.gate + image * gate_width(args);
-    row_products<T>(args.fc2_weight, args.out_dim, args.hidden, hidden, [&](int m, float sum) {
-        gate[gate_index(args, m)] = 1.f / (1.f + expf(-sum - load_param<T>(args.fc2_bias, m)));
+    row_products<T>(weights.fc2_weight, args.out_dim, args.hidden, hidden, [&](int m, float sum) {
+        gate[gate_index(args, m)] = 1.f / (1.f + expf(-sum - load_param<T>(weights.fc2_bias, m)));
     });
     const int pads = args.group_width - args.group_dim;
     for (int i = threadIdx.x; i < args.out_dim / args.group_dim * pads; i += kAffinityThreads)
@@ -169,8 +230,12 @@ __global__ void __launch_bounds__(kAffinityThreads, 1)
 template <class T>
 __global__ void __launch_bounds__(kAffinityThreads, 1)
     channel_affinity_bwd_kernel(const __grid_constant__ AffinityArgs args) {
-    extern __shared__ float shared[];  // gradient before the sigmoid, before the relu, and of column_products
-    float* const hidden = shared + args.out_dim;
+    extern __shared__ float4
+        dynamic_shared[];  // weights, gradient before the sigmoid, before the relu, column_products
+    float* const shared = reinterpret_cast<float*>(dynamic_shared);
+    float* const before_sigmoid = shared + args.staged_bytes / sizeof(float);
+    float* const hidden = before_sigmoid + args.out_dim;
+    const Weights weights = Weights::of<T>(args, shared, false);
     float* const sums = hidden + args.hidden;
     const int64_t image = blockIdx.x;
     float* const scratch = args.scratch + image * (args.out_dim + args.hidden);
@@ -183,14 +248,15 @@ __global__ void __launch_bounds__(kAffinityThreads, 1)
         load_ahead(
             0, args.dgate_parts, 1, [&](int k) { return from[k * args.dgate_stride]; },
             [&](float v, int) { sum += v; });
-        scratch[m] = shared[m] = sum * gate * (1.f - gate);
+        scratch[m] = before_sigmoid[m] = sum * gate * (1.f - gate);
     }
+    copy_wait<0>();
     __syncthreads();
-    column_products<T>(args.fc2_weight, args.out_dim, args.hidden, shared, sums, [&](int j, float sum) {
+    column_products<T>(weights.fc2_weight, args.out_dim, args.hidden, before_sigmoid, sums, [&](int j, float sum) {
         if (args.hidden_out[image * args.hidden + j] <= 0.f) sum = 0.f;
         scratch[args.out_dim + j] = hidden[j] = sum;
     });
-    column_products<T>(args.fc1_weight, args.hidden, args.dim, hidden, sums,
+    column_products<T>(weights.fc1_weight, args.hidden, args.dim, hidden, sums,
                        [&](int c, float sum) { args.dpooled[image * args.dim + c] = sum; });
 }
 
@@ -236,21 +302,27 @@ __global__ void __launch_bounds__(kReduceColumns* kSumThreads)
 
 }  // namespace
 
-cudaError_t launch_channel_affinity_fwd(const AffinityArgs& args, DType dtype, cudaStream_t stream) {
+cudaError_t launch_channel_affinity_fwd(const AffinityArgs& given, DType dtype, cudaStream_t stream) {
+    AffinityArgs args = given;
+    const int sums = std::max(kAffinityThreads / args.dim, 1) * args.dim;
+    const int shared = static_cast<int>(sizeof(float)) * (args.dim + args.hidden + sums);
+    args.staged_bytes = staged_bytes(args, dtype, true, shared);
     return dispatch_dtype(dtype, [&](auto tag) {
-        const int sums = std::max(kAffinityThreads / args.dim, 1) * args.dim;
         return launch_kernel(channel_affinity_fwd_kernel<typename decltype(tag)::type>, args.batch, kAffinityThreads,
-                             sizeof(float) * (args.dim + args.hidden + sums), stream, args);
+                             args.staged_bytes + shared, stream, args);
     });
 }
 
-cudaError_t launch_channel_affinity_bwd(const AffinityArgs& args, DType dtype, cudaStream_t stream) {
+cudaError_t launch_channel_affinity_bwd(const AffinityArgs& given, DType dtype, cudaStream_t stream) {
+    AffinityArgs args = given;
     const int64_t parameters = static_cast<int64_t>(args.hidden) * (args.dim + args.out_dim + 1) + args.out_dim;
     const int sums = product_scratch(std::max(args.hidden, args.dim));
+    const int shared = static_cast<int>(sizeof(float)) * (args.out_dim + args.hidden + sums);
+    args.staged_bytes = staged_bytes(args, dtype, false, shared);
     return dispatch_dtype(dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
         const cudaError_t error = launch_kernel(channel_affinity_bwd_kernel<T>, args.batch, kAffinityThreads,
-                                                sizeof(float) * (args.out_dim + args.hidden + sums), stream, args);
+                                                args.staged_bytes + shared, stream, args);
         if (error != cudaSuccess) return error;
         const int64_t blocks = (parameters + kReduceColumns - 1) / kReduceColumns;
         channel_affinity_weights_kernel<T>
