@@ -13,7 +13,6 @@ from groupmamba.layers import token_norm as layers_token_norm
 from groupmamba.layers.feed_forward import ConvFeedForward
 from groupmamba.layers.stochastic_depth import KeptImages
 from groupmamba.layers.token_norm import TokenNorm
-from groupmamba.models.blocks import GroupMambaBlock
 from groupmamba_ext import layer_ops
 from groupmamba_ext.ops import DIRECTIONS, chunk_tokens
 from layer_tools import image, make, run
@@ -319,6 +318,9 @@ def test_bitwise_repeatable():
 @pytest.mark.parametrize("variant", ["released", "fused"])
 def test_replays_in_a_graph(variant, dim):
     """Forward and backward, the block's feed-forward too: in a capture some kernels run beside the others."""
+    pytest.importorskip("timm", reason="needs the extra 'models'")
+    from groupmamba.models.blocks import GroupMambaBlock
+
     block = GroupMambaBlock(dim, 4.0, 0.0, variant=variant).to("cuda")
     leaves = list(block.parameters())
     x, static = (torch.zeros(3, 14, 14, dim, device="cuda") for _ in range(2))
