@@ -33,7 +33,7 @@ public:
     }
     Branch(const Branch&) = delete;
     Branch& operator=(const Branch&) = delete;
-    // A capture can't end with an open branch, nor can a caller's error be told from the one that would raise.
+    // An open branch would spoil the capture, and an error from here would hide the one that unwinds.
     ~Branch() {
         if (stream_ != main_) close();
     }

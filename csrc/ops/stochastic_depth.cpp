@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// Stochastic depth: what the entries of the layer and the feed-forward network share.
 #include "ops/stochastic_depth.h"
 
 #include "cuda/launch.h"
