@@ -428,3 +428,16 @@ def test_copy_moves_what_it_says():
     (x, y), *_ = copy._buffers(1 << 20)
     assert measure.nbytes((x, y)) == 1 << 20
     assert copy.us(1 << 20) == copy.us(1 << 20) > 0
+
+
+def test_command_says_nothing_of_the_machine():
+    arguments = [
+        "--models",
+        "groupmamba_tiny, compiled",
+        "--json",
+        "/somewhere/out/results.json",
+        "--released",
+        "GroupMamba",
+    ]
+    expected = "bench/run.py --models 'groupmamba_tiny, compiled' --json results.json --released GroupMamba"
+    assert report._command(arguments) == expected

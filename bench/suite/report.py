@@ -7,6 +7,7 @@ import datetime
 import json
 import math
 import platform
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -42,8 +43,14 @@ def environment(device: torch.device) -> dict:
             "python": platform.python_version(),
         },
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["bench/run.py", *sys.argv[1:]]),
+        "command": _command(sys.argv[1:]),
     }
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """The command line as a shell takes it; of absolute paths the last part, which says nothing of the machine."""
+    names = [Path(a).name if a.startswith("/") else a for a in arguments]
+    return shlex.join(["bench/run.py", *names])
 
 
 def _cpu_name() -> str:
