@@ -50,6 +50,14 @@ __device__ __forceinline__ void tma_load(uint32_t shared, const CUtensorMap* map
         : "memory");
 }
 
+// `bytes`, a multiple of 16, from and to addresses that are such, too.
+__device__ __forceinline__ void bulk_load(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+        "l"(global), "r"(bytes), "r"(barrier)
+        : "memory");
+}
+
 // Elements of the box outside the tensor are not written.
 __device__ __forceinline__ void tma_store(uint32_t shared, const CUtensorMap* map, const Coordinates& c) {
     asm volatile(
