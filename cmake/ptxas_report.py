@@ -15,7 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-ENTRY = re.compile(r"Compiling entry function '(?P<name>\S+)' for 'sm_(?P<arch>\w+)'")
+# Kernels by instructions of one architecture (sm_90a) count among those of that architecture.
+ENTRY = re.compile(r"Compiling entry function '(?P<name>\S+)' for 'sm_(?P<arch>\d+)[af]?'")
 SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 REGISTERS = re.compile(r"Used (\d+) registers")
 CHATTER = re.compile(r"ptxas info\s*:|\d+ bytes stack frame|bytes gmem")
@@ -60,7 +61,7 @@ def table(json_path: str, header_path: str, objects: list[str]) -> None:
     for kernel, name in zip(kernels, demangle([kernel["name"] for kernel in kernels]), strict=True):
         kernel["name"] = name
     architectures = {}
-    for arch in sorted({kernel["arch"] for kernel in kernels}, key=lambda a: (len(a.rstrip("af")), a)):
+    for arch in sorted({kernel["arch"] for kernel in kernels}, key=int):
         of_arch = [kernel for kernel in kernels if kernel["arch"] == arch]
         architectures[arch] = {
             "kernels": len(of_arch),

@@ -1,8 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every op test runs on the CPU and, marked ``cuda``, on a GPU; without one the latter are skipped and counted."""
 
+import os
+
 import pytest
 import torch
+
+
+def pytest_configure():
+    # Processes of pytest-xdist that each use all processors mostly wait for one another.
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(torch.get_num_threads() // workers, 1))
 
 
 def pytest_collection_modifyitems(items):

@@ -17,7 +17,7 @@ from scan_tools import inputs as scan_inputs
 from test_batch_norm import inputs as norm_inputs
 from test_conv import inputs as conv_inputs
 from test_cross_scan import inputs as cross_inputs
-from test_layer_ops import feed_forward
+from test_layer_ops import ONE_KERNEL, feed_forward
 from test_norms import modulated_inputs, pool_inputs
 
 SCANS = [  # dim, rank, states, h, w: the portable kernels, aligned and not
@@ -50,6 +50,15 @@ def run_layers(dtype: torch.dtype, dim: int, h: int, w: int) -> None:
     mlp, norm = modules["mlp"], modules["norm"]
     for images in (None, kept):
         run(lambda x, images=images: mlp(x, norm, residual=True, kept=images), {"x": x.permute(0, 2, 3, 1)})
+
+
+def run_feed_forward(dtype: torch.dtype, batch: int, dim: int, hidden: int, shape: tuple[int, int]) -> None:
+    """The feed-forward network as one kernel, where there is one."""
+    modules = feed_forward(dim, hidden).to("cuda", dtype)
+    x = torch.randn(batch, *shape, dim, device="cuda").to(dtype)
+    kept = KeptImages(torch.arange(batch, device="cuda") % 2.0, 2.0)
+    for images in (None, kept):
+        run(lambda x, images=images: modules["mlp"](x, modules["norm"], residual=True, kept=images), {"x": x})
 
 
 def run(function, tensors: dict, **options) -> None:
@@ -94,6 +103,8 @@ def main() -> None:
             run(lambda **t: layer_ops.batch_norm_relu(**t, eps=1e-5)[0], norm_inputs(batch, channels, h, w, dtype))
         for dim, h, w in LAYERS:
             run_layers(dtype, dim, h, w)
+        for case in ONE_KERNEL:
+            run_feed_forward(dtype, *case)
     print("all kernels ran")
 
 

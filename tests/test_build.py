@@ -253,7 +253,7 @@ ptxas info    : Used 40 registers, used 0 barriers
 """
     assert report.parse(text) == [
         {"name": "_Zfirst", "arch": "80", "registers": 255, "spill_bytes": 28},
-        {"name": "_Zfirst", "arch": "90a", "registers": 40, "spill_bytes": 0},
+        {"name": "_Zfirst", "arch": "90", "registers": 40, "spill_bytes": 0},
     ]
 
 

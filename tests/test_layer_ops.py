@@ -200,24 +200,30 @@ def feed_forward(dim, hidden):
     return torch.nn.ModuleDict({"mlp": network, "norm": norm})
 
 
+# batch, dim, hidden, height and width that one kernel takes on 9.0 in 16 bits: each of its three widths, tiles that end
+# at the image's edges and beyond them, hidden channels that fill no block
+ONE_KERNEL = [(16, 64, 512, (28, 31)), (100, 40, 72, (13, 12)), (16, 128, 264, (21, 27)), (48, 192, 200, (13, 14))]
+
+
 @pytest.mark.parametrize(
-    "dim, hidden, shape",
+    "batch, dim, hidden, shape",
     [
-        (64, 512, (9, 14)),
-        (348, 1392, (7, 7)),
-        (44, 20, (3, 5)),
-        (16, 9, (1, 1)),
-        (96, 64, (1, 70)),
+        (2, 64, 512, (9, 14)),
+        (2, 348, 1392, (7, 7)),
+        (2, 44, 20, (3, 5)),
+        (2, 16, 9, (1, 1)),
+        (2, 96, 64, (1, 70)),
         # tokens of eight vectors a thread, and wider than the norms' registers
-        (600, 72, (5, 3)),
-        (1100, 40, (3, 3)),
+        (2, 600, 72, (5, 3)),
+        (2, 1100, 40, (3, 3)),
+        *ONE_KERNEL,
     ],  # fmt: skip
 )
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_feed_forward_equals_the_composed_one(monkeypatch, dtype, dim, hidden, shape, residual):
+def test_feed_forward_equals_the_composed_one(monkeypatch, dtype, batch, dim, hidden, shape, residual):
     modules = feed_forward(dim, hidden)
-    x, dy = (torch.randn(2, *shape, dim, dtype=torch.float64) for _ in range(2))
+    x, dy = (torch.randn(batch, *shape, dim, dtype=torch.float64) for _ in range(2))
 
     def results(dtype, device):
         modules.to(device, dtype).zero_grad()
@@ -237,19 +243,50 @@ def test_feed_forward_equals_the_composed_one(monkeypatch, dtype, dim, hidden, s
         assert error <= max(2 * own, FLOOR[dtype]), f"{name}: {error:.2e}, composed {own:.2e}"
 
 
+def kernels_of(function) -> list[str]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        torch.cuda.synchronize()
+    return [e.key for e in profile.key_averages() if e.self_device_time_total > 0]
+
+
+@pytest.mark.parametrize("batch, dim, hidden, shape", ONE_KERNEL)
+def test_feed_forward_is_one_kernel(batch, dim, hidden, shape):
+    """On 9.0 in 16 bits, where that pays; elsewhere, as for parameters that the copy engine can't read, it is several.
+
+    Parameters in pieces of one buffer, as some optimisers keep them, may begin anywhere.
+    """
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    modules = feed_forward(dim, hidden).to("cuda", torch.bfloat16).requires_grad_(False)
+    mlp, norm = modules["mlp"], modules["norm"]
+    x = torch.randn(batch, *shape, dim, device="cuda", dtype=torch.bfloat16)
+    runs_alone = lambda x: any("feed_forward_sm90a" in k for k in kernels_of(lambda: mlp(x, norm)))  # noqa: E731
+    assert runs_alone(x)
+    assert not runs_alone(x[:1, :, :7])
+    assert not runs_alone(x[:1].expand(batch, -1, -1, -1))
+    strided = torch.zeros(batch, *shape, 2 * dim, device="cuda", dtype=torch.bfloat16)[..., :dim].copy_(x)
+    assert runs_alone(strided) and torch.equal(mlp(strided, norm), mlp(x, norm))
+    expected = mlp(x, norm)
+    buffer = torch.empty(mlp.fc1.weight.numel() + 1, device="cuda", dtype=torch.bfloat16)
+    mlp.fc1.weight.data = buffer[1:].view_as(mlp.fc1.weight).copy_(mlp.fc1.weight)
+    assert not runs_alone(x)
+    assert relative_error(mlp(x, norm), expected) < FLOOR[torch.bfloat16]
+
+
 def stochastic_depth(function, parameters, x, dy, scale, dtype, device):
-    """Of images 0 and 2 of four: output, input and parameter gradients."""
+    """Of every second image: output, input and parameter gradients."""
     t = x.to(device, dtype).requires_grad_()
     dy = dy.to(device, dtype)
-    kept = KeptImages(torch.tensor([1.0, 0.0, 1.0, 0.0], device=device), scale)
+    kept = KeptImages(torch.arange(1.0, len(x) + 1, device=device) % 2, scale)
     y = function(t, residual=True, kept=kept)
     dx, *gradients = torch.autograd.grad(y, [t, *parameters], dy)
     assert torch.equal(y[1::2], t[1::2]) and torch.equal(dx[1::2], dy[1::2])
     return [y.detach(), dx, *(g.clone() for g in gradients)]
 
 
-def check_stochastic_depth(monkeypatch, module, function, size, dtype, patches):
-    x, dy = (torch.randn(4, *size, dtype=torch.float64) for _ in range(2))
+def check_stochastic_depth(monkeypatch, module, function, size, dtype, patches, batch=4):
+    x, dy = (torch.randn(batch, *size, dtype=torch.float64) for _ in range(2))
 
     def results(dtype, device, scale=1.25):
         module.to(device, dtype)
@@ -278,15 +315,16 @@ def test_stochastic_depth(monkeypatch, dtype, variant, dim, shape, options):
     check_stochastic_depth(monkeypatch, layer, function, (*shape, dim), dtype, [(grouped_mamba, "can_fuse")])
 
 
-@pytest.mark.parametrize("dim, hidden, shape", [
-    (64, 512, (9, 14)), (348, 1392, (7, 7)), (44, 20, (3, 5)), (16, 9, (1, 1)), (600, 72, (5, 3)), (1100, 40, (3, 3)),
+@pytest.mark.parametrize("batch, dim, hidden, shape", [
+    (4, 64, 512, (9, 14)), (4, 348, 1392, (7, 7)), (4, 44, 20, (3, 5)), (4, 16, 9, (1, 1)), (4, 600, 72, (5, 3)),
+    (4, 1100, 40, (3, 3)), *ONE_KERNEL,
 ])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_feed_forward_stochastic_depth(monkeypatch, dtype, dim, hidden, shape):
+def test_feed_forward_stochastic_depth(monkeypatch, dtype, batch, dim, hidden, shape):
     modules = feed_forward(dim, hidden)
     function = functools.partial(modules["mlp"], norm=modules["norm"])
     patches = [(place, "takes_image") for place in (layers_feed_forward, layers_token_norm)]
-    check_stochastic_depth(monkeypatch, modules, function, (*shape, dim), dtype, patches)
+    check_stochastic_depth(monkeypatch, modules, function, (*shape, dim), dtype, patches, batch)
 
 
 def test_feed_forward_opcheck():

@@ -5,6 +5,8 @@
 // GELU by a fit of the normal distribution whose relative error stays below a tenth of the storage's rounding.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/math.cuh"
 
 namespace gm {
@@ -53,6 +55,16 @@ __device__ __forceinline__ float normal_density<float>(float x) {
     return 0.3989422804014327f * expf(-0.5f * x * x);
 }
 
+template <class T>
+__device__ __forceinline__ float gelu(float x) {
+    if constexpr (std::is_same_v<T, float>) {
+        return x * normal_cdf<T>(x);
+    } else {  // x P(X < x) = max(x, 0) - |x| P(X < -|x|)
+        const float a = fabsf(x);
+        return fmaf(-a, ex2_approx(log2_normal_tail<T>(a)), fmaxf(x, 0.f));
+    }
+}
+
 template <class T, int kCount>
 __device__ __forceinline__ void activate(Activation kind, float (&x)[kCount]) {
     if (kind == Activation::kSilu) {
@@ -60,7 +72,7 @@ __device__ __forceinline__ void activate(Activation kind, float (&x)[kCount]) {
         for (int i = 0; i < kCount; ++i) x[i] *= Math<T>::sigmoid(x[i]);
     } else if (kind == Activation::kGelu) {
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) x[i] *= normal_cdf<T>(x[i]);
+        for (int i = 0; i < kCount; ++i) x[i] = gelu<T>(x[i]);
     }
 }
 

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The feed-forward network of a block on CUDA as one op: LayerNorm, fc1, depthwise convolution with GELU, fc2, and the
-// addition to the residual stream. The hidden image is written twice, before and after the convolution; the backward
-// keeps the first alone, and computes the second and the normed image again. A kernel that never writes the hidden
-// image would replace this file's middle.
+// addition to the residual stream. Where it suits, one kernel does all of it and writes the hidden image for a backward
+// alone (cuda/feed_forward_plan.h); elsewhere that image is written twice, before and after the convolution. The
+// backward keeps the first, and computes the second and the normed image again.
+#include "cuda/feed_forward_plan.h"
 #include "host/blas.h"
 #include "host/branch.h"
 #include "host/workspace.h"
@@ -40,16 +41,24 @@ FeedForwardSizes feed_forward_sizes(const Tensor& x, const FeedForwardParameters
     return s;
 }
 
+// For the one kernel the taps of a channel are three rows of four in the dtype of the images, and vectors are whole
+// blocks of channels long.
 ParameterPack feed_forward_pack(const FeedForwardParameters& p, const FeedForwardSizes& s, ScalarType dtype,
-                                Workspace& workspace) {
+                                Workspace& workspace, bool one_kernel = false) {
     ParameterPack pack(dtype, workspace);
     const bool pads = s.hidden != s.hidden_pad;
     const auto per_channel = [&](const Tensor& t, int64_t row) {
         pack.add(t, {1, s.hidden, row}, s.hidden_pad, row, pads ? ScalarType::Float : t.scalar_type());
     };
     pack.add(p.fc1_weight, {1, s.hidden, s.channels}, s.hidden_pad, s.channels_pad, dtype);
-    pack.add(p.fc1_bias, {1, 1, s.hidden}, 1, s.hidden_pad, dtype);
-    per_channel(p.conv_weight, 9), per_channel(p.conv_bias, 1);
+    const int64_t vector = one_kernel ? round_up(s.hidden, kFeedForwardBlock) : s.hidden_pad;
+    pack.add(p.fc1_bias, {1, 1, s.hidden}, 1, vector, dtype);
+    if (one_kernel) {
+        pack.add(p.conv_weight, {1, 3 * s.hidden, 3}, 3 * vector, 4, dtype);
+        pack.add(p.conv_bias, {1, 1, s.hidden}, 1, vector, ScalarType::Float);
+    } else {
+        per_channel(p.conv_weight, 9), per_channel(p.conv_bias, 1);
+    }
     pack.add(p.fc2_weight, {1, s.channels, s.hidden}, s.channels_pad, s.hidden_pad, dtype);
     pack.add(p.fc2_bias, {1, 1, s.channels}, 1, s.channels_pad, dtype);
     return pack;
@@ -60,6 +69,60 @@ struct FeedForward {
     Workspace saved;  // what the backward reads; without `save` empty
 };
 
+// True where the one kernel takes x and the parameters, and is the faster way.
+bool takes_one_kernel(const Tensor& x, const FeedForwardParameters& p, const FeedForwardSizes& s, DType dtype) {
+#if GM_WITH_SM90A
+    if (!is_canonical_image(x) || std::max({s.height * s.width, s.channels, s.hidden * 12}) > INT32_MAX / 2)
+        return false;
+    if (!suits_feed_forward(s.batch, static_cast<int>(s.height), static_cast<int>(s.width),
+                            static_cast<int>(s.channels), static_cast<int>(s.hidden), dtype))
+        return false;
+    // What the copy engine reads in place.
+    for (const Tensor* t : {&p.fc1_weight, &p.fc1_bias, &p.conv_bias, &p.fc2_weight})
+        if (reinterpret_cast<uintptr_t>(t->data_ptr()) % 16 != 0) return false;
+    const ImageArg image = image_arg(x);
+    return allows_vectors(image, static_cast<int64_t>(x.element_size()), 8) && image.token > 0 &&
+           (image.batch > 0 || s.batch == 1) && has_feed_forward_sm90a();
+#else
+    static_cast<void>(x), static_cast<void>(p), static_cast<void>(s), static_cast<void>(dtype);
+    return false;
+#endif
+}
+
+FeedForward one_kernel_forward(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias,
+                               const FeedForwardParameters& p, const FeedForwardSizes& s, double eps, bool residual,
+                               const KeptArg& kept, bool save, const CudaContext& context) {
+    const DType dtype = dtype_of(x);
+    const ScalarType type = x.scalar_type();
+    Workspace scratch(type), saved(type);
+    ParameterPack pack = feed_forward_pack(p, s, type, scratch, true);
+    const Workspace::Piece hidden_place = saved.reserve_image(save ? s.tokens() * s.hidden_pad : 0);
+    scratch.allocate(x), saved.allocate(x);
+    const Tensor out = empty_padded_image(s.batch, s.height, s.width, s.channels, x);
+    pack.prepare();
+    pack.launch(dtype, context.stream());
+
+    ParamHolder param;
+    FeedForwardArgs args;
+    args.batch = s.batch, args.height = static_cast<int>(s.height), args.width = static_cast<int>(s.width);
+    args.channels = static_cast<int>(s.channels), args.hidden_pad = static_cast<int>(s.hidden_pad);
+    args.plan = feed_forward_plan(s.batch, args.height, args.width, args.channels, static_cast<int>(s.hidden));
+    args.x = image_arg(x), args.out = image_arg(out);
+    if (save) args.hidden = saved.address(hidden_place);
+    args.residual = residual, args.kept = kept, args.eps = static_cast<float>(eps);
+    args.norm_weight = param(norm_weight), args.norm_bias = param(norm_bias), args.fc2_bias = param(p.fc2_bias);
+    args.fc1_weight = pack.get(kFc1, {s.hidden_pad, s.channels_pad}).data_ptr();
+    const int64_t vector = round_up(s.hidden, kFeedForwardBlock);
+    args.fc1_bias = pack.get(kFc1Bias, {vector}).data_ptr();
+    args.conv_weight = pack.get(kConv, {vector, 12}).data_ptr();
+    args.conv_bias = static_cast<const float*>(pack.get(kConvBias, {vector}).data_ptr());
+    args.fc2_weight = pack.get(kFc2, {s.channels_pad, s.hidden_pad}).data_ptr();
+#if GM_WITH_SM90A
+    check_cuda(launch_feed_forward_sm90a(args, dtype, context.stream()), "feed-forward");
+#endif
+    return {out, saved};
+}
+
 FeedForward feed_forward_forward(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias,
                                  const FeedForwardParameters& p, double eps, bool residual,
                                  const OptTensor& kept_images, double kept_scale, bool save) {
@@ -69,6 +132,10 @@ FeedForward feed_forward_forward(const Tensor& x, const Tensor& norm_weight, con
     const CudaContext context(x);
     const int64_t tokens = s.tokens();
     const KeptArg kept = kept_arg(kept_images, kept_scale, residual, s.batch, x);
+    check_parameter(norm_weight, "norm_weight", {s.channels}, x);
+    check_parameter(norm_bias, "norm_bias", {s.channels}, x);
+    if (takes_one_kernel(x, p, s, dtype))
+        return one_kernel_forward(x, norm_weight, norm_bias, p, s, eps, residual, kept, save, context);
     Workspace scratch(type), saved(type);
     Workspace& held = save ? saved : scratch;
     ParameterPack pack = feed_forward_pack(p, s, type, scratch);

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+// The feed-forward network as one kernel: its tiles, and which shapes it takes. By the sizes alone, but for the check
+// of the device.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/params.h"
+
+namespace gm {
+
+// A block computes 14 columns by 14 or 7 rows of the result from 16 columns by 16 or 9 rows of x: 16 is the depth of a
+// tensor-core product, so a row of 16 pixels times a banded matrix of the taps of one channel is one row of the
+// convolution. 14 divides the sides of the usual stages.
+constexpr int kFeedForwardColumns = 14;
+constexpr int kFeedForwardBlock = 64;  // channels of x, and of the hidden image, in one step
+// Wider images have sums for more registers than there are; their products are also wide enough for the library.
+constexpr int kFeedForwardChannels = 192;
+
+// Rows of 14 leave a quarter less of x and the hidden image to be computed twice. With more than 64 channels their sums
+// take more than half of the registers, and only one block fits on a multiprocessor.
+constexpr int feed_forward_rows(int channel_blocks) { return channel_blocks == 1 ? 14 : 7; }
+
+struct FeedForwardPlan {
+    int channel_blocks;           // of kFeedForwardBlock channels
+    int tile_columns, tile_rows;  // tiles of an image
+    int hidden_blocks;
+    int64_t blocks;
+};
+
+inline FeedForwardPlan feed_forward_plan(int64_t batch, int height, int width, int channels, int hidden) {
+    const auto up = [](int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); };
+    FeedForwardPlan p{};
+    p.channel_blocks = up(channels, kFeedForwardBlock);
+    p.tile_columns = up(width, kFeedForwardColumns);
+    p.tile_rows = up(height, feed_forward_rows(p.channel_blocks));
+    p.hidden_blocks = up(hidden, kFeedForwardBlock);
+    p.blocks = batch * p.tile_rows * p.tile_columns;
+    return p;
+}
+
+// True where the kernel is the faster way: tiles for most of an H100, and most of their pixels in the image.
+inline bool suits_feed_forward(int64_t batch, int height, int width, int channels, int hidden, DType dtype) {
+    if (dtype == DType::kFloat || channels > kFeedForwardChannels || channels % 8 != 0) return false;
+    const FeedForwardPlan p = feed_forward_plan(batch, height, width, channels, hidden);
+    const double computed = static_cast<double>(p.blocks) * kFeedForwardColumns * feed_forward_rows(p.channel_blocks);
+    return p.blocks >= 96 && static_cast<double>(batch) * height * width >= 0.7 * computed;
+}
+
+struct FeedForwardArgs {
+    FeedForwardPlan plan;
+    int64_t batch;
+    int height, width, channels, hidden_pad;
+    ImageArg x, out;         // pixels and their channels aligned to 16 bytes
+    void* hidden = nullptr;  // (batch, H, W, hidden_pad), the image before the convolution, or null
+    bool residual = false;   // out = x + [scale of the image] * result
+    KeptArg kept;
+    float eps = 0.f;
+    ParamArg norm_weight, norm_bias, fc2_bias;  // (C,)
+    // In the dtype of the images, zeros behind `hidden`: (hidden_pad, C), (C, hidden_pad); with whole blocks of hidden
+    // channels (hidden_blocks * 64,) and (hidden_blocks * 64, 3, 4), a tap (i, j) at i * 4 + j.
+    const void *fc1_weight = nullptr, *fc2_weight = nullptr, *fc1_bias = nullptr, *conv_weight = nullptr;
+    const float* conv_bias = nullptr;  // (hidden_blocks * 64,)
+};
+
+// True where the device and the build have the kernel.
+bool has_feed_forward_sm90a();
+cudaError_t launch_feed_forward_sm90a(const FeedForwardArgs& args, DType dtype, cudaStream_t stream);
+
+}  // namespace gm

@@ -1,0 +1,574 @@
+// SPDX-License-Identifier: Apache-2.0
+// The feed-forward network of a block as one kernel, sm_90a, 16-bit storage:
+//
+//   out = [x +] fc2 gelu(conv3x3(fc1 LayerNorm(x)))
+//
+// The hidden image, up to eight times as wide as x, stays on the chip; it is written only where a backward needs it. A
+// block owns a tile of pixels (see feed_forward_plan.h) and goes through the hidden channels 64 at a time, in two
+// phases with a barrier behind each:
+//
+//   products: fc2 of the last 64 channels onto the sums that the block keeps in registers; fc1 of the next 64 for all
+//             pixels of the tile and the ring around it, to shared memory as a plane a channel, 0 outside the image;
+//   planes:   convolution and GELU, a warp for 8 channels. The (14, 16) band matrix of three taps times 16 columns of a
+//             plane's rows is a part of the sums of 14 columns: three tensor-core products, one a row of taps, where 9
+//             multiplications an element would take most of the time. The weights of the next products arrive then.
+//
+// Two blocks share a multiprocessor, so that one's products run beside the other's planes.
+#include "cuda/activation.cuh"
+#include "cuda/dispatch.h"
+#include "cuda/feed_forward_plan.h"
+#include "cuda/launch_kernel.cuh"
+#include "cuda/packed.cuh"
+#include "cuda/tensor_map.h"
+#include "cuda/tma.cuh"
+#include "cuda/wgmma.cuh"
+
+namespace gm {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / 32, kGroups = kThreads / 128;
+constexpr int kWidth = kFeedForwardBlock;
+constexpr int kInColumns = 16, kOutColumns = kFeedForwardColumns;
+static_assert(kOutColumns == kInColumns - 2 && kWidth == 8 * kWarps, "a warp convolves 8 channels");
+
+template <int kBlocks>
+struct Tile {
+    static constexpr int kOutRows = feed_forward_rows(kBlocks), kInRows = kOutRows + 2;
+    static constexpr bool kTall = kOutRows == 14;
+    static constexpr int kChannels = kBlocks * kWidth;
+    static constexpr int kTokens = kInRows * kInColumns;
+    // fc1: each warpgroup its half of the tokens, kFc1Units products of kFc1Tokens one after another.
+    static constexpr int kFc1Tokens = kTall ? 64 : 72, kFc1Units = kTokens / kGroups / kFc1Tokens;
+    // The pixels behind the convolution, in the order that its products leave them: pixel n is column n % 2 + 2 (n / 8
+    // % 7) of row n / 2 % 4 * kRowStep + n / 8 / 7, so that the 8 that a quarter of a warp writes at once differ in the
+    // last three bits of n. Rows 14 and 15 (7) are not used.
+    static constexpr int kRowStep = kTall ? 4 : 2, kOutTokens = kOutColumns * 4 * kRowStep;
+    // fc2: each warpgroup its half of these, kFc2Units products of 56 tokens or 64 channels.
+    static constexpr int kFc2Tokens = 56, kFc2Units = kTall ? 2 : kBlocks;
+    static_assert(kGroups * kFc1Units * kFc1Tokens == kTokens);
+    static_assert(kGroups * (kTall ? 2 : 1) * kFc2Tokens == kOutTokens);
+
+    // Shared memory. A plane is followed by 16 bytes, so that the same pixels of 8 planes fill all banks.
+    static constexpr int kPlane = kTokens * 2 + 16;
+    static constexpr int kTaps = 12;  // of a channel, in rows of four
+    static constexpr int kConvBias = kWidth * kTaps * 2, kFc1Bias = kConvBias + kWidth * 4;  // behind the taps
+    static constexpr int kTable = kFc1Bias + kWidth * 2;
+    static constexpr int kX = 0, kActivated = kX + kBlocks * kTokens * kPanelRow;
+    static constexpr int kFc1 = kActivated + kOutTokens * kPanelRow;
+    static constexpr int kFc2 = kFc1 + kBlocks * kWidth * kPanelRow;
+    static constexpr int kPlanes = kFc2 + kBlocks * kWidth * kPanelRow;
+    static constexpr int kTables = kPlanes + kWidth * kPlane;
+    static constexpr int kBarrier = kTables + 2 * kTable, kBytes = kBarrier + 8;
+    static constexpr int kSumRow = kChannels + 4;  // of the sums on their way out, in floats
+    static_assert(kOutTokens * kSumRow * 4 <= kBytes);
+};
+
+// Where in its plane 8 pixels of a row lie, in units of 16 bytes: those of eight rows, adjacent or (tall) every second
+// one, fill all banks.
+template <int kBlocks>
+__device__ __forceinline__ int plane_chunk(int row, int half) {
+    return (2 * row + half) ^ (row >> 2 & (Tile<kBlocks>::kTall ? 3 : 1));
+}
+// The plane of a channel: so that channels 0, 1, 8, 9, 16, 17, 24 and 25 of 32 are in different banks, as 8 adjacent
+// ones are.
+__device__ __forceinline__ int plane_of(int channel) { return (channel & ~7) | ((channel + 2 * (channel >> 3)) & 7); }
+
+struct TilePlace {
+    int64_t image;
+    int row, column;  // of the result's first pixel
+};
+
+// Computed anew wherever it is called: kept through the loop over hidden channels it would take registers.
+template <int kBlocks>
+__device__ __forceinline__ TilePlace tile_place(const FeedForwardPlan& plan) {
+    unsigned block;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+    const unsigned tiles = plan.tile_rows * plan.tile_columns, tile = block % tiles;
+    return {block / tiles, static_cast<int>(tile / plan.tile_columns) * Tile<kBlocks>::kOutRows,
+            static_cast<int>(tile % plan.tile_columns) * kOutColumns};
+}
+
+struct KernelArgs {
+    CUtensorMap x, fc1, fc2;  // a tile of 64 channels with its ring; 64 rows of 64
+    FeedForwardArgs args;
+};
+
+// What the copy engine brings, by one thread: x of the tile and its ring, 0 outside the image; weights and tables of a
+// block of hidden channels.
+template <class T, int kBlocks>
+__device__ __forceinline__ void load_x(const KernelArgs& maps, const TilePlace& at, uint32_t shared, uint32_t barrier) {
+    using Tile = Tile<kBlocks>;
+    barrier_expect(barrier, kBlocks * Tile::kTokens * kPanelRow);
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+        tma_load(shared + Tile::kX + b * Tile::kTokens * kPanelRow, &maps.x,
+                 {b * kWidth, at.column - 1, at.row - 1, static_cast<int>(at.image), 0}, barrier);
+}
+template <class T, int kBlocks>
+__device__ __forceinline__ void load_fc1(const KernelArgs& maps, int block, uint32_t shared, uint32_t barrier) {
+    using Tile = Tile<kBlocks>;
+    barrier_expect(barrier, kBlocks * kWidth * kPanelRow + Tile::kTable);
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+        tma_load(shared + Tile::kFc1 + b * kWidth * kPanelRow, &maps.fc1, {b * kWidth, block * kWidth, 0, 0, 0},
+                 barrier);
+    const uint32_t table = shared + Tile::kTables + block % 2 * Tile::kTable;
+    const int first = block * kWidth;
+    bulk_load(table, static_cast<const T*>(maps.args.conv_weight) + first * Tile::kTaps, Tile::kConvBias, barrier);
+    bulk_load(table + Tile::kConvBias, maps.args.conv_bias + first, kWidth * 4, barrier);
+    bulk_load(table + Tile::kFc1Bias, static_cast<const T*>(maps.args.fc1_bias) + first, kWidth * 2, barrier);
+}
+template <class T, int kBlocks>
+__device__ __forceinline__ void load_fc2(const KernelArgs& maps, int block, uint32_t shared, uint32_t barrier) {
+    using Tile = Tile<kBlocks>;
+    barrier_expect(barrier, kBlocks * kWidth * kPanelRow);
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+        tma_load(shared + Tile::kFc2 + b * kWidth * kPanelRow, &maps.fc2, {block * kWidth, b * kWidth, 0, 0, 0},
+                 barrier);
+}
+
+// LayerNorm in place. Eight lanes share a token.
+template <class T, int kBlocks>
+__device__ __forceinline__ void normalise(const FeedForwardArgs& args, unsigned char* shared) {
+    using Tile = Tile<kBlocks>;
+    const int chunk = threadIdx.x % 8, channels = args.channels;
+    const float count = static_cast<float>(channels), inverse = 1.f / count;
+    float weight[kBlocks][8], bias[kBlocks][8];
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            const int c = b * kWidth + chunk * 8 + j;
+            weight[b][j] = c < channels ? load_param<T>(args.norm_weight, c) : 0.f;
+            bias[b][j] = c < channels ? load_param<T>(args.norm_bias, c) : 0.f;
+        }
+    const auto over_token = [](float v) {
+#pragma unroll
+        for (int lanes = 1; lanes < 8; lanes *= 2) v += __shfl_xor_sync(kFullWarp, v, lanes);
+        return v;
+    };
+    static_assert(Tile::kTokens % (kThreads / 8) == 0 || Tile::kTokens % 4 == 0, "whole warps");
+#pragma unroll 4
+    for (int token = threadIdx.x / 8; token < Tile::kTokens; token += kThreads / 8) {
+        unsigned char* const row = shared + Tile::kX + panel_offset(token, chunk);
+        float x[kBlocks][8], sum = 0.f, squares = 0.f;
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+            reinterpret_cast<const Packed<T, 8>*>(row + b * Tile::kTokens * kPanelRow)->widen(x[b]);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) sum += x[b][j];
+        }
+        const float mean = mean_of(over_token(sum), count, inverse);
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b)
+            if (b * kWidth + chunk * 8 < channels) {
+#pragma unroll
+                for (int j = 0; j < 8; ++j) x[b][j] -= mean, squares = fmaf(x[b][j], x[b][j], squares);
+            }
+        const float scale = rsqrtf(fmaf(over_token(squares), inverse, args.eps));
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+            float y[8];
+#pragma unroll
+            for (int j = 0; j < 8; ++j) y[j] = fmaf(x[b][j] * scale, weight[b][j], bias[b][j]);
+            store_packed<8>(reinterpret_cast<T*>(row + b * Tile::kTokens * kPanelRow), y, true);
+        }
+    }
+}
+
+// Of the pixels whose hidden values a thread holds, those in the image: masks of its two pixels of either half of a
+// row, and a bit a row.
+struct Inside {
+    uint32_t halves[2], rows;
+};
+
+// One of a warpgroup's products of fc1: the sums.
+template <class T, int kBlocks>
+__device__ __forceinline__ void fc1_product(float (&sums)[Tile<kBlocks>::kFc1Tokens / 2], uint32_t shared,
+                                            int first_token) {
+    using Tile = Tile<kBlocks>;
+    wgmma_fence();
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            const uint64_t weights = panel_descriptor(shared + Tile::kFc1 + b * kWidth * kPanelRow);
+            const uint64_t pixels = panel_descriptor(shared + Tile::kX + (b * Tile::kTokens + first_token) * kPanelRow);
+            Wgmma<T, Tile::kFc1Tokens>::run(sums, weights + 2 * k, pixels + 2 * k, b + k > 0);
+        }
+    wgmma_commit();
+}
+
+// And their way to the planes; by constants, for as many addresses take registers that the sums of fc2 need.
+template <class T, int kBlocks, int kFirstToken>
+__device__ __forceinline__ void fc1_planes(const float (&sums)[Tile<kBlocks>::kFc1Tokens / 2], const float (&bias)[2],
+                                           const Inside& inside, int channel, unsigned char* planes) {
+    using Tile = Tile<kBlocks>;
+    const int lane = threadIdx.x % 32;
+    unsigned char* const upper = planes + plane_of(channel) * Tile::kPlane + lane % 4 * 4;
+    unsigned char* const lower = planes + plane_of(channel + 8) * Tile::kPlane + lane % 4 * 4;
+    uint32_t rows = inside.rows;
+    asm volatile("" : "+r"(rows));  // or the masks below are computed before the loop over hidden channels, and kept
+#pragma unroll
+    for (int j = 0; j < Tile::kFc1Tokens / 8; ++j) {
+        const int eighth = kFirstToken / 8 + j, row = eighth / 2, half = eighth % 2;
+        const uint32_t mask = rows >> row & 1 ? inside.halves[half] : 0u;
+        const int place = plane_chunk<kBlocks>(row, half) * 16;
+        const float* const s = sums + 4 * j;
+        *reinterpret_cast<uint32_t*>(upper + place) = pack_pair<T>(s[0] + bias[0], s[1] + bias[0]) & mask;
+        *reinterpret_cast<uint32_t*>(lower + place) = pack_pair<T>(s[2] + bias[1], s[3] + bias[1]) & mask;
+    }
+}
+
+// A warpgroup's products of fc2 onto its sums.
+template <class T, int kBlocks>
+__device__ __forceinline__ void fc2_products(float (&sums)[Tile<kBlocks>::kFc2Units][28], uint32_t shared, int group) {
+    using Tile = Tile<kBlocks>;
+    wgmma_fence();
+#pragma unroll
+    for (int unit = 0; unit < Tile::kFc2Units; ++unit) {
+        const int tokens = Tile::kTall ? (group * 2 + unit) * Tile::kFc2Tokens : group * Tile::kFc2Tokens;
+        const int channels = Tile::kTall ? 0 : unit * kWidth;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            const uint64_t weights = panel_descriptor(shared + Tile::kFc2 + channels * kPanelRow);
+            const uint64_t pixels = panel_descriptor(shared + Tile::kActivated + tokens * kPanelRow);
+            Wgmma<T, 56>::run(sums[unit], weights + 2 * k, pixels + 2 * k, true);
+        }
+    }
+    wgmma_commit();
+}
+
+// The hidden image of the tile, 64 channels of it, to memory.
+template <class T, int kBlocks>
+__device__ __forceinline__ void save_hidden(const FeedForwardArgs& args, int warp, int first_channel, uint32_t planes) {
+    using Tile = Tile<kBlocks>;
+    const TilePlace at = tile_place<kBlocks>(args.plan);
+    const int lane = threadIdx.x % 32;
+    // A warp goes down every second row, 8 pixels by 32 channels of each: lane l gets channels 8 (l % 4) and on of
+    // pixel l / 4.
+    const int half = warp / 2 % 2, quarter = warp % 2;
+    const int channel = quarter * 32 + lane % 8 / 2 * 8 + lane / 8 * 2 + lane % 2;
+    const uint32_t plane = planes + plane_of(channel) * Tile::kPlane;
+    const int column = half * 8 + lane / 4;  // of the tile with its ring
+    const int x = at.column + column - 1, c = first_channel + quarter * 32 + lane % 4 * 8;
+    const bool in = column >= 1 && column <= kOutColumns && x < args.width && c < args.hidden_pad;
+    const int64_t row_step = static_cast<int64_t>(args.width) * args.hidden_pad, first = at.row + warp / 4;
+    T* to = static_cast<T*>(args.hidden) + (at.image * args.height + first) * row_step +
+            static_cast<int64_t>(x) * args.hidden_pad + c;
+#pragma unroll
+    for (int row = warp / 4; row < Tile::kOutRows; row += 2) {
+        uint32_t words[4];
+        load_matrices_transposed(words, plane + plane_chunk<kBlocks>(row + 1, half) * 16);
+        if (in && at.row + row < args.height)
+            *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+        to += 2 * row_step;
+    }
+}
+
+// Convolution and GELU of a warp's 8 channels, from planes to the panel that fc2 reads.
+template <class T, int kBlocks>
+__device__ __forceinline__ void convolve(const unsigned char* table, int warp, uint32_t planes,
+                                         unsigned char* activated) {
+    using Tile = Tile<kBlocks>;
+    constexpr int kSums = Tile::kTall ? 2 : 1;  // even and odd rows
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    // Taps (w0, w1), (w2, 0) of a row as bytes 0 to 7: the words of the band matrix A[m][k] = w[k - m] that this lane
+    // holds, elements (g, 2 t) and (g, 2 t + 8) with their neighbours, are picked out of them; rows 8 and on hold the
+    // first of them 8 columns further on.
+    const auto picked = [](int d) {  // 0x1076, 0x3210, 0x5432, 0x7654 for -1 to 2: bytes 6 and 7 are 0
+        const uint32_t from = static_cast<uint32_t>(d + 1);
+        return from < 4 ? (0x1076u + 0x2222u * from) & 0x7777u : 0x7676u;
+    };
+    const uint32_t near = picked(2 * t - g), far = picked(2 * t + 8 - g);
+    // Rows that this lane points at, n = lane % 8: 2 n or 2 n + 1, then two further down; or n, n + 1, then n + 2. Rows
+    // behind the last belong to results that are not used.
+    const int half = lane / 8 % 2, second = lane / 16;
+    const int row = Tile::kTall ? lane % 8 * 2 + second : lane % 8 + second;
+    const int next = Tile::kTall ? (row + 2) % 16 : lane % 8 == 7 ? 1 : lane % 8 + 2;
+    uint32_t rows = planes + plane_chunk<kBlocks>(row, half) * 16,
+             more = planes + plane_chunk<kBlocks>(next, half) * 16;
+    asm volatile("" : "+r"(rows), "+r"(more));  // or all addresses are kept over the hidden channels
+    // Results (s, i): row kSums (2 t + i % 2) + s, column g + 8 (i / 2).
+    unsigned char* const to = activated + panel_offset(g % 2 + 2 * t + 8 * (g / 2), warp);
+    // Half of the channels leave before the others come: all eight would be one access in place of two, but take
+    // registers that the sums of fc2 need.
+    uint32_t out[kSums * 4][2];  // pairs of channels
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+        const uint32_t plane = plane_of(warp * 8 + pair * 2) * Tile::kPlane;  // the other follows
+        float sums[2][kSums][4];
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            const int channel = warp * 8 + pair * 2 + c;
+            const uint2* const taps = reinterpret_cast<const uint2*>(table + channel * Tile::kTaps * 2);
+            const float bias = reinterpret_cast<const float*>(table + Tile::kConvBias)[channel];
+            const float start[4] = {bias, bias, bias, bias};
+            uint32_t band[3][4];
+#pragma unroll
+            for (int i = 0; i < 3; ++i) {
+                const uint2 words = taps[i];
+                band[i][0] = band[i][3] = __byte_perm(words.x, words.y, near);
+                band[i][1] = 0;
+                band[i][2] = __byte_perm(words.x, words.y, far);
+            }
+            uint32_t a[4];
+            load_matrices(a, rows + plane + c * Tile::kPlane);
+            if constexpr (Tile::kTall) {
+                uint32_t b[4];
+                load_matrices(b, more + plane + c * Tile::kPlane);
+                warp_mma<T>(sums[c][0], band[0], a[0], a[1], start);
+                warp_mma<T>(sums[c][1], band[0], a[2], a[3], start);
+                warp_mma<T>(sums[c][0], band[1], a[2], a[3], sums[c][0]);
+                warp_mma<T>(sums[c][1], band[1], b[0], b[1], sums[c][1]);
+                warp_mma<T>(sums[c][0], band[2], b[0], b[1], sums[c][0]);
+                warp_mma<T>(sums[c][1], band[2], b[2], b[3], sums[c][1]);
+            } else {
+                uint32_t b[2];
+                load_matrices(b, more + plane + c * Tile::kPlane);
+                warp_mma<T>(sums[c][0], band[0], a[0], a[1], start);
+                warp_mma<T>(sums[c][0], band[1], a[2], a[3], sums[c][0]);
+                warp_mma<T>(sums[c][0], band[2], b[0], b[1], sums[c][0]);
+            }
+        }
+#pragma unroll
+        for (int s = 0; s < kSums; ++s)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                uint32_t(&words)[2] = out[s * 4 + i];
+                words[pair % 2] = pack_pair<T>(gelu<T>(sums[0][s][i]), gelu<T>(sums[1][s][i]));
+                const int eighths = i / 2 * 4 + 7 * (i % 2 * kSums + s);
+                if (pair % 2 == 1 && (i < 2 || g < kOutColumns - 8))
+                    *reinterpret_cast<uint2*>(to + eighths * 8 * kPanelRow + pair / 2 * 8) =
+                        make_uint2(words[0], words[1]);
+            }
+    }
+}
+
+// The last step: sums by way of shared memory to whole pixels, onto x. A thread keeps to 8 channels, and has asked for
+// its part of x before the sums are ready.
+template <class T, int kBlocks>
+class Finish {
+    using Tile = Tile<kBlocks>;
+    static constexpr int kChunks = kBlocks * 8, kTokensAtOnce = kThreads / kChunks;
+    static constexpr int kTurns = (Tile::kOutTokens + kTokensAtOnce - 1) / kTokensAtOnce;
+
+public:
+    __device__ __forceinline__ explicit Finish(const FeedForwardArgs& args)
+        : args_(args), at_(tile_place<kBlocks>(args.plan)) {
+        const T* const x = static_cast<const T*>(args.x.ptr) + at_.image * args.x.batch + channel();
+#pragma unroll
+        for (int turn = 0; turn < kTurns; ++turn) {
+            const int pixel = pixel_of(turn);
+            old_[turn] = load_packed<8>(x + static_cast<int64_t>(pixel) * args.x.token, args.residual && pixel >= 0);
+        }
+    }
+    __device__ __forceinline__ void operator()(const float (&sums)[Tile::kFc2Units][28], int group, int first_channel,
+                                               unsigned char* shared) const {
+        float* const rows = reinterpret_cast<float*>(shared);
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int unit = 0; unit < Tile::kFc2Units; ++unit) {
+            const int tokens = Tile::kTall ? (group * 2 + unit) * Tile::kFc2Tokens : group * Tile::kFc2Tokens;
+            float* const to =
+                rows + (tokens + lane % 4 * 2) * Tile::kSumRow + first_channel + (Tile::kTall ? 0 : unit * kWidth);
+#pragma unroll
+            for (int j = 0; j < 7; ++j)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) to[(8 * j + i % 2) * Tile::kSumRow + i / 2 * 8] = sums[unit][4 * j + i];
+        }
+        __syncthreads();
+        const float factor = kept_factor(args_.kept, at_.image);
+        float bias[8];
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+            bias[j] = channel() < args_.channels ? load_param<T>(args_.fc2_bias, channel() + j) : 0.f;
+        T* const out = static_cast<T*>(args_.out.ptr) + at_.image * args_.out.batch + channel();
+#pragma unroll
+        for (int turn = 0; turn < kTurns; ++turn) {
+            const int pixel = pixel_of(turn);
+            if (pixel < 0) continue;
+            const float* const from = rows + token_of(turn) * Tile::kSumRow + channel();
+            const float4 low = reinterpret_cast<const float4*>(from)[0],
+                         high = reinterpret_cast<const float4*>(from)[1];
+            float result[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}, old[8];
+            old_[turn].widen(old);
+#pragma unroll
+            for (int j = 0; j < 8; ++j)
+                result[j] = fmaf(factor, result[j] + bias[j], old[j]);  // factor 1, old 0 if alone
+            store_packed<8>(out + static_cast<int64_t>(pixel) * args_.out.token, result, true);
+        }
+    }
+
+private:
+    static __device__ __forceinline__ int channel() { return threadIdx.x % kChunks * 8; }
+    static __device__ __forceinline__ int token_of(int turn) { return threadIdx.x / kChunks + turn * kTokensAtOnce; }
+    // The pixel's number in its image, or -1.
+    __device__ __forceinline__ int pixel_of(int turn) const {
+        const int token = token_of(turn), eighth = token / 8;
+        const int tile_row = token / 2 % 4 * Tile::kRowStep + eighth / 7, row = at_.row + tile_row;
+        const int column = at_.column + token % 2 + eighth % 7 * 2;
+        const bool idle = channel() >= args_.channels || threadIdx.x >= kTokensAtOnce * kChunks;
+        const bool in =
+            token < Tile::kOutTokens && tile_row < Tile::kOutRows && column < args_.width && row < args_.height;
+        return idle || !in ? -1 : row * args_.width + column;
+    }
+
+    const FeedForwardArgs& args_;
+    const TilePlace at_;
+    Packed<T, 8> old_[kTurns];
+};
+
+// An image whose branch is left out.
+template <class T, int kBlocks>
+__device__ void copy_x(const FeedForwardArgs& args, const TilePlace& at) {
+    const int chunks = args.channels / 8;
+    for (int i = threadIdx.x; i < Tile<kBlocks>::kOutRows * kOutColumns * chunks; i += kThreads) {
+        const int pixel = i / chunks, y = at.row + pixel / kOutColumns, x = at.column + pixel % kOutColumns;
+        if (y >= args.height || x >= args.width) continue;
+        const int64_t place = static_cast<int64_t>(y) * args.width + x;
+        const T* const from = static_cast<const T*>(args.x.ptr) + at.image * args.x.batch + place * args.x.token;
+        T* const to = static_cast<T*>(args.out.ptr) + at.image * args.out.batch + place * args.out.token;
+        reinterpret_cast<uint4*>(to)[i % chunks] = reinterpret_cast<const uint4*>(from)[i % chunks];
+    }
+}
+
+template <class T, int kBlocks>
+__global__ void __launch_bounds__(kThreads, kBlocks < 3 ? 2 : 1)
+    feed_forward_sm90a_kernel(const __grid_constant__ KernelArgs maps) {
+    using Tile = Tile<kBlocks>;
+    extern __shared__ __align__(1024) unsigned char shared[];
+    const FeedForwardArgs& args = maps.args;
+    const TilePlace at = tile_place<kBlocks>(args.plan);
+    if (!is_kept(args.kept, at.image)) {
+        copy_x<T, kBlocks>(args, at);
+        return;
+    }
+    const uint32_t base = shared_address(shared), barrier = base + Tile::kBarrier;
+    // The same for all threads of a warp, which the compiler should know.
+    const int warp = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x / 32), 0), group = warp / 4;
+    const int lane = threadIdx.x % 32, hidden_channel = warp % 4 * 16 + lane / 4;  // of fc1's sums, and 8 on
+    const int last = args.plan.hidden_blocks - 1;
+    if (threadIdx.x == 0) {
+        barrier_init(barrier, 2);  // two loads at a time
+        barrier_init_fence();
+        load_x<T, kBlocks>(maps, at, base, barrier);
+        load_fc1<T, kBlocks>(maps, 0, base, barrier);
+    }
+    Inside inside{};
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int column = at.column - 1 + half * 8 + lane % 4 * 2 + i;
+            if (column >= 0 && column < args.width) inside.halves[half] |= 0xffffu << 16 * i;
+        }
+    for (int row = 0; row < Tile::kInRows; ++row)
+        if (at.row - 1 + row >= 0 && at.row - 1 + row < args.height) inside.rows |= 1u << row;
+    __syncthreads();
+    barrier_wait(barrier, 0);
+    normalise<T, kBlocks>(args, shared);
+    proxy_fence();
+    __syncthreads();
+
+    float sums[Tile::kFc2Units][28] = {};
+    // fc1 of a block, and fc2 of the last one, which runs while the first sums of fc1 go to their planes.
+    const auto products = [&](int block, auto with_fc2) {
+        const T* const biases =
+            reinterpret_cast<const T*>(shared + Tile::kTables + block % 2 * Tile::kTable + Tile::kFc1Bias);
+        const float bias[2] = {to_float(biases[hidden_channel]), to_float(biases[hidden_channel + 8])};
+        const auto product = [&](auto unit) {
+            constexpr bool kBesideFc2 = decltype(with_fc2)::value && decltype(unit)::value == 0;
+            constexpr int kToken = decltype(unit)::value * Tile::kFc1Tokens, kHalf = Tile::kTokens / kGroups;
+            float hidden[Tile::kFc1Tokens / 2];
+            fc1_product<T, kBlocks>(hidden, base, group * kHalf + kToken);
+            if constexpr (kBesideFc2) fc2_products<T, kBlocks>(sums, base, group);
+            wgmma_wait<kBesideFc2 ? 1 : 0>(hidden);
+            if (group == 0) {
+                fc1_planes<T, kBlocks, kToken>(hidden, bias, inside, hidden_channel, shared + Tile::kPlanes);
+            } else {
+                fc1_planes<T, kBlocks, kHalf + kToken>(hidden, bias, inside, hidden_channel, shared + Tile::kPlanes);
+            }
+        };
+        product(std::integral_constant<int, 0>{});
+        if constexpr (Tile::kFc1Units == 2) product(std::integral_constant<int, 1>{});
+    };
+    products(0, std::false_type{});
+    __syncthreads();
+    for (int block = 0;; ++block) {
+        if (threadIdx.x == 0) {
+            load_fc2<T, kBlocks>(maps, block, base, barrier);
+            if (block < last) {
+                load_fc1<T, kBlocks>(maps, block + 1, base, barrier);
+            } else {
+                barrier_expect(barrier, 0);
+            }
+        }
+        if (args.hidden != nullptr) save_hidden<T, kBlocks>(args, warp, block * kWidth, base + Tile::kPlanes);
+        convolve<T, kBlocks>(shared + Tile::kTables + block % 2 * Tile::kTable, warp, base + Tile::kPlanes,
+                             shared + Tile::kActivated);
+        proxy_fence();
+        __syncthreads();
+        barrier_wait(barrier, (block + 1) % 2);
+        if (block == last) break;
+        products(block + 1, std::true_type{});
+#pragma unroll
+        for (int unit = 0; unit < Tile::kFc2Units; ++unit) wgmma_wait<0>(sums[unit]);
+        __syncthreads();
+    }
+    fc2_products<T, kBlocks>(sums, base, group);
+    const Finish<T, kBlocks> finish(args);
+#pragma unroll
+    for (int unit = 0; unit < Tile::kFc2Units; ++unit) wgmma_wait<0>(sums[unit]);
+    __syncthreads();
+    finish(sums, group, hidden_channel, shared);
+}
+
+template <class T, int kBlocks>
+cudaError_t launch(const FeedForwardArgs& args, DType dtype, cudaStream_t stream) {
+    KernelArgs kernel{{}, {}, {}, args};
+    const int64_t channels = args.channels, hidden = args.hidden_pad;
+    const TensorMapShape x{{channels, args.width, args.height, args.batch, 1},
+                           {args.x.token, args.x.token * args.width, args.x.batch, 0},
+                           {kWidth, kInColumns, Tile<kBlocks>::kInRows}};
+    const TensorMapShape fc1{{channels, hidden, 1, 1, 1}, {channels, 0, 0, 0}, {kWidth, kWidth, 1}};
+    const TensorMapShape fc2{{hidden, channels, 1, 1, 1}, {hidden, 0, 0, 0}, {kWidth, kWidth, 1}};
+    const auto encode = [&](CUtensorMap& map, const void* tensor, const TensorMapShape& shape) {
+        return encode_tensor_map(map, tensor, dtype, shape, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                                 CU_TENSOR_MAP_SWIZZLE_128B);
+    };
+    if (!encode(kernel.x, args.x.ptr, x) || !encode(kernel.fc1, args.fc1_weight, fc1) ||
+        !encode(kernel.fc2, args.fc2_weight, fc2))
+        return cudaErrorInvalidValue;
+    return launch_kernel(feed_forward_sm90a_kernel<T, kBlocks>, args.plan.blocks, kThreads, Tile<kBlocks>::kBytes,
+                         stream, kernel);
+}
+
+}  // namespace
+
+bool has_feed_forward_sm90a() {
+    int device = 0, major = 0, minor = 0;
+    return has_tensor_maps() && cudaGetDevice(&device) == cudaSuccess &&
+           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+           cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 &&
+           minor == 0;
+}
+
+cudaError_t launch_feed_forward_sm90a(const FeedForwardArgs& args, DType dtype, cudaStream_t stream) {
+    return dispatch_dtype(dtype, [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        if constexpr (std::is_same_v<T, float>) {
+            return cudaErrorInvalidValue;
+        } else {
+            switch (args.plan.channel_blocks) {
+                case 1: return launch<T, 1>(args, dtype, stream);
+                case 2: return launch<T, 2>(args, dtype, stream);
+                case 3: return launch<T, 3>(args, dtype, stream);
+                default: return cudaErrorInvalidValue;
+            }
+        }
+    });
+}
+
+}  // namespace gm
