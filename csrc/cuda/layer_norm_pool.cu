@@ -281,7 +281,7 @@ cudaError_t launch_layer_norm_pool_fwd(const PoolFwdArgs& args, DType dtype, cud
         const NormShape& s = args.shape;
         const bool direct =
             is_direct<T>(s, args.x, true) && is_direct<T>(s, args.xn) && is_direct<T>(s, args.sum, true);
-        return dispatch_rows(args.plan.vecs, direct, [&](auto vecs, auto aligned) {
+        return dispatch_rows<T>(args.plan, s, direct, [&](auto vecs, auto aligned) {
             auto* kernel = layer_norm_pool_fwd_wide_kernel<T>;
             if constexpr (vecs.value > 0) kernel = layer_norm_pool_fwd_kernel<T, vecs.value, aligned.value>;
             return launch_kernel(kernel, blocks, kNormThreads, 0, stream, args);
@@ -297,7 +297,7 @@ cudaError_t launch_layer_norm_pool_bwd(const PoolBwdArgs& args, DType dtype, cud
         const bool direct = is_direct<T>(s, args.x, true) && is_direct<T>(s, args.dxn) &&
                             is_direct<T>(s, args.dxn_more) && is_direct<T>(s, args.dx, true) &&
                             is_direct<T>(s, args.dx_more, true);
-        return dispatch_rows(args.plan.vecs, direct, [&](auto vecs, auto aligned) {
+        return dispatch_rows<T>(args.plan, s, direct, [&](auto vecs, auto aligned) {
             auto* kernel = layer_norm_pool_bwd_wide_kernel<T>;
             if constexpr (vecs.value > 0) kernel = layer_norm_pool_bwd_kernel<T, vecs.value, aligned.value>;
             return launch_kernel(kernel, blocks, kNormThreads, 0, stream, args);

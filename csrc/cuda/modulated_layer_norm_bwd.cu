@@ -208,7 +208,7 @@ cudaError_t launch_modulated_layer_norm_bwd(const ModulatedBwdArgs& args, DType 
         const NormShape& s = args.shape;
         const bool direct = is_direct<T>(s, args.o) && is_direct<T>(s, args.x) && is_direct<T>(s, args.dy) &&
                             is_direct<T>(s, args.d_o) && is_direct<T>(s, args.dx);
-        return dispatch_rows<kRowVecs>(args.plan.vecs, direct, [&](auto vecs, auto aligned) {
+        return dispatch_rows<T, kRowVecs>(args.plan, s, direct, [&](auto vecs, auto aligned) {
             auto* kernel = modulated_layer_norm_bwd_wide_kernel<T>;
             if constexpr (vecs.value > 0) kernel = modulated_layer_norm_bwd_kernel<T, vecs.value, aligned.value>;
             return launch_kernel(kernel, blocks, kNormThreads, 0, stream, args);

@@ -104,7 +104,7 @@ cudaError_t launch_modulated_layer_norm_fwd(const ModulatedFwdArgs& args, DType 
         using T = typename decltype(tag)::type;
         const NormShape& s = args.shape;
         const bool direct = is_direct<T>(s, args.o) && is_direct<T>(s, args.x) && is_direct<T>(s, args.y);
-        return dispatch_rows(args.plan.vecs, direct, [&](auto vecs, auto aligned) {
+        return dispatch_rows<T>(args.plan, s, direct, [&](auto vecs, auto aligned) {
             auto* kernel = modulated_layer_norm_fwd_wide_kernel<T>;
             if constexpr (vecs.value > 0) kernel = modulated_layer_norm_fwd_kernel<T, vecs.value, aligned.value>;
             return launch_kernel(kernel, blocks, kNormThreads, 0, stream, args);
