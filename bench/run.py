@@ -27,6 +27,7 @@ CASES = {
     "conv": op_cases.conv_cases,
     "norm": op_cases.norm_cases,
     "layer": layer_cases.layer_cases,
+    "ffn": layer_cases.feed_forward_cases,
     "ablation": ablation.ablation_cases,
 }
 OPS = (*CASES, "model")

@@ -35,7 +35,7 @@ def quick(*arguments):
 def result(tmp_path_factory):
     """A run of every op on the CPU, written to a file."""
     path = tmp_path_factory.mktemp("bench") / "results" / "cpu.json"
-    assert quick("--op", "scan", "conv", "norm", "layer", "--pass", "forward", "backward", "--json", path) == 0
+    assert quick("--op", "scan", "conv", "norm", "layer", "ffn", "--pass", "forward", "backward", "--json", path) == 0
     return path
 
 
@@ -210,7 +210,7 @@ def test_json_holds_what_the_figures_need(result):
     (run,) = report.read_json(result)
     assert run["device"]["type"] == "cpu" and run["versions"]["torch"] == torch.__version__
     assert run["copy"]["gb_s"] > 0 and run["gemm_tflops"]["float32"] > 0 and run["date"].startswith("20")
-    assert {row["op"] for row in run["rows"]} == {"scan", "conv", "norm", "layer"}
+    assert {row["op"] for row in run["rows"]} == {"scan", "conv", "norm", "layer", "ffn"}
     for row in run["rows"]:
         assert row["check"]["passed"] and row["us"] > 0 and row["bytes"] > 0 and row["flops"] > 0
         assert row["gb_s"] == pytest.approx(row["bytes"] / row["us"] * 1e-3)

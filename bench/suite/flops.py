@@ -54,3 +54,8 @@ def layer(shape: Shape) -> dict[str, int]:
     columns = 2 * dim + (rank + 2 * STATES) + dim + channels  # in_proj, x_proj, out_proj, proj: for each input channel
     elements = shape.tokens * channels
     return _passes(elements * (2 * columns + CONVOLUTION + 3 * NORM), _scan(elements, rank))
+
+
+def feed_forward(shape: Shape, hidden: int) -> dict[str, int]:
+    """LayerNorm, two products and a convolution of ``hidden`` channels between them."""
+    return _passes(shape.tokens * (NORM * shape.channels + 4 * shape.channels * hidden + CONVOLUTION * hidden))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cases of `GroupedMamba2d`, and its equations in plain PyTorch as their ground truth."""
+"""The cases of `GroupedMamba2d` and of a block's other half, and their equations in plain PyTorch as ground truth."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 import groupmamba_ext as ext
 from groupmamba import GroupedMamba2d
+from groupmamba.layers.feed_forward import ConvFeedForward
+from groupmamba.layers.token_norm import TokenNorm
 from suite import flops, truth
 from suite.problem import Case, Problem, Shape
-from suite.shapes import GROUPS, STAGES, growth_shapes, square, stage_shapes
+from suite.shapes import FEED_FORWARD_RATIOS, GROUPS, STAGES, growth_shapes, square, stage_shapes
 
 LAYER_PASSES = ("forward", "forward+backward")
 SAMPLE_TOKENS = 1 << 18  # of the images that are compared with the truth
@@ -67,6 +69,30 @@ def released_layer(x: Tensor, *, directions: Sequence[str], **p: Tensor) -> Tens
     return F.linear(norm(product), p["proj.weight"], p["proj.bias"]).permute(0, 3, 1, 2)
 
 
+BLOCK_EPS = 1e-6  # of a block's second norm
+
+
+class FeedForwardHalf(nn.Module):
+    """The second half of a block, ``x + mlp(norm(x))``, on (batch, C, H, W)."""
+
+    def __init__(self, channels: int, hidden: int):
+        super().__init__()
+        self.norm, self.mlp = TokenNorm(channels, eps=BLOCK_EPS), ConvFeedForward(channels, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x.permute(0, 2, 3, 1), self.norm, residual=True).permute(0, 3, 1, 2)
+
+
+def feed_forward_half(x: Tensor, **p: Tensor) -> Tensor:
+    """`FeedForwardHalf` from its equations, on its named parameters ``p``."""
+    image = x.permute(0, 2, 3, 1)
+    xn = F.layer_norm(image, image.shape[-1:], p["norm.weight"], p["norm.bias"], BLOCK_EPS)
+    hidden = F.linear(xn, p["mlp.fc1.weight"], p["mlp.fc1.bias"]).permute(0, 3, 1, 2)
+    kernel = p["mlp.dwconv.weight"]
+    hidden = F.gelu(F.conv2d(hidden, kernel, p["mlp.dwconv.bias"], padding=1, groups=len(kernel)))
+    return x + F.linear(hidden.permute(0, 2, 3, 1), p["mlp.fc2.weight"], p["mlp.fc2.bias"]).permute(0, 3, 1, 2)
+
+
 def by_reference(layer: nn.Module) -> Callable[..., Tensor]:
     """Any layer through `ext.backend("reference")`, token by token, on the parameters that it is given."""
 
@@ -110,8 +136,39 @@ def layer_problem(shape: Shape, dtype: torch.dtype, options: dict, device: torch
         parameters=dict(layer.named_parameters()),
         autocast=None if dtype == torch.float32 else dtype,
         flops=flops.layer(shape) if grouped else {},
-        sample=min(SAMPLE_IMAGES, max(1, SAMPLE_TOKENS // (shape.height * shape.width))),
+        sample=_sample(shape),
     )
+
+
+def _sample(shape: Shape) -> int:
+    return min(SAMPLE_IMAGES, max(1, SAMPLE_TOKENS // (shape.height * shape.width)))
+
+
+def _feed_forward(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    hidden = shape.channels * FEED_FORWARD_RATIOS[shape.channels]
+    torch.manual_seed(0)
+    half = FeedForwardHalf(shape.channels, hidden)
+    perturb(half)
+    half.to(device)
+    return Problem(
+        {"x": image_input(shape, dtype, device)},
+        lambda x: half(x),
+        feed_forward_half,
+        parameters=dict(half.named_parameters()),
+        autocast=None if dtype == torch.float32 else dtype,
+        flops=flops.feed_forward(shape, hidden),
+        sample=_sample(shape),
+    )
+
+
+def feed_forward_cases(
+    device: str, dtypes: Sequence[torch.dtype], quick: bool, batches: Sequence[int] | None
+) -> Iterator[Case]:
+    """The second half of a block: LayerNorm, feed-forward network and addition, hidden channels as GroupMamba-T's."""
+    for dtype in dtypes:
+        for shape in stage_shapes(device, quick, batches):
+            prepare = partial(_feed_forward, shape, dtype)
+            yield Case("ffn", "x + ConvFeedForward(norm(x))", shape, dtype, "channels_last", prepare, LAYER_PASSES)
 
 
 def layer_cases(

@@ -12,11 +12,10 @@ from torch import Tensor
 import groupmamba_ext as ext
 from suite import flops, truth
 from suite.problem import Case, Problem, Shape
-from suite.shapes import GROUPS, PADDED, STAGES, STATES, Draw, growth_shapes, square, stage_shapes
+from suite.shapes import FEED_FORWARD_RATIOS, GROUPS, PADDED, STAGES, STATES, Draw, growth_shapes, square, stage_shapes
 
 DIRECTIONS = ("lr", "rl", "tb", "bt")
 CROSS_DIRECTIONS = ("lr", "tb", "rl", "bt")  # the order of VMamba's weights
-FEED_FORWARD_RATIOS = {64: 8, 128: 8, 348: 4, 448: 4}  # hidden channels of GroupMamba-T's feed-forward over channels
 Batches = Sequence[int] | None
 
 

@@ -14,6 +14,7 @@ COLOURS = {
     "conv": "#00798c",
     "norm": "#66a182",
     "layer": "#2e4057",
+    "ffn": "#8c5e2a",
     "ablation": "#9c89b8",
 }
 MARKERS = {"forward": "o", "backward": "s", "forward+backward": "D"}
@@ -142,7 +143,7 @@ def _legend(axes, rows: Sequence[dict]) -> None:
 
 def _shares(axes, rows: Sequence[dict]) -> None:
     """One bar a case: the time of a copy of as many bytes over the time taken."""
-    chosen = [row for row in rows if row["op"] not in ("layer", "ablation")] or list(rows)
+    chosen = [row for row in rows if row["op"] not in ("layer", "ffn", "ablation")] or list(rows)
     chosen = [row for row in chosen if row["pass"] != "forward+backward"][:MAX_BARS]
     names = []
     for place, row in enumerate(chosen):

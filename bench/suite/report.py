@@ -18,7 +18,7 @@ import groupmamba_ext as ext
 
 SCHEMA = 1
 UNMEASURED = "-"
-THROUGHPUT = ("layer", "ablation")  # ops whose table has images a second
+THROUGHPUT = ("layer", "ffn", "ablation")  # ops whose table has images a second
 
 
 def environment(device: torch.device) -> dict:

@@ -13,6 +13,7 @@ from suite.problem import Shape
 GROUPS = 4
 STATES = 1
 STAGES = ((64, 56), (128, 28), (348, 14), (448, 7))  # channels and side of GroupMamba-T at 224 x 224
+FEED_FORWARD_RATIOS = {64: 8, 128: 8, 348: 4, 448: 4}  # of GroupMamba-T: hidden channels over channels
 PADDED = (352, 14)  # 348 channels as the layer stores them, 88 a group
 GROWTH_SIDES = (56, 128, 256, 512, 1024)
 GROWTH_TOKENS = 1 << 20
