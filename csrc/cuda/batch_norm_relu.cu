@@ -100,6 +100,7 @@ __device__ __forceinline__ void leave_sums(const BatchNormArgs& args, const Walk
 // at least of its size, so that the variance keeps its digits.
 template <class T>
 __global__ void __launch_bounds__(kThreads) batch_norm_sums_kernel(const __grid_constant__ BatchNormArgs args) {
+    begin_kernel();
     const Walk walk(args);
     Channels sum = {}, squares = {};
     if (walk.active) {
@@ -122,6 +123,7 @@ __global__ void __launch_bounds__(kThreads) batch_norm_sums_kernel(const __grid_
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) batch_norm_grad_sums_kernel(const __grid_constant__ BatchNormArgs args) {
+    begin_kernel();
     const Walk walk(args);
     Channels sum = {}, products = {};
     if (walk.active) {
@@ -146,6 +148,7 @@ __global__ void __launch_bounds__(kThreads) batch_norm_grad_sums_kernel(const __
 template <class T, bool kBackward>
 __global__ void __launch_bounds__(kFinishColumns* kFinishRows)
     batch_norm_finish_kernel(const __grid_constant__ BatchNormArgs args) {
+    begin_kernel();
     __shared__ float sums[2][kFinishRows][kFinishColumns];
     const int x = threadIdx.x % kFinishColumns, y = threadIdx.x / kFinishColumns;
     const int channel = blockIdx.x * kFinishColumns + x;  // args.channels is a multiple of kFinishColumns
@@ -179,6 +182,7 @@ __global__ void __launch_bounds__(kFinishColumns* kFinishRows)
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) batch_norm_apply_kernel(const __grid_constant__ BatchNormArgs args) {
+    begin_kernel();
     const Walk walk(args);
     if (!walk.active) return;
     const Affine<T> affine(args, walk.channel);
@@ -199,6 +203,7 @@ __global__ void __launch_bounds__(kThreads) batch_norm_apply_kernel(const __grid
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) batch_norm_grad_kernel(const __grid_constant__ BatchNormArgs args) {
+    begin_kernel();
     const Walk walk(args);
     if (!walk.active) return;
     const Affine<T> affine(args, walk.channel);

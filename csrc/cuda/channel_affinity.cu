@@ -204,6 +204,7 @@ __device__ __forceinline__ void pool(const AffinityArgs& args, float* shared, fl
 template <class T>
 __global__ void __launch_bounds__(kAffinityThreads, 1)
     channel_affinity_fwd_kernel(const __grid_constant__ AffinityArgs args) {
+    begin_kernel();
     extern __shared__ float4 dynamic_shared[];  // weights, pooled, hidden, sums by rows
     float* const shared = reinterpret_cast<float*>(dynamic_shared);
     float* const pooled = shared + args.staged_bytes / sizeof(float);
@@ -230,6 +231,7 @@ __global__ void __launch_bounds__(kAffinityThreads, 1)
 template <class T>
 __global__ void __launch_bounds__(kAffinityThreads, 1)
     channel_affinity_bwd_kernel(const __grid_constant__ AffinityArgs args) {
+    begin_kernel();
     extern __shared__ float4
         dynamic_shared[];  // weights, gradient before the sigmoid, before the relu, column_products
     float* const shared = reinterpret_cast<float*>(dynamic_shared);
@@ -266,6 +268,7 @@ constexpr int kSumThreads = 8;
 template <class T>
 __global__ void __launch_bounds__(kReduceColumns* kSumThreads)
     channel_affinity_weights_kernel(const __grid_constant__ AffinityArgs args) {
+    begin_kernel();
     __shared__ float shared[kSumThreads][kReduceColumns];
     int64_t i = static_cast<int64_t>(blockIdx.x) * kReduceColumns + threadIdx.x;
     const int64_t row = args.out_dim + args.hidden;
@@ -325,9 +328,8 @@ cudaError_t launch_channel_affinity_bwd(const AffinityArgs& given, DType dtype, 
                                                 args.staged_bytes + shared, stream, args);
         if (error != cudaSuccess) return error;
         const int64_t blocks = (parameters + kReduceColumns - 1) / kReduceColumns;
-        channel_affinity_weights_kernel<T>
-            <<<static_cast<unsigned>(blocks), dim3(kReduceColumns, kSumThreads), 0, stream>>>(args);
-        return cudaGetLastError();
+        return launch_kernel(channel_affinity_weights_kernel<T>, blocks, dim3(kReduceColumns, kSumThreads), 0, stream,
+                             args);
     });
 }
 

@@ -129,6 +129,7 @@ __device__ __forceinline__ void add_taps(const Packed<T, kVecs> (&x)[kColumns], 
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 4 : 2)
     depthwise_conv_bwd_kernel(const __grid_constant__ ConvBwdArgs args) {
+    begin_kernel();
     using Stored = Packed<T, kVecs>;
     using Ring = RowRing<T>;
     __shared__ BlockMemory memory;

@@ -26,6 +26,7 @@ constexpr int kRowsAhead = 3;
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kConvFwdThreads, kAligned ? (sizeof(T) == 2 ? 5 : 4) : 3)
     depthwise_conv_fwd_kernel(const __grid_constant__ ConvFwdArgs args) {
+    begin_kernel();
     __shared__ ConvTable<kConvFwdLanes * kConvVec> table;
     const ConvShape& s = args.shape;
     const ConvFwdPlan& plan = args.plan;

@@ -437,6 +437,7 @@ __device__ void copy_x(const FeedForwardArgs& args, const TilePlace& at) {
 template <class T, int kBlocks>
 __global__ void __launch_bounds__(kThreads, kBlocks < 3 ? 2 : 1)
     feed_forward_sm90a_kernel(const __grid_constant__ KernelArgs maps) {
+    begin_kernel();
     using Tile = Tile<kBlocks>;
     extern __shared__ __align__(1024) unsigned char shared[];
     const FeedForwardArgs& args = maps.args;

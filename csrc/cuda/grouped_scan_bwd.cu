@@ -21,6 +21,7 @@ namespace {
 template <class T, bool kSingle, bool kAligned>
 __global__ void __launch_bounds__(kBwdSlab / kBwdTokens<T, kSingle>, kSingle&& kAligned && sizeof(T) == 2 ? 2 : 1)
     grouped_scan_bwd_kernel(const __grid_constant__ ScanBwdArgs args) {
+    begin_kernel();
     constexpr int kTokens = kBwdTokens<T, kSingle>, kThreads = kBwdSlab / kTokens;
     __shared__ ScanExchange exchange;
     enum { kBias, kSkip, kNormWeight, kNormBias, kGate };

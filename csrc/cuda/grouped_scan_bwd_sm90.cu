@@ -43,6 +43,7 @@ __device__ __forceinline__ void hide(float (&x)[kVec]) {
 template <class T, class Block>
 __global__ void __launch_bounds__(Block::kThreads, kResident)
     grouped_scan_bwd_sm90_kernel(const __grid_constant__ ScanBwdSm90Args args) {
+    begin_kernel();
 #if __CUDA_ARCH__ >= 900
     constexpr int kTokens = kFwdTokens;
     extern __shared__ __align__(128) unsigned char shared[];

@@ -16,6 +16,7 @@ namespace {
 template <class T, bool kSingle, bool kAligned>
 __global__ void __launch_bounds__(kFwdThreads, kSingle&& kAligned && sizeof(T) == 2 ? 2 : 1)
     grouped_scan_fwd_kernel(const __grid_constant__ ScanFwdArgs args) {
+    begin_kernel();
     constexpr int kTokens = kFwdTokens;
     __shared__ ScanExchange exchange;
     __shared__ ChannelTable<5> table;  // of every channel, to spare registers; so are planes read once a slab

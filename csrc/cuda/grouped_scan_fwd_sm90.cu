@@ -29,6 +29,7 @@ struct Layout {
 template <class T, class Block>
 __global__ void __launch_bounds__(Block::kThreads, kThreadsOfSM / Block::kThreads)
     grouped_scan_fwd_sm90_kernel(const __grid_constant__ ScanFwdSm90Args args) {
+    begin_kernel();
 #if __CUDA_ARCH__ >= 900
     constexpr int kTokens = kFwdTokens;
     extern __shared__ __align__(128) unsigned char shared[];

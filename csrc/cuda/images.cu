@@ -13,6 +13,7 @@ constexpr int kThreads = 256;
 
 template <class T, int kCount>
 __global__ void __launch_bounds__(kThreads, 3) sum_images_kernel(const __grid_constant__ SumImagesArgs args) {
+    begin_kernel();
     const int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kCount;
     if (i >= args.count) return;
     const T* const from = static_cast<const T*>(args.in) + i;
@@ -38,6 +39,7 @@ __global__ void __launch_bounds__(kThreads, 3) sum_images_kernel(const __grid_co
 constexpr int kClearedByBlock = 16 * kThreads * 8;  // bytes
 
 __global__ void __launch_bounds__(kThreads) clear_images_kernel(const __grid_constant__ ClearImagesArgs args) {
+    begin_kernel();
     const int64_t blocks = (args.bytes + kClearedByBlock - 1) / kClearedByBlock, image = blockIdx.x / blocks;
     if (is_kept(args.kept, image)) return;
     const int64_t first = (blockIdx.x - image * blocks) * kClearedByBlock;

@@ -24,6 +24,7 @@ namespace {
 template <class T, int kVecs, bool kAligned>
 __global__ void __launch_bounds__(kNormThreads, norm_fwd_blocks(kVecs))
     layer_norm_pool_fwd_kernel(const __grid_constant__ PoolFwdArgs args) {
+    begin_kernel();
     using Tile = RowTile<kVecs>;
     enum { kWeight, kBias, kSumBias };
     __shared__ SlotRows<3, Tile::kWidth> table;
@@ -90,6 +91,7 @@ __global__ void __launch_bounds__(kNormThreads, norm_fwd_blocks(kVecs))
 template <class T, int kVecs, bool kAligned>
 __global__ void __launch_bounds__(kNormThreads, norm_bwd_blocks(kVecs))
     layer_norm_pool_bwd_kernel(const __grid_constant__ PoolBwdArgs args) {
+    begin_kernel();
     using Tile = RowTile<kVecs>;
     enum { kWeight, kBias, kPooled };
     constexpr bool kAhead = kAligned && sizeof(T) == 2;  // of float, a step's data would be in the sums' registers
@@ -193,6 +195,7 @@ __global__ void __launch_bounds__(kNormThreads, norm_bwd_blocks(kVecs))
 template <class T>
 __global__ void __launch_bounds__(kNormThreads)
     layer_norm_pool_fwd_wide_kernel(const __grid_constant__ PoolFwdArgs args) {
+    begin_kernel();
     __shared__ WideRows rows;
     const NormShape& s = args.shape;
     const Strip strip(s, args.plan);
@@ -225,6 +228,7 @@ __global__ void __launch_bounds__(kNormThreads)
 template <class T>
 __global__ void __launch_bounds__(kNormThreads)
     layer_norm_pool_bwd_wide_kernel(const __grid_constant__ PoolBwdArgs args) {
+    begin_kernel();
     __shared__ WideRows rows;
     const NormShape& s = args.shape;
     const Strip strip(s, args.plan);

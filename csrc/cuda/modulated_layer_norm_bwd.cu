@@ -31,6 +31,7 @@ struct PartialRow {
 template <class T, int kVecs, bool kAligned>
 __global__ void __launch_bounds__(kNormThreads, norm_bwd_blocks(kVecs))
     modulated_layer_norm_bwd_kernel(const __grid_constant__ ModulatedBwdArgs args) {
+    begin_kernel();
     using Tile = RowTile<kVecs>;
     enum { kModulation, kWeight, kBias };
     constexpr bool kAhead = kAligned && sizeof(T) == 2;  // of float, a step's data would be in the sums' registers
@@ -146,6 +147,7 @@ __global__ void __launch_bounds__(kNormThreads, norm_bwd_blocks(kVecs))
 template <class T>
 __global__ void __launch_bounds__(kNormThreads, 2)
     modulated_layer_norm_bwd_wide_kernel(const __grid_constant__ ModulatedBwdArgs args) {
+    begin_kernel();
     __shared__ WideRows rows;
     const NormShape& s = args.shape;
     const Strip strip(s, args.plan);

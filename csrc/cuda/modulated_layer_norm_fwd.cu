@@ -14,6 +14,7 @@ namespace {
 template <class T, int kVecs, bool kAligned>
 __global__ void __launch_bounds__(kNormThreads, norm_fwd_blocks(kVecs))
     modulated_layer_norm_fwd_kernel(const __grid_constant__ ModulatedFwdArgs args) {
+    begin_kernel();
     using Tile = RowTile<kVecs>;
     enum { kModulation, kWeight, kBias };
     __shared__ SlotRows<3, Tile::kWidth> table;
@@ -70,6 +71,7 @@ __global__ void __launch_bounds__(kNormThreads, norm_fwd_blocks(kVecs))
 template <class T>
 __global__ void __launch_bounds__(kNormThreads, 2)
     modulated_layer_norm_fwd_wide_kernel(const __grid_constant__ ModulatedFwdArgs args) {
+    begin_kernel();
     __shared__ WideRows rows;
     const NormShape& s = args.shape;
     const Strip strip(s, args.plan);

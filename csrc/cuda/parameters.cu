@@ -71,6 +71,7 @@ __device__ __forceinline__ void store_vector(const ParamOut& out, int64_t i, con
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) pack_parameters_kernel(const __grid_constant__ PackArgs args) {
+    begin_kernel();
     int64_t element = 0;
     const PackItem& item = find_item(args, element);
     const int width = item.vectors ? kVec : 1;
@@ -152,6 +153,7 @@ __device__ __forceinline__ void sum_vector(const SumItem& item, int64_t element)
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 3) sum_parameters_kernel(const __grid_constant__ SumArgs args) {
+    begin_kernel();
     __shared__ float rows[kSumRows][kSumColumns];
     int64_t element = 0;
     const SumItem& item = find_item(args, element);
@@ -188,6 +190,7 @@ __global__ void __launch_bounds__(kThreads, 3) sum_parameters_kernel(const __gri
 // A thread adds kVec adjacent columns of every `row_threads`-th row of its block's.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads) column_sums_kernel(const __grid_constant__ ColumnSumArgs args) {
+    begin_kernel();
     extern __shared__ float partial[];  // (row threads, columns)
     const int vectors = (args.columns + kVec - 1) / kVec, row_threads = max(1, kThreads / vectors);
     const int64_t rows = (args.rows + args.blocks - 1) / args.blocks, from = blockIdx.x * rows;

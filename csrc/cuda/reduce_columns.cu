@@ -3,6 +3,7 @@
 // bitwise repeatable.
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
+#include "cuda/launch_kernel.cuh"
 #include "cuda/reduce.cuh"
 
 namespace gm {
@@ -15,6 +16,7 @@ constexpr int kColumns = 8, kMaxRowThreads = 128, kWarpRows = 32 / kColumns;
 template <class T>
 __global__ void __launch_bounds__(kColumns* kMaxRowThreads)
     reduce_columns_kernel(const __grid_constant__ ReduceArgs args) {
+    begin_kernel();
     __shared__ float warps[kMaxRowThreads / kWarpRows][kColumns];
     const int64_t column_blocks = (args.columns + kColumns - 1) / kColumns;
     const int64_t segment = blockIdx.x / column_blocks;
@@ -58,14 +60,11 @@ __global__ void __launch_bounds__(kColumns* kMaxRowThreads)
 
 cudaError_t launch_reduce_columns(const ReduceArgs& args, DType dtype, cudaStream_t stream) {
     const int64_t blocks = (args.columns + kColumns - 1) / kColumns * args.segments;
-    if (blocks == 0) return cudaSuccess;
-    if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
     int rows = kWarpRows;
     while (rows < kMaxRowThreads && rows < args.rows) rows *= 2;
     return dispatch_dtype(dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
-        reduce_columns_kernel<T><<<static_cast<unsigned>(blocks), dim3(kColumns, rows), 0, stream>>>(args);
-        return cudaGetLastError();
+        return launch_kernel(reduce_columns_kernel<T>, blocks, dim3(kColumns, rows), 0, stream, args);
     });
 }
 

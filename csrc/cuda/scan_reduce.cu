@@ -6,6 +6,7 @@
 //   dgate_b = norm_weight p_b + norm_bias q_b,  dnorm_weight = sum_b gate_b p_b,  dnorm_bias = sum_b gate_b q_b
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
+#include "cuda/launch_kernel.cuh"
 #include "cuda/reduce.cuh"
 
 namespace gm {
@@ -16,6 +17,7 @@ constexpr int kRowThreads = 32;  // the latency of loads counts: all of them at 
 template <class T>
 __global__ void __launch_bounds__(kReduceColumns* kRowThreads)
     scan_reduce_kernel(const __grid_constant__ ScanReduceArgs args) {
+    begin_kernel();
     __shared__ float shared[kRowThreads][kReduceColumns];
     const int column_blocks = (args.dim + kReduceColumns - 1) / kReduceColumns;
     const int rows = args.states + kFixedRows + args.rank;
@@ -82,9 +84,7 @@ cudaError_t launch_scan_reduce(const ScanReduceArgs& args, DType dtype, cudaStre
     const int64_t blocks = static_cast<int64_t>((args.dim + kReduceColumns - 1) / kReduceColumns) * rows * args.groups;
     return dispatch_dtype(dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
-        if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-        scan_reduce_kernel<T><<<static_cast<unsigned>(blocks), dim3(kReduceColumns, kRowThreads), 0, stream>>>(args);
-        return cudaGetLastError();
+        return launch_kernel(scan_reduce_kernel<T>, blocks, dim3(kReduceColumns, kRowThreads), 0, stream, args);
     });
 }
 
