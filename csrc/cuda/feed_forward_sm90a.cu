@@ -9,69 +9,53 @@
 //
 //   products: fc2 of the last 64 channels onto the sums that the block keeps in registers; fc1 of the next 64 for all
 //             pixels of the tile and the ring around it, to shared memory as a plane a channel, 0 outside the image;
-//   planes:   convolution and GELU, a warp for 8 channels. The (14, 16) band matrix of three taps times 16 columns of a
-//             plane's rows is a part of the sums of 14 columns: three tensor-core products, one a row of taps, where 9
-//             multiplications an element would take most of the time. The weights of the next products arrive then.
+//   planes:   convolution and GELU, a warp for 8 channels (conv_planes.cuh). The weights of the next products arrive
+//   then.
 //
 // Two blocks share a multiprocessor, so that one's products run beside the other's planes.
-#include "cuda/activation.cuh"
+#include "cuda/conv_planes.cuh"
 #include "cuda/dispatch.h"
 #include "cuda/feed_forward_plan.h"
 #include "cuda/launch_kernel.cuh"
 #include "cuda/packed.cuh"
 #include "cuda/tensor_map.h"
 #include "cuda/tma.cuh"
-#include "cuda/wgmma.cuh"
 
 namespace gm {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32, kGroups = kThreads / 128;
 constexpr int kWidth = kFeedForwardBlock;
-constexpr int kInColumns = 16, kOutColumns = kFeedForwardColumns;
-static_assert(kOutColumns == kInColumns - 2 && kWidth == 8 * kWarps, "a warp convolves 8 channels");
+constexpr int kInColumns = kConvInColumns, kOutColumns = kConvOutColumns;
+static_assert(kOutColumns == kFeedForwardColumns && kWidth == kPlanesOfBlock && kWidth == 8 * kWarps,
+              "a warp convolves 8 channels");
 
 template <int kBlocks>
 struct Tile {
     static constexpr int kOutRows = feed_forward_rows(kBlocks), kInRows = kOutRows + 2;
     static constexpr bool kTall = kOutRows == 14;
+    using Planes = ConvPlanes<kTall>;
     static constexpr int kChannels = kBlocks * kWidth;
     static constexpr int kTokens = kInRows * kInColumns;
     // fc1: each warpgroup its half of the tokens, kFc1Units products of kFc1Tokens one after another.
     static constexpr int kFc1Tokens = kTall ? 64 : 72, kFc1Units = kTokens / kGroups / kFc1Tokens;
-    // The pixels behind the convolution, in the order that its products leave them: pixel n is column n % 2 + 2 (n / 8
-    // % 7) of row n / 2 % 4 * kRowStep + n / 8 / 7, so that the 8 that a quarter of a warp writes at once differ in the
-    // last three bits of n. Rows 14 and 15 (7) are not used.
-    static constexpr int kRowStep = kTall ? 4 : 2, kOutTokens = kOutColumns * 4 * kRowStep;
+    static constexpr int kOutTokens = Planes::kOutPixels;  // behind the convolution
     // fc2: each warpgroup its half of these, kFc2Units products of 56 tokens or 64 channels.
     static constexpr int kFc2Tokens = 56, kFc2Units = kTall ? 2 : kBlocks;
     static_assert(kGroups * kFc1Units * kFc1Tokens == kTokens);
     static_assert(kGroups * (kTall ? 2 : 1) * kFc2Tokens == kOutTokens);
 
-    // Shared memory. A plane is followed by 16 bytes, so that the same pixels of 8 planes fill all banks.
-    static constexpr int kPlane = kTokens * 2 + 16;
-    static constexpr int kTaps = 12;  // of a channel, in rows of four
-    static constexpr int kConvBias = kWidth * kTaps * 2, kFc1Bias = kConvBias + kWidth * 4;  // behind the taps
-    static constexpr int kTable = kFc1Bias + kWidth * 2;
+    // Shared memory.
+    static constexpr int kFc1Bias = Planes::kTable, kTable = kFc1Bias + kWidth * 2;  // of a block of hidden channels
     static constexpr int kX = 0, kActivated = kX + kBlocks * kTokens * kPanelRow;
     static constexpr int kFc1 = kActivated + kOutTokens * kPanelRow;
     static constexpr int kFc2 = kFc1 + kBlocks * kWidth * kPanelRow;
     static constexpr int kPlanes = kFc2 + kBlocks * kWidth * kPanelRow;
-    static constexpr int kTables = kPlanes + kWidth * kPlane;
+    static constexpr int kTables = kPlanes + Planes::kBytes;
     static constexpr int kBarrier = kTables + 2 * kTable, kBytes = kBarrier + 8;
     static constexpr int kSumRow = kChannels + 4;  // of the sums on their way out, in floats
     static_assert(kOutTokens * kSumRow * 4 <= kBytes);
 };
-
-// Where in its plane 8 pixels of a row lie, in units of 16 bytes: those of eight rows, adjacent or (tall) every second
-// one, fill all banks.
-template <int kBlocks>
-__device__ __forceinline__ int plane_chunk(int row, int half) {
-    return (2 * row + half) ^ (row >> 2 & (Tile<kBlocks>::kTall ? 3 : 1));
-}
-// The plane of a channel: so that channels 0, 1, 8, 9, 16, 17, 24 and 25 of 32 are in different banks, as 8 adjacent
-// ones are.
-__device__ __forceinline__ int plane_of(int channel) { return (channel & ~7) | ((channel + 2 * (channel >> 3)) & 7); }
 
 struct TilePlace {
     int64_t image;
@@ -114,8 +98,9 @@ __device__ __forceinline__ void load_fc1(const KernelArgs& maps, int block, uint
                  barrier);
     const uint32_t table = shared + Tile::kTables + block % 2 * Tile::kTable;
     const int first = block * kWidth;
-    bulk_load(table, static_cast<const T*>(maps.args.conv_weight) + first * Tile::kTaps, Tile::kConvBias, barrier);
-    bulk_load(table + Tile::kConvBias, maps.args.conv_bias + first, kWidth * 4, barrier);
+    bulk_load(table, static_cast<const T*>(maps.args.conv_weight) + first * Tile::Planes::kTaps, Tile::Planes::kBias,
+              barrier);
+    bulk_load(table + Tile::Planes::kBias, maps.args.conv_bias + first, kWidth * 4, barrier);
     bulk_load(table + Tile::kFc1Bias, static_cast<const T*>(maps.args.fc1_bias) + first, kWidth * 2, barrier);
 }
 template <class T, int kBlocks>
@@ -206,15 +191,15 @@ __device__ __forceinline__ void fc1_planes(const float (&sums)[Tile<kBlocks>::kF
                                            const Inside& inside, int channel, unsigned char* planes) {
     using Tile = Tile<kBlocks>;
     const int lane = threadIdx.x % 32;
-    unsigned char* const upper = planes + plane_of(channel) * Tile::kPlane + lane % 4 * 4;
-    unsigned char* const lower = planes + plane_of(channel + 8) * Tile::kPlane + lane % 4 * 4;
+    unsigned char* const upper = planes + plane_of(channel) * Tile::Planes::kPlane + lane % 4 * 4;
+    unsigned char* const lower = planes + plane_of(channel + 8) * Tile::Planes::kPlane + lane % 4 * 4;
     uint32_t rows = inside.rows;
     asm volatile("" : "+r"(rows));  // or the masks below are computed before the loop over hidden channels, and kept
 #pragma unroll
     for (int j = 0; j < Tile::kFc1Tokens / 8; ++j) {
         const int eighth = kFirstToken / 8 + j, row = eighth / 2, half = eighth % 2;
         const uint32_t mask = rows >> row & 1 ? inside.halves[half] : 0u;
-        const int place = plane_chunk<kBlocks>(row, half) * 16;
+        const int place = plane_chunk<Tile::kTall>(row, half) * 16;
         const float* const s = sums + 4 * j;
         *reinterpret_cast<uint32_t*>(upper + place) = pack_pair<T>(s[0] + bias[0], s[1] + bias[0]) & mask;
         *reinterpret_cast<uint32_t*>(lower + place) = pack_pair<T>(s[2] + bias[1], s[3] + bias[1]) & mask;
@@ -250,7 +235,7 @@ __device__ __forceinline__ void save_hidden(const FeedForwardArgs& args, int war
     // pixel l / 4.
     const int half = warp / 2 % 2, quarter = warp % 2;
     const int channel = quarter * 32 + lane % 8 / 2 * 8 + lane / 8 * 2 + lane % 2;
-    const uint32_t plane = planes + plane_of(channel) * Tile::kPlane;
+    const uint32_t plane = planes + plane_of(channel) * Tile::Planes::kPlane;
     const int column = half * 8 + lane / 4;  // of the tile with its ring
     const int x = at.column + column - 1, c = first_channel + quarter * 32 + lane % 4 * 8;
     const bool in = column >= 1 && column <= kOutColumns && x < args.width && c < args.hidden_pad;
@@ -260,89 +245,10 @@ __device__ __forceinline__ void save_hidden(const FeedForwardArgs& args, int war
 #pragma unroll
     for (int row = warp / 4; row < Tile::kOutRows; row += 2) {
         uint32_t words[4];
-        load_matrices_transposed(words, plane + plane_chunk<kBlocks>(row + 1, half) * 16);
+        load_matrices_transposed(words, plane + plane_chunk<Tile::kTall>(row + 1, half) * 16);
         if (in && at.row + row < args.height)
             *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
         to += 2 * row_step;
-    }
-}
-
-// Convolution and GELU of a warp's 8 channels, from planes to the panel that fc2 reads.
-template <class T, int kBlocks>
-__device__ __forceinline__ void convolve(const unsigned char* table, int warp, uint32_t planes,
-                                         unsigned char* activated) {
-    using Tile = Tile<kBlocks>;
-    constexpr int kSums = Tile::kTall ? 2 : 1;  // even and odd rows
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    // Taps (w0, w1), (w2, 0) of a row as bytes 0 to 7: the words of the band matrix A[m][k] = w[k - m] that this lane
-    // holds, elements (g, 2 t) and (g, 2 t + 8) with their neighbours, are picked out of them; rows 8 and on hold the
-    // first of them 8 columns further on.
-    const auto picked = [](int d) {  // 0x1076, 0x3210, 0x5432, 0x7654 for -1 to 2: bytes 6 and 7 are 0
-        const uint32_t from = static_cast<uint32_t>(d + 1);
-        return from < 4 ? (0x1076u + 0x2222u * from) & 0x7777u : 0x7676u;
-    };
-    const uint32_t near = picked(2 * t - g), far = picked(2 * t + 8 - g);
-    // Rows that this lane points at, n = lane % 8: 2 n or 2 n + 1, then two further down; or n, n + 1, then n + 2. Rows
-    // behind the last belong to results that are not used.
-    const int half = lane / 8 % 2, second = lane / 16;
-    const int row = Tile::kTall ? lane % 8 * 2 + second : lane % 8 + second;
-    const int next = Tile::kTall ? (row + 2) % 16 : lane % 8 == 7 ? 1 : lane % 8 + 2;
-    uint32_t rows = planes + plane_chunk<kBlocks>(row, half) * 16,
-             more = planes + plane_chunk<kBlocks>(next, half) * 16;
-    asm volatile("" : "+r"(rows), "+r"(more));  // or all addresses are kept over the hidden channels
-    // Results (s, i): row kSums (2 t + i % 2) + s, column g + 8 (i / 2).
-    unsigned char* const to = activated + panel_offset(g % 2 + 2 * t + 8 * (g / 2), warp);
-    // Half of the channels leave before the others come: all eight would be one access in place of two, but take
-    // registers that the sums of fc2 need.
-    uint32_t out[kSums * 4][2];  // pairs of channels
-#pragma unroll
-    for (int pair = 0; pair < 4; ++pair) {
-        const uint32_t plane = plane_of(warp * 8 + pair * 2) * Tile::kPlane;  // the other follows
-        float sums[2][kSums][4];
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-            const int channel = warp * 8 + pair * 2 + c;
-            const uint2* const taps = reinterpret_cast<const uint2*>(table + channel * Tile::kTaps * 2);
-            const float bias = reinterpret_cast<const float*>(table + Tile::kConvBias)[channel];
-            const float start[4] = {bias, bias, bias, bias};
-            uint32_t band[3][4];
-#pragma unroll
-            for (int i = 0; i < 3; ++i) {
-                const uint2 words = taps[i];
-                band[i][0] = band[i][3] = __byte_perm(words.x, words.y, near);
-                band[i][1] = 0;
-                band[i][2] = __byte_perm(words.x, words.y, far);
-            }
-            uint32_t a[4];
-            load_matrices(a, rows + plane + c * Tile::kPlane);
-            if constexpr (Tile::kTall) {
-                uint32_t b[4];
-                load_matrices(b, more + plane + c * Tile::kPlane);
-                warp_mma<T>(sums[c][0], band[0], a[0], a[1], start);
-                warp_mma<T>(sums[c][1], band[0], a[2], a[3], start);
-                warp_mma<T>(sums[c][0], band[1], a[2], a[3], sums[c][0]);
-                warp_mma<T>(sums[c][1], band[1], b[0], b[1], sums[c][1]);
-                warp_mma<T>(sums[c][0], band[2], b[0], b[1], sums[c][0]);
-                warp_mma<T>(sums[c][1], band[2], b[2], b[3], sums[c][1]);
-            } else {
-                uint32_t b[2];
-                load_matrices(b, more + plane + c * Tile::kPlane);
-                warp_mma<T>(sums[c][0], band[0], a[0], a[1], start);
-                warp_mma<T>(sums[c][0], band[1], a[2], a[3], sums[c][0]);
-                warp_mma<T>(sums[c][0], band[2], b[0], b[1], sums[c][0]);
-            }
-        }
-#pragma unroll
-        for (int s = 0; s < kSums; ++s)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                uint32_t(&words)[2] = out[s * 4 + i];
-                words[pair % 2] = pack_pair<T>(gelu<T>(sums[0][s][i]), gelu<T>(sums[1][s][i]));
-                const int eighths = i / 2 * 4 + 7 * (i % 2 * kSums + s);
-                if (pair % 2 == 1 && (i < 2 || g < kOutColumns - 8))
-                    *reinterpret_cast<uint2*>(to + eighths * 8 * kPanelRow + pair / 2 * 8) =
-                        make_uint2(words[0], words[1]);
-            }
     }
 }
 
@@ -406,9 +312,8 @@ private:
     static __device__ __forceinline__ int token_of(int turn) { return threadIdx.x / kChunks + turn * kTokensAtOnce; }
     // The pixel's number in its image, or -1.
     __device__ __forceinline__ int pixel_of(int turn) const {
-        const int token = token_of(turn), eighth = token / 8;
-        const int tile_row = token / 2 % 4 * Tile::kRowStep + eighth / 7, row = at_.row + tile_row;
-        const int column = at_.column + token % 2 + eighth % 7 * 2;
+        const int token = token_of(turn), tile_row = Tile::Planes::row_of(token), row = at_.row + tile_row;
+        const int column = at_.column + Tile::Planes::column_of(token);
         const bool idle = channel() >= args_.channels || threadIdx.x >= kTokensAtOnce * kChunks;
         const bool in =
             token < Tile::kOutTokens && tile_row < Tile::kOutRows && column < args_.width && row < args_.height;
@@ -507,8 +412,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks < 3 ? 2 : 1)
             }
         }
         if (args.hidden != nullptr) save_hidden<T, kBlocks>(args, warp, block * kWidth, base + Tile::kPlanes);
-        convolve<T, kBlocks>(shared + Tile::kTables + block % 2 * Tile::kTable, warp, base + Tile::kPlanes,
-                             shared + Tile::kActivated);
+        convolve<T, Tile::kTall>(shared + Tile::kTables + block % 2 * Tile::kTable, warp, base + Tile::kPlanes,
+                                 shared + Tile::kActivated);
         proxy_fence();
         __syncthreads();
         barrier_wait(barrier, (block + 1) % 2);
