@@ -14,9 +14,9 @@ namespace gm {
 
 constexpr int kNormWarps = kNormThreads / 32;
 
-// Blocks an SM that the registers of a kernel leave room for: 96 of a forward kernel and 168 of a backward one, with
-// its sums a channel, hold a step and the loads of the next without a spill. Rows of 8 vectors need more, and so do
-// other architectures than the one that the kernels are fitted to.
+// Blocks an SM that the registers of a kernel leave room for: 96 of a forward kernel (80 with three vectors) and 168 of
+// a backward one, with its sums a channel, hold a step and the loads of the next without a spill. Rows of 8 vectors
+// need more, and so do other architectures than the one that the kernels are fitted to.
 constexpr int fitted_blocks(int blocks) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
     return blocks - 1;
