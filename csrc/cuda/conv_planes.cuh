@@ -5,7 +5,7 @@
 #pragma once
 
 #include "cuda/activation.cuh"
-#include "cuda/wgmma.cuh"
+#include "cuda/tensor_core.cuh"
 
 namespace gm {
 
