@@ -60,8 +60,10 @@ __device__ __forceinline__ float gelu(float x) {
     if constexpr (std::is_same_v<T, float>) {
         return x * normal_cdf<T>(x);
     } else {  // x P(X < x) = max(x, 0) - |x| P(X < -|x|)
-        const float a = fabsf(x);
-        return fmaf(-a, ex2_approx(log2_normal_tail<T>(a)), fmaxf(x, 0.f));
+        const float a = fabsf(x), tail = ex2_approx(log2_normal_tail<T>(a));
+        // inf * 0 is no number; half overflows within reach, bfloat16 where float does
+        const float factor = std::is_same_v<T, __half> ? fminf(a, 3.4e38f) : a;
+        return fmaf(-factor, tail, fmaxf(x, 0.f));
     }
 }
 

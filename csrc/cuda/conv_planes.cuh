@@ -2,6 +2,9 @@
 // The 3x3 depthwise convolution with bias and GELU by tensor cores: on 64 channels of a tile of an image, each a plane
 // in shared memory. The (14, 16) band matrix of three taps times 16 columns of a plane's rows is a part of the sums of
 // 14 columns: three products, one a row of taps, where 9 multiplications an element would take most of the time.
+//
+// A value that is no finite number spreads over the 14 columns, and not over its three neighbours alone: 0 times it is
+// no number.
 #pragma once
 
 #include "cuda/activation.cuh"

@@ -26,8 +26,9 @@ __device__ __forceinline__ void begin_kernel() {
 struct KernelFacts {
     const void* kernel;
     int device;
-    size_t shared_limit;  // bytes of dynamic shared memory that it may have
-    bool begins_early;    // its code holds what begin_kernel does, and driver and device know that
+    size_t static_shared;  // bytes
+    size_t shared_limit;   // of dynamic shared memory that it may have
+    bool begins_early;     // its code holds what begin_kernel does, and driver and device know that
 };
 
 // Asked of the driver once for each kernel and device, by each thread: it takes longer to answer than to launch.
@@ -49,20 +50,24 @@ inline cudaError_t kernel_facts(const void* kernel, KernelFacts*& facts) {
     if (error != cudaSuccess) return error;
     // An older build's code, run here through PTX, doesn't wait; older drivers don't capture such launches.
     const bool begins_early = major >= 9 && attributes.ptxVersion >= 90 && driver >= 12040;
-    known.push_back({kernel, device, kDefaultSharedLimit - attributes.sharedSizeBytes, begins_early});
+    known.push_back(
+        {kernel, device, attributes.sharedSizeBytes, kDefaultSharedLimit - attributes.sharedSizeBytes, begins_early});
     facts = &known.back();
     return cudaSuccess;
 }
 
-// Lets the kernel have `dynamic_shared` bytes.
+// Lets the kernel have `dynamic_shared` bytes, and all else that the device has: the limit is the process's, and a
+// thread that set no more than it needs would lower what another one has set.
 inline cudaError_t raise_shared_limit(KernelFacts& facts, size_t dynamic_shared) {
     if (dynamic_shared <= facts.shared_limit) return cudaSuccess;
-    const cudaError_t error = cudaFuncSetAttribute(facts.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(dynamic_shared));
-    if (error == cudaSuccess) facts.shared_limit = dynamic_shared;
-    return error;
+    int room = 0;
+    cudaError_t error = cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, facts.device);
+    if (error != cudaSuccess) return error;
+    const int all = room - static_cast<int>(facts.static_shared);
+    error = cudaFuncSetAttribute(facts.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, all);
+    if (error == cudaSuccess) facts.shared_limit = static_cast<size_t>(all);
+    return dynamic_shared <= facts.shared_limit ? error : cudaErrorInvalidValue;
 }
-
 inline cudaError_t raise_shared_limit(const void* kernel, size_t dynamic_shared) {
     KernelFacts* facts = nullptr;
     const cudaError_t error = kernel_facts(kernel, facts);
