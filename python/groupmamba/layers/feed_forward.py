@@ -18,8 +18,8 @@ class ConvFeedForward(nn.Module):
     """``fc2(gelu(dwconv3x3(fc1(x))))`` on channels-last images, GELU by the error function (as the authors' code).
 
     The hidden image is the widest tensor of a block. On CUDA :func:`groupmamba_ext.layer_ops.feed_forward` computes all
-    of it; on a GPU of compute capability 9.0, in 16 bits and for up to 192 channels, one kernel that keeps that image on
-    the chip and writes it only for a backward. There an infinity or NaN reaches up to 14 neighbours in a row, not 3.
+    of it; on a GPU of compute capability 9.0, in 16 bits and for up to 192 channels, one kernel that keeps that image
+    on the chip and writes it only for a backward. There an infinity or NaN reaches up to 14 neighbours in a row, not 3.
 
     Args:
         dim: channels in and out.
