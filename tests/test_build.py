@@ -134,6 +134,17 @@ def test_no_kernel_spills(kernels):
         warnings.warn("kernels spill registers: " + "; ".join(spilling), stacklevel=1)
 
 
+def test_every_kernel_waits_for_those_before():
+    """One that did not would read, from 9.0 on, what the kernel before it is still writing (cuda/launch_kernel.cuh)."""
+    kernel = re.compile(r"__global__.*?_kernel\(const __grid_constant__ \w+ \w+\) \{\n(?P<first>[^\n]*)", re.DOTALL)
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    assert sources
+    for source in sources:
+        text = source.read_text()
+        first = [match["first"].strip() for match in kernel.finditer(text)]
+        assert len(first) == text.count("__global__") and set(first) == {"begin_kernel();"}, source.name
+
+
 def test_build_info(kernels):
     info = _load.build_info()
     assert set(info) == {

@@ -19,11 +19,11 @@
 
 #include "cuda/params.h"
 #include "cuda/scan_plan.h"
+#include "cuda/tensor_map.h"
 
 namespace gm {
 
-constexpr int kBoxLimit = 256;  // elements of a box in each dimension
-constexpr int kSegment = 32;    // slabs of a shared plane between states that all later slabs start from
+constexpr int kSegment = 32;  // slabs of a shared plane between states that all later slabs start from
 
 struct SlabPlan {
     int tokens;       // slots of a slab

@@ -21,8 +21,6 @@ Encode find_encoder() {
     return encoder;
 }
 
-constexpr int64_t kBoxLimit = 256;  // elements of a box in each dimension
-
 }  // namespace
 
 bool has_tensor_maps() { return find_encoder() != nullptr; }

@@ -11,6 +11,7 @@
 namespace gm {
 
 constexpr int kMapRank = 5;
+constexpr int kBoxLimit = 256;  // elements of a box in each dimension
 
 struct TensorMapShape {
     int64_t sizes[kMapRank];        // fastest dimension first, whose elements are adjacent
