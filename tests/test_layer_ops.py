@@ -256,10 +256,8 @@ def test_feed_forward_is_one_kernel(batch, dim, hidden, shape):
 
     Parameters in pieces of one buffer, as some optimisers keep them, may begin anywhere.
     """
-    if torch.cuda.get_device_capability() != (
-        9,
-        0,
-    ):  # there is no such kernel elsewhere, and the results are tested above
+    # Elsewhere there is no such kernel, and the results are tested above.
+    if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a GPU of compute capability 9.0")
     modules = feed_forward(dim, hidden).to("cuda", torch.bfloat16).requires_grad_(False)
     mlp, norm = modules["mlp"], modules["norm"]
