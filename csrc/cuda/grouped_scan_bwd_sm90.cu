@@ -15,9 +15,13 @@ enum SumRow { kSumA, kSumSkip, kSumBias, kSumProduct, kSumTotal, kSumWeight };
 static_assert(kSumSkip == 1 + kRowSkip && kSumBias == 1 + kRowBias && kSumProduct == 1 + kRowProduct &&
               kSumTotal == 1 + kRowSum && kSumWeight == 1 + kFixedRows);
 
+// Images of the features' gradients in shared memory: one, or one for each octet of lanes where warps share tokens.
+template <class Block>
+constexpr int kPartials = Block::kInWarp ? 1 : Block::kOctets;
+
 template <class Block>
 struct Layout {
-    int slab_bytes, features, feature_bytes, gradients, aggregates, table, sums, barriers, total;
+    int slab_bytes, features, feature_bytes, gradients, aggregates, table, norm, sums, barriers, total;
 
     Layout() = default;
     __host__ __device__ explicit Layout(const ScanShape& s) {
@@ -25,9 +29,10 @@ struct Layout {
         features = kSm90Stages * 3 * slab_bytes;
         feature_bytes = (Block::kTokens + 1) * Block::width(s) * 4;
         gradients = features + 2 * feature_bytes;
-        aggregates = gradients + Block::kTokens * Block::width(s) * 4;
+        aggregates = gradients + kPartials<Block> * Block::kTokens * Block::width(s) * 4;
         table = aggregates + 4 * Block::kAggregates * 4;  // forward and adjoint
-        sums = table + table_rows(s) * Block::kWidth * 4;
+        norm = table + table_rows(s) * Block::kWidth * 4;
+        sums = norm + TokenNorm<__half, Block>::kBytes + TokenNorm<__half, Block>::kSumBytes;
         barriers = sums + (kSumWeight + s.rank) * Block::kThreads * 16;
         total = barriers + kSm90Stages * 8;
     }
@@ -43,7 +48,7 @@ __device__ __forceinline__ void hide(float (&x)[kVec]) {
 template <class T, class Block>
 __global__ void __launch_bounds__(Block::kThreads, kResident)
     grouped_scan_bwd_sm90_kernel(const __grid_constant__ ScanBwdSm90Args args) {
-    begin_kernel();
+    let_next_come();
 #if __CUDA_ARCH__ >= 900
     constexpr int kTokens = kFwdTokens;
     extern __shared__ __align__(128) unsigned char shared[];
@@ -59,8 +64,9 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
     float* const aggregates = reinterpret_cast<float*>(shared + layout.aggregates);
     float* const table = reinterpret_cast<float*>(shared + layout.table);
     const uint32_t shared_base = shared_address(shared), barriers = shared_base + layout.barriers;
-    const int tid = threadIdx.x, total = static_cast<int>(walk.total(s, plan));
-    if (total <= 0) return;
+    const int tid = threadIdx.x;
+    SlabCursor now = walk.first(s, plan);
+    if (now.batch >= s.batch) return;
 
     // u, z and dy by one thread each: that which stored du (dz) there two steps before waits until it has left.
     const auto load = [&](int n, const SlabCursor& at, int tensor) {
@@ -73,13 +79,15 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
             tma_load(to + offset, maps + static_cast<int>(walk.columns), c, barrier);
         });
     };
-    SlabCursor now = walk.first(s, plan), next = now;
-    walk.advance(s, plan, next);
     if (tid == 0) {
         for (int i = 0; i < kSm90Stages; ++i) barrier_init(barriers + i * 8, 1);
         barrier_init_fence();
+        wait_for_earlier();
         for (int tensor = 0; tensor < 3; ++tensor) load(0, now, tensor);
     }
+    SlabCursor next = now;
+    walk.advance(s, plan, next);
+    const int total = walk.total(s, plan);
     float4* const sums = reinterpret_cast<float4*>(shared + layout.sums) + tid;  // this thread's, kThreads apart
     for (int i = 0; i < kSumWeight + s.rank; ++i) sums[i * Block::kThreads] = make_float4(0.f, 0.f, 0.f, 0.f);
     const auto add_sum = [&](int i, const float(&v)[kVec]) {
@@ -89,16 +97,16 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
     const SlabChunk<Block> chunk(s, plan, walk);
     const bool ragged = is_ragged<Block>(s, plan, walk);
     const FeatureImages features_in{args.scan.B, args.scan.C, args.scan.dt};
-    StepFeatures<T, Block> fetcher(s, plan, walk, features_in);
+    StepFeatures<T, Block> fetcher(s, plan, walk);
     const auto features_at = [&](int n) {
         return reinterpret_cast<float*>(shared + layout.features + (n & 1) * layout.feature_bytes);
     };
     const auto fetch = [&](const SlabCursor& at) { fetcher.fetch(s, plan, walk, at, features_in); };
-    fetch(now);
-    put_rows<T, Block>(args.scan, table, walk.group);
-    put_gated_rows<T, Block>(args.scan, table, 0, now.batch, walk.group);
     clear_tails<Block>(shared, kSm90Stages * 3, layout.slab_bytes, walk.box_bytes(s));
-    clear_features<Block>(features_at(0), 2, layout.feature_bytes);
+    clear_features<Block>(features_at(0), layout.feature_bytes);
+    wait_for_earlier();
+    fetch(now);
+    put_rows<T, Block>(args.scan, table, now.batch, walk.group);
     __syncthreads();
     fetcher.keep(s, walk, now, features_at(0));
     if (total > 1) fetch(next);
@@ -119,7 +127,8 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
         const int stage = n % kSm90Stages;
         unsigned char* const box_u = shared + stage * 3 * layout.slab_bytes + chunk.offset(s);
         const float* const features = features_at(n) + chunk.slot0 * Block::width(s);
-        float* const token_gradients = gradients + chunk.slot0 * Block::width(s);
+        const int partial = kPartials<Block> == 1 ? 0 : tid % Block::kLanes / 8;
+        float* const token_gradients = gradients + (partial * Block::kTokens + chunk.slot0) * Block::width(s);
         float saved = 0.f;
         if (scan_channel < Block::dim(s)) {
             const int64_t plane = static_cast<int64_t>(now.batch) * s.groups + walk.group;
@@ -190,6 +199,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
         // dy of 0 and send nothing.
         {
             const float inverse_dim = Block::kWhole ? 1.f / Block::kWidth : 1.f / s.norm_dim;
+            TokenNorm<T, Block> norm(s, shared + layout.norm);
             float moment[kTokens], skip[kVec];
             table_row(kSkip, skip);
 #pragma unroll
@@ -205,21 +215,9 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
                 }
                 moment[k] = (dy[k][0] + dy[k][1]) + (dy[k][2] + dy[k][3]);
             }
-            token_sums<Block::kLanes>(moment);
             float counted[kVec] = {1.f, 1.f, 1.f, 1.f};
             if (!Block::kWhole) table_row(kCounted, counted);
-#pragma unroll
-            for (int k = 0; k < kTokens; ++k) {
-                const float mean =
-                    Block::kWhole ? moment[k] * inverse_dim : mean_of(moment[k], s.norm_dim, inverse_dim);
-                moment[k] = 0.f;
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) {
-                    dy[k][j] = fmaf(-counted[j], mean, dy[k][j]);
-                    moment[k] = fmaf(dy[k][j], dy[k][j], moment[k]);
-                }
-            }
-            token_sums<Block::kLanes>(moment);
+            norm.centre(counted, dy, moment);
             float scale[kVec], shift[kVec], product[kVec] = {}, gated_sum[kVec] = {};
             table_row(kScale + image, scale);
             table_row(kShift + image, shift);
@@ -231,14 +229,15 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
 #pragma unroll
                 for (int i = 0; i < kPart && k0 + i < kTokens; ++i) {
                     const int k = k0 + i;
-                    inverse_std[i] = Math<T>::rsqrt(fmaf(moment[k], inverse_dim, s.norm_eps));
+                    const auto normed = norm.scale(k);
+                    inverse_std[i] = normed.inverse_std;
                     T* const z_slot = reinterpret_cast<T*>(box_u + layout.slab_bytes + k * u_step);
                     float x[kVec], g[kVec], dz[kVec];
                     to_floats(*reinterpret_cast<const Vec4<T>*>(z_slot), x);
                     to_floats(*reinterpret_cast<const Vec4<T>*>(box_u + 2 * layout.slab_bytes + k * u_step), g);
 #pragma unroll
                     for (int j = 0; j < kVec; ++j) {
-                        dy[k][j] *= inverse_std[i];  // the normed value
+                        dy[k][j] = normed(dy[k][j]);
                         const float sigmoid = Math<T>::sigmoid(x[j]), silu = x[j] * sigmoid, gated = g[j] * silu;
                         dz[j] = g[j] * fmaf(dy[k][j], scale[j], shift[j]) * fmaf(silu, 1.f - sigmoid, sigmoid);
                         product[j] = fmaf(gated, dy[k][j], product[j]);
@@ -249,7 +248,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
                     }
                     if (chunk.owns) store4<true>(z_slot, dz, kVec);
                 }
-                token_sums<Block::kLanes>(moments);
+                norm.sum(moments, k0 / kPart);
 #pragma unroll
                 for (int i = 0; i < kPart && k0 + i < kTokens; ++i) {
                     const int k = k0 + i;
@@ -267,9 +266,15 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
 
         // adjoint of the states: each chunk from 0, then from what the chunks behind it send
         const auto write_gradient = [&](const float(&v)[kTokens], float unit, int feature) {
-            scatter_token_sums<Block::kLanes>(v, [&](int k, float sum) {
+            const auto write = [&](int k, float sum) {
                 if (!chunk.idle) token_gradients[k * feature_step + feature] = unit * sum;
-            });
+            };
+            if constexpr (kPartials<Block> == 1) {
+                scatter_token_sums<Block::kLanes>(v, write);
+            } else {
+                const float sum = octet_sums({v[0], v[1], v[2], v[3], v[4], v[5], v[6], 0.f});
+                if (tid % 8 < kTokens) write(tid % 8, sum);
+            }
         };
         float* const adjoint_aggregates = aggregates + 2 * Block::kAggregates;
         const int behind = Block::aggregate(Block::kChunks - 1 - chunk.order) + chunk.c0;
@@ -297,8 +302,8 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
         if (now.step == 0) adjoint_carry = 0.f;
         const auto arrive = [&](float P, float local) {
             if (plan.members == 0) return false;
-            const int64_t plane = static_cast<int64_t>(now.batch) * s.groups + walk.group;
-            adjoint_carry = look_back<Block>(args.exchange, s, plan, plane, now.step, walk.steps, P, local);
+            const int plane = now.batch * s.groups + walk.group;
+            adjoint_carry = look_back<Block>(args.exchange, s, plan, plane, now.step, P, local);
             return true;
         };
         scan_chunks<Block>(adjoint_aggregates, adjoint_aggregates + Block::kAggregates, adjoint_carry, arrive,
@@ -363,7 +368,8 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
             });
             tma_commit();
         }
-        fetcher.send(s, walk, now, gradients, gradient_planes, {args.scan.dB, args.scan.dC, args.scan.ddt});
+        fetcher.template send<kPartials<Block>>(s, walk, now, gradients, gradient_planes,
+                                                {args.scan.dB, args.scan.dC, args.scan.ddt});
         if (n + 1 == total || next.batch != now.batch) {
             // The threads' sums, over the chunks, to the row of partials that the block has in this plane: the number
             // of its first slab there, which is below `ways`. Chunks by turns, for other banks.

@@ -8,12 +8,14 @@
 namespace gm {
 namespace {
 
-constexpr int kThreadsOfSM = 512;  // of up to 128 registers
+// 512 threads an SM of up to 128 registers; three warps a block, of up to 168.
+template <class Block>
+constexpr int kResident = 512 / (Block::kThreads == 96 ? 128 : Block::kThreads);
 
 // Byte offsets in dynamic shared memory.
 template <class Block>
 struct Layout {
-    int slab_bytes, features, feature_bytes, aggregates, table, barriers, total;
+    int slab_bytes, features, feature_bytes, aggregates, table, norm, barriers, total;
 
     __host__ __device__ explicit Layout(const ScanShape& s) {
         slab_bytes = Block::slab_bytes(s);
@@ -21,15 +23,16 @@ struct Layout {
         feature_bytes = (Block::kTokens + 1) * Block::width(s) * 4;
         aggregates = features + 2 * feature_bytes;
         table = aggregates + 2 * Block::kAggregates * 4;
-        barriers = table + table_rows(s) * Block::kWidth * 4;
+        norm = table + table_rows(s) * Block::kWidth * 4;
+        barriers = norm + TokenNorm<__half, Block>::kBytes;
         total = barriers + kSm90Stages * 2 * 8;
     }
 };
 
 template <class T, class Block>
-__global__ void __launch_bounds__(Block::kThreads, kThreadsOfSM / Block::kThreads)
+__global__ void __launch_bounds__(Block::kThreads, kResident<Block>)
     grouped_scan_fwd_sm90_kernel(const __grid_constant__ ScanFwdSm90Args args) {
-    begin_kernel();
+    let_next_come();
 #if __CUDA_ARCH__ >= 900
     constexpr int kTokens = kFwdTokens;
     extern __shared__ __align__(128) unsigned char shared[];
@@ -42,8 +45,8 @@ __global__ void __launch_bounds__(Block::kThreads, kThreadsOfSM / Block::kThread
     const uint32_t shared_base = shared_address(shared), barriers = shared_base + layout.barriers;
     const int tid = threadIdx.x;
     const SlabWalk<Block, false> walk(s, plan);
-    const int total = static_cast<int>(walk.total(s, plan));
-    if (total <= 0) return;
+    SlabCursor now = walk.first(s, plan);
+    if (now.batch >= s.batch) return;
 
     // u by one thread; z by another, which stores the result from its place and sees to it that this has left.
     constexpr int kU = 0, kZ = 1, kLoadsU = 0, kLoadsZ = 32;
@@ -59,42 +62,47 @@ __global__ void __launch_bounds__(Block::kThreads, kThreadsOfSM / Block::kThread
             tma_load(place_of(n, tensor) + offset, maps + static_cast<int>(walk.columns), c, barrier);
         });
     };
-    SlabCursor now = walk.first(s, plan), next = now;
-    walk.advance(s, plan, next);
     if (tid == 0) {
         for (int i = 0; i < kSm90Stages * 2; ++i) barrier_init(barriers + i * 8, 1);
         barrier_init_fence();
+        wait_for_earlier();
         load(0, now, kU);
         load(0, now, kZ);
-        if (total > 1) load(1, next, kU);
     }
+    SlabCursor next = now;
+    walk.advance(s, plan, next);
+    const int total = walk.total(s, plan);
+    if (tid == 0 && total > 1) load(1, next, kU);
     const SlabChunk<Block> chunk(s, plan, walk);
     const bool ragged = is_ragged<Block>(s, plan, walk);
     const FeatureImages features_in{args.scan.B, args.scan.C, args.scan.dt};
-    StepFeatures<T, Block> fetcher(s, plan, walk, features_in);
+    StepFeatures<T, Block> fetcher(s, plan, walk);
     const auto features_at = [&](int n) {
         return reinterpret_cast<float*>(shared + layout.features + (n & 1) * layout.feature_bytes);
     };
     const auto fetch = [&](const SlabCursor& at) { fetcher.fetch(s, plan, walk, at, features_in); };
-    fetch(now);
-    put_rows<T, Block>(args.scan, table, walk.group);
-    put_gated_rows<T, Block>(args.scan, table, 0, now.batch, walk.group);
     clear_tails<Block>(shared, kSm90Stages * 2, layout.slab_bytes, walk.box_bytes(s));
-    clear_features<Block>(features_at(0), 2, layout.feature_bytes);
+    clear_features<Block>(features_at(0), layout.feature_bytes);
+    wait_for_earlier();
+    fetch(now);
+    put_rows<T, Block>(args.scan, table, now.batch, walk.group);
     __syncthreads();
     fetcher.keep(s, walk, now, features_at(0));
     if (total > 1) fetch(next);
-    float carry = 0.f;  // of the channel that this thread scans
+    TokenNorm<T, Block> norm(s, shared + layout.norm);
+    // Where registers allow it, each thread puts the chunks together for its own channels; else scan lanes do.
+    constexpr bool kFew = Block::kLanes == kNarrowLanes;
+    const bool gather = kFew && plan.members == 0;
+    float carry[kVec] = {};  // of this thread's channels, or [0] of the channel that it scans
     int image = 0;
     __syncthreads();
 
     const auto row = [&](int i) { return *reinterpret_cast<const float4*>(table + i * Block::kWidth + chunk.c0); };
-    const int u_offset = chunk.offset(s), u_step = chunk.step(s);
-    const int feature_offset = chunk.slot0 * Block::width(s), feature_step = chunk.slot_step * Block::width(s);
     for (int n = 0; n < total; ++n) {
         const int stage = n % kSm90Stages;
-        unsigned char* const box_u = shared + stage * 2 * layout.slab_bytes + u_offset;
-        const float* const features = features_at(n) + feature_offset;
+        unsigned char* const box_u = shared + stage * 2 * layout.slab_bytes + chunk.offset(s);
+        const int u_step = chunk.step(s), feature_step = chunk.slot_step * Block::width(s);
+        const float* const features = features_at(n) + chunk.slot0 * Block::width(s);
         float y[kTokens][kVec], decayed_C[kTokens][kVec];
         barrier_wait(barrier_of(n, kU), n / kSm90Stages & 1);
         {
@@ -131,30 +139,41 @@ __global__ void __launch_bounds__(Block::kThreads, kThreadsOfSM / Block::kThread
             tma_wait_read();
             load(n + 1, next, kZ);
         }
-        if (now.step == 0) carry = 0.f;
-        const auto plane = [&] { return static_cast<int64_t>(now.batch) * s.groups + walk.group; };
-        const auto arrive = [&](float P, float h) {
-            if (plan.members == 0) return false;
-            carry = look_back<Block>(args.exchange, s, plan, plane(), now.step, walk.steps, P, h);
-            return true;
+        if (now.step == 0) carry[0] = carry[1] = carry[2] = carry[3] = 0.f;
+        const auto plane = [&] { return now.batch * s.groups + walk.group; };
+        const auto states = [&](int number) {
+            return args.scan.states + (static_cast<int64_t>(plane()) * args.scan.num_chunks + number) * Block::dim(s);
         };
-        const auto save = [&](int part, int channel, float state) {
-            if (args.scan.states == nullptr || channel >= Block::dim(s)) return;
-            const int number = walk.part(plan, now, part);
-            if (Block::kParts > 1 && number >= args.scan.num_chunks) return;
-            args.scan.states[(plane() * args.scan.num_chunks + number) * Block::dim(s) + channel] = state;
-        };
-        scan_chunks<Block>(aggregate_P, aggregate_h, carry, arrive, save);
+        float entering[kVec];
+        if (gather) {
+            if (args.scan.states != nullptr && chunk.order == 0 && chunk.active)
+                *reinterpret_cast<float4*>(states(walk.part(plan, now, 0)) + chunk.c0) =
+                    make_float4(carry[0], carry[1], carry[2], carry[3]);
+            if constexpr (kFew) gather_chunks<Block>(aggregate_P, aggregate_h, chunk, carry, entering);
+        } else {
+            const auto arrive = [&](float P, float h) {
+                if (plan.members == 0) return false;
+                carry[0] = look_back<Block>(args.exchange, s, plan, plane(), now.step, P, h);
+                return true;
+            };
+            const auto save = [&](int part, int channel, float state) {
+                if (args.scan.states == nullptr || channel >= Block::dim(s)) return;
+                const int number = walk.part(plan, now, part);
+                if (Block::kParts == 1 || number < args.scan.num_chunks) states(number)[channel] = state;
+            };
+            scan_chunks<Block>(aggregate_P, aggregate_h, carry[0], arrive, save);
+        }
         if (n + 1 < total) {
             fetcher.keep(s, walk, next, features_at(n + 1));
             if (next.batch != now.batch) put_gated_rows<T, Block>(args.scan, table, image ^ 1, next.batch, walk.group);
             if (n + 2 < total) fetch(after);
         }
-        __syncthreads();
-        {
+        if (!gather) {
+            __syncthreads();
             const float4 in = *reinterpret_cast<const float4*>(aggregate_h + Block::aggregate(chunk.order) + chunk.c0);
-            const float entering[kVec] = {in.x, in.y, in.z, in.w};
-            const float inverse_dim = Block::kWhole ? 1.f / Block::kWidth : 1.f / s.norm_dim;
+            entering[0] = in.x, entering[1] = in.y, entering[2] = in.z, entering[3] = in.w;
+        }
+        {
             float moment[kTokens];
 #pragma unroll
             for (int k = 0; k < kTokens; ++k) {
@@ -162,24 +181,12 @@ __global__ void __launch_bounds__(Block::kThreads, kThreadsOfSM / Block::kThread
                 for (int j = 0; j < kVec; ++j) y[k][j] = fmaf(decayed_C[k][j], entering[j], y[k][j]);
                 moment[k] = (y[k][0] + y[k][1]) + (y[k][2] + y[k][3]);
             }
-            token_sums<Block::kLanes>(moment);
             float counted[kVec] = {1.f, 1.f, 1.f, 1.f};
             if (!Block::kWhole) {
                 const float4 counted4 = row(kCounted);
                 counted[0] = counted4.x, counted[1] = counted4.y, counted[2] = counted4.z, counted[3] = counted4.w;
             }
-#pragma unroll
-            for (int k = 0; k < kTokens; ++k) {
-                const float mean =
-                    Block::kWhole ? moment[k] * inverse_dim : mean_of(moment[k], s.norm_dim, inverse_dim);
-                moment[k] = 0.f;
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) {
-                    y[k][j] = fmaf(-counted[j], mean, y[k][j]);
-                    moment[k] = fmaf(y[k][j], y[k][j], moment[k]);
-                }
-            }
-            token_sums<Block::kLanes>(moment);
+            norm.centre(counted, y, moment);
             const float4 scale4 = row(kScale + image), shift4 = row(kShift + image);
             const float scale[kVec] = {scale4.x, scale4.y, scale4.z, scale4.w};
             const float shift[kVec] = {shift4.x, shift4.y, shift4.z, shift4.w};
@@ -187,12 +194,12 @@ __global__ void __launch_bounds__(Block::kThreads, kThreadsOfSM / Block::kThread
             barrier_wait(barrier_of(n, kZ), n / kSm90Stages & 1);
 #pragma unroll
             for (int k = 0; k < kTokens; ++k) {
-                const float inverse_std = Math<T>::rsqrt(fmaf(moment[k], inverse_dim, s.norm_eps));
+                const auto normed = norm.scale(k);
                 float x[kVec], out[kVec];
                 to_floats(*reinterpret_cast<const Vec4<T>*>(box_z + k * u_step), x);
 #pragma unroll
                 for (int j = 0; j < kVec; ++j)
-                    out[j] = fmaf(y[k][j] * inverse_std, scale[j], shift[j]) * (x[j] * Math<T>::sigmoid(x[j]));
+                    out[j] = fmaf(normed(y[k][j]), scale[j], shift[j]) * (x[j] * Math<T>::sigmoid(x[j]));
                 if (chunk.owns) store4<true>(reinterpret_cast<T*>(box_z + k * u_step), out, kVec);
             }
         }
@@ -213,7 +220,7 @@ __global__ void __launch_bounds__(Block::kThreads, kThreadsOfSM / Block::kThread
 
 template <class T, class Block>
 cudaError_t launch(const ScanFwdSm90Args& args, cudaStream_t stream) {
-    return launch_sm90(grouped_scan_fwd_sm90_kernel<T, Block>, Block::kThreads, kThreadsOfSM / Block::kThreads,
+    return launch_sm90(grouped_scan_fwd_sm90_kernel<T, Block>, Block::kThreads, kResident<Block>,
                        Layout<Block>(args.scan.shape).total, stream, args);
 }
 

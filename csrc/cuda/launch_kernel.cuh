@@ -15,11 +15,20 @@ constexpr size_t kDefaultSharedLimit = 48 * 1024;
 // The first statement of every kernel that launch_kernel launches. From 9.0 on such a kernel's blocks come while the
 // last ones of the kernel before still run, which saves the time between two kernels, about a microsecond; here they
 // let those of the next kernel come in the same way, and wait until all memory that earlier kernels write is written.
-__device__ __forceinline__ void begin_kernel() {
+// A kernel with much to set up does so in between: what needs no device memory.
+__device__ __forceinline__ void let_next_come() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_earlier() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+__device__ __forceinline__ void begin_kernel() {
+    let_next_come();
+    wait_for_earlier();
 }
 
 // What launching `kernel` on the current device needs to know.
@@ -74,7 +83,7 @@ inline cudaError_t raise_shared_limit(const void* kernel, size_t dynamic_shared)
     return error == cudaSuccess ? raise_shared_limit(*facts, dynamic_shared) : error;
 }
 
-// `kernel` calls begin_kernel first.
+// `kernel` calls begin_kernel, or both of its parts, first.
 template <class... Args>
 cudaError_t launch_kernel(void (*kernel)(Args...), int64_t blocks, dim3 threads, size_t dynamic_shared,
                           cudaStream_t stream, const Args&... args) {

@@ -54,6 +54,145 @@ __device__ __forceinline__ void scatter_token_sums(const float (&v)[kFwdTokens],
     }
 }
 
+// Sums of eight values over the lanes of an octet: lane i gets that of v[i]. 7 shuffles in place of 24.
+__device__ __forceinline__ float octet_sums(const float (&v)[8]) {
+    const bool upper4 = threadIdx.x & 4, upper2 = threadIdx.x & 2, upper1 = threadIdx.x & 1;
+    float w[4], x[2];
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+        w[k] = (upper4 ? v[k + 4] : v[k]) + __shfl_xor_sync(kFullWarp, upper4 ? v[k] : v[k + 4], 4);
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+        x[k] = (upper2 ? w[k + 2] : w[k]) + __shfl_xor_sync(kFullWarp, upper2 ? w[k] : w[k + 2], 2);
+    return (upper1 ? x[1] : x[0]) + __shfl_xor_sync(kFullWarp, upper1 ? x[0] : x[1], 1);
+}
+
+// LayerNorm's sums over the lanes of a token. From 16 lanes on, lane i of an octet works out the token i of its chunk:
+// octets take the mean and the squared deviations of their own 32 channels, which are then put together (Chan, Golub
+// and LeVeque, 1983), through shared memory.
+template <class T, class Block>
+class TokenNorm {
+    static constexpr bool kByOctets = Block::kLanes >= 16;
+    static constexpr int kBlockOctets = Block::kThreads / 8, kOctets = Block::kOctets;
+    static constexpr int kShares = Block::kThreads;  // pairs (or sums) that octets exchange
+    const ScanShape& s;
+    unsigned char* const shared;
+    float inverse_dim;
+    float inverse_std[kFwdTokens];  // with few lanes
+
+    // Of this thread's octet and chunk.
+    __device__ float2* results() const { return reinterpret_cast<float2*>(shared) + threadIdx.x / 8 * 8; }
+    __device__ float2* shares() const {
+        return reinterpret_cast<float2*>(shared) + kBlockOctets * 8 + threadIdx.x / Block::kLanes * 8 * kOctets;
+    }
+    __device__ float* sums(int turn) const {
+        return reinterpret_cast<float*>(shared + kBytes) + (turn * kBlockOctets + threadIdx.x / 8) * 8;
+    }
+    __device__ float* sum_shares(int turn) const {
+        return reinterpret_cast<float*>(shared + kBytes) + 2 * kBlockOctets * 8 + turn * kShares +
+               threadIdx.x / Block::kLanes * 8 * kOctets;
+    }
+
+    __device__ static void sync() {
+        if constexpr (Block::kInWarp)
+            __syncwarp();
+        else
+            __syncthreads();
+    }
+    __device__ static int lane() { return threadIdx.x % 8; }
+    __device__ static int octet() { return threadIdx.x % Block::kLanes / 8; }
+    __device__ float counted_in(int octet) const {
+        return Block::kWhole ? 32.f : static_cast<float>(min(max(s.norm_dim - 32 * octet, 0), 32));
+    }
+
+public:
+    // Bytes of shared memory, a multiple of 16; kSumBytes more where `sum` is called.
+    static constexpr int kBytes = kByOctets ? (kBlockOctets * 8 + kShares) * 8 : 0;
+    static constexpr int kSumBytes = kByOctets ? 2 * (kBlockOctets * 8 + kShares) * 4 : 0;
+
+    __device__ TokenNorm(const ScanShape& shape, unsigned char* shared_bytes)
+        : s(shape), shared(shared_bytes), inverse_dim(Block::kWhole ? 1.f / Block::kWidth : 1.f / shape.norm_dim) {}
+    // Centres y, whose sums over a thread's channels are `moment`, as scale(k) expects it.
+    __device__ __forceinline__ void centre(const float (&counted)[kVec], float (&y)[kFwdTokens][kVec],
+                                           float (&moment)[kFwdTokens]) {
+        const auto subtract = [&](int k, float mean) {
+            moment[k] = 0.f;
+#pragma unroll
+            for (int j = 0; j < kVec; ++j) {
+                y[k][j] = fmaf(-counted[j], mean, y[k][j]);
+                moment[k] = fmaf(y[k][j], y[k][j], moment[k]);
+            }
+        };
+        if constexpr (!kByOctets) {
+            token_sums<Block::kLanes>(moment);
+#pragma unroll
+            for (int k = 0; k < kFwdTokens; ++k)
+                subtract(k, Block::kWhole ? moment[k] * inverse_dim : mean_of(moment[k], s.norm_dim, inverse_dim));
+            token_sums<Block::kLanes>(moment);
+#pragma unroll
+            for (int k = 0; k < kFwdTokens; ++k)
+                inverse_std[k] = Math<T>::rsqrt(fmaf(moment[k], inverse_dim, s.norm_eps));
+        } else {
+            const auto sums = [&] {
+                return octet_sums({moment[0], moment[1], moment[2], moment[3], moment[4], moment[5], moment[6], 0.f});
+            };
+            const float count = counted_in(octet()), inverse_count = Block::kWhole ? 1.f / 32 : 1.f / fmaxf(count, 1.f);
+            const float sum = sums(),
+                        own_mean = Block::kWhole ? sum * inverse_count : mean_of(sum, count, inverse_count);
+#pragma unroll
+            for (int k = 0; k < kFwdTokens; ++k) subtract(k, __shfl_sync(kFullWarp, own_mean, k, 8));
+            shares()[lane() * kOctets + octet()] = make_float2(own_mean, sums());
+            sync();
+            float means[kOctets], total = 0.f, squares = 0.f;
+#pragma unroll
+            for (int o = 0; o < kOctets; ++o) {
+                const float2 share = shares()[lane() * kOctets + o];
+                means[o] = share.x, squares += share.y;
+                total = fmaf(counted_in(o), means[o], total);
+            }
+            const float mean = Block::kWhole ? total * inverse_dim : mean_of(total, s.norm_dim, inverse_dim);
+#pragma unroll
+            for (int o = 0; o < kOctets; ++o)
+                squares = fmaf(counted_in(o) * (means[o] - mean), means[o] - mean, squares);
+            const float scale = Math<T>::rsqrt(fmaf(squares, inverse_dim, s.norm_eps));
+            results()[lane()] = make_float2(scale, (own_mean - mean) * scale);
+            __syncwarp();
+        }
+    }
+    struct Scale {
+        float inverse_std, shift;
+        __device__ __forceinline__ float operator()(float y) const {
+            return kByOctets ? fmaf(y, inverse_std, shift) : y * inverse_std;
+        }
+    };
+    __device__ __forceinline__ Scale scale(int k) const {
+        if constexpr (!kByOctets) return {inverse_std[k], 0.f};
+        const float2 result = results()[k];
+        return {result.x, result.y};
+    }
+    // Sums of v over the lanes of a token, for every lane. `turn` is 0, then 1, in a slab.
+    __device__ __forceinline__ void sum(float (&v)[8], int turn) const {
+        if constexpr (!kByOctets) {
+            token_sums<Block::kLanes>(v);
+        } else {
+            float* const from = sum_shares(turn) + lane() * kOctets;
+            from[octet()] = octet_sums(v);
+            sync();
+            float own = from[0];
+#pragma unroll
+            for (int o = 1; o < kOctets; ++o) own += from[o];
+            float* const to = sums(turn);
+            to[lane()] = own;
+            __syncwarp();
+#pragma unroll
+            for (int i = 0; i < 8; i += 4) {
+                const float4 w = *reinterpret_cast<const float4*>(to + i);
+                v[i] = w.x, v[i + 1] = w.y, v[i + 2] = w.z, v[i + 3] = w.w;
+            }
+        }
+    }
+};
+
 // Words that one block writes and others wait for: each is one access, so that a word that is there is there as a
 // whole, and needs neither flag nor fence. All ones, a NaN that no arithmetic makes, stand for those that are not.
 constexpr uint32_t kAbsent = 0xffffffffu;
@@ -84,17 +223,19 @@ __device__ __forceinline__ uint64_t read_pair(const float2* from) {
 // enters the slab, which follows from those of the plane's slabs before. It is computed as a block alone would, slab by
 // slab from 0, so that all bits of the results are the same whatever the number of blocks; only not all of the way by
 // each: every kSegment-th slab sends on its entering state too, and others start from the last of these before them.
-// Blocks take slabs in order and run all at once: what one waits for, another is about to send.
+// Blocks take slabs in order and run all at once: what one waits for, another is about to send. Called, not inlined, so
+// that it takes no registers of blocks that share nothing: 4% of the forward at 128 x 28, 5% at 352 x 14.
 template <class Block>
-__device__ __forceinline__ float look_back(float* exchange, const ScanShape& s, const SlabPlan& plan, int64_t plane,
-                                           int step, int steps, float P, float h) {
-    constexpr int kLanes = Block::kScanLanes, kHeld = kLanes == 2 ? 4 : kSegment / kLanes < 8 ? kSegment / kLanes : 8;
+__device__ __noinline__ float look_back(float* exchange, const ScanShape& s, const SlabPlan& plan, int plane, int step,
+                                        float P, float h) {
+    constexpr int kLanes = Block::kScanLanes, kHeld = kLanes == 2 ? 3 : 8;  // 4 of 2 would make the caller spill
     const int channel = threadIdx.x / kLanes, q = threadIdx.x % kLanes;
-    float2* const pairs = reinterpret_cast<float2*>(exchange) + plane * plan.slabs * Block::kWidth + channel;
+    float2* const pairs =
+        reinterpret_cast<float2*>(exchange) + static_cast<int64_t>(plane) * plan.slabs * Block::kWidth + channel;
     const int segments = (plan.slabs - 1) / kSegment;
-    float* const states =
-        exchange + s.batch * s.groups * plan.slabs * (2 * Block::kWidth) + plane * segments * Block::kWidth + channel;
-    if (q == kLanes - 1 && step + 1 < steps) send_pair(pairs + static_cast<int64_t>(step) * Block::kWidth, P, h);
+    float* const states = exchange + s.batch * s.groups * plan.slabs * (2 * Block::kWidth) +
+                          static_cast<int64_t>(plane) * segments * Block::kWidth + channel;
+    if (q == kLanes - 1) send_pair(pairs + static_cast<int64_t>(step) * Block::kWidth, P, h);
     if (step == 0) return 0.f;
     const int segment = (step - 1) / kSegment, count = step - segment * kSegment;
     const float2* const from = pairs + static_cast<int64_t>(segment) * kSegment * Block::kWidth;
@@ -134,7 +275,7 @@ __device__ __forceinline__ float look_back(float* exchange, const ScanShape& s, 
                                            __shfl_sync(kFullWarp, h_own, lane, kLanes));
         }
     }
-    if (q == 0 && step % kSegment == 0 && step + 1 < steps) send_word(states + segment * Block::kWidth, state);
+    if (q == 0 && step % kSegment == 0) send_word(states + segment * Block::kWidth, state);
     return state;
 }
 
@@ -175,6 +316,32 @@ __device__ __forceinline__ void scan_chunks(const float* P_in, float* h_in, floa
         h_in[first + i * Block::kWidth] = state;
         state = fmaf(P4[i], state, h4[i]);
     }
+}
+
+// What scan_chunks does, to the bit, for four chunks and by each thread for its own channels: no barrier need follow.
+template <class Block>
+__device__ __forceinline__ void gather_chunks(const float* P_in, const float* h_in, const SlabChunk<Block>& chunk,
+                                              float (&carry)[kVec], float (&entering)[kVec]) {
+    static_assert(Block::kChunks == 4);
+    float state[kVec], P_all[kVec], h_all[kVec];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int at = Block::aggregate(i) + chunk.c0;
+        const float4 P4 = *reinterpret_cast<const float4*>(P_in + at), h4 = *reinterpret_cast<const float4*>(h_in + at);
+        const float P[kVec] = {P4.x, P4.y, P4.z, P4.w}, h[kVec] = {h4.x, h4.y, h4.z, h4.w};
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) {
+            if (i == 0) {
+                state[j] = entering[j] = carry[j], P_all[j] = P[j], h_all[j] = h[j];
+            } else {
+                if (i == chunk.order) entering[j] = state[j];
+                h_all[j] = fmaf(P[j], h_all[j], h[j]), P_all[j] *= P[j];
+            }
+            state[j] = fmaf(P[j], state[j], h[j]);
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) carry[j] = fmaf(P_all[j], carry[j], h_all[j]);
 }
 
 // Two blocks an SM need nearly all of its memory as shared memory. Asked of the driver once for each kernel and device.
@@ -246,16 +413,18 @@ cudaError_t launch_sm90(Kernel kernel, int threads, int resident, int shared, cu
 // f(type tag, std::integral_constant<int, lanes>, std::bool_constant<whole>)
 template <class F>
 cudaError_t dispatch_sm90(DType dtype, const ScanShape& shape, F&& f) {
-    const bool whole = shape.dim == shape.lanes * kVec && shape.norm_dim == shape.dim;
+    const int used = sm90_lanes(shape);
+    const bool whole = shape.dim == used * kVec && shape.norm_dim == shape.dim;
     const auto with_width = [&](auto tag, auto lanes) {
         return whole ? f(tag, lanes, std::true_type{}) : f(tag, lanes, std::false_type{});
     };
     const auto with_lanes = [&](auto tag) {
-        switch (shape.lanes) {
+        switch (used) {
             case 4: return with_width(tag, std::integral_constant<int, 4>{});
             case 8: return with_width(tag, std::integral_constant<int, 8>{});
             case 16: return with_width(tag, std::integral_constant<int, 16>{});
-            default: return with_width(tag, std::integral_constant<int, 32>{});
+            case kNarrowLanes: return f(tag, std::integral_constant<int, kNarrowLanes>{}, std::false_type{});
+            default: return f(tag, std::integral_constant<int, 32>{}, std::false_type{});  // whole, a few would spill
         }
     };
     return dtype == DType::kHalf ? with_lanes(TypeTag<__half>{}) : with_lanes(TypeTag<__nv_bfloat16>{});

@@ -25,9 +25,18 @@ namespace gm {
 
 constexpr int kSegment = 32;  // slabs of a shared plane between states that all later slabs start from
 
+// A number that kernels divide by, below 2^16 as what they divide is: by multiplication (slab_walk.cuh).
+struct Divisor {
+    uint32_t inverse;  // 2^32 / divisor, rounded up; 0 for 1
+    static Divisor of(int divisor) {
+        return {divisor > 1 ? static_cast<uint32_t>(((uint64_t{1} << 32) + divisor - 1) / divisor) : 0u};
+    }
+};
+
 struct SlabPlan {
-    int tokens;       // slots of a slab
-    int columns;      // whole columns of a slab; 0 where a column is cut into pieces of `tokens`
+    Divisor of_groups, of_columns;  // of_columns: 1 where there are no whole columns
+    int tokens;                     // slots of a slab
+    int columns;                    // whole columns of a slab; 0 where a column is cut into pieces of `tokens`
     int blocks;       // chunks of kFwdTokens tokens of a column (or piece), the last of them perhaps not full
     int pieces;       // of a column, else 1
     int part_pieces;  // pieces of a column where a slab is one part
@@ -38,7 +47,8 @@ struct SlabPlan {
     int ways;     // blocks that a plane's slabs are dealt to, each with sums of its own
 };
 
-inline SlabPlan plan_slabs(int height, int width, int lanes, int parts) {
+inline SlabPlan plan_slabs(const ScanShape& shape, int parts) {
+    const int height = shape.height, width = shape.width, lanes = shape.lanes;
     SlabPlan plan{};
     const int part_chunks = kSlabThreads / lanes, part_tokens = part_chunks * kFwdTokens;
     plan.tokens = parts * part_tokens;
@@ -54,6 +64,8 @@ inline SlabPlan plan_slabs(int height, int width, int lanes, int parts) {
     plan.column_slabs = plan.columns > 0 ? (width + plan.columns - 1) / plan.columns : width * plan.pieces;
     plan.slabs = std::max(plan.row_slabs, plan.column_slabs);
     plan.ways = 1;
+    plan.of_groups = Divisor::of(shape.groups);
+    plan.of_columns = Divisor::of(std::max(plan.columns, 1));
     return plan;
 }
 

@@ -30,19 +30,19 @@ struct StepFeatures {
     // exist.
     int distance[Block::kFetchTokens], limit[Block::kFetchTokens];
     const T* plane[kImages];
-    uint32_t own_stride;
 
     template <class Walk>
-    __device__ StepFeatures(const ScanShape& s, const SlabPlan& plan, const Walk& walk, const FeatureImages& images) {
-        const int columns = walk.columns && !walk.pieces ? plan.columns : 1;
+    __device__ StepFeatures(const ScanShape& s, const SlabPlan& plan, const Walk& walk) {
+        const bool whole_columns = walk.columns && !walk.pieces;
+        const int columns = whole_columns ? plan.columns : 1;
 #pragma unroll
         for (int i = 0; i < Block::kFetchTokens; ++i) {
-            const int slot = token(i), row = slot / columns, column = slot - row * columns;
+            const int slot = token(i), row = slot / (whole_columns ? plan.of_columns : Divisor{}),
+                      column = slot - row * columns;
             distance[i] = walk.columns ? row * s.width + column : slot;
             limit[i] = !walk.columns ? s.height * s.width - slot : walk.pieces ? s.height - row : s.width - column;
             if (slot >= walk.box_tokens) limit[i] = INT32_MIN;
         }
-        own_stride = static_cast<uint32_t>(images[min(sharer(), 2)].token);
     }
     __device__ static int token(int i) {
         return threadIdx.x % (Block::kThreads / Block::kSharers) + i * Block::kThreads;
@@ -67,8 +67,9 @@ struct StepFeatures {
     template <class Walk>
     __device__ __forceinline__ void fetch(const ScanShape& s, const SlabPlan& plan, const Walk& walk,
                                           const SlabCursor& at, const FeatureImages& images) {
+        const int first = Block::kSharers == 1 ? 0 : min(sharer(), 2);
+        const uint32_t own_stride = static_cast<uint32_t>(images[first].token);
         if (walk.enters(plan, at)) {
-            const int first = Block::kSharers == 1 ? 0 : min(sharer(), 2);
             plane[0] = plane_of<const T>(images[first], at.batch, walk.group) + (first == 2 ? sharer() - 2 : 0);
             if (Block::kSharers == 1) plane[1] = plane_of<const T>(images.C, at.batch, walk.group);
             plane[kImages - 1] = plane_of<const T>(images.dt, at.batch, walk.group) + sharer() - 2;
@@ -110,8 +111,8 @@ struct StepFeatures {
             }
         }
     }
-    // Gradients of this thread's features from shared memory to their images.
-    template <class Walk>
+    // Gradients of this thread's features from shared memory, the sums of kPartials images there, to their images.
+    template <int kPartials, class Walk>
     __device__ __forceinline__ void send(const ScanShape& s, const Walk& walk, const SlabCursor& at, const float* from,
                                          T* const (&planes)[3], const FeatureImages& images) const {
 #pragma unroll
@@ -122,8 +123,10 @@ struct StepFeatures {
                 if (!has(s, j)) continue;
                 const int f = feature(j), image = min(f, 2);
                 const uint32_t stride = static_cast<uint32_t>(images[image].token);
-                planes[image][static_cast<uint64_t>(place(at, i)) * stride + f - image] =
-                    from_float<T>(from[token(i) * Block::width(s) + f]);
+                float sum = from[token(i) * Block::width(s) + f];
+#pragma unroll
+                for (int p = 1; p < kPartials; ++p) sum += from[(p * Block::kTokens + token(i)) * Block::width(s) + f];
+                planes[image][static_cast<uint64_t>(place(at, i)) * stride + f - image] = from_float<T>(sum);
             }
         }
     }
@@ -135,6 +138,18 @@ enum TableRow { kBias, kSkip, kA, kCounted, kScale, kShift = kScale + 2, kWeight
 
 __host__ __device__ inline int table_rows(const ScanShape& s) { return kWeight + (s.rank + 1) / 2 * 2; }
 
+// A parameter's bits, to be made a float once all loads of a thread are under way.
+__device__ __forceinline__ uint32_t load_param_bits(const ParamArg& p, int64_t i) {
+    return p.is_float ? static_cast<const uint32_t*>(p.ptr)[i] : static_cast<const uint16_t*>(p.ptr)[i];
+}
+template <class T>
+__device__ __forceinline__ float param_of(const ParamArg& p, uint32_t bits) {
+    const uint16_t half = static_cast<uint16_t>(bits);
+    return p.is_float ? __uint_as_float(bits) : to_float(reinterpret_cast<const T&>(half));
+}
+
+// The gated rows of an image, in the middle of a step: a loop that stays one. Its loads, were they spread over the step
+// by the compiler, would cost registers there: 4 to 8% of the forward, a seventh of the backward.
 template <class T, class Block, class Args>
 __device__ __forceinline__ void put_gated_rows(const Args& args, float* table, int image, int batch, int group) {
 #pragma unroll 1
@@ -151,44 +166,71 @@ __device__ __forceinline__ void put_gated_rows(const Args& args, float* table, i
     }
 }
 
-// All rows but the gated ones. Lanes without channels: a step of 0 and no skip keep them at 0 and out of all sums.
+// All rows, those of the first image among them. A thread fills a column, or every kRows-th weight of it; all of its
+// loads are under way before it waits for one. Lanes without channels: a step of 0 and no skip keep them at 0 and out
+// of all sums.
 template <class T, class Block, class Args>
-__device__ __forceinline__ void put_rows(const Args& args, float* table, int group) {
+__device__ __forceinline__ void put_rows(const Args& args, float* table, int batch, int group) {
+    constexpr int kRows = Block::kThreads / Block::kWidth, kLoads = (Block::kFeatures - 2 + kRows - 1) / kRows;
     const ScanShape& s = args.shape;
-    const int dim = Block::dim(s);
-#pragma unroll 1
-    for (int i = threadIdx.x; i < table_rows(s) * Block::kWidth; i += Block::kThreads) {
-        const int row = i / Block::kWidth, c = i % Block::kWidth, r = row - kWeight;
-        const int64_t channel = static_cast<int64_t>(group) * dim + c;
-        const bool in = c < dim;
-        if (row >= kScale && row < kWeight) continue;
-        float value = 0.f;
-        if (row == kBias) {
-            value = in ? load_param_or<T>(args.dt_bias, channel, 0.f) * kLog2e : -1e30f;
-        } else if (row == kCounted) {
-            value = c < s.norm_dim ? 1.f : 0.f;
-        } else if (in && r < s.rank) {
-            const ParamArg& parameter = row == kSkip ? args.D : row == kA ? args.A : args.dt_weight;
-            value = load_param_or<T>(parameter, r < 0 ? channel : channel * s.rank + r, 0.f) * (r < 0 ? 1.f : kLog2e);
-        }
-        table[i] = value;
+    const int c = threadIdx.x % Block::kWidth, first = threadIdx.x / Block::kWidth;
+    const bool in = first < kRows && c < Block::dim(s);
+    const int64_t channel = static_cast<int64_t>(group) * Block::dim(s) + c;
+    const auto bits_of = [&](const ParamArg& p, bool wanted, int64_t i) {
+        return wanted && p.ptr != nullptr ? load_param_bits(p, i) : 0u;
+    };
+    const bool fills = in && first == 0;
+    const uint32_t bias = bits_of(args.dt_bias, fills, channel), skip = bits_of(args.D, fills, channel),
+                   A = bits_of(args.A, fills, channel),
+                   gate = bits_of(args.gate, fills, static_cast<int64_t>(batch) * s.groups * Block::dim(s) + channel),
+                   norm_weight = bits_of(args.norm_weight, fills, channel),
+                   norm_bias = bits_of(args.norm_bias, fills, channel);
+    uint32_t weight[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+        const int r = first + i * kRows;
+        weight[i] = bits_of(args.dt_weight, in && r < s.rank, channel * s.rank + r);
     }
+    if (first >= kRows) return;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+        const int r = first + i * kRows;
+        if (r < table_rows(s) - kWeight)
+            table[(kWeight + r) * Block::kWidth + c] = param_of<T>(args.dt_weight, weight[i]) * kLog2e;
+    }
+    if (first != 0) return;
+    const float open = args.gate.ptr != nullptr ? param_of<T>(args.gate, gate) : 1.f;
+    table[kScale * Block::kWidth + c] = open * param_of<T>(args.norm_weight, norm_weight);
+    table[kShift * Block::kWidth + c] = open * param_of<T>(args.norm_bias, norm_bias);
+    table[kBias * Block::kWidth + c] = in ? param_of<T>(args.dt_bias, bias) * kLog2e : -1e30f;
+    table[kSkip * Block::kWidth + c] = param_of<T>(args.D, skip);
+    table[kA * Block::kWidth + c] = param_of<T>(args.A, A);
+    table[kCounted * Block::kWidth + c] = c < s.norm_dim ? 1.f : 0.f;
 }
 
 // Zeros where `count` slabs have no box: the slots behind it, and that of threads without tokens or channels.
 template <class Block>
 __device__ __forceinline__ void clear_tails(unsigned char* slabs, int count, int slab_bytes, int box_bytes) {
-    const int tail = (slab_bytes - box_bytes) / 16;
-    for (int i = threadIdx.x; i < count * tail; i += Block::kThreads)
-        *reinterpret_cast<uint4*>(slabs + i / tail * slab_bytes + box_bytes + i % tail * 16) = make_uint4(0, 0, 0, 0);
+    constexpr int kWarps = Block::kThreads / 32;
+#pragma unroll 1
+    for (int slab = threadIdx.x / 32; slab < count; slab += kWarps)
+#pragma unroll 1
+        for (int at = box_bytes + threadIdx.x % 32 * 16; at < slab_bytes; at += 32 * 16)
+            *reinterpret_cast<uint4*>(slabs + slab * slab_bytes + at) = make_uint4(0, 0, 0, 0);
 }
 
-// Zeros where no thread puts features: that of threads without tokens, and the ends of rows that are not full.
+// Zeros where no thread puts features of two slabs: those of threads without tokens, and rows' ends that are not full.
 template <class Block>
-__device__ __forceinline__ void clear_features(float* features, int count, int feature_bytes) {
-    const int first = Block::kFeatures <= 4 ? Block::kTokens * 4 : 0, floats = feature_bytes / 4 - first;
-    for (int i = threadIdx.x; i < count * floats; i += Block::kThreads)
-        features[i / floats * (feature_bytes / 4) + first + i % floats] = 0.f;
+__device__ __forceinline__ void clear_features(float* features, int feature_bytes) {
+    const auto clear = [&](int at) {
+        *reinterpret_cast<float4*>(reinterpret_cast<unsigned char*>(features) + at) = make_float4(0.f, 0.f, 0.f, 0.f);
+    };
+    if constexpr (Block::kFeatures <= 4) {
+        if (threadIdx.x < 2) clear(threadIdx.x * feature_bytes + Block::kTokens * 16);
+    } else {
+#pragma unroll 1
+        for (int at = threadIdx.x * 16; at < 2 * feature_bytes; at += Block::kThreads * 16) clear(at);
+    }
 }
 
 // B (times ln 2) and C of a token; with few step features by the access that reads them as well.

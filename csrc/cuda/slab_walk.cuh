@@ -17,14 +17,22 @@ namespace gm {
 
 constexpr int kSm90Stages = 2;
 
-// Constants of a block whose slab has kParts parts of 128 threads, kLanes of them to a token. kWhole: every lane has 4
-// channels, and LayerNorm counts them all.
+__device__ __forceinline__ int operator/(int n, Divisor by) {
+    return by.inverse == 0 ? n : static_cast<int>(__umulhi(static_cast<uint32_t>(n), by.inverse));
+}
+
+// Constants of a block whose slab has kParts parts of kSlabThreads / scan_lanes chunks, kLanes threads to a token.
+// kWhole: every lane has 4 channels, and LayerNorm counts them all.
 template <int kLanesOfToken, bool kWholeWidth, int kPartsOfSlab>
 struct Sm90Block {
-    static constexpr int kLanes = kLanesOfToken, kParts = kPartsOfSlab, kThreads = kParts * kSlabThreads;
+    static constexpr int kLanes = kLanesOfToken, kParts = kPartsOfSlab;
     static constexpr bool kWhole = kWholeWidth;
     static constexpr int kWidth = kLanes * kVec;  // channels that the lanes could hold
-    static constexpr int kChunks = kThreads / kLanes, kTokens = kChunks * kFwdTokens;
+    static constexpr int kChunks = kParts * kSlabThreads / (kLanes == kNarrowLanes ? 32 : kLanes);
+    static constexpr int kThreads = kChunks * kLanes, kTokens = kChunks * kFwdTokens;
+    // Eight neighbouring lanes, an octet, never lie in two warps; the lanes of a token may.
+    static constexpr bool kInWarp = 32 % kLanes == 0;
+    static constexpr int kOctets = kLanes / 8;           // of a token
     static constexpr int kScanLanes = kChunks / 4;       // lanes of a channel in the chunk scan, 4 chunks each
     static constexpr int kPad = kScanLanes > 1 ? 4 : 0;  // floats after every 4 chunks: their readers hit other banks
     static constexpr int kAggregates = kChunks * kWidth + kChunks / 4 * kPad;
@@ -56,14 +64,15 @@ struct SlabCursor {
 // slab of every batch_step-th plane or, of planes that blocks share, every batch_step-th slab.
 template <class Block, bool kFromEnd>
 struct SlabWalk {
-    int group, batch_step, steps;
+    int group, first_batch, batch_step, steps;
     bool reverse, columns, pieces, descending;
     int box_tokens, stride;
 
     SlabWalk() = default;
     __device__ SlabWalk(const ScanShape& s, const SlabPlan& plan) {
-        group = blockIdx.x % s.groups;
-        batch_step = gridDim.x / s.groups;
+        first_batch = static_cast<int>(blockIdx.x) / plan.of_groups;
+        group = static_cast<int>(blockIdx.x) - first_batch * s.groups;
+        batch_step = static_cast<int>(gridDim.x) / plan.of_groups;
         const int direction = (s.directions[group >> 4] >> (2 * (group & 15))) & 3;
         reverse = direction & 1;
         columns = direction & 2;
@@ -75,10 +84,10 @@ struct SlabWalk {
         if (descending) stride = -stride;
     }
     // Slabs of the block; of shared planes there may be none.
-    __device__ __forceinline__ int64_t total(const ScanShape& s, const SlabPlan& plan) const {
-        const int first = blockIdx.x / s.groups;
-        if (plan.members > 0) return (s.batch * steps - first + batch_step - 1) / batch_step;
-        return (s.batch - first + batch_step - 1) / batch_step * steps;
+    __device__ __forceinline__ int total(const ScanShape& s, const SlabPlan& plan) const {
+        const uint32_t batch = static_cast<uint32_t>(s.batch), first = first_batch, every = batch_step;
+        if (plan.members > 0) return static_cast<int>((batch * steps - first + every - 1) / every);
+        return static_cast<int>((batch - first + every - 1) / every * steps);
     }
     __device__ __forceinline__ void place(const ScanShape& s, const SlabPlan& plan, SlabCursor& at) const {
         const int number = descending ? steps - 1 - at.step : at.step;
@@ -88,7 +97,7 @@ struct SlabWalk {
     }
     __device__ __forceinline__ SlabCursor first(const ScanShape& s, const SlabPlan& plan) const {
         SlabCursor at;
-        at.batch = blockIdx.x / s.groups;
+        at.batch = first_batch;
         at.step = 0;
         if (plan.members > 0) {
             at.step = at.batch % steps;
@@ -169,21 +178,22 @@ struct SlabChunk {
         const bool whole_columns = walk.columns && !walk.pieces;
         const int across = whole_columns ? plan.columns : 1, blocks = whole_columns ? plan.blocks : Block::kChunks;
         idle = chunk >= across * blocks;  // columns need not fill the slab
-        int place = idle ? chunk : chunk % across * blocks + chunk / across;
+        const int down = chunk / (whole_columns ? plan.of_columns : Divisor{}), column = chunk - down * across;
+        int place = idle ? chunk : column * blocks + down;
         if (Block::kParts > 1 && whole_columns) {
             // The chunks of a part are adjacent on the path, those without tokens behind them.
             constexpr int kPartChunks = Block::kChunks / Block::kParts;
             const int part_across = across / Block::kParts, used = part_across * blocks;
-            const int spare = chunk - across * blocks, spares = max(kPartChunks - used, 1), column = chunk % across;
-            const int part = idle ? spare / spares : column / part_across;
-            place =
-                part * kPartChunks + (idle ? used + spare % spares : column % part_across * blocks + chunk / across);
+            const int spare = chunk - across * blocks, spares = max(kPartChunks - used, 1);
+            const int part = idle ? spare >= spares : column >= part_across;
+            place = part * kPartChunks +
+                    (idle ? used + spare - part * spares : (column - part * part_across) * blocks + down);
         }
-        first = idle ? 0 : chunk / across * kFwdTokens;
+        first = idle ? 0 : down * kFwdTokens;
         order = reverse ? Block::kChunks - 1 - place : place;
         owns = active && !idle;
         slot_step = idle ? 0 : reverse ? -across : across;
-        slot0 = idle ? Block::kTokens : first * across + chunk % across + (reverse ? (kFwdTokens - 1) * across : 0);
+        slot0 = idle ? Block::kTokens : first * across + column + (reverse ? (kFwdTokens - 1) * across : 0);
     }
     // Byte offset of this thread's channels in a slab at path token 0, and from one path token to the next.
     __device__ __forceinline__ int offset(const ScanShape& s) const {
