@@ -56,7 +56,7 @@ def test_states_without_gradient(device, n):
 
 @pytest.mark.parametrize("layout", [None, group_major], ids=["token-major", "group-major"])
 @pytest.mark.parametrize(
-    "dim, rank", [(16, 1), (16, 2), (24, 2), (32, 4), (48, 3), (64, 6), (88, 6), (112, 7), (128, 14)]
+    "dim, rank", [(16, 1), (16, 2), (24, 2), (32, 4), (48, 3), (64, 6), (72, 5), (88, 6), (96, 6), (112, 7), (128, 14)]
 )
 @pytest.mark.parametrize("h, w", [*SIZES, (56, 56), (60, 50), (5, 230), (230, 5), (450, 3), (29, 113)])
 def test_inference(device, h, w, dim, rank, layout):
@@ -67,7 +67,7 @@ def test_inference(device, h, w, dim, rank, layout):
     if layout is not None:
         tensors = {k: layout(v) if k in IMAGES else v for k, v in tensors.items()}
     y = ext.grouped_selective_scan(**tensors)
-    # The truth for CUDA by the CPU op in float64, as in `check`: here are 320 cases of up to 3,300 tokens.
+    # The truth for CUDA by the CPU op in float64, as in `check`: here are some 400 cases of up to 3,300 tokens.
     with ext.backend("reference" if device == "cpu" else "native"):
         truth = ext.grouped_selective_scan(**{k: v.double().cpu() for k, v in tensors.items()})
     assert relative_error(y, truth) < 3e-3

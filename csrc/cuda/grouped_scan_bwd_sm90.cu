@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Backward of the grouped selective scan for sm_90 and newer, 16-bit storage, one state: the maths of
 // grouped_scan_bwd.cu with slabs moved by the tensor copy engine, from the last slab of the path to the first. A block
-// holds one slab (128 threads x 7 tokens x 4 channels) of u, z and dy in each of two stages; du overwrites u and dz
-// overwrites z in shared memory and leave from there. Steps and their gradients are in units of ln 2.
+// holds one slab (96 or 128 threads x 7 tokens x 4 channels) of u, z and dy in each of two stages; du overwrites u and
+// dz overwrites z in shared memory and leave from there. Steps and their gradients are in units of ln 2.
 #include "cuda/scan_sm90.cuh"
 
 namespace gm {

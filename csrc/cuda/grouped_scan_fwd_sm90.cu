@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward of the grouped selective scan for sm_90 and newer, 16-bit storage, one state: the maths of
-// grouped_scan_fwd.cu with slabs moved by the tensor copy engine. A block's slab is 128 or 256 threads x 7 tokens x 4
-// channels; 4 or 2 blocks an SM, so that others compute while one waits at a barrier. The result overwrites z in shared
-// memory and leaves from there: u, free after the first half of a step, is then loaded one and a half steps ahead.
+// grouped_scan_fwd.cu with slabs moved by the tensor copy engine. A block's slab is 96, 128 or 256 threads x 7 tokens x
+// 4 channels; 4 or 2 blocks an SM, so that others compute while one waits at a barrier. The result overwrites z in
+// shared memory and leaves from there: u, free after the first half of a step, is then loaded one and a half steps
+// ahead.
 #include "cuda/scan_sm90.cuh"
 
 namespace gm {
@@ -91,8 +92,8 @@ __global__ void __launch_bounds__(Block::kThreads, kResident<Block>)
     if (total > 1) fetch(next);
     TokenNorm<T, Block> norm(s, shared + layout.norm);
     // Where registers allow it, each thread puts the chunks together for its own channels; else scan lanes do.
-    constexpr bool kFew = Block::kLanes == kNarrowLanes;
-    const bool gather = kFew && plan.members == 0;
+    constexpr bool kRoom = Block::kLanes == kNarrowLanes;
+    const bool gather = kRoom && plan.members == 0;
     float carry[kVec] = {};  // of this thread's channels, or [0] of the channel that it scans
     int image = 0;
     __syncthreads();
@@ -149,7 +150,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident<Block>)
             if (args.scan.states != nullptr && chunk.order == 0 && chunk.active)
                 *reinterpret_cast<float4*>(states(walk.part(plan, now, 0)) + chunk.c0) =
                     make_float4(carry[0], carry[1], carry[2], carry[3]);
-            if constexpr (kFew) gather_chunks<Block>(aggregate_P, aggregate_h, chunk, carry, entering);
+            if constexpr (kRoom) gather_chunks<Block>(aggregate_P, aggregate_h, chunk, carry, entering);
         } else {
             const auto arrive = [&](float P, float h) {
                 if (plan.members == 0) return false;
