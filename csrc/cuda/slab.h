@@ -34,9 +34,10 @@ struct Divisor {
 };
 
 struct SlabPlan {
-    Divisor of_groups, of_columns;  // of_columns: 1 where there are no whole columns
-    int tokens;                     // slots of a slab
-    int columns;                    // whole columns of a slab; 0 where a column is cut into pieces of `tokens`
+    Divisor of_groups, of_columns;  // by the groups, and by `columns` or 1
+
+    int tokens;       // slots of a slab
+    int columns;      // whole columns of a slab; 0 where a column is cut into pieces of `tokens`
     int blocks;       // chunks of kFwdTokens tokens of a column (or piece), the last of them perhaps not full
     int pieces;       // of a column, else 1
     int part_pieces;  // pieces of a column where a slab is one part
