@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Images that lie one after another: their sum, in float32, rounded once; zeros in some of them.
+// Images that lie one after another: their sum, in float32, rounded once; zeros in some of them. Rows with pads of
+// zeros from rows without.
+#include <algorithm>
+
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "cuda/launch_kernel.cuh"
@@ -48,7 +51,42 @@ __global__ void __launch_bounds__(kThreads) clear_images_kernel(const __grid_con
         *reinterpret_cast<uint4*>(static_cast<char*>(args.images) + image * args.bytes + i) = make_uint4(0, 0, 0, 0);
 }
 
+// Units of kVec elements; kCount of them are read at once.
+template <class T, int kCount>
+__global__ void __launch_bounds__(kThreads) pad_rows_kernel(const __grid_constant__ PadRowsArgs args) {
+    begin_kernel();
+    const int units = args.width / kVec;
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < args.rows * units;
+         i += static_cast<int64_t>(gridDim.x) * kThreads) {
+        const int64_t row = (i >> 32) == 0 ? static_cast<uint32_t>(i) / static_cast<uint32_t>(units) : i / units;
+        const int first = static_cast<int>(i - row * units) * kVec;
+        const T* const from = static_cast<const T*>(args.from) + row * args.stride + first;
+        float x[kVec] = {};
+        if constexpr (kCount == kVec) {
+            load_packed<kVec>(from, first < args.channels).widen(x);
+        } else {
+#pragma unroll
+            for (int j = 0; j < kVec; ++j)
+                if (first + j < args.channels) x[j] = to_float(from[j]);
+        }
+        store_packed<kVec>(static_cast<T*>(args.to) + i * kVec, x, true);
+    }
+}
+
 }  // namespace
+
+cudaError_t launch_pad_rows(const PadRowsArgs& args, DType dtype, cudaStream_t stream) {
+    constexpr int64_t kMostBlocks = 1 << 16;
+    const int64_t units = args.rows * (args.width / kVec);
+    const int64_t blocks = std::min((units + kThreads - 1) / kThreads, kMostBlocks);
+    return dispatch_dtype(dtype, [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        const bool vectors = args.channels % kVec == 0 && args.stride % kVec == 0 &&
+                             reinterpret_cast<uintptr_t>(args.from) % (kVec * sizeof(T)) == 0;
+        return launch_kernel(vectors ? pad_rows_kernel<T, kVec> : pad_rows_kernel<T, 1>, blocks, kThreads, 0, stream,
+                             args);
+    });
+}
 
 cudaError_t launch_clear_images(const ClearImagesArgs& args, cudaStream_t stream) {
     const int64_t blocks = (args.bytes + kClearedByBlock - 1) / kClearedByBlock;

@@ -13,6 +13,7 @@ cudaError_t launch_grouped_scan_fwd(const ScanFwdArgs& args, DType dtype, cudaSt
 cudaError_t launch_grouped_scan_bwd(const ScanBwdArgs& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_clear_images(const ClearImagesArgs& args, cudaStream_t stream);
 cudaError_t launch_sum_images(const SumImagesArgs& args, DType dtype, cudaStream_t stream);
+cudaError_t launch_pad_rows(const PadRowsArgs& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_scan_reduce(const ScanReduceArgs& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_depthwise_conv_fwd(const ConvFwdArgs& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_depthwise_conv_bwd(const ConvBwdArgs& args, DType dtype, cudaStream_t stream);
@@ -20,6 +21,11 @@ cudaError_t launch_layer_norm_pool_fwd(const PoolFwdArgs& args, DType dtype, cud
 cudaError_t launch_layer_norm_pool_bwd(const PoolBwdArgs& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_modulated_layer_norm_fwd(const ModulatedFwdArgs& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_modulated_layer_norm_bwd(const ModulatedBwdArgs& args, DType dtype, cudaStream_t stream);
+// True where narrow_product_* takes rows of `in` and of `out` columns on the current device.
+bool takes_narrow_product(DType dtype, int64_t in, int64_t out);
+cudaError_t plan_narrow_product_bwd(DType dtype, NarrowProductArgs& args);
+cudaError_t launch_narrow_product_fwd(const NarrowProductArgs& args, DType dtype, cudaStream_t stream);
+cudaError_t launch_narrow_product_bwd(const NarrowProductArgs& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_reduce_columns(const ReduceArgs& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_column_sums(const ColumnSumArgs& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_pack_parameters(const PackArgs& args, DType dtype, cudaStream_t stream);

@@ -236,6 +236,14 @@ struct SumArgs {
     int count = 0;
 };
 
+// Rows of `channels` elements, `stride` apart, as rows of `width`, a multiple of 4, that end in zeros.
+struct PadRowsArgs {
+    const void* from = nullptr;
+    void* to = nullptr;
+    int64_t rows = 0, stride = 0;
+    int channels = 0, width = 0;
+};
+
 // Sums over the rows of a matrix (rows, columns), a row of partial sums a block.
 struct ColumnSumArgs {
     const void* x = nullptr;
@@ -244,6 +252,18 @@ struct ColumnSumArgs {
     KeptArg kept;  // factors of the rows of an image
     int64_t rows_of_image = 1;
     float* partials = nullptr;  // (blocks, columns)
+};
+
+// y = x weight^T for x (groups, tokens, in), weight (groups, out, in), y (groups, tokens, out); backward: dx, or with
+// `add` what is there and dx, and sums of dweight over parts of the tokens. All contiguous and aligned to 16 bytes.
+struct NarrowProductArgs {
+    const void *x = nullptr, *weight = nullptr, *dy = nullptr;
+    void *y = nullptr, *dx = nullptr;
+    float* dweight = nullptr;  // (groups, parts, out, in)
+    int64_t tokens = 0;
+    int groups = 0, in = 0, out = 0;
+    int parts = 0;  // blocks of a group; of the backward by plan_narrow_product_bwd
+    bool add = false;
 };
 
 // batch_norm_relu on rows (rows, channels), all of them contiguous and aligned to 16 bytes.

@@ -212,7 +212,7 @@ FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight,
     ParameterSums sums;
     const auto as_batch = [](const Tensor& rows) { return alias(rows, {1, rows.size(0), rows.size(1)}); };
 
-    const PaddedRows dout_padded(dout);
+    const PaddedRows dout_padded(dout, context);
     const Tensor dout_rows = dout_padded.rows();
     Tensor dactivated = empty({tokens, s.hidden_pad}, type, x);
     matmul_out(dactivated, dout_rows, pack.get(kFc2, {s.channels_pad, s.hidden_pad}), kept_scale);

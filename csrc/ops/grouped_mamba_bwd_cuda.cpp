@@ -4,7 +4,7 @@
 #include "host/branch.h"
 #include "ops/grouped_mamba.h"
 #include "ops/stochastic_depth.h"
-#include "ops/token_sums.h"
+#include "ops/token_products.h"
 
 namespace gm {
 namespace {
@@ -34,7 +34,7 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
     ParameterSums sums;
 
     // From the output to the scan.
-    const PaddedRows dout_padded(dout);
+    const PaddedRows dout_padded(dout, context);
     const Tensor dout_rows = dout_padded.rows();
     Tensor dmixed = empty({tokens, s.mixed}, type, x);
     matmul_out(dmixed, dout_rows, pack.get(kProj, {s.channels_pad, s.mixed}), branch);
@@ -78,10 +78,10 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
         dgate = mix.column(2 * s.channels + 1), dgate_parts = mix.rows / s.batch, dgate_stride = mix.columns;
         if (s.gated()) affinity_backward();
         const Tensor do_rows = rows_of(merge.d_o, s, d_pad);
-        const WeightPartials out_proj = weight_partials(do_rows, rows_of(images.y, s, e_pad));
-        dout_proj = sums.add(*p.out_proj_weight, {g, s.dim, e}, out_proj.values, d_pad, e_pad, out_proj.parts);
         const Tensor dy_rows = empty({g, tokens, e_pad}, type, x);
-        matmul_out(dy_rows, do_rows, pack.get(kOutProj, {g, d_pad, e_pad}));
+        const WeightPartials out_proj = token_product_bwd(dy_rows, false, do_rows, rows_of(images.y, s, e_pad),
+                                                          pack.get(kOutProj, {g, d_pad, e_pad}), context);
+        dout_proj = sums.add(*p.out_proj_weight, {g, s.dim, e}, out_proj.values, d_pad, e_pad, out_proj.parts);
         dy = image_of(dy_rows, s, e_pad);
     }
     clear_left_out(mixed, s.batch, kept, context);
@@ -110,17 +110,17 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
         affinity_backward();
     }
 
-    const WeightPartials x_proj = weight_partials(dfeatures, images.u);
-    add_matmul(du, dfeatures, pack.get(kXProj, {g, s.features_pad, e_pad}));
+    const WeightPartials x_proj =
+        token_product_bwd(du, true, dfeatures, images.u, pack.get(kXProj, {g, s.features_pad, e_pad}), context);
     dfeatures = Tensor();
     const PartialRows conv =
         conv3x3_bwd_into(image_of(duz, s, e_pad), image_of(du, s, e_pad), image_of(images.uz, s, e_pad),
                          pack.get(kConvWeight, {g, e_pad, 3, 3}), pack.get(kConvBias, {g, e_pad}), kSilu, context);
     du = Tensor();
 
-    const WeightPartials in_proj = weight_partials(duz, rows_of(images.xn, s, d_pad));
-    Tensor dxn_rows = empty({g, tokens, d_pad}, type, x);
-    matmul_out(dxn_rows, duz, pack.get(kInProj, {g, 2 * e_pad, d_pad}));
+    const Tensor dxn_rows = empty({g, tokens, d_pad}, type, x);
+    const WeightPartials in_proj = token_product_bwd(dxn_rows, false, duz, rows_of(images.xn, s, d_pad),
+                                                     pack.get(kInProj, {g, 2 * e_pad, d_pad}), context);
     duz = Tensor();
 
     if (affinity) affinity->join();

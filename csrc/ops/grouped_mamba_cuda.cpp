@@ -5,6 +5,7 @@
 #include "host/branch.h"
 #include "ops/grouped_mamba.h"
 #include "ops/stochastic_depth.h"
+#include "ops/token_products.h"
 
 namespace gm {
 namespace {
@@ -53,18 +54,18 @@ LayerForward layer_forward(const Tensor& x, const LayerParameters& p, const Laye
         check_cuda(launch_channel_affinity_fwd(args, dtype, affinity->stream()), "channel affinity");
     }
 
-    matmul_out(images.uz, rows_of(images.xn, s, s.dim_pad),
-               pack.get_transposed(kInProj, {s.groups, 2 * s.inner_pad, s.dim_pad}));
+    token_product(images.uz, rows_of(images.xn, s, s.dim_pad), pack.get(kInProj, {s.groups, 2 * s.inner_pad, s.dim_pad}),
+                  context);
     depthwise_conv3x3_fwd_into(image_of(images.u, s, s.inner_pad), image_of(images.uz, s, s.inner_pad),
                                pack.get(kConvWeight, {s.groups, s.inner_pad, 3, 3}),
                                pack.get(kConvBias, {s.groups, s.inner_pad}), kSilu, context);
-    matmul_out(images.features, images.u, pack.get_transposed(kXProj, {s.groups, s.features_pad, s.inner_pad}));
+    token_product(images.features, images.u, pack.get(kXProj, {s.groups, s.features_pad, s.inner_pad}), context);
     if (s.gates_scan()) affinity->join();
     scan_fwd_into(images.y, images.states, scan_inputs(pack, s, images, scalars), context);
 
     if (s.merges) {
-        matmul_out(rows_of(images.o, s, s.dim_pad), rows_of(images.y, s, s.inner_pad),
-                   pack.get_transposed(kOutProj, {s.groups, s.dim_pad, s.inner_pad}));
+        token_product(rows_of(images.o, s, s.dim_pad), rows_of(images.y, s, s.inner_pad),
+                      pack.get(kOutProj, {s.groups, s.dim_pad, s.inner_pad}), context);
         if (affinity) affinity->join();
         OptTensor gate;
         if (s.gated()) gate = alias(*images.gate, {s.batch, s.channels});

@@ -54,7 +54,7 @@ Tensor sum_of_columns(ParameterSums& sums, const Tensor& bias, const Tensor& row
     return sums.add_rows(bias, {1, 1, columns}, partials, 0, 1, columns);
 }
 
-PaddedRows::PaddedRows(const Tensor& image) {
+PaddedRows::PaddedRows(const Tensor& image, const CudaContext& context) {
     const int64_t channels = image.size(3), step = round_up(channels, kPixelUnit);
     const int64_t tokens = image.size(0) * image.size(1) * image.size(2);
     // What lies between the pixels of a slice of a wider image meets zeros of a weight, or is never read.
@@ -62,11 +62,20 @@ PaddedRows::PaddedRows(const Tensor& image) {
         rows_ = alias(image, {tokens, step});
         return;
     }
-    Tensor copy = empty({tokens, step}, image.scalar_type(), image);
-    if (step > channels) torch::stable::zero_(copy);
-    Tensor view = alias(copy, shape_of(image), {image.size(1) * image.size(2) * step, image.size(2) * step, step, 1});
-    torch::stable::copy_(view, image);
-    rows_ = copy;
+    if (channels == step) {
+        rows_ = alias(torch::stable::contiguous(image), {tokens, step});
+        return;
+    }
+    rows_ = empty({tokens, step}, image.scalar_type(), image);
+    // One stride walks all pixels of most gradients; those of contiguous (batch, C, H, W) are turned first.
+    const std::optional<Shape> strides = view_strides(image, {tokens, channels});
+    const bool walks = strides && (channels == 1 || (*strides)[1] == 1);
+    const Tensor dense = walks ? image : torch::stable::contiguous(image);
+    PadRowsArgs args;
+    args.from = dense.data_ptr(), args.to = rows_.data_ptr(), args.rows = tokens;
+    args.stride = walks ? (*strides)[0] : channels;
+    args.channels = static_cast<int>(channels), args.width = static_cast<int>(step);
+    check_cuda(launch_pad_rows(args, dtype_of(image), context.stream()), "padding rows");
 }
 
 bool PaddedRows::is_padded(const Tensor& image, int64_t step) {

@@ -5,6 +5,7 @@
 #include "cuda/launch.h"
 #include "host/blas.h"
 #include "host/cuda_args.h"
+#include "host/stream.h"
 #include "ops/parameter_pack.h"
 
 namespace gm {
@@ -27,7 +28,7 @@ Tensor sum_of_columns(ParameterSums& sums, const Tensor& bias, const Tensor& row
 // lie like that.
 class PaddedRows {
 public:
-    explicit PaddedRows(const Tensor& image);
+    PaddedRows(const Tensor& image, const CudaContext& context);
     const Tensor& rows() const { return rows_; }
 
 private:

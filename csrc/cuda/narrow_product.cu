@@ -1,0 +1,363 @@
+// SPDX-License-Identifier: Apache-2.0
+// Products of many tokens with a small weight a group, 16-bit storage, sums in float32, and their backward: dx and
+// dweight in one read of dy. Such products are their images' bytes and nothing else: a warp takes 16 tokens at a time
+// from device memory straight into the operands of its tensor cores, without shared memory, and holds the weight in
+// registers.
+//
+// What makes that one access of 4 to 16 bytes a lane: the order of the terms of a sum, and of the columns of a result,
+// is free. Lane 4 r + q holds of row r (and r + 8) of the tile, in every window of up to 32 columns, the q-th quarter:
+// adjacent columns, in pairs. A pair of all four lanes q is what warp_mma takes as 8 adjacent columns.
+#include <algorithm>
+
+#include "cuda/dispatch.h"
+#include "cuda/launch.h"
+#include "cuda/launch_kernel.cuh"
+#include "cuda/packed.cuh"
+#include "cuda/tensor_core.cuh"
+
+namespace gm {
+namespace {
+
+// Blocks of four warps: their sums of dweight meet in a few steps.
+constexpr int kThreads = 128, kWarps = kThreads / 32, kTileRows = 16;
+
+// A lane's part of one row of kWidth columns.
+template <int kWidth>
+struct RowPart {
+    static constexpr int kWindow = kWidth < 32 ? kWidth : 32, kWindows = kWidth / kWindow;
+    static constexpr int kWords = kWindow / 8, kPairs = kWindows * kWords;
+    static_assert(kWidth % 8 == 0 && kWidth % kWindow == 0);
+    uint32_t pairs[kPairs];
+
+    // The first of the two columns of a pair of lane q.
+    static __device__ __forceinline__ int column(int pair, int q) {
+        return pair / kWords * kWindow + q * (kWindow / 4) + pair % kWords * 2;
+    }
+    template <class T>
+    __device__ __forceinline__ void load(const T* row, int q, bool in) {
+#pragma unroll
+        for (int v = 0; v < kWindows; ++v) {
+            const auto words = load_packed<2 * kWords>(row + v * kWindow + q * (kWindow / 4), in);
+#pragma unroll
+            for (int w = 0; w < kWords; ++w) pairs[v * kWords + w] = words.words[w];
+        }
+    }
+    template <class T>
+    __device__ __forceinline__ void store(T* row, int q, bool in) const {
+        using Access = WordsOf<4 * kWords>;
+#pragma unroll
+        for (int v = 0; v < kWindows; ++v) {
+            Access words;
+            memcpy(&words, pairs + v * kWords, sizeof(words));
+            if (in) *reinterpret_cast<Access*>(row + v * kWindow + q * (kWindow / 4)) = words;
+        }
+    }
+};
+
+// Two rows of a tile, 8 apart.
+template <int kWidth>
+struct TilePart {
+    RowPart<kWidth> low, high;
+
+    // Of the image (tokens, kWidth) at `p`; rows beyond its end are zeros, and are not stored.
+    template <class T>
+    __device__ __forceinline__ void load(const T* p, int64_t token, int64_t tokens, int q) {
+        low.load(p + token * kWidth, q, token < tokens);
+        high.load(p + (token + 8) * kWidth, q, token + 8 < tokens);
+    }
+    template <class T>
+    __device__ __forceinline__ void store(T* p, int64_t token, int64_t tokens, int q) const {
+        low.store(p + token * kWidth, q, token < tokens);
+        high.store(p + (token + 8) * kWidth, q, token + 8 < tokens);
+    }
+};
+
+__device__ __forceinline__ uint32_t transposed_pair(uint32_t pair) {
+    uint32_t out;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
+    return out;
+}
+
+// A weight as the second operand of products from rows of kFrom columns to rows of kTo: its columns and terms in the
+// order of RowPart.
+template <class T, int kFrom, int kTo>
+struct HeldWeight {
+    static constexpr int kSteps = (RowPart<kFrom>::kPairs + 1) / 2, kColumns = RowPart<kTo>::kPairs;
+    uint32_t words[kSteps][kColumns][2];
+
+    // at(term, column): the element's number.
+    template <class At>
+    __device__ __forceinline__ void load(const T* weight, const At& at) {
+        const int q = threadIdx.x % 4, column = threadIdx.x % 32 / 4;
+#pragma unroll
+        for (int s = 0; s < kSteps; ++s)
+#pragma unroll
+            for (int j = 0; j < kColumns; ++j)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const int pair = 2 * s + half;
+                    words[s][j][half] = 0;
+                    if (pair >= RowPart<kFrom>::kPairs) continue;
+                    const int term = RowPart<kFrom>::column(pair, q);
+                    const int to = RowPart<kTo>::column(j, column / 2) + column % 2;
+                    words[s][j][half] = bits(weight[at(term, to)]) | bits(weight[at(term + 1, to)]) << 16;
+                }
+    }
+    // rows x weight, and what `out` holds if `add`; rounded once.
+    __device__ __forceinline__ void multiply(const TilePart<kFrom>& rows, bool add, TilePart<kTo>& out) const {
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+            float sum[4] = {};
+            if (add) {
+                widen(out.low.pairs[j], sum[0], sum[1]);
+                widen(out.high.pairs[j], sum[2], sum[3]);
+            }
+#pragma unroll
+            for (int s = 0; s < kSteps; ++s) {
+                constexpr int kPairs = RowPart<kFrom>::kPairs;
+                const bool whole = 2 * s + 1 < kPairs;
+                const uint32_t a[4] = {rows.low.pairs[2 * s], rows.high.pairs[2 * s],
+                                       whole ? rows.low.pairs[(2 * s + 1) % kPairs] : 0,
+                                       whole ? rows.high.pairs[(2 * s + 1) % kPairs] : 0};
+                warp_mma<T>(sum, a, words[s][j][0], words[s][j][1], sum);
+            }
+            out.low.pairs[j] = pack_pair<T>(sum[0], sum[1]);
+            out.high.pairs[j] = pack_pair<T>(sum[2], sum[3]);
+        }
+    }
+
+private:
+    static __device__ __forceinline__ uint32_t bits(const T& element) {
+        uint16_t out;
+        memcpy(&out, &element, sizeof(out));
+        return out;
+    }
+    static __device__ __forceinline__ void widen(uint32_t pair, float& a, float& b) {
+        Packed<T, 2> packed;
+        packed.words[0] = pair;
+        float out[2];
+        packed.widen(out);
+        a = out[0], b = out[1];
+    }
+};
+
+// The tokens of a warp: of every `step`, the `kTiles` tiles from `first` on.
+template <int kTiles>
+struct WarpTokens {
+    int group;
+    int64_t first, step;
+
+    __device__ explicit WarpTokens(const NarrowProductArgs& args) {
+        const int part = static_cast<int>(blockIdx.x) / args.groups;
+        group = static_cast<int>(blockIdx.x) - part * args.groups;
+        step = int64_t{args.parts} * kWarps * kTiles * kTileRows;
+        first = (int64_t{part} * kWarps + threadIdx.x / 32) * kTiles * kTileRows;
+    }
+};
+
+// Tiles whose loads a warp has under way at once: some 32 bytes a lane, twice that with those of the next step.
+template <int kBytes>
+constexpr int kTilesOf = kBytes >= 32 ? 1 : 32 / kBytes;
+template <int kIn>
+constexpr int kFwdTiles = kTilesOf<kIn>;
+template <int kIn, int kOut>
+constexpr int kBwdTiles = kTilesOf<kIn + kOut>;
+
+// Registers set the blocks of an SM.
+template <int kIn, int kOut>
+constexpr int kFwdBlocks = kIn * kOut >= 1024 ? 4 : 8;
+template <int kIn, int kOut>
+constexpr int kBwdBlocks = kIn * kOut >= 2048 ? 2 : kIn * kOut >= 512 ? 4 : 6;
+
+template <class T, int kIn, int kOut>
+__global__ void __launch_bounds__(kThreads, kFwdBlocks<kIn, kOut>)
+    narrow_product_fwd_kernel(const __grid_constant__ NarrowProductArgs args) {
+    begin_kernel();
+#if __CUDA_ARCH__ >= 800
+    constexpr int kTiles = kFwdTiles<kIn>;
+    const WarpTokens<kTiles> walk(args);
+    const int q = threadIdx.x % 4, row = threadIdx.x % 32 / 4;
+    const T* const x = static_cast<const T*>(args.x) + walk.group * args.tokens * kIn;
+    T* const y = static_cast<T*>(args.y) + walk.group * args.tokens * kOut;
+    TilePart<kIn> next[kTiles];
+    const auto load = [&](int64_t first) {
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) next[i].load(x, first + i * kTileRows + row, args.tokens, q);
+    };
+    load(walk.first);
+    HeldWeight<T, kIn, kOut> weight;
+    weight.load(static_cast<const T*>(args.weight) + walk.group * kIn * kOut,
+                [](int term, int column) { return column * kIn + term; });
+    for (int64_t first = walk.first; first < args.tokens; first += walk.step) {
+        TilePart<kIn> now[kTiles];
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) now[i] = next[i];
+        load(first + walk.step);
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) {
+            TilePart<kOut> out;
+            weight.multiply(now[i], false, out);
+            out.store(y, first + i * kTileRows + row, args.tokens, q);
+        }
+    }
+#endif
+}
+
+template <class T, int kIn, int kOut>
+__global__ void __launch_bounds__(kThreads, kBwdBlocks<kIn, kOut>)
+    narrow_product_bwd_kernel(const __grid_constant__ NarrowProductArgs args) {
+    begin_kernel();
+#if __CUDA_ARCH__ >= 800
+    constexpr int kTiles = kBwdTiles<kIn, kOut>;
+    constexpr int kRowTiles = RowPart<kIn>::kPairs / 2, kColumnTiles = RowPart<kOut>::kPairs;
+    static_assert(RowPart<kIn>::kPairs % 2 == 0);
+    __shared__ float sums_of_block[kIn * kOut];
+    const WarpTokens<kTiles> walk(args);
+    const int q = threadIdx.x % 4, row = threadIdx.x % 32 / 4;
+    const T* const x = static_cast<const T*>(args.x) + walk.group * args.tokens * kIn;
+    const T* const dy = static_cast<const T*>(args.dy) + walk.group * args.tokens * kOut;
+    T* const dx = static_cast<T*>(args.dx) + walk.group * args.tokens * kIn;
+    TilePart<kIn> next_x[kTiles];
+    TilePart<kOut> next_dy[kTiles];
+    const auto load = [&](int64_t first) {
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) {
+            next_x[i].load(x, first + i * kTileRows + row, args.tokens, q);
+            next_dy[i].load(dy, first + i * kTileRows + row, args.tokens, q);
+        }
+    };
+    load(walk.first);
+    HeldWeight<T, kOut, kIn> weight;
+    weight.load(static_cast<const T*>(args.weight) + walk.group * kIn * kOut,
+                [](int term, int column) { return term * kIn + column; });
+    float sums[kRowTiles][kColumnTiles][4] = {};  // x^T dy
+    for (int64_t first = walk.first; first < args.tokens; first += walk.step) {
+        TilePart<kIn> now_x[kTiles];
+        TilePart<kOut> now_dy[kTiles];
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) now_x[i] = next_x[i], now_dy[i] = next_dy[i];
+        TilePart<kIn> out[kTiles];
+        if (args.add) {
+#pragma unroll
+            for (int i = 0; i < kTiles; ++i) out[i].load(dx, first + i * kTileRows + row, args.tokens, q);
+        }
+        load(first + walk.step);
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) {
+            uint32_t dy_low[kColumnTiles], dy_high[kColumnTiles];
+#pragma unroll
+            for (int j = 0; j < kColumnTiles; ++j) {
+                dy_low[j] = transposed_pair(now_dy[i].low.pairs[j]);
+                dy_high[j] = transposed_pair(now_dy[i].high.pairs[j]);
+            }
+#pragma unroll
+            for (int m = 0; m < kRowTiles; ++m) {
+                const uint32_t a[4] = {
+                    transposed_pair(now_x[i].low.pairs[2 * m]), transposed_pair(now_x[i].low.pairs[2 * m + 1]),
+                    transposed_pair(now_x[i].high.pairs[2 * m]), transposed_pair(now_x[i].high.pairs[2 * m + 1])};
+#pragma unroll
+                for (int j = 0; j < kColumnTiles; ++j) warp_mma<T>(sums[m][j], a, dy_low[j], dy_high[j], sums[m][j]);
+            }
+            weight.multiply(now_dy[i], args.add, out[i]);
+            out[i].store(dx, first + i * kTileRows + row, args.tokens, q);
+        }
+    }
+    // The warps add one after another, so that bits do not depend on who came first.
+    for (int warp = 0; warp < kWarps; ++warp) {
+        if (static_cast<int>(threadIdx.x) / 32 == warp) {
+#pragma unroll
+            for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+                for (int j = 0; j < kColumnTiles; ++j)
+#pragma unroll
+                    for (int k = 0; k < 4; ++k) {
+                        const int in = RowPart<kIn>::column(2 * m + k / 2, row / 2) + row % 2;
+                        float& sum = sums_of_block[(RowPart<kOut>::column(j, q) + k % 2) * kIn + in];
+                        sum = warp == 0 ? sums[m][j][k] : sum + sums[m][j][k];
+                    }
+        }
+        __syncthreads();
+    }
+    const int64_t part = static_cast<int>(blockIdx.x) / args.groups;
+    float* const partials = args.dweight + (int64_t{walk.group} * args.parts + part) * (kIn * kOut);
+    for (int i = threadIdx.x; i < kIn * kOut; i += kThreads) partials[i] = sums_of_block[i];
+#endif
+}
+
+// f(type tag, integral_constant of the columns of x, of y), for the widths below.
+template <class F>
+auto dispatch(DType dtype, int in, int out, F&& f) {
+    const auto with_type = [&](auto tag) {
+        const auto with = [&](auto from, auto to) { return f(tag, from, to); };
+        using std::integral_constant;
+        if (in == 16)
+            return out == 8    ? with(integral_constant<int, 16>{}, integral_constant<int, 8>{})
+                   : out == 16 ? with(integral_constant<int, 16>{}, integral_constant<int, 16>{})
+                               : with(integral_constant<int, 16>{}, integral_constant<int, 32>{});
+        return out == 8    ? with(integral_constant<int, 32>{}, integral_constant<int, 8>{})
+               : out == 32 ? with(integral_constant<int, 32>{}, integral_constant<int, 32>{})
+                           : with(integral_constant<int, 32>{}, integral_constant<int, 64>{});
+    };
+    return dtype == DType::kHalf ? with_type(TypeTag<__half>{}) : with_type(TypeTag<__nv_bfloat16>{});
+}
+
+template <class Kernel>
+cudaError_t launch(Kernel kernel, const NarrowProductArgs& args, cudaStream_t stream) {
+    return launch_kernel(kernel, int64_t{args.groups} * args.parts, kThreads, 0, stream, args);
+}
+
+// As many blocks as run at once, of at least one step each.
+cudaError_t parts_of(int resident, int tiles, const NarrowProductArgs& args, int& parts) {
+    int device = 0, multiprocessors = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    const int64_t rows = int64_t{kWarps} * tiles * kTileRows, steps = (args.tokens + rows - 1) / rows;
+    parts = static_cast<int>(std::max<int64_t>(std::min<int64_t>(resident * multiprocessors / args.groups, steps), 1));
+    return error;
+}
+
+}  // namespace
+
+bool takes_narrow_product(DType dtype, int64_t in, int64_t out) {
+    const bool widths = (in == 16 && (out == 8 || out == 16 || out == 32)) ||
+                        (in == 32 && (out == 8 || out == 32 || out == 64));
+    if (dtype == DType::kFloat || !widths) return false;
+    int device = 0, major = 0;
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess || major < 8)
+        return false;
+    // An older build's code, run here through PTX, has empty bodies.
+    static const bool built = [] {
+        cudaFuncAttributes attributes{};
+        const auto kernel = narrow_product_fwd_kernel<__nv_bfloat16, 16, 8>;
+        return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess &&
+               attributes.ptxVersion >= 80;
+    }();
+    return built;
+}
+
+cudaError_t plan_narrow_product_bwd(DType dtype, NarrowProductArgs& args) {
+    return dispatch(dtype, args.in, args.out, [&](auto, auto in, auto out) {
+        constexpr int kIn = decltype(in)::value, kOut = decltype(out)::value;
+        return parts_of(kBwdBlocks<kIn, kOut>, kBwdTiles<kIn, kOut>, args, args.parts);
+    });
+}
+
+cudaError_t launch_narrow_product_fwd(const NarrowProductArgs& given, DType dtype, cudaStream_t stream) {
+    return dispatch(dtype, given.in, given.out, [&](auto tag, auto in, auto out) {
+        constexpr int kIn = decltype(in)::value, kOut = decltype(out)::value;
+        NarrowProductArgs args = given;
+        const cudaError_t error = parts_of(kFwdBlocks<kIn, kOut>, kFwdTiles<kIn>, args, args.parts);
+        if (error != cudaSuccess) return error;
+        return launch(narrow_product_fwd_kernel<typename decltype(tag)::type, kIn, kOut>, args, stream);
+    });
+}
+
+cudaError_t launch_narrow_product_bwd(const NarrowProductArgs& args, DType dtype, cudaStream_t stream) {
+    return dispatch(dtype, args.in, args.out, [&](auto tag, auto in, auto out) {
+        constexpr int kIn = decltype(in)::value, kOut = decltype(out)::value;
+        return launch(narrow_product_bwd_kernel<typename decltype(tag)::type, kIn, kOut>, args, stream);
+    });
+}
+
+}  // namespace gm

@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: Apache-2.0
+// Products of all tokens of an image with a weight a group: by kernels of our own where weights are narrow, else by
+// the library.
+#pragma once
+
+#include "host/cuda_args.h"
+#include "ops/token_sums.h"
+
+namespace gm {
+
+// out = x weight^T for x (G, T, K), weight (G, N, K), out (G, T, N), all contiguous.
+void token_product(const Tensor& out, const Tensor& x, const Tensor& weight, const CudaContext& context);
+
+// The same backwards: dx = dy weight, or with `add` dx += dy weight, for dy (G, T, N); and dy^T x in parts.
+WeightPartials token_product_bwd(const Tensor& dx, bool add, const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                 const CudaContext& context);
+
+}  // namespace gm
