@@ -271,3 +271,26 @@ def test_mixed_devices_raise_under_fake_tensors():
             torch.ops.groupmamba.grouped_selective_scan_fwd(
                 *(fake[k] for k in order), [0, 1, 2, 3], True, 1e-5, 64, True
             )
+
+
+@pytest.mark.parametrize("op", ["grouped", "cross"])
+def test_channels_in_unequal_tiles(op):
+    """More threads than images share a scan's channels; the last, narrower tile once wrote past its memory, which
+    a process of its own is given up for."""
+    script = f"""
+import torch
+import groupmamba_ext as ext
+torch.set_num_threads(2)
+groups, states, dim, shape = 4 if {op!r} == "cross" else 1, 64, 40, (1, 29, 31)
+u = torch.randn(*shape, dim) if {op!r} == "cross" else torch.randn(*shape, groups, dim)
+A, B, C = -torch.rand(groups, dim, states), torch.randn(*shape, groups, states), torch.randn(*shape, groups, states)
+dt = torch.randn(*shape, groups, dim)
+scan = ext.cross_selective_scan if {op!r} == "cross" else ext.grouped_selective_scan
+options = {{}} if {op!r} == "cross" else {{"directions": ("lr",)}}
+kept = [scan(u, dt, A, B, C, **options) for _ in range(8)]
+torch.set_num_threads(1)
+alone = scan(u, dt, A, B, C, **options)
+assert all(torch.equal(y, alone) for y in kept)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr or run.returncode

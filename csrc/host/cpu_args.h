@@ -5,6 +5,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <memory>
 #include <new>
 
@@ -47,6 +48,25 @@ inline Image image(const Tensor& t) {
 }
 
 inline int64_t padded_row(int64_t channels) { return (channels + kRowUnit - 1) / kRowUnit * kRowUnit; }
+
+// The channels of a scan in tiles, one a thread where images are fewer than threads, at most `most` of them.
+struct ChannelTiles {
+    int64_t dim, width, count;
+
+    ChannelTiles(int64_t channels, int64_t images, int64_t most) : dim(channels) {
+        const int64_t threads = torch::stable::get_num_threads();
+        const int64_t wanted = std::clamp<int64_t>((threads + images - 1) / images, 1, most);
+        width = padded_row((dim + wanted - 1) / wanted);
+        count = (dim + width - 1) / width;
+    }
+    int64_t size(int64_t tile) const { return std::min(width, dim - tile * width); }
+    // The most bytes that a tile needs, `bytes`(channels): a narrow one holds more tokens at once than a wide one, and
+    // may need more.
+    template <class F>
+    int64_t scratch(const F& bytes) const {
+        return std::max<int64_t>(bytes(size(0)), bytes(size(count - 1)));
+    }
+};
 
 class AlignedMemory {
 public:

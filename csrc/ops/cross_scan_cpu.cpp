@@ -92,19 +92,17 @@ std::tuple<Tensor, Tensor> cross_selective_scan_fwd(Tensor u, Tensor dt, Tensor 
     }
 
     // Channels are independent: idle threads take tiles of them.
-    const int64_t images = s.batch * s.groups, threads = torch::stable::get_num_threads();
-    const int64_t most_tiles = cpu::padded_row(s.dim) / cpu::kRowUnit;
-    const int64_t wanted_tiles = std::clamp<int64_t>((threads + images - 1) / images, 1, most_tiles);
-    const int64_t tile = cpu::padded_row((s.dim + wanted_tiles - 1) / wanted_tiles);
-    const int64_t tiles = (s.dim + tile - 1) / tile;
-
+    const int64_t images = s.batch * s.groups;
+    const cpu::ChannelTiles tiles(s.dim, images, cpu::padded_row(s.dim) / cpu::kRowUnit);
     const auto kernel = GM_CPU_KERNEL(grouped_scan_fwd);
-    const int64_t scratch = GM_CPU_KERNEL(grouped_scan_fwd_scratch)(in.params[0], std::min(tile, s.dim));
-    const int64_t work = s.tokens() * tile * s.states * s.scans;
-    cpu::for_items(images * tiles, work, scratch, [&](int64_t item, void* memory) {
-        const int64_t batch = item / tiles / s.groups, g = item / tiles % s.groups, first = item % tiles * tile;
+    const int64_t scratch = tiles.scratch(
+        [&](int64_t channels) { return GM_CPU_KERNEL(grouped_scan_fwd_scratch)(in.params[0], channels); });
+    const int64_t work = s.tokens() * tiles.width * s.states * s.scans;
+    cpu::for_items(images * tiles.count, work, scratch, [&](int64_t item, void* memory) {
+        const int64_t batch = item / tiles.count / s.groups, g = item / tiles.count % s.groups;
+        const int64_t tile = item % tiles.count;
         for (int64_t k = 0; k < s.scans; ++k)
-            kernel(in.params[g], out[g], batch, k, first, std::min(tile, s.dim - first), memory);
+            kernel(in.params[g], out[g], batch, k, tile * tiles.width, tiles.size(tile), memory);
     });
     if (sum.scalar_type() != y.scalar_type()) torch::stable::copy_(y, sum);
     return {y, states};

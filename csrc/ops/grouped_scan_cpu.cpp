@@ -67,17 +67,14 @@ std::tuple<Tensor, Tensor> grouped_selective_scan_fwd(Tensor u, Tensor dt, Tenso
     const cpu::ScanOutputs out{cpu::image(y), save_states ? states.data_ptr() : nullptr};
 
     // Channels are independent up to the norm: without one, idle threads take tiles of them.
-    const int64_t images = s.batch * s.groups, threads = torch::stable::get_num_threads();
-    const int64_t most_tiles = norm_weight ? 1 : in.params.padded / cpu::kRowUnit;
-    const int64_t wanted_tiles = std::clamp<int64_t>((threads + images - 1) / images, 1, most_tiles);
-    const int64_t tile = cpu::padded_row((s.dim + wanted_tiles - 1) / wanted_tiles);
-    const int64_t tiles = (s.dim + tile - 1) / tile;
-
+    const int64_t images = s.batch * s.groups;
+    const cpu::ChannelTiles tiles(s.dim, images, norm_weight ? 1 : in.params.padded / cpu::kRowUnit);
     const auto kernel = GM_CPU_KERNEL(grouped_scan_fwd);
-    const int64_t scratch = GM_CPU_KERNEL(grouped_scan_fwd_scratch)(in.params, std::min(tile, s.dim));
-    cpu::for_items(images * tiles, s.tokens() * tile * s.states, scratch, [&](int64_t item, void* memory) {
-        const int64_t image = item / tiles, first = item % tiles * tile;
-        kernel(in.params, out, image / s.groups, image % s.groups, first, std::min(tile, s.dim - first), memory);
+    const int64_t scratch = tiles.scratch(
+        [&](int64_t channels) { return GM_CPU_KERNEL(grouped_scan_fwd_scratch)(in.params, channels); });
+    cpu::for_items(images * tiles.count, s.tokens() * tiles.width * s.states, scratch, [&](int64_t item, void* memory) {
+        const int64_t image = item / tiles.count, tile = item % tiles.count;
+        kernel(in.params, out, image / s.groups, image % s.groups, tile * tiles.width, tiles.size(tile), memory);
     });
     return {y, states};
 }
