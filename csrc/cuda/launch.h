@@ -26,6 +26,9 @@ bool takes_narrow_product(DType dtype, int64_t in, int64_t out);
 cudaError_t plan_narrow_product_bwd(DType dtype, NarrowProductArgs& args);
 cudaError_t launch_narrow_product_fwd(const NarrowProductArgs& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_narrow_product_bwd(const NarrowProductArgs& args, DType dtype, cudaStream_t stream);
+bool takes_wide_product(DType dtype, int64_t in, int64_t out);
+bool has_warp_products();  // the current device and this build, for both
+cudaError_t launch_wide_product(const WideProductArgs& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_reduce_columns(const ReduceArgs& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_column_sums(const ColumnSumArgs& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_pack_parameters(const PackArgs& args, DType dtype, cudaStream_t stream);

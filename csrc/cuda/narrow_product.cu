@@ -3,56 +3,18 @@
 // dweight in one read of dy. Such products are their images' bytes and nothing else: a warp takes 16 tokens at a time
 // from device memory straight into the operands of its tensor cores, without shared memory, and holds the weight in
 // registers.
-//
-// What makes that one access of 4 to 16 bytes a lane: the order of the terms of a sum, and of the columns of a result,
-// is free. Lane 4 r + q holds of row r (and r + 8) of the tile, in every window of up to 32 columns, the q-th quarter:
-// adjacent columns, in pairs. A pair of all four lanes q is what warp_mma takes as 8 adjacent columns.
 #include <algorithm>
 
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "cuda/launch_kernel.cuh"
-#include "cuda/packed.cuh"
-#include "cuda/tensor_core.cuh"
+#include "cuda/product_rows.cuh"
 
 namespace gm {
 namespace {
 
 // Blocks of four warps: their sums of dweight meet in a few steps.
-constexpr int kThreads = 128, kWarps = kThreads / 32, kTileRows = 16;
-
-// A lane's part of one row of kWidth columns.
-template <int kWidth>
-struct RowPart {
-    static constexpr int kWindow = kWidth < 32 ? kWidth : 32, kWindows = kWidth / kWindow;
-    static constexpr int kWords = kWindow / 8, kPairs = kWindows * kWords;
-    static_assert(kWidth % 8 == 0 && kWidth % kWindow == 0);
-    uint32_t pairs[kPairs];
-
-    // The first of the two columns of a pair of lane q.
-    static __device__ __forceinline__ int column(int pair, int q) {
-        return pair / kWords * kWindow + q * (kWindow / 4) + pair % kWords * 2;
-    }
-    template <class T>
-    __device__ __forceinline__ void load(const T* row, int q, bool in) {
-#pragma unroll
-        for (int v = 0; v < kWindows; ++v) {
-            const auto words = load_packed<2 * kWords>(row + v * kWindow + q * (kWindow / 4), in);
-#pragma unroll
-            for (int w = 0; w < kWords; ++w) pairs[v * kWords + w] = words.words[w];
-        }
-    }
-    template <class T>
-    __device__ __forceinline__ void store(T* row, int q, bool in) const {
-        using Access = WordsOf<4 * kWords>;
-#pragma unroll
-        for (int v = 0; v < kWindows; ++v) {
-            Access words;
-            memcpy(&words, pairs + v * kWords, sizeof(words));
-            if (in) *reinterpret_cast<Access*>(row + v * kWindow + q * (kWindow / 4)) = words;
-        }
-    }
-};
+constexpr int kThreads = 128, kWarps = kThreads / 32;
 
 // Two rows of a tile, 8 apart.
 template <int kWidth>
@@ -321,7 +283,10 @@ cudaError_t parts_of(int resident, int tiles, const NarrowProductArgs& args, int
 bool takes_narrow_product(DType dtype, int64_t in, int64_t out) {
     const bool widths = (in == 16 && (out == 8 || out == 16 || out == 32)) ||
                         (in == 32 && (out == 8 || out == 32 || out == 64));
-    if (dtype == DType::kFloat || !widths) return false;
+    return dtype != DType::kFloat && widths && has_warp_products();
+}
+
+bool has_warp_products() {
     int device = 0, major = 0;
     if (cudaGetDevice(&device) != cudaSuccess ||
         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess || major < 8)

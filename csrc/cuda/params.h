@@ -266,6 +266,18 @@ struct NarrowProductArgs {
     bool add = false;
 };
 
+// y = scale * x weight^T + bias, or with `add` that and what is there but no bias; shapes as above, bias (out), all in
+// the images' dtype, contiguous and aligned to 16 bytes.
+struct WideProductArgs {
+    const void *x = nullptr, *weight = nullptr, *bias = nullptr;
+    void* y = nullptr;
+    int64_t tokens = 0;
+    int groups = 0, in = 0, out = 0;
+    int parts = 0;  // blocks of a group, by the launcher
+    float scale = 1.f;
+    bool add = false;
+};
+
 // batch_norm_relu on rows (rows, channels), all of them contiguous and aligned to 16 bytes.
 constexpr int kBatchNormUnit = 8, kBatchNormThreads = 256;  // channels of a thread; threads of a block
 struct BatchNormArgs {

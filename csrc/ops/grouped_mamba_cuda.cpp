@@ -74,12 +74,10 @@ LayerForward layer_forward(const Tensor& x, const LayerParameters& p, const Laye
     }
     const Tensor rows = alias(s.merges ? images.mixed : images.y, {tokens, s.mixed});
     const Tensor out_rows = alias(out, {tokens, s.channels_pad});
-    const Tensor proj = pack.get_transposed(kProj, {s.channels_pad, s.mixed});
-    if (scalars.residual) {
-        add_matmul(out_rows, rows, proj, scalars.kept_scale);
-    } else {
-        matmul_bias_out(out_rows, pack.get(kProjBias, {s.channels_pad}), rows, proj);
-    }
+    const Tensor proj = pack.get(kProj, {s.channels_pad, s.mixed});
+    OptTensor bias;
+    if (!scalars.residual) bias = pack.get(kProjBias, {s.channels_pad});
+    token_product_onto(out_rows, scalars.kept_scale, bias, rows, proj, context);
     return {out, saved};
 }
 

@@ -1,43 +1,74 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "ops/token_products.h"
 
+#include <algorithm>
+#include <initializer_list>
+
 #include "host/stream.h"
 
 namespace gm {
 namespace {
 
-bool is_narrow(const Tensor& x, const Tensor& weight, const Tensor& y) {
-    const auto aligned = [](const Tensor& t) { return reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0; };
-    return takes_narrow_product(dtype_of(x), weight.size(2), weight.size(1)) && aligned(x) && aligned(weight) &&
-           aligned(y);
+bool aligned(std::initializer_list<const Tensor*> tensors) {
+    return std::all_of(tensors.begin(), tensors.end(),
+                       [](const Tensor* t) { return reinterpret_cast<uintptr_t>(t->data_ptr()) % 16 == 0; });
 }
 
-NarrowProductArgs product_args(const Tensor& x, const Tensor& weight) {
-    NarrowProductArgs args;
+// x (G, T, K), or (T, K), and weight (G, N, K), or (N, K).
+template <class Args>
+Args product_args(const Tensor& x, const Tensor& weight) {
+    const bool one = x.dim() == 2;
+    Args args;
     args.x = x.data_ptr(), args.weight = weight.data_ptr();
-    args.groups = static_cast<int>(x.size(0)), args.tokens = x.size(1);
-    args.in = static_cast<int>(weight.size(2)), args.out = static_cast<int>(weight.size(1));
+    args.groups = one ? 1 : static_cast<int>(x.size(0)), args.tokens = x.size(one ? 0 : 1);
+    args.in = static_cast<int>(weight.size(one ? 1 : 2)), args.out = static_cast<int>(weight.size(one ? 0 : 1));
     return args;
 }
 
 }  // namespace
 
 void token_product(const Tensor& out, const Tensor& x, const Tensor& weight, const CudaContext& context) {
-    if (!is_narrow(x, weight, out)) return matmul_out(out, x, transposed(weight));
-    NarrowProductArgs args = product_args(x, weight);
-    args.y = out.data_ptr();
-    check_cuda(launch_narrow_product_fwd(args, dtype_of(x), context.stream()), "narrow product");
+    const DType dtype = dtype_of(x);
+    const int64_t in = weight.size(2), columns = weight.size(1);
+    const bool ours = aligned({&out, &x, &weight});
+    if (ours && takes_narrow_product(dtype, in, columns)) {
+        auto args = product_args<NarrowProductArgs>(x, weight);
+        args.y = out.data_ptr();
+        check_cuda(launch_narrow_product_fwd(args, dtype, context.stream()), "narrow product");
+    } else if (ours && takes_wide_product(dtype, in, columns)) {
+        auto args = product_args<WideProductArgs>(x, weight);
+        args.y = out.data_ptr();
+        check_cuda(launch_wide_product(args, dtype, context.stream()), "wide product");
+    } else {
+        matmul_out(out, x, transposed(weight));
+    }
+}
+
+void token_product_onto(const Tensor& out, double scale, const OptTensor& bias, const Tensor& x, const Tensor& weight,
+                        const CudaContext& context) {
+    const DType dtype = dtype_of(x);
+    if (aligned({&out, &x, &weight}) && (!bias || aligned({&*bias})) &&
+        takes_wide_product(dtype, weight.size(1), weight.size(0))) {
+        auto args = product_args<WideProductArgs>(x, weight);
+        args.y = out.data_ptr(), args.scale = static_cast<float>(scale), args.add = !bias;
+        if (bias) args.bias = bias->data_ptr();
+        check_cuda(launch_wide_product(args, dtype, context.stream()), "wide product");
+    } else if (bias) {
+        matmul_bias_out(out, *bias, x, transposed(weight));
+    } else {
+        add_matmul(out, x, transposed(weight), scale);
+    }
 }
 
 WeightPartials token_product_bwd(const Tensor& dx, bool add, const Tensor& dy, const Tensor& x, const Tensor& weight,
                                  const CudaContext& context) {
-    if (!is_narrow(x, weight, dy) || reinterpret_cast<uintptr_t>(dx.data_ptr()) % 16 != 0) {
+    const DType dtype = dtype_of(x);
+    if (!aligned({&dx, &dy, &x, &weight}) || !takes_narrow_product(dtype, weight.size(2), weight.size(1))) {
         const WeightPartials partials = weight_partials(dy, x);
         matmul_onto(dx, add ? 1. : 0., dy, weight, 1.);
         return partials;
     }
-    const DType dtype = dtype_of(x);
-    NarrowProductArgs args = product_args(x, weight);
+    auto args = product_args<NarrowProductArgs>(x, weight);
     args.dy = dy.data_ptr(), args.dx = dx.data_ptr(), args.add = add;
     check_cuda(plan_narrow_product_bwd(dtype, args), "narrow product's backward");
     const Tensor values = empty({x.size(0) * args.parts, dy.size(2), x.size(2)}, ScalarType::Float, x);

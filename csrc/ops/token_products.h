@@ -11,6 +11,11 @@ namespace gm {
 // out = x weight^T for x (G, T, K), weight (G, N, K), out (G, T, N), all contiguous.
 void token_product(const Tensor& out, const Tensor& x, const Tensor& weight, const CudaContext& context);
 
+// out += scale * x weight^T, or with a bias out = x weight^T + bias, for matrices: x (T, K), weight (N, K), out (T, N),
+// bias (N,).
+void token_product_onto(const Tensor& out, double scale, const OptTensor& bias, const Tensor& x, const Tensor& weight,
+                        const CudaContext& context);
+
 // The same backwards: dx = dy weight, or with `add` dx += dy weight, for dy (G, T, N); and dy^T x in parts.
 WeightPartials token_product_bwd(const Tensor& dx, bool add, const Tensor& dy, const Tensor& x, const Tensor& weight,
                                  const CudaContext& context);
