@@ -44,6 +44,7 @@ def three_ways(monkeypatch, dtype, dim, shape, **options):
     "dim, shape, options",
     [
         (64, (9, 14), {}),
+        (128, (9, 14), {}),
         (44, (7, 5), {}),  # 11 channels a group, padded to 16
         (348, (14, 14), {}),  # 87, padded to 88
         (424, (3, 4), {}),  # 106, padded to 112
@@ -65,6 +66,35 @@ def test_equals_the_composed_layer(monkeypatch, dtype, dim, shape, options, vari
         own = relative_error(composed[name], expected, terms)
         error = relative_error(fused[name], expected, terms)
         assert error <= max(2 * own, FLOOR[dtype]), f"{name}: {error:.2e}, composed {own:.2e}"
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 348, 448])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_images_are_as_each_half_of_them(dtype, dim, residual):
+    """Products of many tokens have kernels of their own, here of a number that fills no block; few go to the library."""
+    layer, x = make(dim).to("cuda"), image(132, dim, 9, 14, device="cuda", dtype=dtype)
+    x = x.to(memory_format=torch.channels_last)
+    dy = torch.randn_like(x)
+
+    def results(x, dy):
+        x = x.detach().requires_grad_()
+        with torch.autocast("cuda", dtype):
+            y = layer(x, residual=residual)
+        names, parameters = zip(*layer.named_parameters(), strict=True)
+        dx, *gradients = torch.autograd.grad(y, (x, *parameters), dy)
+        return {"y": y.detach(), "dx": dx}, dict(zip(names, gradients, strict=True))
+
+    whole, whole_gradients = results(x, dy)
+    (first, first_gradients), (second, second_gradients) = map(results, x.split(66), dy.split(66))
+    for name, actual in whole.items():
+        error = relative_error(actual, torch.cat([first[name], second[name]]))
+        assert error <= 2 * FLOOR[dtype], f"{name}: {error:.2e}"
+    for name, actual in whole_gradients.items():
+        expected = first_gradients[name] + second_gradients[name]
+        if expected.numel() > 1:  # else a sum over the image that cancels
+            error = relative_error(actual, expected)
+            assert error <= 2 * FLOOR[dtype], f"d{name}: {error:.2e}"
 
 
 def arguments(layer, x, residual=False):

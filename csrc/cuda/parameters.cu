@@ -4,6 +4,7 @@
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "cuda/launch_kernel.cuh"
+#include "cuda/packed.cuh"
 #include "cuda/reduce.cuh"
 
 namespace gm {
@@ -24,29 +25,24 @@ __host__ __device__ __forceinline__ int unit_of(const SumItem& item) {
     return shares_sums(item) ? kSumColumns : item.vectors ? kThreads * kVec : kThreads;
 }
 
-template <class Item>
-__host__ __device__ __forceinline__ int64_t blocks_of(const Item& item) {
-    return (item.count + unit_of(item) - 1) / unit_of(item);
-}
-
 // The items one after another, a block belongs to one; that, and the first of the block's elements.
 template <class Args>
 __device__ __forceinline__ const auto& find_item(const Args& args, int64_t& first) {
-    int64_t block = blockIdx.x;
+    const int block = static_cast<int>(blockIdx.x);
     int i = 0;
-    for (; i + 1 < args.count; ++i) {
-        const int64_t blocks = blocks_of(args.items[i]);
-        if (block < blocks) break;
-        block -= blocks;
-    }
-    first = block * unit_of(args.items[i]);
+    while (i + 1 < args.count && block >= args.items[i + 1].first_block) ++i;
+    first = int64_t{block - args.items[i].first_block} * unit_of(args.items[i]);
     return args.items[i];
 }
 
+// Gives every item its first block; the blocks of all.
 template <class Args>
-int64_t total_blocks(const Args& args) {
+int64_t place_blocks(Args& args) {
     int64_t blocks = 0;
-    for (int i = 0; i < args.count; ++i) blocks += blocks_of(args.items[i]);
+    for (int i = 0; i < args.count; ++i) {
+        args.items[i].first_block = static_cast<int>(std::min<int64_t>(blocks, INT32_MAX));
+        blocks += (args.items[i].count + unit_of(args.items[i]) - 1) / unit_of(args.items[i]);
+    }
     return blocks;
 }
 
@@ -198,21 +194,31 @@ __global__ void __launch_bounds__(kThreads) column_sums_kernel(const __grid_cons
     const int r = threadIdx.x / vectors;
     for (int v = threadIdx.x % vectors; r < row_threads && v < vectors; v += kThreads) {
         float sum[kVec] = {};
-        const T* const p = static_cast<const T*>(args.x) + v * kVec;
+        const T* const p = static_cast<const T*>(args.x) + from * args.row_stride + v * kVec;
         const int channels = min(kVec, args.columns - v * kVec);
-#pragma unroll 8
-        for (int64_t t = from + r; t < to; t += row_threads) {
-            float x[kVec] = {};
-            if constexpr (kAligned) {
-                to_floats(*reinterpret_cast<const Vec4<T>*>(p + t * args.row_stride), x);
-            } else {
+        load_ahead(
+            r, static_cast<int>(to - from), row_threads,
+            [&](int t) {
+                const T* const row = p + t * args.row_stride;
+                Packed<T, kVec> x;
+                if constexpr (kAligned) {
+                    x = load_packed<kVec>(row, true);
+                } else {
+                    T elements[kVec];
 #pragma unroll
-                for (int j = 0; j < kVec; ++j)
-                    if (j < channels) x[j] = to_float(p[t * args.row_stride + j]);
-            }
+                    for (int j = 0; j < kVec; ++j) elements[j] = j < channels ? row[j] : from_float<T>(0.f);
+                    memcpy(&x, elements, sizeof(x));
+                }
+                return x;
+            },
+            [&](const Packed<T, kVec>& packed, int t) {
+                float x[kVec], factor = 1.f;
+                packed.widen(x);
+                // A division by a number of 64 bits for each row is what this kernel would otherwise wait for.
+                if (args.kept.images != nullptr) factor = kept_factor(args.kept, (from + t) / args.rows_of_image);
 #pragma unroll
-            for (int j = 0; j < kVec; ++j) sum[j] = fmaf(kept_factor(args.kept, t / args.rows_of_image), x[j], sum[j]);
-        }
+                for (int j = 0; j < kVec; ++j) sum[j] = fmaf(factor, x[j], sum[j]);
+            });
         for (int j = 0; j < channels; ++j) partial[r * args.columns + v * kVec + j] = sum[j];
     }
     __syncthreads();
@@ -225,15 +231,17 @@ __global__ void __launch_bounds__(kThreads) column_sums_kernel(const __grid_cons
 
 }  // namespace
 
-cudaError_t launch_pack_parameters(const PackArgs& args, DType dtype, cudaStream_t stream) {
+cudaError_t launch_pack_parameters(const PackArgs& given, DType dtype, cudaStream_t stream) {
+    PackArgs args = given;
+    const int64_t blocks = place_blocks(args);
     return dispatch_dtype(dtype, [&](auto tag) {
-        return launch_kernel(pack_parameters_kernel<typename decltype(tag)::type>, total_blocks(args), kThreads, 0,
-                             stream, args);
+        return launch_kernel(pack_parameters_kernel<typename decltype(tag)::type>, blocks, kThreads, 0, stream, args);
     });
 }
 
-cudaError_t launch_sum_parameters(const SumArgs& args, DType dtype, cudaStream_t stream) {
-    const int64_t blocks = total_blocks(args);
+cudaError_t launch_sum_parameters(const SumArgs& given, DType dtype, cudaStream_t stream) {
+    SumArgs args = given;
+    const int64_t blocks = place_blocks(args);
     return dispatch_dtype(dtype, [&](auto tag) {
         return launch_kernel(sum_parameters_kernel<typename decltype(tag)::type>, blocks, kThreads, 0, stream, args);
     });

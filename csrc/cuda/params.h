@@ -208,7 +208,8 @@ struct PackItem {
     bool negative_exp = false;  // A = -exp(A_log)
     bool vectors = false;       // rows of kVec elements are written at once, and read so where reads_vectors
     bool reads_vectors = false;
-    int64_t count = 0;  // n0 * w1 * w2
+    int64_t count = 0;    // n0 * w1 * w2
+    int first_block = 0;  // by the launcher
 };
 constexpr int kMaxPackItems = 16;
 struct PackArgs {
@@ -229,6 +230,7 @@ struct SumItem {
     bool vectors = false;  // kVec elements of a row lie side by side, aligned to their size; no more and no scale
     int64_t part_stride = 0, more_stride = 0;
     int64_t count = 0;  // of the result
+    int first_block = 0;
 };
 constexpr int kMaxSumItems = 20;
 struct SumArgs {
@@ -275,7 +277,7 @@ struct WideProductArgs {
     int groups = 0, in = 0, out = 0;
     int parts = 0;  // blocks of a group, by the launcher
     float scale = 1.f;
-    bool add = false;
+    bool add = false, transposed = false;  // weight (groups, in, out)
 };
 
 // batch_norm_relu on rows (rows, channels), all of them contiguous and aligned to 16 bytes.

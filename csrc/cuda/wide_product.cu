@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of many tokens with a weight a group of more than 32 columns, as narrow_product.cu has them of fewer: the
-// weight waits in shared memory, in the order in which the lanes take it. With an addend, a factor and a bias for the
-// last product of a layer.
+// Products of many tokens with a weight a group that registers have no room for, or not the widths of
+// narrow_product.cu: it waits in shared memory, in the order in which the lanes take it. With an addend, a factor and a
+// bias for the last product of a layer, and by the weight as it is for a product's backward.
 #include <algorithm>
 
 #include "cuda/dispatch.h"
@@ -30,10 +30,17 @@ __device__ __forceinline__ uint4 load_chunk(const void* p, int64_t element, bool
     return out;
 }
 
+// Where the words of a lane's 4 tiles of a window of the result lie: those of the tile of `column` for a step and the
+// terms of lanes q.
+__device__ __forceinline__ int word_of(int steps, int column, int step, int q) {
+    const int inside = column % kWindow, tile = inside % 8 / 2, lane = (inside / 8 * 2 + inside % 2) * 4 + q;
+    return (((column / kWindow * steps + step) * 2 + tile / 2) * 32 + lane) * 4 + tile % 2 * 2;
+}
+
 // The weight (out, in) into shared memory: a thread takes 8 adjacent terms of a column of the result at a time.
 template <int kWindows>
 __device__ __forceinline__ void stage_weight(const WideProductArgs& args, int64_t first, uint32_t* shared) {
-    constexpr int kChunks = kWindows * kWindow / 8, kSteps = kWindows * kStepsOfWindow, kAhead = 4;
+    constexpr int kChunks = kWindows * kWindow / 8, kSteps = kWindows * kStepsOfWindow, kAhead = 8;
     const int count = (args.out + kWindow - 1) / kWindow * kWindow * kChunks;
     for (int begin = threadIdx.x; begin < count; begin += kAhead * kThreads) {
         uint4 words[kAhead];
@@ -47,14 +54,40 @@ __device__ __forceinline__ void stage_weight(const WideProductArgs& args, int64_
         for (int i = 0; i < kAhead; ++i) {
             const int unit = begin + i * kThreads, column = unit / kChunks, chunk = unit % kChunks;
             if (unit >= count) break;
-            const int inside = column % kWindow, tile = inside % 8 / 2;
-            const int lane = (inside / 8 * 2 + inside % 2) * 4 + chunk % 4;
-            const uint32_t pairs[4] = {words[i].x, words[i].y, words[i].z, words[i].w};
+            const int step = chunk / 4 * kStepsOfWindow;
+            *reinterpret_cast<uint2*>(shared + word_of(kSteps, column, step, chunk % 4)) =
+                make_uint2(words[i].x, words[i].y);
+            *reinterpret_cast<uint2*>(shared + word_of(kSteps, column, step + 1, chunk % 4)) =
+                make_uint2(words[i].z, words[i].w);
+        }
+    }
+}
+
+// The same of a weight (in, out): a pair of terms of 8 adjacent columns at a time.
+template <int kWindows>
+__device__ __forceinline__ void stage_transposed_weight(const WideProductArgs& args, int64_t first, uint32_t* shared) {
+    constexpr int kPairs = kWindows * kWindow / 2, kSteps = kWindows * kStepsOfWindow, kAhead = 4;
+    const int chunks = (args.out + kWindow - 1) / kWindow * (kWindow / 8), count = kPairs * chunks;
+    for (int begin = threadIdx.x; begin < count; begin += kAhead * kThreads) {
+        uint4 even[kAhead], odd[kAhead];
 #pragma unroll
-            for (int w = 0; w < 4; ++w) {
-                const int step = column / kWindow * kSteps + chunk / 4 * kStepsOfWindow + w / 2;
-                shared[((step * 2 + tile / 2) * 32 + lane) * 4 + tile % 2 * 2 + w % 2] = pairs[w];
-            }
+        for (int i = 0; i < kAhead; ++i) {
+            const int unit = begin + i * kThreads, pair = unit / chunks, column = (unit - pair * chunks) * 8;
+            const bool in = 2 * pair < args.in && column < args.out;
+            const int64_t at = first + int64_t{2 * pair} * args.out + column;
+            even[i] = load_chunk(args.weight, at, in), odd[i] = load_chunk(args.weight, at + args.out, in);
+        }
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            const int unit = begin + i * kThreads, pair = unit / chunks, column = (unit - pair * chunks) * 8;
+            if (unit >= count) break;
+            const int step = pair / 16 * kStepsOfWindow + pair % 4 / 2, q = pair % 16 / 4;
+            const uint32_t a[4] = {even[i].x, even[i].y, even[i].z, even[i].w};
+            const uint32_t b[4] = {odd[i].x, odd[i].y, odd[i].z, odd[i].w};
+#pragma unroll
+            for (int j = 0; j < 8; ++j)
+                shared[word_of(kSteps, column + j, step, q) + pair % 2] =
+                    __byte_perm(a[j / 2], b[j / 2], j % 2 == 0 ? 0x5410 : 0x7632);
         }
     }
 }
@@ -88,8 +121,12 @@ __global__ void __launch_bounds__(kThreads, kResident)
         }
     };
     load(begin);
-    stage_weight<kWindows>(args, static_cast<int64_t>(group) * args.in * args.out,
-                           reinterpret_cast<uint32_t*>(dynamic_shared));
+    const int64_t first_weight = static_cast<int64_t>(group) * args.in * args.out;
+    if (args.transposed) {
+        stage_transposed_weight<kWindows>(args, first_weight, reinterpret_cast<uint32_t*>(dynamic_shared));
+    } else {
+        stage_weight<kWindows>(args, first_weight, reinterpret_cast<uint32_t*>(dynamic_shared));
+    }
     __syncthreads();
     for (int64_t first = begin; first < args.tokens; first += step) {
         uint32_t now[2][kPairs];
@@ -141,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 
 bool takes_wide_product(DType dtype, int64_t in, int64_t out) {
     constexpr int64_t kMostShared = 100 << 10;  // of a block, two of which an SM holds
-    if (dtype == DType::kFloat || in % 8 != 0 || out % 8 != 0 || in <= kWindow || in > kMostWindows * kWindow)
+    if (dtype == DType::kFloat || in % 8 != 0 || out % 8 != 0 || in > kMostWindows * kWindow)
         return false;
     WideProductArgs args;
     args.in = static_cast<int>(in), args.out = static_cast<int>(std::min<int64_t>(out, 1 << 12));
@@ -163,6 +200,7 @@ cudaError_t launch_wide_product(const WideProductArgs& given, DType dtype, cudaS
     };
     const auto with_windows = [&](auto tag) {
         switch (windows_of(args.in)) {
+            case 1: return launch(tag, std::integral_constant<int, 1>{});
             case 2: return launch(tag, std::integral_constant<int, 2>{});
             case 3: return launch(tag, std::integral_constant<int, 3>{});
             default: return launch(tag, std::integral_constant<int, 4>{});

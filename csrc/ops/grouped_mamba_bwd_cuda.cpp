@@ -37,7 +37,7 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
     const PaddedRows dout_padded(dout, context);
     const Tensor dout_rows = dout_padded.rows();
     Tensor dmixed = empty({tokens, s.mixed}, type, x);
-    matmul_out(dmixed, dout_rows, pack.get(kProj, {s.channels_pad, s.mixed}), branch);
+    token_product_input(dmixed, branch, false, dout_rows, pack.get(kProj, {s.channels_pad, s.mixed}), context);
     clear_left_out(dmixed, s.batch, kept, context);
 
     const Shape mixed_image{s.batch, s.height, s.width, g, s.mixed / g};

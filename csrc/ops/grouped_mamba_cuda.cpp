@@ -44,6 +44,9 @@ LayerForward layer_forward(const Tensor& x, const LayerParameters& p, const Laye
     if (scalars.residual) norm.sum = out, norm.sum_bias = p.proj_bias, norm.kept = kept;
     layer_norm_pool_fwd_into(images.xn, norm, context);
     packing.join();
+    token_product(images.uz, rows_of(images.xn, s, s.dim_pad), pack.get(kInProj, {s.groups, 2 * s.inner_pad, s.dim_pad}),
+                  context);
+    // Beside the convolution, whose many blocks make room: a product's few, one for each place, would wait for it.
     std::optional<Branch> affinity;
     ParamHolder affinity_parameters;
     if (s.gated()) {
@@ -53,9 +56,6 @@ LayerForward layer_forward(const Tensor& x, const LayerParameters& p, const Laye
         affinity.emplace(context);
         check_cuda(launch_channel_affinity_fwd(args, dtype, affinity->stream()), "channel affinity");
     }
-
-    token_product(images.uz, rows_of(images.xn, s, s.dim_pad), pack.get(kInProj, {s.groups, 2 * s.inner_pad, s.dim_pad}),
-                  context);
     depthwise_conv3x3_fwd_into(image_of(images.u, s, s.inner_pad), image_of(images.uz, s, s.inner_pad),
                                pack.get(kConvWeight, {s.groups, s.inner_pad, 3, 3}),
                                pack.get(kConvBias, {s.groups, s.inner_pad}), kSilu, context);

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <utility>
 
 #include "host/stream.h"
 
@@ -12,6 +13,13 @@ namespace {
 bool aligned(std::initializer_list<const Tensor*> tensors) {
     return std::all_of(tensors.begin(), tensors.end(),
                        [](const Tensor* t) { return reinterpret_cast<uintptr_t>(t->data_ptr()) % 16 == 0; });
+}
+
+// Below this many tokens a group the weight takes the kernel's time, and the library is faster.
+constexpr int64_t kLeastWideTokens = 1 << 14;
+
+bool takes_wide(const Tensor& x, int64_t tokens, int64_t in, int64_t out) {
+    return tokens >= kLeastWideTokens && takes_wide_product(dtype_of(x), in, out);
 }
 
 // x (G, T, K), or (T, K), and weight (G, N, K), or (N, K).
@@ -35,7 +43,7 @@ void token_product(const Tensor& out, const Tensor& x, const Tensor& weight, con
         auto args = product_args<NarrowProductArgs>(x, weight);
         args.y = out.data_ptr();
         check_cuda(launch_narrow_product_fwd(args, dtype, context.stream()), "narrow product");
-    } else if (ours && takes_wide_product(dtype, in, columns)) {
+    } else if (ours && takes_wide(x, x.size(1), in, columns)) {
         auto args = product_args<WideProductArgs>(x, weight);
         args.y = out.data_ptr();
         check_cuda(launch_wide_product(args, dtype, context.stream()), "wide product");
@@ -48,7 +56,7 @@ void token_product_onto(const Tensor& out, double scale, const OptTensor& bias, 
                         const CudaContext& context) {
     const DType dtype = dtype_of(x);
     if (aligned({&out, &x, &weight}) && (!bias || aligned({&*bias})) &&
-        takes_wide_product(dtype, weight.size(1), weight.size(0))) {
+        takes_wide(x, x.size(0), weight.size(1), weight.size(0))) {
         auto args = product_args<WideProductArgs>(x, weight);
         args.y = out.data_ptr(), args.scale = static_cast<float>(scale), args.add = !bias;
         if (bias) args.bias = bias->data_ptr();
@@ -60,12 +68,27 @@ void token_product_onto(const Tensor& out, double scale, const OptTensor& bias, 
     }
 }
 
+void token_product_input(const Tensor& dx, double scale, bool add, const Tensor& dy, const Tensor& weight,
+                         const CudaContext& context) {
+    const int64_t last = weight.dim() - 1, tokens = dy.size(last - 1);
+    if (aligned({&dx, &dy, &weight}) && takes_wide(dy, tokens, weight.size(last - 1), weight.size(last))) {
+        auto args = product_args<WideProductArgs>(dy, weight);
+        std::swap(args.in, args.out);
+        args.y = dx.data_ptr(), args.scale = static_cast<float>(scale), args.add = add, args.transposed = true;
+        check_cuda(launch_wide_product(args, dtype_of(dy), context.stream()), "wide product's backward");
+    } else if (add) {
+        add_matmul(dx, dy, weight, scale);
+    } else {
+        matmul_out(dx, dy, weight, scale);
+    }
+}
+
 WeightPartials token_product_bwd(const Tensor& dx, bool add, const Tensor& dy, const Tensor& x, const Tensor& weight,
                                  const CudaContext& context) {
     const DType dtype = dtype_of(x);
     if (!aligned({&dx, &dy, &x, &weight}) || !takes_narrow_product(dtype, weight.size(2), weight.size(1))) {
         const WeightPartials partials = weight_partials(dy, x);
-        matmul_onto(dx, add ? 1. : 0., dy, weight, 1.);
+        token_product_input(dx, 1., add, dy, weight, context);
         return partials;
     }
     auto args = product_args<NarrowProductArgs>(x, weight);

@@ -16,7 +16,11 @@ void token_product(const Tensor& out, const Tensor& x, const Tensor& weight, con
 void token_product_onto(const Tensor& out, double scale, const OptTensor& bias, const Tensor& x, const Tensor& weight,
                         const CudaContext& context);
 
-// The same backwards: dx = dy weight, or with `add` dx += dy weight, for dy (G, T, N); and dy^T x in parts.
+// dx = scale * dy weight, or with `add` that and what is there, for dy (G, T, N) and dx (G, T, K), or matrices.
+void token_product_input(const Tensor& dx, double scale, bool add, const Tensor& dy, const Tensor& weight,
+                         const CudaContext& context);
+
+// The product backwards: dx = dy weight, or with `add` dx += dy weight, for dy (G, T, N); and dy^T x in parts.
 WeightPartials token_product_bwd(const Tensor& dx, bool add, const Tensor& dy, const Tensor& x, const Tensor& weight,
                                  const CudaContext& context);
 
