@@ -34,7 +34,8 @@ CROSS = [  # dim, rank, states, h, w: the last in two slices of its channels
     (132, 3, 1, 6, 5),
 ]  # fmt: skip
 
-LAYERS = [(64, 9, 14), (44, 7, 5), (348, 6, 7), (448, 1, 1)]  # dim, h, w: groups of 16, 11, 87, 112 channels
+LAYERS = [(64, 9, 14), (128, 9, 7), (44, 7, 5), (348, 6, 7), (448, 1, 1)]  # dim, h, w: groups of 16, 32, 11, 87, 112
+MANY_TOKENS = [(64, 91, 91), (348, 91, 91)]  # enough of them for the products that keep a weight in shared memory
 
 
 def run_layers(dtype: torch.dtype, dim: int, h: int, w: int) -> None:
@@ -101,7 +102,7 @@ def main() -> None:
             run(ext.modulated_layer_norm, tensors)
         for batch, channels, h, w in ((2, 8, 1, 1), (2, 32, 19, 21), (1, 264, 5, 7), (1, 2048, 3, 2)):
             run(lambda **t: layer_ops.batch_norm_relu(**t, eps=1e-5)[0], norm_inputs(batch, channels, h, w, dtype))
-        for dim, h, w in LAYERS:
+        for dim, h, w in LAYERS + (MANY_TOKENS if dtype == torch.bfloat16 else []):
             run_layers(dtype, dim, h, w)
         for case in ONE_KERNEL:
             run_feed_forward(dtype, *case)

@@ -2,6 +2,7 @@
 // Channel affinity: gate = sigmoid(fc2(relu(fc1(pooled)))) and its backward, float32. A few kilobytes an image: what
 // counts is latency, and that it is one launch forward (with the end of the pooling) and two backward.
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/async_copy.cuh"
 #include "cuda/dispatch.h"
@@ -86,19 +87,34 @@ struct Floats {
     float v[kWidth];
 };
 
-// kWidth adjacent elements of a weight, from element `i` on.
+// Row `row` of a weight, read kWidth adjacent elements at a time.
 template <class T, int kWidth>
-__device__ __forceinline__ Floats<kWidth> load_floats(const ParamArg& w, int64_t i) {
-    Floats<kWidth> out;
-    if constexpr (kWidth == 1) {
-        out.v[0] = load_param<T>(w, i);
-    } else if (w.is_float) {
-        to_floats(*reinterpret_cast<const Vec4<float>*>(static_cast<const float*>(w.ptr) + i), out.v);
-    } else {
-        to_floats(*reinterpret_cast<const Vec4<T>*>(static_cast<const T*>(w.ptr) + i), out.v);
+struct WeightRow {
+    const void* p;
+    bool is_float;
+
+    __device__ __forceinline__ WeightRow(const ParamArg& w, int row, int columns)
+        : p(static_cast<const char*>(w.ptr) +
+            static_cast<int64_t>(row) * columns * (is_float_of(w) ? sizeof(float) : sizeof(T))),
+          is_float(is_float_of(w)) {}
+    __device__ __forceinline__ Floats<kWidth> load(int i) const {
+        Floats<kWidth> out;
+        if constexpr (kWidth == 1) {
+            out.v[0] = is_float ? static_cast<const float*>(p)[i] : to_float(static_cast<const T*>(p)[i]);
+        } else if (is_float) {
+            to_floats(*reinterpret_cast<const Vec4<float>*>(static_cast<const float*>(p) + i), out.v);
+        } else {
+            to_floats(*reinterpret_cast<const Vec4<T>*>(static_cast<const T*>(p) + i), out.v);
+        }
+        return out;
     }
-    return out;
-}
+
+private:
+    // With T = float, which the launchers choose where all parameters are, no load asks.
+    static __device__ __forceinline__ bool is_float_of(const ParamArg& w) {
+        return std::is_same_v<T, float> || w.is_float;
+    }
+};
 
 template <class T>
 __device__ __forceinline__ bool rows_of_four(const ParamArg& w, int columns) {
@@ -117,13 +133,19 @@ __device__ __forceinline__ void row_products(const ParamArg& w, int rows, int co
         const int row = first + threadIdx.x / lanes;
         float sum = 0.f;
         if (row < rows) {
-            const int64_t at = static_cast<int64_t>(row) * columns;
-            load_ahead(
-                lane * kWidth, columns, lanes * kWidth, [&](int c) { return load_floats<T, kWidth>(w, at + c); },
-                [&](const Floats<kWidth>& weight, int c) {
+            const WeightRow<T, kWidth> weights(w, row, columns);
+#pragma unroll 4
+            for (int c = lane * kWidth; c < columns; c += lanes * kWidth) {
+                const Floats<kWidth> weight = weights.load(c);
+                float v[kWidth];
+                if constexpr (kWidth == kVec) {
+                    to_floats(*reinterpret_cast<const Vec4<float>*>(x + c), v);
+                } else {
+                    v[0] = x[c];
+                }
 #pragma unroll
-                    for (int k = 0; k < kWidth; ++k) sum = fmaf(weight.v[k], x[c + k], sum);
-                });
+                for (int k = 0; k < kWidth; ++k) sum = fmaf(weight.v[k], v[k], sum);
+            }
         }
         for (int d = lanes / 2; d > 0; d /= 2) sum += __shfl_xor_sync(kFullWarp, sum, d);
         if (row < rows && lane == 0) emit(row, sum);
@@ -139,13 +161,12 @@ __device__ __forceinline__ void column_products(const ParamArg& w, int rows, int
     const int r = threadIdx.x / vectors;
     for (int i = threadIdx.x - r * vectors; r < thread_rows && i < vectors; i += kAffinityThreads) {
         float sum[kWidth] = {};
-        load_ahead(
-            r, rows, thread_rows,
-            [&](int row) { return load_floats<T, kWidth>(w, static_cast<int64_t>(row) * columns + i * kWidth); },
-            [&](const Floats<kWidth>& weight, int row) {
+#pragma unroll 4
+        for (int row = r; row < rows; row += thread_rows) {
+            const Floats<kWidth> weight = WeightRow<T, kWidth>(w, row, columns).load(i * kWidth);
 #pragma unroll
-                for (int k = 0; k < kWidth; ++k) sum[k] = fmaf(weight.v[k], x[row], sum[k]);
-            });
+            for (int k = 0; k < kWidth; ++k) sum[k] = fmaf(weight.v[k], x[row], sum[k]);
+        }
 #pragma unroll
         for (int k = 0; k < kWidth; ++k) scratch[r * columns + i * kWidth + k] = sum[k];
     }
@@ -181,6 +202,8 @@ __device__ __forceinline__ void column_products(const ParamArg& w, int rows, int
     }
 }
 
+__host__ __device__ __forceinline__ int whole_vectors(int floats) { return (floats + kVec - 1) / kVec * kVec; }
+
 // Mean over the image from the sums of its strips, into shared memory and args.pooled: `rows` threads a channel.
 __device__ __forceinline__ void pool(const AffinityArgs& args, float* shared, float* rows_of_sums) {
     const int64_t image = blockIdx.x;
@@ -189,8 +212,7 @@ __device__ __forceinline__ void pool(const AffinityArgs& args, float* shared, fl
     for (int c = threadIdx.x - r * args.dim; r < rows && c < args.dim; c += kAffinityThreads) {
         float sum = 0.f;
         load_ahead(
-            r, args.strips, rows, [&](int i) { return from[static_cast<int64_t>(i) * args.dim + c]; },
-            [&](float v, int) { sum += v; });
+            r, args.strips, rows, [&](int i) { return from[i * args.dim + c]; }, [&](float v, int) { sum += v; });
         rows_of_sums[r * args.dim + c] = sum;
     }
     __syncthreads();
@@ -208,7 +230,7 @@ __global__ void __launch_bounds__(kAffinityThreads, 1)
     extern __shared__ float4 dynamic_shared[];  // weights, pooled, hidden, sums by rows
     float* const shared = reinterpret_cast<float*>(dynamic_shared);
     float* const pooled = shared + args.staged_bytes / sizeof(float);
-    float* const hidden = pooled + args.dim;
+    float* const hidden = pooled + whole_vectors(args.dim);
     const int64_t image = blockIdx.x;
     const Weights weights = Weights::of<T>(args, shared, true);
     pool(args, pooled, hidden + args.hidden);
@@ -303,12 +325,19 @@ __global__ void __launch_bounds__(kReduceColumns* kSumThreads)
     if (threadIdx.y == 0) store_param<T>(out, i, sum);
 }
 
+DType dtype_of_parameters(const AffinityArgs& args, DType of_images) {
+    const bool all =
+        args.fc1_weight.is_float && args.fc1_bias.is_float && args.fc2_weight.is_float && args.fc2_bias.is_float;
+    return all ? DType::kFloat : of_images;
+}
+
 }  // namespace
 
-cudaError_t launch_channel_affinity_fwd(const AffinityArgs& given, DType dtype, cudaStream_t stream) {
+cudaError_t launch_channel_affinity_fwd(const AffinityArgs& given, DType of_images, cudaStream_t stream) {
     AffinityArgs args = given;
+    const DType dtype = dtype_of_parameters(args, of_images);
     const int sums = std::max(kAffinityThreads / args.dim, 1) * args.dim;
-    const int shared = static_cast<int>(sizeof(float)) * (args.dim + args.hidden + sums);
+    const int shared = static_cast<int>(sizeof(float)) * (whole_vectors(args.dim) + args.hidden + sums);
     args.staged_bytes = staged_bytes(args, dtype, true, shared);
     return dispatch_dtype(dtype, [&](auto tag) {
         return launch_kernel(channel_affinity_fwd_kernel<typename decltype(tag)::type>, args.batch, kAffinityThreads,
@@ -316,8 +345,9 @@ cudaError_t launch_channel_affinity_fwd(const AffinityArgs& given, DType dtype, 
     });
 }
 
-cudaError_t launch_channel_affinity_bwd(const AffinityArgs& given, DType dtype, cudaStream_t stream) {
+cudaError_t launch_channel_affinity_bwd(const AffinityArgs& given, DType of_images, cudaStream_t stream) {
     AffinityArgs args = given;
+    const DType dtype = dtype_of_parameters(args, of_images);
     const int64_t parameters = static_cast<int64_t>(args.hidden) * (args.dim + args.out_dim + 1) + args.out_dim;
     const int sums = product_scratch(std::max(args.hidden, args.dim));
     const int shared = static_cast<int>(sizeof(float)) * (args.out_dim + args.hidden + sums);

@@ -129,7 +129,9 @@ constexpr int kBwdTiles = kTilesOf<kIn + kOut>;
 template <int kIn, int kOut>
 constexpr int kFwdBlocks = kIn * kOut >= 1024 ? 4 : 8;
 template <int kIn, int kOut>
-constexpr int kBwdBlocks = kIn * kOut >= 2048 ? 2 : kIn * kOut >= 512 ? 4 : 6;
+constexpr int kBwdBlocks = kIn * kOut >= 2048  ? 2
+                           : kIn * kOut >= 512 ? 4
+                                               : 6;
 
 template <class T, int kIn, int kOut>
 __global__ void __launch_bounds__(kThreads, kFwdBlocks<kIn, kOut>)
@@ -281,8 +283,8 @@ cudaError_t parts_of(int resident, int tiles, const NarrowProductArgs& args, int
 }  // namespace
 
 bool takes_narrow_product(DType dtype, int64_t in, int64_t out) {
-    const bool widths = (in == 16 && (out == 8 || out == 16 || out == 32)) ||
-                        (in == 32 && (out == 8 || out == 32 || out == 64));
+    const bool widths =
+        (in == 16 && (out == 8 || out == 16 || out == 32)) || (in == 32 && (out == 8 || out == 32 || out == 64));
     return dtype != DType::kFloat && widths && has_warp_products();
 }
 

@@ -113,8 +113,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
 #pragma unroll
             for (int v = 0; v < kWindows; ++v) {
                 const int column = v * kWindow + q * 8;
-                const uint4 words = load_chunk(args.x, (of_group + token) * args.in + column,
-                                               token < args.tokens && column < args.in);
+                const uint4 words =
+                    load_chunk(args.x, (of_group + token) * args.in + column, token < args.tokens && column < args.in);
                 next[half][4 * v] = words.x, next[half][4 * v + 1] = words.y;
                 next[half][4 * v + 2] = words.z, next[half][4 * v + 3] = words.w;
             }
@@ -178,8 +178,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 
 bool takes_wide_product(DType dtype, int64_t in, int64_t out) {
     constexpr int64_t kMostShared = 100 << 10;  // of a block, two of which an SM holds
-    if (dtype == DType::kFloat || in % 8 != 0 || out % 8 != 0 || in > kMostWindows * kWindow)
-        return false;
+    if (dtype == DType::kFloat || in % 8 != 0 || out % 8 != 0 || in > kMostWindows * kWindow) return false;
     WideProductArgs args;
     args.in = static_cast<int>(in), args.out = static_cast<int>(std::min<int64_t>(out, 1 << 12));
     return weight_bytes(args) <= kMostShared && has_warp_products();

@@ -44,8 +44,8 @@ LayerForward layer_forward(const Tensor& x, const LayerParameters& p, const Laye
     if (scalars.residual) norm.sum = out, norm.sum_bias = p.proj_bias, norm.kept = kept;
     layer_norm_pool_fwd_into(images.xn, norm, context);
     packing.join();
-    token_product(images.uz, rows_of(images.xn, s, s.dim_pad), pack.get(kInProj, {s.groups, 2 * s.inner_pad, s.dim_pad}),
-                  context);
+    token_product(images.uz, rows_of(images.xn, s, s.dim_pad),
+                  pack.get(kInProj, {s.groups, 2 * s.inner_pad, s.dim_pad}), context);
     // Beside the convolution, whose many blocks make room: a product's few, one for each place, would wait for it.
     std::optional<Branch> affinity;
     ParamHolder affinity_parameters;

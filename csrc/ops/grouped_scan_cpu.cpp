@@ -70,8 +70,8 @@ std::tuple<Tensor, Tensor> grouped_selective_scan_fwd(Tensor u, Tensor dt, Tenso
     const int64_t images = s.batch * s.groups;
     const cpu::ChannelTiles tiles(s.dim, images, norm_weight ? 1 : in.params.padded / cpu::kRowUnit);
     const auto kernel = GM_CPU_KERNEL(grouped_scan_fwd);
-    const int64_t scratch = tiles.scratch(
-        [&](int64_t channels) { return GM_CPU_KERNEL(grouped_scan_fwd_scratch)(in.params, channels); });
+    const int64_t scratch =
+        tiles.scratch([&](int64_t channels) { return GM_CPU_KERNEL(grouped_scan_fwd_scratch)(in.params, channels); });
     cpu::for_items(images * tiles.count, s.tokens() * tiles.width * s.states, scratch, [&](int64_t item, void* memory) {
         const int64_t image = item / tiles.count, tile = item % tiles.count;
         kernel(in.params, out, image / s.groups, image % s.groups, tile * tiles.width, tiles.size(tile), memory);
