@@ -34,12 +34,6 @@ struct TilePart {
     }
 };
 
-__device__ __forceinline__ uint32_t transposed_pair(uint32_t pair) {
-    uint32_t out;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
-    return out;
-}
-
 // A weight as the second operand of products from rows of kFrom columns to rows of kTo: its columns and terms in the
 // order of RowPart.
 template <class T, int kFrom, int kTo>

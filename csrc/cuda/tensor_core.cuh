@@ -123,6 +123,13 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&out)[4], uin
                  : "memory");
 }
 
+// A matrix of 8 rows of 8 elements that the warp holds, lane l elements 2 (l % 4) and + 1 of row l / 4, transposed.
+__device__ __forceinline__ uint32_t transposed_pair(uint32_t pair) {
+    uint32_t out;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
+    return out;
+}
+
 // Two floats as one word of 16-bit elements, the first in its low half.
 template <class T>
 __device__ __forceinline__ uint32_t pack_pair(float low, float high) {

@@ -24,7 +24,7 @@ int weight_bytes(const WideProductArgs& args) {
     return windows_of(args.out) * windows_of(args.in) * kStepsOfWindow * 2 * 32 * 16;
 }
 
-__device__ __forceinline__ uint4 load_chunk(const void* p, int64_t element, bool in) {
+[[maybe_unused]] __device__ __forceinline__ uint4 load_chunk(const void* p, int64_t element, bool in) {
     uint4 out = make_uint4(0, 0, 0, 0);
     if (in) out = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(p) + element);
     return out;
@@ -32,7 +32,7 @@ __device__ __forceinline__ uint4 load_chunk(const void* p, int64_t element, bool
 
 // Where the words of a lane's 4 tiles of a window of the result lie: those of the tile of `column` for a step and the
 // terms of lanes q.
-__device__ __forceinline__ int word_of(int steps, int column, int step, int q) {
+[[maybe_unused]] __device__ __forceinline__ int word_of(int steps, int column, int step, int q) {
     const int inside = column % kWindow, tile = inside % 8 / 2, lane = (inside / 8 * 2 + inside % 2) * 4 + q;
     return (((column / kWindow * steps + step) * 2 + tile / 2) * 32 + lane) * 4 + tile % 2 * 2;
 }
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 }  // namespace
 
 bool takes_wide_product(DType dtype, int64_t in, int64_t out) {
-    constexpr int64_t kMostShared = 100 << 10;  // of a block, two of which an SM holds
+    constexpr int64_t kMostShared = 99 << 10;  // of a block on the smallest GPUs; two on an SM of the largest
     if (dtype == DType::kFloat || in % 8 != 0 || out % 8 != 0 || in > kMostWindows * kWindow) return false;
     WideProductArgs args;
     args.in = static_cast<int>(in), args.out = static_cast<int>(std::min<int64_t>(out, 1 << 12));
