@@ -97,7 +97,7 @@ private:
     }
 };
 
-// The tokens of a warp: of every `step`, the `kTiles` tiles from `first` on.
+// The tokens of a warp: kTiles adjacent tiles from `first` on, then those `step` tokens further on, and so forth.
 template <int kTiles>
 struct WarpTokens {
     int group;
@@ -111,9 +111,10 @@ struct WarpTokens {
     }
 };
 
-// Tiles whose loads a warp has under way at once: some 32 bytes a lane, twice that with those of the next step.
-template <int kBytes>
-constexpr int kTilesOf = kBytes >= 32 ? 1 : 32 / kBytes;
+// Tiles whose loads a warp has under way at once: some 32 bytes a lane, twice that with those of the next step. A lane
+// has as many bytes of a tile as a row has columns: 16 rows of 2 bytes a column, shared by 32 lanes.
+template <int kColumns>
+constexpr int kTilesOf = kColumns >= 32 ? 1 : 32 / kColumns;
 template <int kIn>
 constexpr int kFwdTiles = kTilesOf<kIn>;
 template <int kIn, int kOut>

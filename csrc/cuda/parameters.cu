@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(kThreads) column_sums_kernel(const __grid_cons
             [&](const Packed<T, kVec>& packed, int t) {
                 float x[kVec], factor = 1.f;
                 packed.widen(x);
-                // A division by a number of 64 bits for each row is what this kernel would otherwise wait for.
+                // Only then: a 64-bit division for each row takes longer than all else here.
                 if (args.kept.images != nullptr) factor = kept_factor(args.kept, (from + t) / args.rows_of_image);
 #pragma unroll
                 for (int j = 0; j < kVec; ++j) sum[j] = fmaf(factor, x[j], sum[j]);

@@ -2,8 +2,8 @@
 // Rows of an image as operands and results of warp_mma, straight from and to device memory.
 //
 // The order of the terms of a sum, and of the columns of a result, is free. Lane 4 r + q holds of row r (and r + 8) of
-// a tile of 16, in every window of up to 32 columns, the q-th quarter: adjacent columns, in pairs, one access of 4 to
-// 16 bytes. A pair of all four lanes q is what warp_mma takes as 8 adjacent columns.
+// a tile of 16, in every window of up to 32 columns, the q-th quarter: of 32 columns 8 q to 8 q + 7, one access of 16
+// bytes, as four pairs. The i-th pairs of all four lanes q are what warp_mma takes as 8 adjacent columns.
 #pragma once
 
 #include "cuda/packed.cuh"

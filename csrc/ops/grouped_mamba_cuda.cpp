@@ -46,7 +46,8 @@ LayerForward layer_forward(const Tensor& x, const LayerParameters& p, const Laye
     packing.join();
     token_product(images.uz, rows_of(images.xn, s, s.dim_pad),
                   pack.get(kInProj, {s.groups, 2 * s.inner_pad, s.dim_pad}), context);
-    // Beside the convolution, whose many blocks make room: a product's few, one for each place, would wait for it.
+    // Beside the convolution, which has many short blocks. A product has as many blocks as run at once, and would wait
+    // for those whose places channel affinity takes.
     std::optional<Branch> affinity;
     ParamHolder affinity_parameters;
     if (s.gated()) {
