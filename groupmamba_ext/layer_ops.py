@@ -29,6 +29,11 @@ def _padded(n: int) -> int:
     return -(-n // _UNIT) * _UNIT
 
 
+def _padded_features(n: int, inner_pad: int) -> int:
+    """csrc/ops/grouped_mamba.cpp's padded_features."""
+    return 4 if n <= 4 and inner_pad in (16, 32) else _padded(n)
+
+
 def _padded_image(x: Tensor) -> Tensor:
     """Like x, (batch, H, W, C), with pixels a multiple of 8 channels apart."""
     return x.new_empty((*x.shape[:3], _padded(x.shape[3])))[..., : x.shape[3]]
@@ -106,7 +111,7 @@ def _layer_fake(x, *args):
     batch, height, width, channels = x.shape
     groups, inner, states = A_log.shape
     inner_pad, dim_pad = _padded(inner), _padded(channels // groups)
-    widths = [_padded(x_proj_weight.shape[1]), dim_pad, inner_pad, inner_pad, 2 * inner_pad]
+    widths = [_padded_features(x_proj_weight.shape[1], inner_pad), dim_pad, inner_pad, inner_pad, 2 * inner_pad]
     gate_width = inner_pad
     if out_proj_weight is not None:
         widths.append(dim_pad)

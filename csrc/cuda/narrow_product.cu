@@ -56,6 +56,7 @@ struct HeldWeight {
                     if (pair >= RowPart<kFrom>::kPairs) continue;
                     const int term = RowPart<kFrom>::column(pair, q);
                     const int to = RowPart<kTo>::column(j, column / 2) + column % 2;
+                    if (!RowPart<kFrom>::exists(term) || !RowPart<kTo>::exists(to)) continue;
                     words[s][j][half] = bits(weight[at(term, to)]) | bits(weight[at(term + 1, to)]) << 16;
                 }
     }
@@ -176,6 +177,8 @@ __global__ void __launch_bounds__(kThreads, kBwdBlocks<kIn, kOut>)
     const T* const x = static_cast<const T*>(args.x) + walk.group * args.tokens * kIn;
     const T* const dy = static_cast<const T*>(args.dy) + walk.group * args.tokens * kOut;
     T* const dx = static_cast<T*>(args.dx) + walk.group * args.tokens * kIn;
+    // Columns of dy that are pads may hold anything.
+    const uint32_t used = 2 * q + 1 < args.used ? 0xffffffff : 2 * q < args.used ? 0xffff : 0;
     TilePart<kIn> next_x[kTiles];
     TilePart<kOut> next_dy[kTiles];
     const auto load = [&](int64_t first) {
@@ -183,6 +186,7 @@ __global__ void __launch_bounds__(kThreads, kBwdBlocks<kIn, kOut>)
         for (int i = 0; i < kTiles; ++i) {
             next_x[i].load(x, first + i * kTileRows + row, args.tokens, q);
             next_dy[i].load(dy, first + i * kTileRows + row, args.tokens, q);
+            if constexpr (kOut == 4) next_dy[i].low.pairs[0] &= used, next_dy[i].high.pairs[0] &= used;
         }
     };
     load(walk.first);
@@ -231,7 +235,9 @@ __global__ void __launch_bounds__(kThreads, kBwdBlocks<kIn, kOut>)
 #pragma unroll
                     for (int k = 0; k < 4; ++k) {
                         const int in = RowPart<kIn>::column(2 * m + k / 2, row / 2) + row % 2;
-                        float& sum = sums_of_block[(RowPart<kOut>::column(j, q) + k % 2) * kIn + in];
+                        const int out = RowPart<kOut>::column(j, q) + k % 2;
+                        if (!RowPart<kOut>::exists(out)) continue;
+                        float& sum = sums_of_block[out * kIn + in];
                         sum = warp == 0 ? sums[m][j][k] : sum + sums[m][j][k];
                     }
         }
@@ -250,10 +256,10 @@ auto dispatch(DType dtype, int in, int out, F&& f) {
         const auto with = [&](auto from, auto to) { return f(tag, from, to); };
         using std::integral_constant;
         if (in == 16)
-            return out == 8    ? with(integral_constant<int, 16>{}, integral_constant<int, 8>{})
+            return out == 4    ? with(integral_constant<int, 16>{}, integral_constant<int, 4>{})
                    : out == 16 ? with(integral_constant<int, 16>{}, integral_constant<int, 16>{})
                                : with(integral_constant<int, 16>{}, integral_constant<int, 32>{});
-        return out == 8    ? with(integral_constant<int, 32>{}, integral_constant<int, 8>{})
+        return out == 4    ? with(integral_constant<int, 32>{}, integral_constant<int, 4>{})
                : out == 32 ? with(integral_constant<int, 32>{}, integral_constant<int, 32>{})
                            : with(integral_constant<int, 32>{}, integral_constant<int, 64>{});
     };
@@ -279,7 +285,7 @@ cudaError_t parts_of(int resident, int tiles, const NarrowProductArgs& args, int
 
 bool takes_narrow_product(DType dtype, int64_t in, int64_t out) {
     const bool widths =
-        (in == 16 && (out == 8 || out == 16 || out == 32)) || (in == 32 && (out == 8 || out == 32 || out == 64));
+        (in == 16 && (out == 4 || out == 16 || out == 32)) || (in == 32 && (out == 4 || out == 32 || out == 64));
     return dtype != DType::kFloat && widths && has_warp_products();
 }
 
@@ -291,7 +297,7 @@ bool has_warp_products() {
     // An older build's code, run here through PTX, has empty bodies.
     static const bool built = [] {
         cudaFuncAttributes attributes{};
-        const auto kernel = narrow_product_fwd_kernel<__nv_bfloat16, 16, 8>;
+        const auto kernel = narrow_product_fwd_kernel<__nv_bfloat16, 16, 4>;
         return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess &&
                attributes.ptxVersion >= 80;
     }();

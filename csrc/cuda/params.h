@@ -265,6 +265,7 @@ struct NarrowProductArgs {
     int64_t tokens = 0;
     int groups = 0, in = 0, out = 0;
     int parts = 0;  // blocks of a group; of the backward by plan_narrow_product_bwd
+    int used = 0;   // columns of dy, of 4, that are no pads
     bool add = false;
 };
 

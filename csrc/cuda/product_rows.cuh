@@ -13,13 +13,17 @@ namespace gm {
 
 constexpr int kTileRows = 16;
 
-// A lane's part of one row of kWidth columns.
+// A lane's part of one row of kWidth columns. Of 4 columns two lanes hold a pair each, the others zeros.
 template <int kWidth>
 struct RowPart {
-    static constexpr int kWindow = kWidth < 32 ? kWidth : 32, kWindows = kWidth / kWindow;
-    static constexpr int kWords = kWindow / 8, kPairs = kWindows * kWords;
-    static_assert(kWidth % 8 == 0 && kWidth % kWindow == 0);
+    static constexpr int kWindow = kWidth < 8 ? 8 : kWidth < 32 ? kWidth : 32;
+    static constexpr int kWindows = (kWidth + kWindow - 1) / kWindow, kWords = kWindow / 8, kPairs = kWindows * kWords;
+    static_assert(kWidth == 4 || (kWidth % 8 == 0 && kWidth % kWindow == 0));
     uint32_t pairs[kPairs];
+
+    static __device__ __forceinline__ bool exists(int column) {
+        return kWidth == kWindow * kWindows || column < kWidth;
+    }
 
     // The first of the two columns of a pair of lane q.
     static __device__ __forceinline__ int column(int pair, int q) {
@@ -29,7 +33,8 @@ struct RowPart {
     __device__ __forceinline__ void load(const T* row, int q, bool in) {
 #pragma unroll
         for (int v = 0; v < kWindows; ++v) {
-            const auto words = load_packed<2 * kWords>(row + v * kWindow + q * (kWindow / 4), in);
+            const auto words =
+                load_packed<2 * kWords>(row + column(v * kWords, q), in && exists(column(v * kWords, q)));
 #pragma unroll
             for (int w = 0; w < kWords; ++w) pairs[v * kWords + w] = words.words[w];
         }
@@ -41,7 +46,7 @@ struct RowPart {
         for (int v = 0; v < kWindows; ++v) {
             Access words;
             memcpy(&words, pairs + v * kWords, sizeof(words));
-            if (in) *reinterpret_cast<Access*>(row + v * kWindow + q * (kWindow / 4)) = words;
+            if (in && exists(column(v * kWords, q))) *reinterpret_cast<Access*>(row + column(v * kWords, q)) = words;
         }
     }
 };

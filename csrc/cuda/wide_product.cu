@@ -24,70 +24,64 @@ int weight_bytes(const WideProductArgs& args) {
     return windows_of(args.out) * windows_of(args.in) * kStepsOfWindow * 2 * 32 * 16;
 }
 
-[[maybe_unused]] __device__ __forceinline__ uint4 load_chunk(const void* p, int64_t element, bool in) {
-    uint4 out = make_uint4(0, 0, 0, 0);
-    if (in) out = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(p) + element);
-    return out;
-}
-
 // Where the words of a lane's 4 tiles of a window of the result lie: those of the tile of `column` for a step and the
 // terms of lanes q.
-[[maybe_unused]] __device__ __forceinline__ int word_of(int steps, int column, int step, int q) {
+template <int kSteps>
+__device__ __forceinline__ int word_of(int column, int step, int q) {
     const int inside = column % kWindow, tile = inside % 8 / 2, lane = (inside / 8 * 2 + inside % 2) * 4 + q;
-    return (((column / kWindow * steps + step) * 2 + tile / 2) * 32 + lane) * 4 + tile % 2 * 2;
+    return (((column / kWindow * kSteps + step) * 2 + tile / 2) * 32 + lane) * 4 + tile % 2 * 2;
 }
 
 // The weight (out, in) into shared memory: a thread takes 8 adjacent terms of a column of the result at a time.
-template <int kWindows>
-__device__ __forceinline__ void stage_weight(const WideProductArgs& args, int64_t first, uint32_t* shared) {
+template <class T, int kWindows>
+__device__ __forceinline__ void stage_weight(const WideProductArgs& args, const T* weight, uint32_t* shared) {
     constexpr int kChunks = kWindows * kWindow / 8, kSteps = kWindows * kStepsOfWindow, kAhead = 8;
     const int count = (args.out + kWindow - 1) / kWindow * kWindow * kChunks;
     for (int begin = threadIdx.x; begin < count; begin += kAhead * kThreads) {
-        uint4 words[kAhead];
+        Packed<T, 8> terms[kAhead];
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
             const int unit = begin + i * kThreads, column = unit / kChunks, term = unit % kChunks * 8;
-            words[i] = load_chunk(args.weight, first + static_cast<int64_t>(column) * args.in + term,
-                                  column < args.out && term < args.in);
+            terms[i] = load_packed<8>(weight + static_cast<int64_t>(column) * args.in + term,
+                                      column < args.out && term < args.in);
         }
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
             const int unit = begin + i * kThreads, column = unit / kChunks, chunk = unit % kChunks;
             if (unit >= count) break;
             const int step = chunk / 4 * kStepsOfWindow;
-            *reinterpret_cast<uint2*>(shared + word_of(kSteps, column, step, chunk % 4)) =
-                make_uint2(words[i].x, words[i].y);
-            *reinterpret_cast<uint2*>(shared + word_of(kSteps, column, step + 1, chunk % 4)) =
-                make_uint2(words[i].z, words[i].w);
+            *reinterpret_cast<uint2*>(shared + word_of<kSteps>(column, step, chunk % 4)) =
+                make_uint2(terms[i].words[0], terms[i].words[1]);
+            *reinterpret_cast<uint2*>(shared + word_of<kSteps>(column, step + 1, chunk % 4)) =
+                make_uint2(terms[i].words[2], terms[i].words[3]);
         }
     }
 }
 
 // The same of a weight (in, out): a pair of terms of 8 adjacent columns at a time.
-template <int kWindows>
-__device__ __forceinline__ void stage_transposed_weight(const WideProductArgs& args, int64_t first, uint32_t* shared) {
+template <class T, int kWindows>
+__device__ __forceinline__ void stage_transposed_weight(const WideProductArgs& args, const T* weight,
+                                                        uint32_t* shared) {
     constexpr int kPairs = kWindows * kWindow / 2, kSteps = kWindows * kStepsOfWindow, kAhead = 4;
     const int chunks = (args.out + kWindow - 1) / kWindow * (kWindow / 8), count = kPairs * chunks;
     for (int begin = threadIdx.x; begin < count; begin += kAhead * kThreads) {
-        uint4 even[kAhead], odd[kAhead];
+        Packed<T, 8> even[kAhead], odd[kAhead];
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
             const int unit = begin + i * kThreads, pair = unit / chunks, column = (unit - pair * chunks) * 8;
             const bool in = 2 * pair < args.in && column < args.out;
-            const int64_t at = first + int64_t{2 * pair} * args.out + column;
-            even[i] = load_chunk(args.weight, at, in), odd[i] = load_chunk(args.weight, at + args.out, in);
+            const T* const from = weight + int64_t{2 * pair} * args.out + column;
+            even[i] = load_packed<8>(from, in), odd[i] = load_packed<8>(from + args.out, in);
         }
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
             const int unit = begin + i * kThreads, pair = unit / chunks, column = (unit - pair * chunks) * 8;
             if (unit >= count) break;
             const int step = pair / 16 * kStepsOfWindow + pair % 4 / 2, q = pair % 16 / 4;
-            const uint32_t a[4] = {even[i].x, even[i].y, even[i].z, even[i].w};
-            const uint32_t b[4] = {odd[i].x, odd[i].y, odd[i].z, odd[i].w};
 #pragma unroll
             for (int j = 0; j < 8; ++j)
-                shared[word_of(kSteps, column + j, step, q) + pair % 2] =
-                    __byte_perm(a[j / 2], b[j / 2], j % 2 == 0 ? 0x5410 : 0x7632);
+                shared[word_of<kSteps>(column + j, step, q) + pair % 2] =
+                    __byte_perm(even[i].words[j / 2], odd[i].words[j / 2], j % 2 == 0 ? 0x5410 : 0x7632);
         }
     }
 }
@@ -113,19 +107,21 @@ __global__ void __launch_bounds__(kThreads, kResident)
 #pragma unroll
             for (int v = 0; v < kWindows; ++v) {
                 const int column = v * kWindow + q * 8;
-                const uint4 words =
-                    load_chunk(args.x, (of_group + token) * args.in + column, token < args.tokens && column < args.in);
-                next[half][4 * v] = words.x, next[half][4 * v + 1] = words.y;
-                next[half][4 * v + 2] = words.z, next[half][4 * v + 3] = words.w;
+                const auto terms = load_packed<8>(static_cast<const T*>(args.x) + (of_group + token) * args.in + column,
+                                                  token < args.tokens && column < args.in);
+#pragma unroll
+                for (int w = 0; w < 4; ++w) next[half][4 * v + w] = terms.words[w];
             }
         }
     };
     load(begin);
-    const int64_t first_weight = static_cast<int64_t>(group) * args.in * args.out;
+    const T* const weight_of_group =
+        static_cast<const T*>(args.weight) + static_cast<int64_t>(group) * args.in * args.out;
+    uint32_t* const staged = reinterpret_cast<uint32_t*>(dynamic_shared);
     if (args.transposed) {
-        stage_transposed_weight<kWindows>(args, first_weight, reinterpret_cast<uint32_t*>(dynamic_shared));
+        stage_transposed_weight<T, kWindows>(args, weight_of_group, staged);
     } else {
-        stage_weight<kWindows>(args, first_weight, reinterpret_cast<uint32_t*>(dynamic_shared));
+        stage_weight<T, kWindows>(args, weight_of_group, staged);
     }
     __syncthreads();
     for (int64_t first = begin; first < args.tokens; first += step) {

@@ -6,6 +6,16 @@
 
 namespace gm {
 
+namespace {
+
+// Up to 4 of them lie 4 apart where products of such rows have a kernel of their own (narrow_product.cu), for half the
+// bytes. groupmamba_ext.layer_ops repeats it.
+int64_t padded_features(int64_t features, int64_t inner_pad) {
+    return features <= 4 && (inner_pad == 16 || inner_pad == 32) ? 4 : round_up(features, kPixelUnit);
+}
+
+}  // namespace
+
 LayerSizes layer_sizes(const Tensor& x, const LayerParameters& p, int64_t chunk) {
     GM_CHECK(x.dim() == 4 && x.numel() > 0, "x must be (batch, H, W, C) with elements, got ", show(shape_of(x)));
     GM_CHECK(p.in_proj_weight.dim() == 3 && p.A_log.dim() == 3 && p.dt_weight.dim() == 3, "weights must be (G, ., .)");
@@ -17,7 +27,7 @@ LayerSizes layer_sizes(const Tensor& x, const LayerParameters& p, int64_t chunk)
     s.channels = x.size(3), s.channels_pad = round_up(s.channels, kPixelUnit);
     s.dim = s.channels / s.groups;
     s.dim_pad = round_up(s.dim, kPixelUnit), s.inner_pad = round_up(s.inner, kPixelUnit);
-    s.features = s.rank + 2 * s.states, s.features_pad = round_up(s.features, kPixelUnit);
+    s.features = s.rank + 2 * s.states, s.features_pad = padded_features(s.features, s.inner_pad);
     s.merges = p.out_proj_weight.has_value();
     s.mixed = s.groups * (s.merges ? s.dim_pad : s.inner_pad);
     s.saved_states = scan_saved_states(s.height, s.width, chunk);

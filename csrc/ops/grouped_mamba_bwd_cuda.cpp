@@ -80,7 +80,7 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
         const Tensor do_rows = rows_of(merge.d_o, s, d_pad);
         const Tensor dy_rows = empty({g, tokens, e_pad}, type, x);
         const WeightPartials out_proj = token_product_bwd(dy_rows, false, do_rows, rows_of(images.y, s, e_pad),
-                                                          pack.get(kOutProj, {g, d_pad, e_pad}), context);
+                                                          pack.get(kOutProj, {g, d_pad, e_pad}), d_pad, context);
         dout_proj = sums.add(*p.out_proj_weight, {g, s.dim, e}, out_proj.values, d_pad, e_pad, out_proj.parts);
         dy = image_of(dy_rows, s, e_pad);
     }
@@ -95,7 +95,7 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
     Tensor du = s.merges ? rows_of(dy, s, e_pad) : empty({g, tokens, e_pad}, type, x);
     Tensor duz = empty({g, tokens, 2 * e_pad}, type, x);
     Tensor dfeatures = empty({g, tokens, s.features_pad}, type, x);
-    if (s.features < s.features_pad) {  // the scan leaves the pads alone
+    if (s.features < s.features_pad && !reads_no_pads(dfeatures, images.u)) {  // the scan leaves the pads alone
         const size_t bytes = static_cast<size_t>(dfeatures.numel()) * dfeatures.element_size();
         check_cuda(cudaMemsetAsync(dfeatures.data_ptr(), 0, bytes, context.stream()), "pads of the features");
     }
@@ -110,8 +110,8 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
         affinity_backward();
     }
 
-    const WeightPartials x_proj =
-        token_product_bwd(du, true, dfeatures, images.u, pack.get(kXProj, {g, s.features_pad, e_pad}), context);
+    const WeightPartials x_proj = token_product_bwd(du, true, dfeatures, images.u,
+                                                    pack.get(kXProj, {g, s.features_pad, e_pad}), s.features, context);
     dfeatures = Tensor();
     const PartialRows conv =
         conv3x3_bwd_into(image_of(duz, s, e_pad), image_of(du, s, e_pad), image_of(images.uz, s, e_pad),
@@ -120,7 +120,7 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
 
     const Tensor dxn_rows = empty({g, tokens, d_pad}, type, x);
     const WeightPartials in_proj = token_product_bwd(dxn_rows, false, duz, rows_of(images.xn, s, d_pad),
-                                                     pack.get(kInProj, {g, 2 * e_pad, d_pad}), context);
+                                                     pack.get(kInProj, {g, 2 * e_pad, d_pad}), 2 * e_pad, context);
     duz = Tensor();
 
     if (affinity) affinity->join();

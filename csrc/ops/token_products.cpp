@@ -83,8 +83,12 @@ void token_product_input(const Tensor& dx, double scale, bool add, const Tensor&
     }
 }
 
+bool reads_no_pads(const Tensor& dy, const Tensor& x) {
+    return dy.size(2) == 4 && aligned({&dy, &x}) && takes_narrow_product(dtype_of(x), x.size(2), dy.size(2));
+}
+
 WeightPartials token_product_bwd(const Tensor& dx, bool add, const Tensor& dy, const Tensor& x, const Tensor& weight,
-                                 const CudaContext& context) {
+                                 int64_t used, const CudaContext& context) {
     const DType dtype = dtype_of(x);
     if (!aligned({&dx, &dy, &x, &weight}) || !takes_narrow_product(dtype, weight.size(2), weight.size(1))) {
         const WeightPartials partials = weight_partials(dy, x);
@@ -92,7 +96,7 @@ WeightPartials token_product_bwd(const Tensor& dx, bool add, const Tensor& dy, c
         return partials;
     }
     auto args = product_args<NarrowProductArgs>(x, weight);
-    args.dy = dy.data_ptr(), args.dx = dx.data_ptr(), args.add = add;
+    args.dy = dy.data_ptr(), args.dx = dx.data_ptr(), args.add = add, args.used = static_cast<int>(used);
     check_cuda(plan_narrow_product_bwd(dtype, args), "narrow product's backward");
     const Tensor values = empty({x.size(0) * args.parts, dy.size(2), x.size(2)}, ScalarType::Float, x);
     args.dweight = static_cast<float*>(values.data_ptr());
