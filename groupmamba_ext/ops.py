@@ -59,8 +59,25 @@ def saved_states(height: int, width: int, dim: int, device_type: str) -> int:
     along_path = -(-height * width // chunk)
     if device_type == "cpu" or along_path == 0:
         return along_path
+    return max(along_path, _column_slabs(height, width, chunk))
+
+
+def _column_slabs(height: int, width: int, chunk: int) -> int:
+    """csrc/cuda/scan_plan.h's cut_columns."""
     columns = min(chunk // 7 // -(-height // 7), width)
-    return max(along_path, -(-width // columns) if columns else width * -(-height // chunk))
+    whole = -(-width // columns) if columns else 0
+    if columns == width or 10 * columns * height >= 8 * chunk:
+        return whole
+    best = rows = chunk
+    while rows >= 7 and rows * 8 >= chunk:
+        padded = -(-height // rows) * rows
+        if padded < -(-height // best) * best:
+            best = rows
+        if 10 * height >= 9 * padded:
+            break
+        rows //= 2
+    padded = -(-height // best) * best
+    return whole if columns * padded >= chunk else -(-(width * (padded // best)) // (chunk // best))
 
 
 def grouped_selective_scan(

@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
         const uint32_t to = shared_base + (stage * 3 + tensor) * layout.slab_bytes;
         if (tensor == 0) barrier_expect(barrier, 3 * walk.box_bytes(s));
         const CUtensorMap* const maps = tensor == 0 ? args.u : tensor == 1 ? args.z : args.dy;
-        walk.boxes(s, at, args.kind[tensor], [&](const Coordinates& c, int offset) {
+        walk.boxes(s, plan, at, args.kind[tensor], [&](const Coordinates& c, int offset) {
             tma_load(to + offset, maps + static_cast<int>(walk.columns), c, barrier);
         });
     };
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
     fetch(now);
     put_rows<T, Block>(args.scan, table, now.batch, walk.group);
     __syncthreads();
-    fetcher.keep(s, walk, now, features_at(0));
+    fetcher.keep(s, plan, walk, now, features_at(0));
     if (total > 1) fetch(next);
     float adjoint_carry = 0.f;  // of the channel that this thread scans
     int image = 0;
@@ -132,9 +132,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
         float saved = 0.f;
         if (scan_channel < Block::dim(s)) {
             const int64_t plane = static_cast<int64_t>(now.batch) * s.groups + walk.group;
-            saved =
-                args.scan
-                    .states[(plane * args.scan.num_chunks + walk.part(plan, now, 0)) * Block::dim(s) + scan_channel];
+            saved = args.scan.states[(plane * args.scan.num_chunks + walk.part(now, 0)) * Block::dim(s) + scan_channel];
         }
         float steps[kTokens][kVec], h[kTokens][kVec], dy[kTokens][kVec], entering[kVec], A[kVec];
         {
@@ -143,7 +141,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
             load_steps_sm90<T, Block>(features, feature_step, s, make_float4(bias[0], bias[1], bias[2], bias[3]),
                                       weight_row, steps);
         }
-        if (ragged) mask_steps(chunk, chunk.count(s, walk, now), steps);
+        if (ragged) mask_steps(chunk, chunk.count(s, plan, walk, now), steps);
         table_row(kA, A);
         barrier_wait(barriers + stage * 8, n / kSm90Stages & 1);
 
@@ -182,7 +180,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
             [](int, int, float) {});
         SlabCursor after = next;
         if (n + 1 < total) {
-            fetcher.keep(s, walk, next, features_at(n + 1));
+            fetcher.keep(s, plan, walk, next, features_at(n + 1));
             if (next.batch != now.batch) put_gated_rows<T, Block>(args.scan, table, image ^ 1, next.batch, walk.group);
             walk.advance(s, plan, after);
             if (n + 2 < total) fetch(after);
@@ -363,12 +361,12 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
             const int tensor = tid / 32;
             const uint32_t from = shared_base + (stage * 3 + tensor) * layout.slab_bytes;
             const CUtensorMap* const maps = tensor == 0 ? args.du : args.dz;
-            walk.boxes(s, now, args.kind[3 + tensor], [&](const Coordinates& c, int offset) {
+            walk.boxes(s, plan, now, args.kind[3 + tensor], [&](const Coordinates& c, int offset) {
                 tma_store(from + offset, maps + static_cast<int>(walk.columns), c);
             });
             tma_commit();
         }
-        fetcher.template send<kPartials<Block>>(s, walk, now, gradients, gradient_planes,
+        fetcher.template send<kPartials<Block>>(s, plan, walk, now, gradients, gradient_planes,
                                                 {args.scan.dB, args.scan.dC, args.scan.ddt});
         if (n + 1 == total || next.batch != now.batch) {
             // The threads' sums, over the chunks, to the row of partials that the block has in this plane: the number

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident<Block>)
         const uint32_t barrier = barrier_of(n, tensor);
         barrier_expect(barrier, walk.box_bytes(s));
         const CUtensorMap* const maps = tensor == kU ? args.u : args.z;
-        walk.boxes(s, at, args.kind[tensor], [&](const Coordinates& c, int offset) {
+        walk.boxes(s, plan, at, args.kind[tensor], [&](const Coordinates& c, int offset) {
             tma_load(place_of(n, tensor) + offset, maps + static_cast<int>(walk.columns), c, barrier);
         });
     };
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident<Block>)
     fetch(now);
     put_rows<T, Block>(args.scan, table, now.batch, walk.group);
     __syncthreads();
-    fetcher.keep(s, walk, now, features_at(0));
+    fetcher.keep(s, plan, walk, now, features_at(0));
     if (total > 1) fetch(next);
     TokenNorm<T, Block> norm(s, shared + layout.norm);
     // Where registers allow it, each thread puts the chunks together for its own channels; else scan lanes do.
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident<Block>)
             float(&steps)[kTokens][kVec] = decayed_C;
             load_steps_sm90<T, Block>(
                 features, feature_step, s, row(kBias), [&](int r) { return row(kWeight + r); }, steps);
-            if (ragged) mask_steps(chunk, chunk.count(s, walk, now), steps);
+            if (ragged) mask_steps(chunk, chunk.count(s, plan, walk, now), steps);
             const float4 A4 = row(kA), skip4 = row(kSkip);
             const float A[kVec] = {A4.x, A4.y, A4.z, A4.w}, skip[kVec] = {skip4.x, skip4.y, skip4.z, skip4.w};
             float P[kVec], h[kVec];
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident<Block>)
         float entering[kVec];
         if (gather) {
             if (args.scan.states != nullptr && chunk.order == 0 && chunk.active)
-                *reinterpret_cast<float4*>(states(walk.part(plan, now, 0)) + chunk.c0) =
+                *reinterpret_cast<float4*>(states(walk.part(now, 0)) + chunk.c0) =
                     make_float4(carry[0], carry[1], carry[2], carry[3]);
             if constexpr (kRoom) gather_chunks<Block>(aggregate_P, aggregate_h, chunk, carry, entering);
         } else {
@@ -159,13 +159,13 @@ __global__ void __launch_bounds__(Block::kThreads, kResident<Block>)
             };
             const auto save = [&](int part, int channel, float state) {
                 if (args.scan.states == nullptr || channel >= Block::dim(s)) return;
-                const int number = walk.part(plan, now, part);
+                const int number = walk.part(now, part);
                 if (Block::kParts == 1 || number < args.scan.num_chunks) states(number)[channel] = state;
             };
             scan_chunks<Block>(aggregate_P, aggregate_h, carry[0], arrive, save);
         }
         if (n + 1 < total) {
-            fetcher.keep(s, walk, next, features_at(n + 1));
+            fetcher.keep(s, plan, walk, next, features_at(n + 1));
             if (next.batch != now.batch) put_gated_rows<T, Block>(args.scan, table, image ^ 1, next.batch, walk.group);
             if (n + 2 < total) fetch(after);
         }
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident<Block>)
         proxy_fence();
         __syncthreads();
         if (tid == kLoadsZ) {
-            walk.boxes(s, now, args.kind[2], [&](const Coordinates& c, int offset) {
+            walk.boxes(s, plan, now, args.kind[2], [&](const Coordinates& c, int offset) {
                 tma_store(place_of(n, kZ) + offset, &args.y[walk.columns], c);
             });
             tma_commit();

@@ -44,14 +44,37 @@ inline int scan_bwd_threads(int lanes, int64_t tokens, bool single_state, int el
     return scan_threads(kBwdSlab / per_thread, per_thread, lanes, tokens);
 }
 
-// States that CUDA kernels save of a plane, `chunk` = kBwdSlab / lanes tokens to a slab: as many as the portable
-// kernels have slabs along the path, or the copy-engine kernels along columns (slab.h), whichever is more.
-// groupmamba_ext.ops.saved_states repeats it.
+// How the copy-engine kernels cut a plane along columns into slabs of `chunk` = kBwdSlab / lanes slots, filled
+// kFwdTokens tokens of a column at a time: into whole columns, or where those leave a fifth of the slots empty, into
+// runs of a column, kFwdTokens times a power of two of its rows, of which a slab takes as many as follow one another on
+// the path. The last run of a column is short. Longer runs are fewer boxes; shorter ones fill more, and a tenth may
+// stay empty.
+struct ColumnCut {
+    int64_t columns;  // whole columns of a slab, 0 for runs
+    int64_t rows;     // of a run, 0 for whole columns
+    int64_t slabs;    // of the plane
+};
+inline ColumnCut cut_columns(int64_t height, int64_t width, int64_t chunk) {
+    constexpr int64_t kMostRuns = 8;
+    const auto up = [](int64_t n, int64_t unit) { return (n + unit - 1) / unit; };
+    const int64_t columns = std::min(chunk / kFwdTokens / up(height, kFwdTokens), width);
+    const ColumnCut whole{columns, 0, columns > 0 ? up(width, columns) : 0};
+    if (columns == width || 10 * columns * height >= 8 * chunk) return whole;
+    int64_t best = chunk;
+    for (int64_t rows = chunk; rows >= kFwdTokens && rows * kMostRuns >= chunk; rows /= 2) {
+        if (up(height, rows) * rows < up(height, best) * best) best = rows;
+        if (10 * height >= 9 * up(height, rows) * rows) break;
+    }
+    const int64_t padded = up(height, best) * best;
+    if (columns * padded >= chunk) return whole;
+    return {0, best, up(width * (padded / best), chunk / best)};
+}
+
+// States that CUDA kernels save of a plane, `chunk` tokens to a slab: as many as the portable kernels have slabs along
+// the path, or the copy-engine kernels along columns, whichever is more. groupmamba_ext.ops.saved_states repeats it.
 inline int64_t scan_saved_states(int64_t height, int64_t width, int64_t chunk) {
     if (height == 0 || width == 0) return 0;
-    const int64_t columns = std::min(chunk / kFwdTokens / ((height + kFwdTokens - 1) / kFwdTokens), width);
-    const int64_t column_slabs = columns > 0 ? (width + columns - 1) / columns : width * ((height + chunk - 1) / chunk);
-    return std::max((height * width + chunk - 1) / chunk, column_slabs);
+    return std::max((height * width + chunk - 1) / chunk, cut_columns(height, width, chunk).slabs);
 }
 
 // Rows of the backward's partial sums for one (batch, part, group), D floats each: A[N], skip, step bias, sum of the

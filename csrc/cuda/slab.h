@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // How the tensor-copy kernels cut a plane into slabs, and the tensor maps that move one.
 //
-// A slab is what a block's threads hold: along rows a run of row-major tokens; along columns as many whole columns as
-// fit, or a piece of one column where not even one fits. Slabs are counted in row-major (column-major) order, whatever
-// way the path goes through them. The backward's blocks have kSlabThreads threads; the forward's may have twice that
-// and slabs of twice the size, two `parts`. States are saved for parts, by their number.
+// A slab is what a block's threads hold: along rows a stretch of row-major tokens; along columns as many whole columns
+// as fit, or as many runs of a column that follow one another (cut_columns). Slabs are counted in row-major
+// (column-major) order, whatever way the path goes through them. The backward's blocks have kSlabThreads threads; the
+// forward's may have twice that and slabs of twice the size, two `parts`. States are saved for parts, by their number.
 //
 // Where planes are too few to give every block one, the blocks of a group share them: block `member` of `members` takes
 // the slabs member, member + members, ... of all its planes, and what enters a slab comes from other blocks through
@@ -25,7 +25,8 @@ namespace gm {
 
 constexpr int kSegment = 32;  // slabs of a shared plane between states that all later slabs start from
 
-// A number that kernels divide by, below 2^16 as what they divide is: by multiplication (slab_walk.cuh).
+// A number that kernels divide by, by multiplication (slab_walk.cuh): exact while it and what it divides have a product
+// below 2^32.
 struct Divisor {
     uint32_t inverse;  // 2^32 / divisor, rounded up; 0 for 1
     static Divisor of(int divisor) {
@@ -34,14 +35,16 @@ struct Divisor {
 };
 
 struct SlabPlan {
-    Divisor of_groups, of_columns;  // by the groups, and by `columns` or 1
+    Divisor of_groups, of_columns, of_runs;  // by the groups, by `columns` or 1, by `runs` or 1
 
-    int tokens;       // slots of a slab
-    int columns;      // whole columns of a slab; 0 where a column is cut into pieces of `tokens`
-    int blocks;       // chunks of kFwdTokens tokens of a column (or piece), the last of them perhaps not full
-    int pieces;       // of a column, else 1
-    int part_pieces;  // pieces of a column where a slab is one part
-    int row_slabs;    // of a plane along rows
+    int tokens;        // slots of a slab
+    int columns;       // whole columns of a slab, or 0
+    int blocks;        // chunks of kFwdTokens tokens of a whole column, the last of them perhaps not full
+    int run_rows;      // rows of a run, or 0
+    int run_shift;     // log2 of its chunks
+    int runs;          // of a column
+    int runs_of_slab;  // consecutive ones
+    int row_slabs;     // of a plane along rows
     int column_slabs;
     int slabs;    // the larger of both
     int members;  // blocks of a group that share its planes, or 0
@@ -51,23 +54,33 @@ struct SlabPlan {
 inline SlabPlan plan_slabs(const ScanShape& shape, int parts) {
     const int height = shape.height, width = shape.width, lanes = shape.lanes;
     SlabPlan plan{};
-    const int part_chunks = kSlabThreads / lanes, part_tokens = part_chunks * kFwdTokens;
+    const int part_tokens = kSlabThreads / lanes * kFwdTokens;
     plan.tokens = parts * part_tokens;
     plan.row_slabs = static_cast<int>((static_cast<int64_t>(height) * width + plan.tokens - 1) / plan.tokens);
-    plan.blocks = (height + kFwdTokens - 1) / kFwdTokens;
-    plan.columns = parts * std::min(part_chunks / plan.blocks, width);
-    plan.pieces = plan.part_pieces = 1;
-    if (plan.columns == 0) {
-        plan.blocks = parts * part_chunks;
-        plan.pieces = (height + plan.tokens - 1) / plan.tokens;
-        plan.part_pieces = (height + part_tokens - 1) / part_tokens;
+    const ColumnCut cut = cut_columns(height, width, part_tokens);
+    plan.columns = parts * static_cast<int>(cut.columns);
+    plan.run_rows = static_cast<int>(cut.rows);
+    if (plan.columns > 0) {
+        plan.blocks = (height + kFwdTokens - 1) / kFwdTokens;
+        plan.column_slabs = (width + plan.columns - 1) / plan.columns;
+    } else {
+        while (kFwdTokens << plan.run_shift < plan.run_rows) ++plan.run_shift;
+        plan.runs = (height + plan.run_rows - 1) / plan.run_rows;
+        plan.runs_of_slab = plan.tokens / plan.run_rows;
+        const int64_t all = static_cast<int64_t>(width) * plan.runs;
+        plan.column_slabs = static_cast<int>((all + plan.runs_of_slab - 1) / plan.runs_of_slab);
     }
-    plan.column_slabs = plan.columns > 0 ? (width + plan.columns - 1) / plan.columns : width * plan.pieces;
     plan.slabs = std::max(plan.row_slabs, plan.column_slabs);
     plan.ways = 1;
     plan.of_groups = Divisor::of(shape.groups);
     plan.of_columns = Divisor::of(std::max(plan.columns, 1));
+    plan.of_runs = Divisor::of(std::max(plan.runs, 1));
     return plan;
+}
+
+// False where `of_runs` would be inexact: planes of millions of rows.
+inline bool divides_runs(const SlabPlan& plan, const ScanShape& shape) {
+    return static_cast<double>(plan.runs) * plan.runs * (shape.width + plan.runs_of_slab) < 4e9;
 }
 
 // Shares the planes where that pays: where they are several slabs each and would leave a quarter of the blocks idle

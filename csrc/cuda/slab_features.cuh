@@ -27,20 +27,24 @@ struct StepFeatures {
     static constexpr int kImages = Block::kSharers == 1 ? 3 : 2;
     T fetched[Block::kFetchTokens][Block::kFetch];
     // Of this thread's tokens: the row-major distance to the slab's first, and what the cursor must be below for it to
-    // exist.
+    // exist. Of slabs of runs: the token's run, and its row there.
     int distance[Block::kFetchTokens], limit[Block::kFetchTokens];
     const T* plane[kImages];
 
     template <class Walk>
     __device__ StepFeatures(const ScanShape& s, const SlabPlan& plan, const Walk& walk) {
-        const bool whole_columns = walk.columns && !walk.pieces;
-        const int columns = whole_columns ? plan.columns : 1;
+        const int columns = walk.columns && !walk.runs ? plan.columns : 1;
 #pragma unroll
         for (int i = 0; i < Block::kFetchTokens; ++i) {
-            const int slot = token(i), row = slot / (whole_columns ? plan.of_columns : Divisor{}),
-                      column = slot - row * columns;
+            const int slot = token(i);
+            if (walk.runs) {
+                distance[i] = slot / kFwdTokens >> plan.run_shift;
+                limit[i] = slot - distance[i] * plan.run_rows;
+                continue;
+            }
+            const int row = slot / (walk.columns ? plan.of_columns : Divisor{}), column = slot - row * columns;
             distance[i] = walk.columns ? row * s.width + column : slot;
-            limit[i] = !walk.columns ? s.height * s.width - slot : walk.pieces ? s.height - row : s.width - column;
+            limit[i] = !walk.columns ? s.height * s.width - slot : s.width - column;
             if (slot >= walk.box_tokens) limit[i] = INT32_MIN;
         }
     }
@@ -58,11 +62,19 @@ struct StepFeatures {
     __device__ static bool in_slab(int i) {
         return Block::kFetchTokens * Block::kThreads == Block::kTokens || token(i) < Block::kTokens;
     }
+    // Where this thread's i-th token of a slab lies in the plane; `exists` says whether it does.
     template <class Walk>
-    __device__ __forceinline__ bool exists(const Walk& walk, const SlabCursor& at, int i) const {
-        return (walk.pieces ? at.row : at.column) < limit[i];
+    __device__ __forceinline__ uint32_t place(const ScanShape& s, const SlabPlan& plan, const Walk& walk,
+                                              const SlabCursor& at, int i, bool& exists) const {
+        if (!walk.runs) {
+            exists = at.first < limit[i];
+            return at.first + distance[i];
+        }
+        const SlabRun run(plan, at.first + distance[i]);
+        const int row = run.row + limit[i];
+        exists = row < s.height && run.column < s.width && in_slab(i);
+        return row * s.width + run.column;
     }
-    __device__ __forceinline__ uint32_t place(const SlabCursor& at, int i) const { return at.origin + distance[i]; }
 
     template <class Walk>
     __device__ __forceinline__ void fetch(const ScanShape& s, const SlabPlan& plan, const Walk& walk,
@@ -76,7 +88,9 @@ struct StepFeatures {
         }
 #pragma unroll
         for (int i = 0; i < Block::kFetchTokens; ++i) {
-            const uint32_t from = exists(walk, at, i) ? place(at, i) : 0;  // a valid address either way
+            bool exists;
+            uint32_t from = place(s, plan, walk, at, i, exists);
+            if (!exists) from = 0;  // a valid address either way
 #pragma unroll
             for (int j = 0; j < Block::kFetch; ++j) {
                 if (!has(s, j)) continue;
@@ -91,10 +105,12 @@ struct StepFeatures {
     }
     // What was fetched for the slab `at`; only now are its values waited for.
     template <class Walk>
-    __device__ __forceinline__ void keep(const ScanShape& s, const Walk& walk, const SlabCursor& at, float* to) const {
+    __device__ __forceinline__ void keep(const ScanShape& s, const SlabPlan& plan, const Walk& walk,
+                                         const SlabCursor& at, float* to) const {
 #pragma unroll
         for (int i = 0; i < Block::kFetchTokens; ++i) {
-            const bool real = exists(walk, at, i);
+            bool real;
+            place(s, plan, walk, at, i, real);
             const auto value = [&](int j) {
                 return real ? to_float(fetched[i][j]) * (feature(j) == 0 ? kLn2 : 1.f) : 0.f;
             };
@@ -113,11 +129,14 @@ struct StepFeatures {
     }
     // Gradients of this thread's features from shared memory, the sums of kPartials images there, to their images.
     template <int kPartials, class Walk>
-    __device__ __forceinline__ void send(const ScanShape& s, const Walk& walk, const SlabCursor& at, const float* from,
-                                         T* const (&planes)[3], const FeatureImages& images) const {
+    __device__ __forceinline__ void send(const ScanShape& s, const SlabPlan& plan, const Walk& walk,
+                                         const SlabCursor& at, const float* from, T* const (&planes)[3],
+                                         const FeatureImages& images) const {
 #pragma unroll
         for (int i = 0; i < Block::kFetchTokens; ++i) {
-            if (!exists(walk, at, i)) continue;
+            bool exists;
+            const uint32_t to = place(s, plan, walk, at, i, exists);
+            if (!exists) continue;
 #pragma unroll
             for (int j = 0; j < Block::kFetch; ++j) {
                 if (!has(s, j)) continue;
@@ -126,7 +145,7 @@ struct StepFeatures {
                 float sum = from[token(i) * Block::width(s) + f];
 #pragma unroll
                 for (int p = 1; p < kPartials; ++p) sum += from[(p * Block::kTokens + token(i)) * Block::width(s) + f];
-                planes[image][static_cast<uint64_t>(place(at, i)) * stride + f - image] = from_float<T>(sum);
+                planes[image][static_cast<uint64_t>(to) * stride + f - image] = from_float<T>(sum);
             }
         }
     }

@@ -25,7 +25,7 @@ bool make_slab_maps(const ImageArg& image, const ScanShape& s, const SlabPlan& p
     if (!encode_tensor_map(map[0], image.ptr, dtype, by_rows, promotion)) return false;
 
     // Columns: (channel, column, row), or (channel of a column, row) fused.
-    const int64_t columns = plan.columns > 0 ? plan.columns : 1, rows = plan.columns > 0 ? height : plan.tokens;
+    const int64_t columns = plan.columns > 0 ? plan.columns : 1, rows = plan.columns > 0 ? height : plan.run_rows;
     kind.boxes[1] = rows > kBoxLimit ? 2 : 1;
     const int64_t box_rows = rows / kind.boxes[1];
     kind.column_fuse = contiguous && columns * dim <= kBoxLimit;
@@ -52,6 +52,7 @@ bool takes_grouped_scan_sm90(const ScanShape& s, bool has_z, bool has_norm, DTyp
 bool prepare_grouped_scan_fwd_sm90(DType dtype, ScanFwdSm90Args& args) {
     const ScanShape& s = args.scan.shape;
     args.plan = plan_slabs(s, sm90_fwd_parts(s.lanes));
+    if (!divides_runs(args.plan, s)) return false;
     const auto make = [&](const ImageArg& image, CUtensorMap(&map)[2], SlabMapKind& kind) {
         return make_slab_maps(image, s, args.plan, dtype, map, kind);
     };
@@ -62,6 +63,7 @@ bool prepare_grouped_scan_fwd_sm90(DType dtype, ScanFwdSm90Args& args) {
 bool prepare_grouped_scan_bwd_sm90(DType dtype, ScanBwdSm90Args& args) {
     const ScanShape& s = args.scan.shape;
     args.plan = plan_slabs(s, 1);
+    if (!divides_runs(args.plan, s)) return false;
     const auto make = [&](const ImageArg& image, CUtensorMap(&map)[2], SlabMapKind& kind) {
         return make_slab_maps(image, s, args.plan, dtype, map, kind);
     };

@@ -54,10 +54,18 @@ struct Sm90Block {
     }
 };
 
-// A slab of a plane: (column, row) of its first token, and its row-major number, the origin; along rows, that as
-// column.
+// A slab of a plane: its first column, along rows its first token's row-major number, and where slabs are made of runs
+// the column-major number of its first run.
 struct SlabCursor {
-    int batch, step, column, row, origin;
+    int batch, step, first;
+};
+
+// A run of a column, by its column-major number.
+struct SlabRun {
+    int column, row;  // of its first token
+
+    __device__ __forceinline__ SlabRun(const SlabPlan& plan, int number)
+        : column(number / plan.of_runs), row((number - column * plan.runs) * plan.run_rows) {}
 };
 
 // The slabs of a block, all of one group: batch by batch, each plane along its path or, kFromEnd, against it. Every
@@ -65,7 +73,7 @@ struct SlabCursor {
 template <class Block, bool kFromEnd>
 struct SlabWalk {
     int group, first_batch, batch_step, steps;
-    bool reverse, columns, pieces, descending;
+    bool reverse, columns, runs, descending;
     int box_tokens, stride;
 
     SlabWalk() = default;
@@ -77,10 +85,10 @@ struct SlabWalk {
         reverse = direction & 1;
         columns = direction & 2;
         descending = reverse != kFromEnd;
-        pieces = columns && plan.columns == 0;
+        runs = columns && plan.columns == 0;
         steps = columns ? plan.column_slabs : plan.row_slabs;
-        box_tokens = columns && !pieces ? plan.columns * s.height : Block::kTokens;
-        stride = columns ? plan.columns : Block::kTokens;
+        box_tokens = columns && !runs ? plan.columns * s.height : Block::kTokens;
+        stride = runs ? plan.runs_of_slab : columns ? plan.columns : Block::kTokens;
         if (descending) stride = -stride;
     }
     // Slabs of the block; of shared planes there may be none.
@@ -89,11 +97,9 @@ struct SlabWalk {
         if (plan.members > 0) return static_cast<int>((batch * steps - first + every - 1) / every);
         return static_cast<int>((batch - first + every - 1) / every * steps);
     }
-    __device__ __forceinline__ void place(const ScanShape& s, const SlabPlan& plan, SlabCursor& at) const {
+    __device__ __forceinline__ void place(SlabCursor& at) const {
         const int number = descending ? steps - 1 - at.step : at.step;
-        at.column = pieces ? number / plan.pieces : number * (columns ? plan.columns : Block::kTokens);
-        at.row = pieces ? (number - at.column * plan.pieces) * Block::kTokens : 0;
-        at.origin = at.row * s.width + at.column;
+        at.first = number * (descending ? -stride : stride);
     }
     __device__ __forceinline__ SlabCursor first(const ScanShape& s, const SlabPlan& plan) const {
         SlabCursor at;
@@ -103,7 +109,7 @@ struct SlabWalk {
             at.step = at.batch % steps;
             at.batch /= steps;
         }
-        place(s, plan, at);
+        place(at);
         return at;
     }
     // True where a block enters a plane, and perhaps elsewhere.
@@ -116,56 +122,49 @@ struct SlabWalk {
             const int planes = at.step / steps;
             at.step -= planes * steps;
             at.batch += planes;
-            place(s, plan, at);
+            place(at);
         } else if (++at.step == steps) {
             at.step = 0;
             at.batch += batch_step;
-            place(s, plan, at);
-        } else if (!pieces) {
-            at.column += stride;
-            at.origin = at.column;
+            place(at);
         } else {
-            at.row += descending ? -Block::kTokens : Block::kTokens;
-            if (at.row < 0 || at.row >= s.height) {
-                at.row = descending ? (plan.pieces - 1) * Block::kTokens : 0;
-                at.column += descending ? -1 : 1;
-            }
-            at.origin = at.row * s.width + at.column;
+            at.first += stride;
         }
     }
     // Number of a slab's part, the part-th along the path; beyond all others where it has no tokens.
-    __device__ __forceinline__ int part(const SlabPlan& plan, const SlabCursor& at, int part) const {
+    __device__ __forceinline__ int part(const SlabCursor& at, int part) const {
         const int place = Block::kParts == 1 ? 0 : reverse ? 1 - part : part;
-        if (Block::kParts > 1 && pieces) {
-            const int piece = at.row / (Block::kTokens / 2) + place;
-            return piece < plan.part_pieces ? at.column * plan.part_pieces + piece : INT32_MAX;
-        }
         return (descending ? steps - 1 - at.step : at.step) * Block::kParts + place;
     }
     // Visits the boxes of a slab: visit(coordinates, byte offset in shared memory).
     template <class F>
-    __device__ __forceinline__ void boxes(const ScanShape& s, const SlabCursor& at, const SlabMapKind& kind,
-                                          F&& visit) const {
-        const int count = Block::kTokens > kBoxLimit ? kind.boxes[columns] : 1;
+    __device__ __forceinline__ void boxes(const ScanShape& s, const SlabPlan& plan, const SlabCursor& at,
+                                          const SlabMapKind& kind, F&& visit) const {
         const bool fused = columns && kind.column_fuse;
+        const int count = runs ? plan.runs_of_slab : Block::kTokens > kBoxLimit ? kind.boxes[columns] : 1;
 #pragma unroll 1
         for (int box = 0; box < count; ++box) {
-            const int tokens = box * (Block::kTokens / 2);
-            visit(Coordinates{fused ? at.column * Block::dim(s) : 0,
+            const int tokens = box * (runs ? plan.run_rows : Block::kTokens / 2);
+            const SlabRun run(plan, runs ? at.first + box : 0);
+            const int column = runs ? run.column : at.first;
+            visit(Coordinates{fused ? column * Block::dim(s) : 0,
                               fused     ? 0
-                              : columns ? at.column
-                                        : (at.column + tokens) >> kind.row_shift,
-                              columns ? at.row + tokens : 0, group, at.batch},
+                              : columns ? column
+                                        : (at.first + tokens) >> kind.row_shift,
+                              runs      ? run.row
+                              : columns ? tokens
+                                        : 0,
+                              group, at.batch},
                   tokens * Block::dim(s) * 2);
         }
     }
     __device__ __forceinline__ int box_bytes(const ScanShape& s) const { return box_tokens * Block::dim(s) * 2; }
 };
 
-// This thread's chunk: tokens first..first + 6 of one column of a slab (of its one run along rows).
+// This thread's chunk: tokens first..first + 6 of one column or run of a slab (of its one stretch along rows).
 template <class Block>
 struct SlabChunk {
-    int c0, first, order;
+    int c0, first, order, run;
     int slot0, slot_step;  // path token k is in slot slot0 + k * slot_step
     bool active, idle, owns, reverse;
 
@@ -175,7 +174,7 @@ struct SlabChunk {
         c0 = threadIdx.x % Block::kLanes * kVec;
         active = Block::kWhole || c0 < s.dim;
         reverse = walk.reverse;
-        const bool whole_columns = walk.columns && !walk.pieces;
+        const bool whole_columns = walk.columns && !walk.runs;
         const int across = whole_columns ? plan.columns : 1, blocks = whole_columns ? plan.blocks : Block::kChunks;
         idle = chunk >= across * blocks;  // columns need not fill the slab
         const int down = chunk / (whole_columns ? plan.of_columns : Divisor{}), column = chunk - down * across;
@@ -189,11 +188,12 @@ struct SlabChunk {
             place = part * kPartChunks +
                     (idle ? used + spare - part * spares : (column - part * part_across) * blocks + down);
         }
-        first = idle ? 0 : down * kFwdTokens;
+        run = walk.runs ? down >> plan.run_shift : 0;
+        first = idle ? 0 : (down - (run << plan.run_shift)) * kFwdTokens;
         order = reverse ? Block::kChunks - 1 - place : place;
         owns = active && !idle;
         slot_step = idle ? 0 : reverse ? -across : across;
-        slot0 = idle ? Block::kTokens : first * across + column + (reverse ? (kFwdTokens - 1) * across : 0);
+        slot0 = idle ? Block::kTokens : down * kFwdTokens * across + column + (reverse ? (kFwdTokens - 1) * across : 0);
     }
     // Byte offset of this thread's channels in a slab at path token 0, and from one path token to the next.
     __device__ __forceinline__ int offset(const ScanShape& s) const {
@@ -203,8 +203,12 @@ struct SlabChunk {
     // How many of the chunk's tokens exist; they are the first of a column, so the last of a reversed path. The slots
     // of the others hold zeros, and are nobody else's.
     template <class Walk>
-    __device__ __forceinline__ int count(const ScanShape& s, const Walk& walk, const SlabCursor& at) const {
-        return idle ? 0 : walk.columns ? min(max(s.height - at.row - first, 0), kFwdTokens) : kFwdTokens;
+    __device__ __forceinline__ int count(const ScanShape& s, const SlabPlan& plan, const Walk& walk,
+                                         const SlabCursor& at) const {
+        if (idle) return 0;
+        if (!walk.columns) return kFwdTokens;
+        const int row = walk.runs ? SlabRun(plan, at.first + run).row : 0;
+        return min(max(s.height - row - first, 0), kFwdTokens);
     }
     __device__ __forceinline__ bool is_real(int k, int count) const {
         return (reverse ? kFwdTokens - 1 - k : k) < count;
@@ -214,8 +218,8 @@ struct SlabChunk {
 // True where some chunk of the block has tokens that do not exist.
 template <class Block, class Walk>
 __device__ __forceinline__ bool is_ragged(const ScanShape& s, const SlabPlan& plan, const Walk& walk) {
-    return walk.columns && (walk.pieces ? s.height % Block::kTokens != 0
-                                        : s.height % kFwdTokens != 0 || plan.columns * plan.blocks < Block::kChunks);
+    return walk.columns && (walk.runs ? s.height % plan.run_rows != 0
+                                      : s.height % kFwdTokens != 0 || plan.columns * plan.blocks < Block::kChunks);
 }
 
 }  // namespace gm
