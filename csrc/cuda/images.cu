@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Images that lie one after another: their sum, in float32, rounded once; zeros in some of them. Rows with pads of
 // zeros from rows without.
-#include <algorithm>
-
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "cuda/launch_kernel.cuh"
@@ -51,34 +49,43 @@ __global__ void __launch_bounds__(kThreads) clear_images_kernel(const __grid_con
         *reinterpret_cast<uint4*>(static_cast<char*>(args.images) + image * args.bytes + i) = make_uint4(0, 0, 0, 0);
 }
 
-// Units of kVec elements; kCount of them are read at once.
+constexpr int kPadUnits = 4;  // of a thread: that many loads under way
+
+// Units of kVec elements, of which kCount are read at once.
 template <class T, int kCount>
 __global__ void __launch_bounds__(kThreads) pad_rows_kernel(const __grid_constant__ PadRowsArgs args) {
     begin_kernel();
     const int units = args.width / kVec;
-    for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < args.rows * units;
-         i += static_cast<int64_t>(gridDim.x) * kThreads) {
+    const int64_t first = static_cast<int64_t>(blockIdx.x) * (kPadUnits * kThreads) + threadIdx.x;
+    Packed<T, kVec> words[kPadUnits];
+#pragma unroll
+    for (int k = 0; k < kPadUnits; ++k) {
+        const int64_t i = first + k * kThreads;
         const int64_t row = (i >> 32) == 0 ? static_cast<uint32_t>(i) / static_cast<uint32_t>(units) : i / units;
-        const int first = static_cast<int>(i - row * units) * kVec;
-        const T* const from = static_cast<const T*>(args.from) + row * args.stride + first;
-        float x[kVec] = {};
+        const int column = static_cast<int>(i - row * units) * kVec;
+        const T* const from = static_cast<const T*>(args.from) + row * args.stride + column;
         if constexpr (kCount == kVec) {
-            load_packed<kVec>(from, first < args.channels).widen(x);
+            words[k] = load_packed<kVec>(from, row < args.rows && column < args.channels);
         } else {
+            T x[kVec];
 #pragma unroll
             for (int j = 0; j < kVec; ++j)
-                if (first + j < args.channels) x[j] = to_float(from[j]);
+                x[j] = row < args.rows && column + j < args.channels ? from[j] : from_float<T>(0.f);
+            memcpy(&words[k], x, sizeof(x));
         }
-        store_packed<kVec>(static_cast<T*>(args.to) + i * kVec, x, true);
+    }
+#pragma unroll
+    for (int k = 0; k < kPadUnits; ++k) {
+        const int64_t i = first + k * kThreads;
+        if (i < args.rows * units) static_cast<Packed<T, kVec>*>(args.to)[i] = words[k];
     }
 }
 
 }  // namespace
 
 cudaError_t launch_pad_rows(const PadRowsArgs& args, DType dtype, cudaStream_t stream) {
-    constexpr int64_t kMostBlocks = 1 << 16;
-    const int64_t units = args.rows * (args.width / kVec);
-    const int64_t blocks = std::min((units + kThreads - 1) / kThreads, kMostBlocks);
+    const int64_t units = args.rows * (args.width / kVec), of_block = kPadUnits * kThreads;
+    const int64_t blocks = (units + of_block - 1) / of_block;
     return dispatch_dtype(dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
         const bool vectors = args.channels % kVec == 0 && args.stride % kVec == 0 &&
