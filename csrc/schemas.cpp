@@ -69,7 +69,8 @@ STABLE_TORCH_LIBRARY(groupmamba, m) {
         "-> (Tensor dx, Tensor dweight, Tensor dbias)");
 
     // The layer on CUDA, variants released and fused; x (batch, H, W, C), D = C / G channels a group, E scanned ones, N
-    // states, R step features; Cp, Dp, Ep, Fp: C, D, E and R + 2 N rounded up to multiples of 8, pads zero. With
+    // states, R step features; Cp, Dp, Ep, Fp: C, D, E and R + 2 N rounded up to multiples of 8, pads zero; Fp is 4 for
+    // R + 2 N up to 4 where Ep is 16 or 32. With
     // out_proj_weight (G, D, E): out = proj(LayerNorm(out_proj(y) * skip_scale * xn * gate)), gate (batch, G, D).
     // Without: out = proj(y), the gate (batch, G, Ep) meets the scan, and there is no o and mixed. Without fc1_weight
     // there is no gate, pooled and hidden. residual: out += x, and with kept (batch,), float32, stochastic depth:

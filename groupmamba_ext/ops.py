@@ -59,10 +59,10 @@ def saved_states(height: int, width: int, dim: int, device_type: str) -> int:
     along_path = -(-height * width // chunk)
     if device_type == "cpu" or along_path == 0:
         return along_path
-    return max(along_path, _column_slabs(height, width, chunk))
+    return max(along_path, _column_slabs(height, width, dim, chunk))
 
 
-def _column_slabs(height: int, width: int, chunk: int) -> int:
+def _column_slabs(height: int, width: int, dim: int, chunk: int) -> int:
     """csrc/cuda/scan_plan.h's cut_columns."""
     columns = min(chunk // 7 // -(-height // 7), width)
     whole = -(-width // columns) if columns else 0
@@ -70,11 +70,12 @@ def _column_slabs(height: int, width: int, chunk: int) -> int:
         return whole
     best = rows = chunk
     while rows >= 7 and rows * 8 >= chunk:
-        padded = -(-height // rows) * rows
-        if padded < -(-height // best) * best:
-            best = rows
-        if 10 * height >= 9 * padded:
-            break
+        if rows == chunk or rows * dim % 64 == 0:
+            padded = -(-height // rows) * rows
+            if padded < -(-height // best) * best:
+                best = rows
+            if 10 * height >= 9 * padded:
+                break
         rows //= 2
     padded = -(-height // best) * best
     return whole if columns * padded >= chunk else -(-(width * (padded // best)) // (chunk // best))

@@ -15,17 +15,17 @@ pytestmark = pytest.mark.cuda
 
 COLUMNS_FIRST = ("tb", "bt", "lr", "rl")
 MANY = 128  # images whose 512 planes are enough for a block each
-SHAPES = [  # dim, rank, batch, h, w
-    (16, 1, 2, 56, 56),    # whole columns: rows 7 / 14, columns 7 / 14
+SHAPES = [  # dim, rank, batch, h, w: slabs of a plane along rows, along columns (of the forward / of the backward)
+    (16, 1, 2, 56, 56),    # whole columns: 7 / 14, 7 / 14
     (16, 1, 1, 60, 50),    # ragged ones, and a last slab that is not full: 7 / 14, 9 / 17
-    (16, 1, 2, 500, 5),    # pieces of columns: 6 / 12, 10 / 15
-    (16, 1, 1, 120, 130),  # 35 / 70, 130 / 130
+    (16, 1, 2, 500, 5),    # runs of 56 rows: 6 / 12, 6 / 12
+    (16, 1, 1, 120, 130),  # of 28: 35 / 70, 41 / 82
     (24, 2, 2, 29, 131),   # 34, 44
     (32, 2, 2, 20, 12),    # 3, 3
-    (32, 2, 1, 300, 10),   # 27, 30
-    (64, 6, 1, 60, 40),    # 43, 80
+    (32, 2, 1, 300, 10),   # runs of 28: 27, 28
+    (64, 6, 1, 60, 40),    # runs of 7: 43, 45
     (88, 6, 2, 14, 14),    # 7, 7
-    (88, 6, 1, 100, 10),   # 36, 40
+    (88, 6, 1, 100, 10),   # runs that are slabs: 36, 40
     (112, 7, 2, 7, 7),     # 2, 2: fewer slabs of a group than blocks
     (112, 7, 1, 45, 42),   # 68, 84
     (128, 14, 1, 1, 930),  # 34, 233: a path that turns only one way

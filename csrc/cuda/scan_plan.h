@@ -44,37 +44,40 @@ inline int scan_bwd_threads(int lanes, int64_t tokens, bool single_state, int el
     return scan_threads(kBwdSlab / per_thread, per_thread, lanes, tokens);
 }
 
-// How the copy-engine kernels cut a plane along columns into slabs of `chunk` = kBwdSlab / lanes slots, filled
-// kFwdTokens tokens of a column at a time: into whole columns, or where those leave a fifth of the slots empty, into
-// runs of a column, kFwdTokens times a power of two of its rows, of which a slab takes as many as follow one another on
-// the path. The last run of a column is short. Longer runs are fewer boxes; shorter ones fill more, and a tenth may
-// stay empty.
+// How the copy-engine kernels cut a plane along columns into slabs of `slots` = kBwdSlab / lanes tokens (the forward's
+// may be two such parts), of which a thread takes kFwdTokens of one column. Whole columns, side by side, unless those
+// leave a fifth of the slots empty: then runs, pieces of kFwdTokens times a power of two rows of a column, of which a
+// slab takes as many as follow one another on the path. A column's last run is short. Long runs are few boxes for the
+// copy engine, short ones leave fewer slots empty: the longest that leave a tenth, or else those that leave least. A
+// box begins at a multiple of 128 bytes of shared memory.
 struct ColumnCut {
     int64_t columns;  // whole columns of a slab, 0 for runs
     int64_t rows;     // of a run, 0 for whole columns
     int64_t slabs;    // of the plane
 };
-inline ColumnCut cut_columns(int64_t height, int64_t width, int64_t chunk) {
-    constexpr int64_t kMostRuns = 8;
+inline ColumnCut cut_columns(int64_t height, int64_t width, int64_t dim, int64_t slots) {
+    constexpr int64_t kMostRuns = 8, kAligned = 64;  // of a slab of so many slots; elements
     const auto up = [](int64_t n, int64_t unit) { return (n + unit - 1) / unit; };
-    const int64_t columns = std::min(chunk / kFwdTokens / up(height, kFwdTokens), width);
+    const int64_t columns = std::min(slots / kFwdTokens / up(height, kFwdTokens), width);
     const ColumnCut whole{columns, 0, columns > 0 ? up(width, columns) : 0};
-    if (columns == width || 10 * columns * height >= 8 * chunk) return whole;
-    int64_t best = chunk;
-    for (int64_t rows = chunk; rows >= kFwdTokens && rows * kMostRuns >= chunk; rows /= 2) {
+    if (columns == width || 10 * columns * height >= 8 * slots) return whole;
+    int64_t best = slots;
+    for (int64_t rows = slots; rows >= kFwdTokens && rows * kMostRuns >= slots; rows /= 2) {
+        if (rows < slots && rows * dim % kAligned != 0) continue;
         if (up(height, rows) * rows < up(height, best) * best) best = rows;
         if (10 * height >= 9 * up(height, rows) * rows) break;
     }
     const int64_t padded = up(height, best) * best;
-    if (columns * padded >= chunk) return whole;
-    return {0, best, up(width * (padded / best), chunk / best)};
+    if (columns * padded >= slots) return whole;
+    return {0, best, up(width * (padded / best), slots / best)};
 }
 
-// States that CUDA kernels save of a plane, `chunk` tokens to a slab: as many as the portable kernels have slabs along
-// the path, or the copy-engine kernels along columns, whichever is more. groupmamba_ext.ops.saved_states repeats it.
-inline int64_t scan_saved_states(int64_t height, int64_t width, int64_t chunk) {
+// States that CUDA kernels save of a plane of `dim` channels, `chunk` tokens to a slab: as many as the portable kernels
+// have slabs along the path, or the copy-engine kernels along columns, whichever is more.
+// groupmamba_ext.ops.saved_states repeats it.
+inline int64_t scan_saved_states(int64_t height, int64_t width, int64_t dim, int64_t chunk) {
     if (height == 0 || width == 0) return 0;
-    return std::max((height * width + chunk - 1) / chunk, cut_columns(height, width, chunk).slabs);
+    return std::max((height * width + chunk - 1) / chunk, cut_columns(height, width, dim, chunk).slabs);
 }
 
 // Rows of the backward's partial sums for one (batch, part, group), D floats each: A[N], skip, step bias, sum of the

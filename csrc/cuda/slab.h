@@ -37,14 +37,15 @@ struct Divisor {
 struct SlabPlan {
     Divisor of_groups, of_columns, of_runs;  // by the groups, by `columns` or 1, by `runs` or 1
 
-    int tokens;        // slots of a slab
-    int columns;       // whole columns of a slab, or 0
-    int blocks;        // chunks of kFwdTokens tokens of a whole column, the last of them perhaps not full
-    int run_rows;      // rows of a run, or 0
-    int run_shift;     // log2 of its chunks
-    int runs;          // of a column
-    int runs_of_slab;  // consecutive ones
-    int row_slabs;     // of a plane along rows
+    int tokens;         // slots of a slab
+    int columns;        // whole columns of a slab, or 0
+    int blocks;         // chunks of kFwdTokens tokens of a whole column, the last of them perhaps not full
+    int run_rows;       // rows of a run, or 0
+    int run_shift;      // log2 of its chunks
+    int runs;           // of a column
+    bool divides_runs;  // of_runs is exact
+    int runs_of_slab;   // consecutive ones
+    int row_slabs;      // of a plane along rows
     int column_slabs;
     int slabs;    // the larger of both
     int members;  // blocks of a group that share its planes, or 0
@@ -57,7 +58,7 @@ inline SlabPlan plan_slabs(const ScanShape& shape, int parts) {
     const int part_tokens = kSlabThreads / lanes * kFwdTokens;
     plan.tokens = parts * part_tokens;
     plan.row_slabs = static_cast<int>((static_cast<int64_t>(height) * width + plan.tokens - 1) / plan.tokens);
-    const ColumnCut cut = cut_columns(height, width, part_tokens);
+    const ColumnCut cut = cut_columns(height, width, shape.dim, part_tokens);
     plan.columns = parts * static_cast<int>(cut.columns);
     plan.run_rows = static_cast<int>(cut.rows);
     if (plan.columns > 0) {
@@ -75,12 +76,8 @@ inline SlabPlan plan_slabs(const ScanShape& shape, int parts) {
     plan.of_groups = Divisor::of(shape.groups);
     plan.of_columns = Divisor::of(std::max(plan.columns, 1));
     plan.of_runs = Divisor::of(std::max(plan.runs, 1));
+    plan.divides_runs = static_cast<double>(plan.runs) * plan.runs * (width + plan.runs_of_slab) < 4e9;
     return plan;
-}
-
-// False where `of_runs` would be inexact: planes of millions of rows.
-inline bool divides_runs(const SlabPlan& plan, const ScanShape& shape) {
-    return static_cast<double>(plan.runs) * plan.runs * (shape.width + plan.runs_of_slab) < 4e9;
 }
 
 // Shares the planes where that pays: where they are several slabs each and would leave a quarter of the blocks idle
@@ -104,7 +101,7 @@ inline int64_t exchange_floats(const ScanShape& shape, const SlabPlan& plan) {
 struct SlabMapKind {
     int row_shift;     // log2 of the row-major tokens fused with the channels
     bool column_fuse;  // columns are fused with the channels
-    int boxes[2];      // of a slab along rows, along columns: 2 where one would have too many tokens
+    int boxes[2];      // of a slab along rows, along whole columns: 2 where one would have too many tokens
 };
 
 // False where the copy engine can't move `image`: addresses or strides that are not multiples of 16 bytes, or a driver

@@ -70,7 +70,7 @@ struct StepFeatures {
             exists = at.first < limit[i];
             return at.first + distance[i];
         }
-        const SlabRun run(plan, at.first + distance[i]);
+        const SlabRun run = run_of(plan, at.first + distance[i]);
         const int row = run.row + limit[i];
         exists = row < s.height && run.column < s.width && in_slab(i);
         return row * s.width + run.column;

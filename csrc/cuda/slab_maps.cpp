@@ -52,7 +52,6 @@ bool takes_grouped_scan_sm90(const ScanShape& s, bool has_z, bool has_norm, DTyp
 bool prepare_grouped_scan_fwd_sm90(DType dtype, ScanFwdSm90Args& args) {
     const ScanShape& s = args.scan.shape;
     args.plan = plan_slabs(s, sm90_fwd_parts(s.lanes));
-    if (!divides_runs(args.plan, s)) return false;
     const auto make = [&](const ImageArg& image, CUtensorMap(&map)[2], SlabMapKind& kind) {
         return make_slab_maps(image, s, args.plan, dtype, map, kind);
     };
@@ -63,7 +62,6 @@ bool prepare_grouped_scan_fwd_sm90(DType dtype, ScanFwdSm90Args& args) {
 bool prepare_grouped_scan_bwd_sm90(DType dtype, ScanBwdSm90Args& args) {
     const ScanShape& s = args.scan.shape;
     args.plan = plan_slabs(s, 1);
-    if (!divides_runs(args.plan, s)) return false;
     const auto make = [&](const ImageArg& image, CUtensorMap(&map)[2], SlabMapKind& kind) {
         return make_slab_maps(image, s, args.plan, dtype, map, kind);
     };

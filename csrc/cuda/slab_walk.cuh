@@ -2,8 +2,8 @@
 // How a block of the sm_90 scan kernels walks the slabs of its planes, and a thread's chunk in a slab.
 //
 // A flip costs nothing: a reversed path takes slabs, chunks and tokens in reverse. A chunk is 7 tokens of one row-major
-// run or of one column; along columns neighbouring chunks of threads take neighbouring columns, so that their rows of
-// shared memory are adjacent (no bank conflicts), and `order` is a chunk's place on the path.
+// stretch or of one column; along columns neighbouring chunks of threads take neighbouring columns, so that their rows
+// of shared memory are adjacent (no bank conflicts), and `order` is a chunk's place on the path.
 //
 // Tokens beyond the plane's last row or column come as zeros and lie at the end (reversed: the start) of the path,
 // where they touch nothing. Those beyond the end of a column lie inside it: their steps are set to 0.
@@ -63,10 +63,11 @@ struct SlabCursor {
 // A run of a column, by its column-major number.
 struct SlabRun {
     int column, row;  // of its first token
-
-    __device__ __forceinline__ SlabRun(const SlabPlan& plan, int number)
-        : column(number / plan.of_runs), row((number - column * plan.runs) * plan.run_rows) {}
 };
+__device__ __forceinline__ SlabRun run_of(const SlabPlan& plan, int number) {
+    const int column = plan.divides_runs ? number / plan.of_runs : number / plan.runs;
+    return {column, (number - column * plan.runs) * plan.run_rows};
+}
 
 // The slabs of a block, all of one group: batch by batch, each plane along its path or, kFromEnd, against it. Every
 // slab of every batch_step-th plane or, of planes that blocks share, every batch_step-th slab.
@@ -131,7 +132,7 @@ struct SlabWalk {
             at.first += stride;
         }
     }
-    // Number of a slab's part, the part-th along the path; beyond all others where it has no tokens.
+    // Number of a slab's part, the part-th along the path; the last slab's second may be beyond all that are saved.
     __device__ __forceinline__ int part(const SlabCursor& at, int part) const {
         const int place = Block::kParts == 1 ? 0 : reverse ? 1 - part : part;
         return (descending ? steps - 1 - at.step : at.step) * Block::kParts + place;
@@ -145,16 +146,13 @@ struct SlabWalk {
 #pragma unroll 1
         for (int box = 0; box < count; ++box) {
             const int tokens = box * (runs ? plan.run_rows : Block::kTokens / 2);
-            const SlabRun run(plan, runs ? at.first + box : 0);
-            const int column = runs ? run.column : at.first;
-            visit(Coordinates{fused ? column * Block::dim(s) : 0,
+            SlabRun run{at.first, tokens};
+            if (runs) run = run_of(plan, at.first + box);
+            visit(Coordinates{fused ? run.column * Block::dim(s) : 0,
                               fused     ? 0
-                              : columns ? column
+                              : columns ? run.column
                                         : (at.first + tokens) >> kind.row_shift,
-                              runs      ? run.row
-                              : columns ? tokens
-                                        : 0,
-                              group, at.batch},
+                              columns ? run.row : 0, group, at.batch},
                   tokens * Block::dim(s) * 2);
         }
     }
@@ -207,7 +205,7 @@ struct SlabChunk {
                                          const SlabCursor& at) const {
         if (idle) return 0;
         if (!walk.columns) return kFwdTokens;
-        const int row = walk.runs ? SlabRun(plan, at.first + run).row : 0;
+        const int row = walk.runs ? run_of(plan, at.first + run).row : 0;
         return min(max(s.height - row - first, 0), kFwdTokens);
     }
     __device__ __forceinline__ bool is_real(int k, int count) const {

@@ -133,7 +133,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
         load(first + step);
         const uint4* weight = dynamic_shared + lane;
 #pragma unroll 1
-        for (int column = q * 8; column < args.out + q * 8; column += kWindow) {
+        for (int window = 0; window < args.out; window += kWindow) {
+            const int column = window + q * 8;
             float sums[4][4] = {};
 #pragma unroll
             for (int s = 0; s < kSteps; ++s) {

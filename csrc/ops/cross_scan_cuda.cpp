@@ -32,7 +32,7 @@ std::vector<Slice> slices_of(const CrossSizes& s) {
     for (int64_t first = 0; first < s.dim; first += width) {
         Slice slice{first, std::min(width, s.dim - first), 0, 0, states};
         slice.chunk = kBwdSlab / scan_lanes(static_cast<int>(slice.dim));
-        slice.saved = scan_saved_states(s.height, s.width, slice.chunk);
+        slice.saved = scan_saved_states(s.height, s.width, slice.dim, slice.chunk);
         states += s.batch * s.groups * s.scans * slice.saved * s.states * slice.dim;
         slices.push_back(slice);
     }

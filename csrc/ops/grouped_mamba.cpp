@@ -30,7 +30,7 @@ LayerSizes layer_sizes(const Tensor& x, const LayerParameters& p, int64_t chunk)
     s.features = s.rank + 2 * s.states, s.features_pad = padded_features(s.features, s.inner_pad);
     s.merges = p.out_proj_weight.has_value();
     s.mixed = s.groups * (s.merges ? s.dim_pad : s.inner_pad);
-    s.saved_states = scan_saved_states(s.height, s.width, chunk);
+    s.saved_states = scan_saved_states(s.height, s.width, s.inner_pad, chunk);
     check_parameter(p.norm_weight, "norm_weight", {s.channels}, x);
     check_parameter(p.norm_bias, "norm_bias", {s.channels}, x);
     check_parameter(p.in_proj_weight, "in_proj_weight", {s.groups, 2 * s.inner, s.dim}, x);

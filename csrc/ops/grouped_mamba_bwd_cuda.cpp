@@ -95,7 +95,9 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
     Tensor du = s.merges ? rows_of(dy, s, e_pad) : empty({g, tokens, e_pad}, type, x);
     Tensor duz = empty({g, tokens, 2 * e_pad}, type, x);
     Tensor dfeatures = empty({g, tokens, s.features_pad}, type, x);
-    if (s.features < s.features_pad && !reads_no_pads(dfeatures, images.u)) {  // the scan leaves the pads alone
+    const Tensor x_proj_weight = pack.get(kXProj, {g, s.features_pad, e_pad});
+    if (s.features < s.features_pad &&
+        !masks_pads(du, dfeatures, images.u, x_proj_weight)) {  // the scan leaves pads alone
         const size_t bytes = static_cast<size_t>(dfeatures.numel()) * dfeatures.element_size();
         check_cuda(cudaMemsetAsync(dfeatures.data_ptr(), 0, bytes, context.stream()), "pads of the features");
     }
@@ -110,8 +112,7 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
         affinity_backward();
     }
 
-    const WeightPartials x_proj = token_product_bwd(du, true, dfeatures, images.u,
-                                                    pack.get(kXProj, {g, s.features_pad, e_pad}), s.features, context);
+    const WeightPartials x_proj = token_product_bwd(du, true, dfeatures, images.u, x_proj_weight, s.features, context);
     dfeatures = Tensor();
     const PartialRows conv =
         conv3x3_bwd_into(image_of(duz, s, e_pad), image_of(du, s, e_pad), image_of(images.uz, s, e_pad),

@@ -32,7 +32,7 @@ ScanShape scan_shape(const ScanSizes& s, const ScanInputs& in) {
 }
 
 Shape states_shape(const ScanSizes& s, int64_t chunk) {
-    return {s.batch, s.groups, scan_saved_states(s.height, s.width, chunk), s.states, s.dim};
+    return {s.batch, s.groups, scan_saved_states(s.height, s.width, s.dim, chunk), s.states, s.dim};
 }
 
 // Scratch for the carries of N > 1 states.

@@ -33,6 +33,10 @@ Args product_args(const Tensor& x, const Tensor& weight) {
     return args;
 }
 
+bool is_narrow(const Tensor& dx, const Tensor& dy, const Tensor& x, const Tensor& weight) {
+    return aligned({&dx, &dy, &x, &weight}) && takes_narrow_product(dtype_of(x), weight.size(2), weight.size(1));
+}
+
 }  // namespace
 
 void token_product(const Tensor& out, const Tensor& x, const Tensor& weight, const CudaContext& context) {
@@ -83,14 +87,14 @@ void token_product_input(const Tensor& dx, double scale, bool add, const Tensor&
     }
 }
 
-bool reads_no_pads(const Tensor& dy, const Tensor& x) {
-    return dy.size(2) == 4 && aligned({&dy, &x}) && takes_narrow_product(dtype_of(x), x.size(2), dy.size(2));
+bool masks_pads(const Tensor& dx, const Tensor& dy, const Tensor& x, const Tensor& weight) {
+    return dy.size(2) == 4 && is_narrow(dx, dy, x, weight);
 }
 
 WeightPartials token_product_bwd(const Tensor& dx, bool add, const Tensor& dy, const Tensor& x, const Tensor& weight,
                                  int64_t used, const CudaContext& context) {
     const DType dtype = dtype_of(x);
-    if (!aligned({&dx, &dy, &x, &weight}) || !takes_narrow_product(dtype, weight.size(2), weight.size(1))) {
+    if (!is_narrow(dx, dy, x, weight)) {
         const WeightPartials partials = weight_partials(dy, x);
         token_product_input(dx, 1., add, dy, weight, context);
         return partials;

@@ -20,10 +20,10 @@ void token_product_onto(const Tensor& out, double scale, const OptTensor& bias, 
 void token_product_input(const Tensor& dx, double scale, bool add, const Tensor& dy, const Tensor& weight,
                          const CudaContext& context);
 
-// The product backwards: dx = dy weight, or with `add` dx += dy weight, for dy (G, T, N) of `used` columns and pads;
-// and dy^T x in parts. Pads must be zeros but where reads_no_pads.
+// The product backwards: dx = dy weight, or with `add` dx += dy weight, for dy (G, T, N) whose columns from `used` on
+// are pads; and dy^T x in parts. Unless masks_pads says that the kernel leaves the pads out, they must be zeros.
 WeightPartials token_product_bwd(const Tensor& dx, bool add, const Tensor& dy, const Tensor& x, const Tensor& weight,
                                  int64_t used, const CudaContext& context);
-bool reads_no_pads(const Tensor& dy, const Tensor& x);
+bool masks_pads(const Tensor& dx, const Tensor& dy, const Tensor& x, const Tensor& weight);
 
 }  // namespace gm
