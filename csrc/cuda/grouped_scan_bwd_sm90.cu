@@ -413,22 +413,22 @@ cudaError_t launch(const ScanBwdSm90Args& args, cudaStream_t stream) {
 
 // f(type tag, type tag of the block)
 template <class F>
-cudaError_t dispatch(DType dtype, const ScanShape& shape, F&& f) {
-    return dispatch_sm90(dtype, shape, [&](auto tag, auto lanes, auto whole) {
-        return f(tag, TypeTag<Sm90Block<decltype(lanes)::value, decltype(whole)::value, 1>>{});
+cudaError_t dispatch(DType dtype, const ScanShape& shape, const SlabPlan& plan, F&& f) {
+    return dispatch_sm90(dtype, shape, plan, [&](auto tag, auto lanes, auto whole, auto runs) {
+        return f(tag, TypeTag<Sm90Block<decltype(lanes)::value, decltype(whole)::value, 1, decltype(runs)::value>>{});
     });
 }
 
 }  // namespace
 
 cudaError_t launch_grouped_scan_bwd_sm90(const ScanBwdSm90Args& args, DType dtype, cudaStream_t stream) {
-    return dispatch(dtype, args.scan.shape, [&](auto tag, auto block) {
+    return dispatch(dtype, args.scan.shape, args.plan, [&](auto tag, auto block) {
         return launch<typename decltype(tag)::type, typename decltype(block)::type>(args, stream);
     });
 }
 
 cudaError_t share_grouped_scan_bwd_sm90(ScanBwdSm90Args& args, DType dtype) {
-    return dispatch(dtype, args.scan.shape, [&](auto tag, auto block) {
+    return dispatch(dtype, args.scan.shape, args.plan, [&](auto tag, auto block) {
         using Block = typename decltype(block)::type;
         return share_sm90(grouped_scan_bwd_sm90_kernel<typename decltype(tag)::type, Block>, Block::kThreads,
                           Layout<Block>(args.scan.shape).total, args);

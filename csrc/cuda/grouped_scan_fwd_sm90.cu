@@ -227,10 +227,11 @@ cudaError_t launch(const ScanFwdSm90Args& args, cudaStream_t stream) {
 
 // f(type tag, type tag of the block)
 template <class F>
-cudaError_t dispatch(DType dtype, const ScanShape& shape, F&& f) {
-    return dispatch_sm90(dtype, shape, [&](auto tag, auto lanes, auto whole) {
+cudaError_t dispatch(DType dtype, const ScanShape& shape, const SlabPlan& plan, F&& f) {
+    return dispatch_sm90(dtype, shape, plan, [&](auto tag, auto lanes, auto whole, auto runs) {
         constexpr int kLanes = decltype(lanes)::value;
-        return f(tag, TypeTag<Sm90Block<kLanes, decltype(whole)::value, sm90_fwd_parts(kLanes)>>{});
+        constexpr bool kWhole = decltype(whole)::value, kRuns = decltype(runs)::value;
+        return f(tag, TypeTag<Sm90Block<kLanes, kWhole, sm90_fwd_parts(kLanes), kRuns>>{});
     });
 }
 
@@ -240,7 +241,7 @@ bool grouped_scan_sm90_built() {
     // An older build's code, run here through PTX, has empty bodies.
     static const bool built = [] {
         cudaFuncAttributes attributes{};
-        const auto kernel = grouped_scan_fwd_sm90_kernel<__nv_bfloat16, Sm90Block<4, true, sm90_fwd_parts(4)>>;
+        const auto kernel = grouped_scan_fwd_sm90_kernel<__nv_bfloat16, Sm90Block<4, true, sm90_fwd_parts(4), false>>;
         return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess &&
                attributes.ptxVersion >= 90;
     }();
@@ -248,13 +249,13 @@ bool grouped_scan_sm90_built() {
 }
 
 cudaError_t launch_grouped_scan_fwd_sm90(const ScanFwdSm90Args& args, DType dtype, cudaStream_t stream) {
-    return dispatch(dtype, args.scan.shape, [&](auto tag, auto block) {
+    return dispatch(dtype, args.scan.shape, args.plan, [&](auto tag, auto block) {
         return launch<typename decltype(tag)::type, typename decltype(block)::type>(args, stream);
     });
 }
 
 cudaError_t share_grouped_scan_fwd_sm90(ScanFwdSm90Args& args, DType dtype) {
-    return dispatch(dtype, args.scan.shape, [&](auto tag, auto block) {
+    return dispatch(dtype, args.scan.shape, args.plan, [&](auto tag, auto block) {
         using Block = typename decltype(block)::type;
         return share_sm90(grouped_scan_fwd_sm90_kernel<typename decltype(tag)::type, Block>, Block::kThreads,
                           Layout<Block>(args.scan.shape).total, args);

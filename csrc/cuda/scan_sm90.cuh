@@ -232,21 +232,27 @@ cudaError_t launch_sm90(Kernel kernel, int threads, int resident, int shared, cu
     return launch_kernel(kernel, blocks, threads, shared, stream, args);
 }
 
-// f(type tag, std::integral_constant<int, lanes>, std::bool_constant<whole>)
+// f(type tag, std::integral_constant<int, lanes>, std::bool_constant<whole>, std::bool_constant<runs>). Slabs of runs
+// are a kernel of their own: what their places cost, in instructions and registers, the others need not pay (5% of the
+// backward).
 template <class F>
-cudaError_t dispatch_sm90(DType dtype, const ScanShape& shape, F&& f) {
+cudaError_t dispatch_sm90(DType dtype, const ScanShape& shape, const SlabPlan& plan, F&& f) {
     const int used = sm90_lanes(shape);
-    const bool whole = shape.dim == used * kVec && shape.norm_dim == shape.dim;
+    const bool runs = plan.columns == 0, whole = shape.dim == used * kVec && shape.norm_dim == shape.dim;
+    const auto with_cut = [&](auto tag, auto lanes) {
+        return runs ? f(tag, lanes, std::false_type{}, std::true_type{})
+                    : f(tag, lanes, std::false_type{}, std::false_type{});
+    };
     const auto with_width = [&](auto tag, auto lanes) {
-        return whole ? f(tag, lanes, std::true_type{}) : f(tag, lanes, std::false_type{});
+        return whole && !runs ? f(tag, lanes, std::true_type{}, std::false_type{}) : with_cut(tag, lanes);
     };
     const auto with_lanes = [&](auto tag) {
         switch (used) {
             case 4: return with_width(tag, std::integral_constant<int, 4>{});
             case 8: return with_width(tag, std::integral_constant<int, 8>{});
             case 16: return with_width(tag, std::integral_constant<int, 16>{});
-            case kNarrowLanes: return f(tag, std::integral_constant<int, kNarrowLanes>{}, std::false_type{});
-            default: return f(tag, std::integral_constant<int, 32>{}, std::false_type{});  // whole, a few would spill
+            case kNarrowLanes: return with_cut(tag, std::integral_constant<int, kNarrowLanes>{});
+            default: return with_cut(tag, std::integral_constant<int, 32>{});  // whole, a few would spill
         }
     };
     return dtype == DType::kHalf ? with_lanes(TypeTag<__half>{}) : with_lanes(TypeTag<__nv_bfloat16>{});

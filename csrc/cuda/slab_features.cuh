@@ -33,11 +33,11 @@ struct StepFeatures {
 
     template <class Walk>
     __device__ StepFeatures(const ScanShape& s, const SlabPlan& plan, const Walk& walk) {
-        const int columns = walk.columns && !walk.runs ? plan.columns : 1;
+        const int columns = walk.columns && !walk.runs() ? plan.columns : 1;
 #pragma unroll
         for (int i = 0; i < Block::kFetchTokens; ++i) {
             const int slot = token(i);
-            if (walk.runs) {
+            if (walk.runs()) {
                 distance[i] = slot / kFwdTokens >> plan.run_shift;
                 limit[i] = slot - distance[i] * plan.run_rows;
                 continue;
@@ -66,7 +66,7 @@ struct StepFeatures {
     template <class Walk>
     __device__ __forceinline__ uint32_t place(const ScanShape& s, const SlabPlan& plan, const Walk& walk,
                                               const SlabCursor& at, int i, bool& exists) const {
-        if (!walk.runs) {
+        if (!walk.runs()) {
             exists = at.first < limit[i];
             return at.first + distance[i];
         }

@@ -22,11 +22,11 @@ __device__ __forceinline__ int operator/(int n, Divisor by) {
 }
 
 // Constants of a block whose slab has kParts parts of kSlabThreads / scan_lanes chunks, kLanes threads to a token.
-// kWhole: every lane has 4 channels, and LayerNorm counts them all.
-template <int kLanesOfToken, bool kWholeWidth, int kPartsOfSlab>
+// kWhole: every lane has 4 channels, and LayerNorm counts them all. kRuns: along columns slabs are made of runs.
+template <int kLanesOfToken, bool kWholeWidth, int kPartsOfSlab, bool kRunsOfColumns>
 struct Sm90Block {
     static constexpr int kLanes = kLanesOfToken, kParts = kPartsOfSlab;
-    static constexpr bool kWhole = kWholeWidth;
+    static constexpr bool kWhole = kWholeWidth, kRuns = kRunsOfColumns;
     static constexpr int kWidth = kLanes * kVec;  // channels that the lanes could hold
     static constexpr int kChunks = kParts * kSlabThreads / (kLanes == kNarrowLanes ? 32 : kLanes);
     static constexpr int kThreads = kChunks * kLanes, kTokens = kChunks * kFwdTokens;
@@ -74,7 +74,7 @@ __device__ __forceinline__ SlabRun run_of(const SlabPlan& plan, int number) {
 template <class Block, bool kFromEnd>
 struct SlabWalk {
     int group, first_batch, batch_step, steps;
-    bool reverse, columns, runs, descending;
+    bool reverse, columns, descending;
     int box_tokens, stride;
 
     SlabWalk() = default;
@@ -86,12 +86,12 @@ struct SlabWalk {
         reverse = direction & 1;
         columns = direction & 2;
         descending = reverse != kFromEnd;
-        runs = columns && plan.columns == 0;
         steps = columns ? plan.column_slabs : plan.row_slabs;
-        box_tokens = columns && !runs ? plan.columns * s.height : Block::kTokens;
-        stride = runs ? plan.runs_of_slab : columns ? plan.columns : Block::kTokens;
+        box_tokens = columns && !runs() ? plan.columns * s.height : Block::kTokens;
+        stride = runs() ? plan.runs_of_slab : columns ? plan.columns : Block::kTokens;
         if (descending) stride = -stride;
     }
+    __device__ __forceinline__ bool runs() const { return Block::kRuns && columns; }
     // Slabs of the block; of shared planes there may be none.
     __device__ __forceinline__ int total(const ScanShape& s, const SlabPlan& plan) const {
         const uint32_t batch = static_cast<uint32_t>(s.batch), first = first_batch, every = batch_step;
@@ -142,12 +142,12 @@ struct SlabWalk {
     __device__ __forceinline__ void boxes(const ScanShape& s, const SlabPlan& plan, const SlabCursor& at,
                                           const SlabMapKind& kind, F&& visit) const {
         const bool fused = columns && kind.column_fuse;
-        const int count = runs ? plan.runs_of_slab : Block::kTokens > kBoxLimit ? kind.boxes[columns] : 1;
+        const int count = runs() ? plan.runs_of_slab : Block::kTokens > kBoxLimit ? kind.boxes[columns] : 1;
 #pragma unroll 1
         for (int box = 0; box < count; ++box) {
-            const int tokens = box * (runs ? plan.run_rows : Block::kTokens / 2);
+            const int tokens = box * (runs() ? plan.run_rows : Block::kTokens / 2);
             SlabRun run{at.first, tokens};
-            if (runs) run = run_of(plan, at.first + box);
+            if (runs()) run = run_of(plan, at.first + box);
             visit(Coordinates{fused ? run.column * Block::dim(s) : 0,
                               fused     ? 0
                               : columns ? run.column
@@ -159,10 +159,10 @@ struct SlabWalk {
     __device__ __forceinline__ int box_bytes(const ScanShape& s) const { return box_tokens * Block::dim(s) * 2; }
 };
 
-// This thread's chunk: tokens first..first + 6 of one column or run of a slab (of its one stretch along rows).
+// This thread's chunk: 7 tokens of one column or run of a slab (of its one stretch along rows), the down-th of them.
 template <class Block>
 struct SlabChunk {
-    int c0, first, order, run;
+    int c0, down, order;
     int slot0, slot_step;  // path token k is in slot slot0 + k * slot_step
     bool active, idle, owns, reverse;
 
@@ -172,10 +172,11 @@ struct SlabChunk {
         c0 = threadIdx.x % Block::kLanes * kVec;
         active = Block::kWhole || c0 < s.dim;
         reverse = walk.reverse;
-        const bool whole_columns = walk.columns && !walk.runs;
+        const bool whole_columns = walk.columns && !walk.runs();
         const int across = whole_columns ? plan.columns : 1, blocks = whole_columns ? plan.blocks : Block::kChunks;
         idle = chunk >= across * blocks;  // columns need not fill the slab
-        const int down = chunk / (whole_columns ? plan.of_columns : Divisor{}), column = chunk - down * across;
+        down = chunk / (whole_columns ? plan.of_columns : Divisor{});
+        const int column = chunk - down * across;
         int place = idle ? chunk : column * blocks + down;
         if (Block::kParts > 1 && whole_columns) {
             // The chunks of a part are adjacent on the path, those without tokens behind them.
@@ -186,8 +187,6 @@ struct SlabChunk {
             place = part * kPartChunks +
                     (idle ? used + spare - part * spares : (column - part * part_across) * blocks + down);
         }
-        run = walk.runs ? down >> plan.run_shift : 0;
-        first = idle ? 0 : (down - (run << plan.run_shift)) * kFwdTokens;
         order = reverse ? Block::kChunks - 1 - place : place;
         owns = active && !idle;
         slot_step = idle ? 0 : reverse ? -across : across;
@@ -205,8 +204,10 @@ struct SlabChunk {
                                          const SlabCursor& at) const {
         if (idle) return 0;
         if (!walk.columns) return kFwdTokens;
-        const int row = walk.runs ? run_of(plan, at.first + run).row : 0;
-        return min(max(s.height - row - first, 0), kFwdTokens);
+        const int run = walk.runs() ? down >> plan.run_shift : 0;
+        const int row =
+            (walk.runs() ? run_of(plan, at.first + run).row : 0) + (down - (run << plan.run_shift)) * kFwdTokens;
+        return min(max(s.height - row, 0), kFwdTokens);
     }
     __device__ __forceinline__ bool is_real(int k, int count) const {
         return (reverse ? kFwdTokens - 1 - k : k) < count;
@@ -216,8 +217,8 @@ struct SlabChunk {
 // True where some chunk of the block has tokens that do not exist.
 template <class Block, class Walk>
 __device__ __forceinline__ bool is_ragged(const ScanShape& s, const SlabPlan& plan, const Walk& walk) {
-    return walk.columns && (walk.runs ? s.height % plan.run_rows != 0
-                                      : s.height % kFwdTokens != 0 || plan.columns * plan.blocks < Block::kChunks);
+    return walk.columns && (walk.runs() ? s.height % plan.run_rows != 0
+                                        : s.height % kFwdTokens != 0 || plan.columns * plan.blocks < Block::kChunks);
 }
 
 }  // namespace gm
