@@ -3,6 +3,7 @@
 // counts is latency, and that it is one launch forward (with the end of the pooling) and two backward.
 #include <algorithm>
 #include <type_traits>
+#include <utility>
 
 #include "cuda/async_copy.cuh"
 #include "cuda/dispatch.h"
@@ -17,60 +18,63 @@ namespace {
 // columns at once where rows allow that, and the weights are on their way to shared memory before anything else.
 constexpr int kAffinityThreads = 512;
 
-// A parameter of `count` elements as the block reads it: copied behind `to`, which moves on, or in place. The caller
-// waits for the copies.
-template <class T>
-__device__ __forceinline__ ParamArg staged(const ParamArg& w, int64_t count, unsigned char*& to) {
-    const int bytes = static_cast<int>(count * (w.is_float ? sizeof(float) : sizeof(T)));
-    const auto* const from = static_cast<const unsigned char*>(w.ptr);
-    if (bytes % 16 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
-        for (int i = threadIdx.x * 16; i < bytes; i += kAffinityThreads * 16) copy16_async(to + i, from + i, true);
-    } else {
-        for (int i = threadIdx.x * 4; i < bytes; i += kAffinityThreads * 4) copy4_async(to + i, from + i);
+// One parameter, copied to shared memory: by 16 bytes where its address and size allow it.
+__device__ __forceinline__ void copy_parameter(unsigned char* to, const unsigned char* from, int bytes) {
+    const bool by_16 = bytes % 16 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0;
+    const int unit = by_16 ? 16 : 4;
+#pragma unroll 1
+    for (int i = threadIdx.x * unit; i < bytes; i += kAffinityThreads * unit) {
+        if (by_16) {
+            copy16_async(to + i, from + i, true);
+        } else {
+            copy4_async(to + i, from + i);
+        }
     }
-    const ParamArg out{to, w.is_float};
-    to += (bytes + 15) / 16 * 16;
-    return out;
 }
 
-// The weights and biases as a block reads them. Behind `shared` there are args.staged_bytes.
+// The weights and biases as a block reads them: on their way to `shared`, where there are args.staged_bytes, or in
+// place. The caller waits for the copies.
 struct Weights {
     ParamArg fc1_weight, fc2_weight, fc1_bias, fc2_bias;
 
-    template <class T>
-    static __device__ __forceinline__ Weights of(const AffinityArgs& args, float* shared, bool biases) {
+    static __device__ __forceinline__ Weights of(const AffinityArgs& args, float* shared) {
         Weights w{args.fc1_weight, args.fc2_weight, args.fc1_bias, args.fc2_bias};
         if (args.staged_bytes == 0) return w;
-        auto* to = reinterpret_cast<unsigned char*>(shared);
-        w.fc1_weight = staged<T>(w.fc1_weight, static_cast<int64_t>(args.hidden) * args.dim, to);
-        w.fc2_weight = staged<T>(w.fc2_weight, static_cast<int64_t>(args.hidden) * args.out_dim, to);
-        if (biases) {
-            w.fc1_bias = staged<T>(w.fc1_bias, args.hidden, to);
-            w.fc2_bias = staged<T>(w.fc2_bias, args.out_dim, to);
-        }
+        auto* const to = reinterpret_cast<unsigned char*>(shared);
+#pragma unroll 1
+        for (int k = 0; k < args.staged_count; ++k)
+            copy_parameter(to + args.staged[k].at, static_cast<const unsigned char*>(args.staged[k].from),
+                           args.staged[k].bytes);
         copy_commit();
+        w.fc1_weight.ptr = to, w.fc2_weight.ptr = to + args.staged[1].at;
+        if (args.staged_count > 2) w.fc1_bias.ptr = to + args.staged[2].at, w.fc2_bias.ptr = to + args.staged[3].at;
         return w;
     }
 };
 
-// What Weights needs in a block that has `bytes_besides`, or 0 where parameters are not whole words or the device
-// has no room for them.
-int staged_bytes(const AffinityArgs& args, DType dtype, bool biases, int bytes_besides) {
+// Plans what Weights copies in a block that has `bytes_besides`: nothing where parameters are not whole words or the
+// device has no room for them.
+void stage_weights(AffinityArgs& args, DType dtype, bool biases, int bytes_besides) {
     int device = 0, room = 0;
     if (cudaGetDevice(&device) != cudaSuccess ||
         cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
-        return 0;
-    const int64_t counts[] = {static_cast<int64_t>(args.hidden) * args.dim,
-                              static_cast<int64_t>(args.hidden) * args.out_dim, biases ? args.hidden : 0,
-                              biases ? args.out_dim : 0};
-    const ParamArg* const parameters[] = {&args.fc1_weight, &args.fc2_weight, &args.fc1_bias, &args.fc2_bias};
-    int64_t all = 0;
-    for (int i = 0; i < 4; ++i) {
-        const int64_t bytes = counts[i] * (parameters[i]->is_float || dtype == DType::kFloat ? 4 : 2);
-        if (bytes % 4 != 0 || reinterpret_cast<uintptr_t>(parameters[i]->ptr) % 4 != 0) return 0;
-        all += (bytes + 15) / 16 * 16;
+        return;
+    const std::pair<const ParamArg*, int64_t> parameters[] = {
+        {&args.fc1_weight, static_cast<int64_t>(args.hidden) * args.dim},
+        {&args.fc2_weight, static_cast<int64_t>(args.hidden) * args.out_dim},
+        {&args.fc1_bias, args.hidden},
+        {&args.fc2_bias, args.out_dim}};
+    const int count = biases ? 4 : 2;
+    int64_t at = 0;
+    for (int k = 0; k < count; ++k) {
+        const auto [parameter, elements] = parameters[k];
+        const int64_t bytes = elements * (parameter->is_float || dtype == DType::kFloat ? 4 : 2);
+        if (bytes % 4 != 0 || reinterpret_cast<uintptr_t>(parameter->ptr) % 4 != 0 || bytes > room) return;
+        args.staged[k] = {parameter->ptr, static_cast<int>(at), static_cast<int>(bytes)};
+        at += (bytes + 15) / 16 * 16;
     }
-    return bytes_besides + all <= room ? static_cast<int>(all) : 0;
+    if (bytes_besides + at > room) return;
+    args.staged_bytes = static_cast<int>(at), args.staged_count = count;
 }
 
 __device__ __forceinline__ int gate_index(const AffinityArgs& args, int m) {
@@ -126,16 +130,17 @@ __device__ __forceinline__ bool rows_of_four(const ParamArg& w, int columns) {
 template <class T, int kWidth, class Emit>
 __device__ __forceinline__ void row_products(const ParamArg& w, int rows, int columns, const float* x,
                                              const Emit& emit) {
-    int lanes = 1;
-    while (lanes < 32 && lanes * kWidth * 8 < columns) lanes *= 2;
-    const int lane = threadIdx.x % lanes, step = kAffinityThreads / lanes;
-    for (int first = 0; first < rows; first += step) {  // the same for all threads, who shuffle
-        const int row = first + threadIdx.x / lanes;
+    int shift = 0;
+    while (shift < 5 && (kWidth * 8) << shift < columns) ++shift;
+    const int lanes = 1 << shift, lane = threadIdx.x & (lanes - 1);
+#pragma unroll 1
+    for (int first = 0; first < rows; first += kAffinityThreads >> shift) {  // the same for all threads, who shuffle
+        const int row = first + (threadIdx.x >> shift);
         float sum = 0.f;
         if (row < rows) {
             const WeightRow<T, kWidth> weights(w, row, columns);
 #pragma unroll 4
-            for (int c = lane * kWidth; c < columns; c += lanes * kWidth) {
+            for (int c = lane * kWidth; c < columns; c += kWidth << shift) {
                 const Floats<kWidth> weight = weights.load(c);
                 float v[kWidth];
                 if constexpr (kWidth == kVec) {
@@ -147,6 +152,7 @@ __device__ __forceinline__ void row_products(const ParamArg& w, int rows, int co
                 for (int k = 0; k < kWidth; ++k) sum = fmaf(weight.v[k], v[k], sum);
             }
         }
+#pragma unroll 1
         for (int d = lanes / 2; d > 0; d /= 2) sum += __shfl_xor_sync(kFullWarp, sum, d);
         if (row < rows && lane == 0) emit(row, sum);
     }
@@ -204,20 +210,31 @@ __device__ __forceinline__ void column_products(const ParamArg& w, int rows, int
 
 __host__ __device__ __forceinline__ int whole_vectors(int floats) { return (floats + kVec - 1) / kVec * kVec; }
 
-// Mean over the image from the sums of its strips, into shared memory and args.pooled: `rows` threads a channel.
+// Mean over the image from the sums of its strips, into shared memory and args.pooled: `rows` threads a channel, eight
+// loads on their way.
 __device__ __forceinline__ void pool(const AffinityArgs& args, float* shared, float* rows_of_sums) {
+    constexpr int kAhead = 8;
     const int64_t image = blockIdx.x;
-    const float* const from = args.partials + image * args.strips * args.dim;
-    const int rows = max(kAffinityThreads / args.dim, 1), r = threadIdx.x / args.dim;
+    const int rows = max(kAffinityThreads / args.dim, 1), r = threadIdx.x / args.dim, stride = rows * args.dim;
+#pragma unroll 1
     for (int c = threadIdx.x - r * args.dim; r < rows && c < args.dim; c += kAffinityThreads) {
+        const float* from = args.partials + (image * args.strips + r) * args.dim + c;
         float sum = 0.f;
-        load_ahead(
-            r, args.strips, rows, [&](int i) { return from[i * args.dim + c]; }, [&](float v, int) { sum += v; });
+#pragma unroll 1
+        for (int left = args.strips - r; left > 0; left -= kAhead * rows) {
+            float v[kAhead];
+#pragma unroll
+            for (int k = 0; k < kAhead; ++k, from += stride) v[k] = k * rows < left ? *from : 0.f;
+#pragma unroll
+            for (int k = 0; k < kAhead; ++k) sum += v[k];
+        }
         rows_of_sums[r * args.dim + c] = sum;
     }
     __syncthreads();
+#pragma unroll 1
     for (int c = threadIdx.x; c < args.dim; c += kAffinityThreads) {
         float sum = 0.f;
+#pragma unroll 1
         for (int i = 0; i < rows; ++i) sum += rows_of_sums[i * args.dim + c];
         shared[c] = args.pooled[image * args.dim + c] = sum * args.factor;
     }
@@ -232,7 +249,7 @@ __global__ void __launch_bounds__(kAffinityThreads, 1)
     float* const pooled = shared + args.staged_bytes / sizeof(float);
     float* const hidden = pooled + whole_vectors(args.dim);
     const int64_t image = blockIdx.x;
-    const Weights weights = Weights::of<T>(args, shared, true);
+    const Weights weights = Weights::of(args, shared);
     pool(args, pooled, hidden + args.hidden);
     copy_wait<0>();
     __syncthreads();
@@ -245,6 +262,7 @@ __global__ void __launch_bounds__(kAffinityThreads, 1)
         gate[gate_index(args, m)] = 1.f / (1.f + expf(-sum - load_param<T>(weights.fc2_bias, m)));
     });
     const int pads = args.group_width - args.group_dim;
+#pragma unroll 1
     for (int i = threadIdx.x; i < args.out_dim / args.group_dim * pads; i += kAffinityThreads)
         gate[i / pads * args.group_width + args.group_dim + i % pads] = 0.f;
 }
@@ -259,7 +277,7 @@ __global__ void __launch_bounds__(kAffinityThreads, 1)
     float* const shared = reinterpret_cast<float*>(dynamic_shared);
     float* const before_sigmoid = shared + args.staged_bytes / sizeof(float);
     float* const hidden = before_sigmoid + args.out_dim;
-    const Weights weights = Weights::of<T>(args, shared, false);
+    const Weights weights = Weights::of(args, shared);
     float* const sums = hidden + args.hidden;
     const int64_t image = blockIdx.x;
     float* const scratch = args.scratch + image * (args.out_dim + args.hidden);
@@ -338,7 +356,7 @@ cudaError_t launch_channel_affinity_fwd(const AffinityArgs& given, DType of_imag
     const DType dtype = dtype_of_parameters(args, of_images);
     const int sums = std::max(kAffinityThreads / args.dim, 1) * args.dim;
     const int shared = static_cast<int>(sizeof(float)) * (whole_vectors(args.dim) + args.hidden + sums);
-    args.staged_bytes = staged_bytes(args, dtype, true, shared);
+    stage_weights(args, dtype, true, shared);
     return dispatch_dtype(dtype, [&](auto tag) {
         return launch_kernel(channel_affinity_fwd_kernel<typename decltype(tag)::type>, args.batch, kAffinityThreads,
                              args.staged_bytes + shared, stream, args);
@@ -351,7 +369,7 @@ cudaError_t launch_channel_affinity_bwd(const AffinityArgs& given, DType of_imag
     const int64_t parameters = static_cast<int64_t>(args.hidden) * (args.dim + args.out_dim + 1) + args.out_dim;
     const int sums = product_scratch(std::max(args.hidden, args.dim));
     const int shared = static_cast<int>(sizeof(float)) * (args.out_dim + args.hidden + sums);
-    args.staged_bytes = staged_bytes(args, dtype, false, shared);
+    stage_weights(args, dtype, false, shared);
     return dispatch_dtype(dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
         const cudaError_t error = launch_kernel(channel_affinity_bwd_kernel<T>, args.batch, kAffinityThreads,

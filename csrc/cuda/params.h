@@ -312,7 +312,13 @@ struct AffinityArgs {
     float factor = 1.f;       // 1 / pixels of an image
     float* pooled = nullptr;  // (batch, dim): written by the forward
     ParamArg fc1_weight, fc1_bias, fc2_weight, fc2_bias;
-    int staged_bytes = 0;         // shared memory for all weights and biases, or 0 where they are read in place
+    // Parameters that a block copies to shared memory: fc1_weight, fc2_weight, fc1_bias, fc2_bias, as many of them as
+    // are counted here; 0 where they are read in place.
+    struct Staged {
+        const void* from;
+        int at, bytes;
+    } staged[4] = {};
+    int staged_count = 0, staged_bytes = 0;
     float* hidden_out = nullptr;  // (batch, hidden), after the relu
     float* gate = nullptr;        // (batch, out_dim / group_dim * group_width)
     // backward
