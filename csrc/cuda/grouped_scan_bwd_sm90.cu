@@ -297,11 +297,12 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
             write_gradient(dC, 1.f, 1);
         }
         __syncthreads();
-        if (now.step == 0) adjoint_carry = 0.f;
+        if (walk.enters(plan, now)) adjoint_carry = 0.f;
         const auto arrive = [&](float P, float local) {
-            if (plan.members == 0) return false;
+            if (plan.ways == 1) return false;
             const int plane = now.batch * s.groups + walk.group;
-            adjoint_carry = look_back<Block>(args.exchange, s, plan, plane, now.step, P, local);
+            adjoint_carry = look_back<Block>(args.exchange + plane * exchange_of_plane(plan, Block::kWidth), plan.slabs,
+                                             plan.ways, now.step, adjoint_carry, P, local);
             return true;
         };
         scan_chunks<Block>(adjoint_aggregates, adjoint_aggregates + Block::kAggregates, adjoint_carry, arrive,
@@ -369,10 +370,11 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
         fetcher.template send<kPartials<Block>>(s, plan, walk, now, gradients, gradient_planes,
                                                 {args.scan.dB, args.scan.dC, args.scan.ddt});
         if (n + 1 == total || next.batch != now.batch) {
-            // The threads' sums, over the chunks, to the row of partials that the block has in this plane: the number
-            // of its first slab there, which is below `ways`. Chunks by turns, for other banks.
-            const int way = plan.members > 0 ? now.step % plan.members : 0, rows = kSumWeight + s.rank;
-            const int64_t row = (static_cast<int64_t>(now.batch) * plan.ways + way) * s.groups + walk.group;
+            // The threads' sums, over the chunks, to the row of partials that the block has in this plane. Chunks by
+            // turns, for other banks.
+            const int rows = kSumWeight + s.rank;
+            const int64_t row =
+                (static_cast<int64_t>(now.batch) * plan.ways + walk.first_step(plan)) * s.groups + walk.group;
             float* const partials = args.scan.partials + row * rows * Block::dim(s);
             float4* const block_sums = reinterpret_cast<float4*>(shared + layout.sums);
 #pragma unroll 1

@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident<Block>)
     TokenNorm<T, Block> norm(s, shared + layout.norm);
     // Where registers allow it, each thread puts the chunks together for its own channels; else scan lanes do.
     constexpr bool kRoom = Block::kLanes == kNarrowLanes;
-    const bool gather = kRoom && plan.members == 0;
+    const bool gather = kRoom && plan.ways == 1;
     float carry[kVec] = {};  // of this thread's channels, or [0] of the channel that it scans
     int image = 0;
     __syncthreads();
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident<Block>)
             tma_wait_read();
             load(n + 1, next, kZ);
         }
-        if (now.step == 0) carry[0] = carry[1] = carry[2] = carry[3] = 0.f;
+        if (walk.enters(plan, now)) carry[0] = carry[1] = carry[2] = carry[3] = 0.f;
         const auto plane = [&] { return now.batch * s.groups + walk.group; };
         const auto states = [&](int number) {
             return args.scan.states + (static_cast<int64_t>(plane()) * args.scan.num_chunks + number) * Block::dim(s);
@@ -153,8 +153,9 @@ __global__ void __launch_bounds__(Block::kThreads, kResident<Block>)
             if constexpr (kRoom) gather_chunks<Block>(aggregate_P, aggregate_h, chunk, carry, entering);
         } else {
             const auto arrive = [&](float P, float h) {
-                if (plan.members == 0) return false;
-                carry[0] = look_back<Block>(args.exchange, s, plan, plane(), now.step, P, h);
+                if (plan.ways == 1) return false;
+                carry[0] = look_back<Block>(args.exchange + plane() * exchange_of_plane(plan, Block::kWidth),
+                                            plan.slabs, plan.ways, now.step, carry[0], P, h);
                 return true;
             };
             const auto save = [&](int part, int channel, float state) {

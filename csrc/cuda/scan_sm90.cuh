@@ -42,28 +42,32 @@ __device__ __forceinline__ uint64_t read_pair(const float2* from) {
 }
 
 // Sends on a slab's aggregate (P, h) of the thread's channel, as its last scan lane has it, and returns the state that
-// enters the slab, which follows from those of the plane's slabs before. It is computed as a block alone would, slab by
-// slab from 0, so that all bits of the results are the same whatever the number of blocks; only not all of the way by
-// each: every kSegment-th slab sends on its entering state too, and others start from the last of these before them.
+// enters the slab. It follows from `state`, which leaves the block's own slab before that, or 0 at the start of the
+// path, and the aggregates of the other blocks' slabs since. It is computed as a block alone would, slab by slab, so
+// that all bits of the results are the same whatever the number of blocks. In teams of more than kSegment blocks every
+// kSegment-th slab sends on its entering state too, and others start from the last of these before them.
 // Blocks take slabs in order and run all at once: what one waits for, another is about to send. Called, not inlined, so
 // that it takes no registers of blocks that share nothing: 4% of the forward at 128 x 28, 5% at 352 x 14.
 template <class Block>
-__device__ __noinline__ float look_back(float* exchange, const ScanShape& s, const SlabPlan& plan, int plane, int step,
-                                        float P, float h) {
+__device__ __noinline__ float look_back(float* plane, int slabs, int ways, int step, float state, float P, float h) {
     constexpr int kLanes = Block::kScanLanes, kHeld = kLanes == 2 ? 3 : 8;  // 4 of 2 would make the caller spill
     const int channel = threadIdx.x / kLanes, q = threadIdx.x % kLanes;
-    float2* const pairs =
-        reinterpret_cast<float2*>(exchange) + static_cast<int64_t>(plane) * plan.slabs * Block::kWidth + channel;
-    const int segments = (plan.slabs - 1) / kSegment;
-    float* const states = exchange + s.batch * s.groups * plan.slabs * (2 * Block::kWidth) +
-                          static_cast<int64_t>(plane) * segments * Block::kWidth + channel;
-    if (q == kLanes - 1) send_pair(pairs + static_cast<int64_t>(step) * Block::kWidth, P, h);
+    float2* const pairs = reinterpret_cast<float2*>(plane) + channel;
+    if (q == kLanes - 1) send_pair(pairs + step * Block::kWidth, P, h);
     if (step == 0) return 0.f;
-    const int segment = (step - 1) / kSegment, count = step - segment * kSegment;
-    const float2* const from = pairs + static_cast<int64_t>(segment) * kSegment * Block::kWidth;
-    const float* const start = states + (segment - 1) * Block::kWidth;
-    uint32_t first = segment > 0 ? read_word(start) : 0u;
-    float state = 0.f;
+    int from = max(step - ways + 1, 0);
+    // Where states that enter segments lie, but for the first segment's, which is 0.
+    float* const states = plane + (2 * slabs - 1) * Block::kWidth + channel;
+    const float* start = nullptr;
+    uint32_t first = __float_as_uint(state);
+    if (step - from > kSegment) {
+        const int segment = (step - 1) / kSegment;
+        from = segment * kSegment;
+        start = states + segment * Block::kWidth;
+        first = read_word(start);
+    }
+    const int count = step - from;
+    const float2* const sent = pairs + from * Block::kWidth;
 #pragma unroll 1
     for (int base = 0; base < count; base += kHeld * kLanes) {
         uint64_t held[kHeld];
@@ -71,7 +75,7 @@ __device__ __noinline__ float look_back(float* exchange, const ScanShape& s, con
 #pragma unroll
         for (int k = 0; k < kHeld; ++k) {
             const int i = base + k * kLanes + q;
-            held[k] = i < count ? read_pair(from + i * Block::kWidth) : 0x800000003f800000u;
+            held[k] = i < count ? read_pair(sent + i * Block::kWidth) : 0x800000003f800000u;
         }
         const auto absent = [&](int k) { return static_cast<uint32_t>(held[k]) == kAbsent; };
         while (true) {
@@ -82,7 +86,7 @@ __device__ __noinline__ float look_back(float* exchange, const ScanShape& s, con
             if (first == kAbsent) first = read_word(start);
 #pragma unroll
             for (int k = 0; k < kHeld; ++k)
-                if (absent(k)) held[k] = read_pair(from + (base + k * kLanes + q) * Block::kWidth);
+                if (absent(k)) held[k] = read_pair(sent + (base + k * kLanes + q) * Block::kWidth);
         }
         if (base == 0) state = __uint_as_float(first);
 #pragma unroll
@@ -97,7 +101,7 @@ __device__ __noinline__ float look_back(float* exchange, const ScanShape& s, con
                                            __shfl_sync(kFullWarp, h_own, lane, kLanes));
         }
     }
-    if (q == 0 && step % kSegment == 0) send_word(states + segment * Block::kWidth, state);
+    if (q == 0 && ways > kSegment && step % kSegment == 0) send_word(states + step / kSegment * Block::kWidth, state);
     return state;
 }
 
@@ -218,11 +222,11 @@ cudaError_t launch_sm90(Kernel kernel, int threads, int resident, int shared, cu
     int device = 0, multiprocessors = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) error = prefer_shared(reinterpret_cast<const void*>(kernel), device);
-    if (error == cudaSuccess && args.plan.members > 0) {
+    if (error == cudaSuccess && args.plan.ways > 1) {
         const size_t bytes = exchange_floats(shape, args.plan) * sizeof(float);
         error = cudaMemsetAsync(args.exchange, kAbsent & 0xff, bytes, stream);
         if (error != cudaSuccess) return error;
-        const int64_t blocks = int64_t{args.plan.members} * shape.groups;
+        const int64_t blocks = int64_t{args.plan.teams} * args.plan.ways * shape.groups;
         return launch_at_once(kernel, blocks, threads, shared, stream, args);
     }
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);

@@ -6,9 +6,9 @@
 // (column-major) order, whatever way the path goes through them. The backward's blocks have kSlabThreads threads; the
 // forward's may have twice that and slabs of twice the size, two `parts`. States are saved for parts, by their number.
 //
-// Where planes are too few to give every block one, the blocks of a group share them: block `member` of `members` takes
-// the slabs member, member + members, ... of all its planes, and what enters a slab comes from other blocks through
-// device memory (look_back in scan_sm90.cuh).
+// Where planes are too few to give every block one, the blocks of a group share them, a team of `ways` to a plane: one
+// takes every ways-th slab, and what enters a slab comes from the others through device memory (look_back in
+// scan_sm90.cuh).
 #pragma once
 
 #include <cuda.h>
@@ -23,7 +23,8 @@
 
 namespace gm {
 
-constexpr int kSegment = 32;  // slabs of a shared plane between states that all later slabs start from
+// Slabs of a plane between states that all later ones may start from, where a team has more blocks than that.
+constexpr int kSegment = 32;
 
 // A number that kernels divide by, by multiplication (slab_walk.cuh): exact while it and what it divides have a product
 // below 2^32.
@@ -35,7 +36,7 @@ struct Divisor {
 };
 
 struct SlabPlan {
-    Divisor of_groups, of_columns, of_runs;  // by the groups, by `columns` or 1, by `runs` or 1
+    Divisor of_groups, of_columns, of_runs, of_ways;  // by the groups, by `columns` or 1, by `runs` or 1, by `ways`
 
     int tokens;         // slots of a slab
     int columns;        // whole columns of a slab, or 0
@@ -47,9 +48,9 @@ struct SlabPlan {
     int runs_of_slab;   // consecutive ones
     int row_slabs;      // of a plane along rows
     int column_slabs;
-    int slabs;    // the larger of both
-    int members;  // blocks of a group that share its planes, or 0
-    int ways;     // blocks that a plane's slabs are dealt to, each with sums of its own
+    int slabs;  // the larger of both
+    int ways;   // blocks of a team, to whom a plane's slabs are dealt, each with sums of its own
+    int teams;  // of a group where ways > 1; else the launch decides
 };
 
 inline SlabPlan plan_slabs(const ScanShape& shape, int parts) {
@@ -81,20 +82,30 @@ inline SlabPlan plan_slabs(const ScanShape& shape, int parts) {
 }
 
 // Shares the planes where that pays: where they are several slabs each and would leave a quarter of the blocks idle
-// that the device runs at once, or more.
+// that the device runs at once, or more. Of the teams that take nearly the fewest slabs a block, within a sixteenth,
+// the smallest: a block folds the aggregates of as many slabs as its team has blocks.
 inline void share_planes(const ScanShape& shape, int64_t at_once, SlabPlan& plan) {
     const int64_t members = at_once / shape.groups;
     if (4 * shape.batch * shape.groups >= 3 * at_once || members <= shape.batch) return;
     if (std::min(plan.row_slabs, plan.column_slabs) <= 1) return;
-    plan.members = static_cast<int>(std::min(members, shape.batch * plan.slabs));
-    plan.ways = std::min(plan.members, plan.slabs);
+    const auto up = [](int64_t n, int64_t by) { return (n + by - 1) / by; };
+    const auto ways = [&](int64_t teams) { return std::min<int64_t>(members / teams, plan.slabs); };
+    const auto cost = [&](int64_t teams) { return up(shape.batch, teams) * up(plan.slabs, ways(teams)); };
+    int64_t least = cost(1), teams = shape.batch;
+    for (int64_t t = 2; t <= shape.batch; ++t) least = std::min(least, cost(t));
+    while (16 * cost(teams) > 17 * least) --teams;
+    plan.ways = static_cast<int>(ways(teams)), plan.teams = static_cast<int>(teams);
+    plan.of_ways = Divisor::of(plan.ways);
 }
 
-// Floats of device memory through which blocks pass states on, 0 where they share nothing: two for every plane, slab
-// and channel, then one for every plane, segment but the first, and channel.
+// Floats of device memory, `width` channels wide, through which the blocks of a plane pass states on: two for every
+// slab and channel, then, where a team is larger than a segment, one for every segment but the first, and channel.
+__host__ __device__ inline int64_t exchange_of_plane(const SlabPlan& plan, int width) {
+    const int64_t segments = plan.ways > kSegment ? (plan.slabs - 1) / kSegment : 0;
+    return (2 * plan.slabs + segments) * width;
+}
 inline int64_t exchange_floats(const ScanShape& shape, const SlabPlan& plan) {
-    const int64_t channels = shape.batch * shape.groups * shape.lanes * kVec;
-    return plan.members == 0 ? 0 : channels * (2 * plan.slabs + (plan.slabs - 1) / kSegment);
+    return plan.ways == 1 ? 0 : shape.batch * shape.groups * exchange_of_plane(plan, shape.lanes * kVec);
 }
 
 // How the coordinates of a slab's boxes follow from its first (column, row); see slab_maps.cpp.

@@ -69,8 +69,8 @@ __device__ __forceinline__ SlabRun run_of(const SlabPlan& plan, int number) {
     return {column, (number - column * plan.runs) * plan.run_rows};
 }
 
-// The slabs of a block, all of one group: batch by batch, each plane along its path or, kFromEnd, against it. Every
-// slab of every batch_step-th plane or, of planes that blocks share, every batch_step-th slab.
+// The slabs of a block, all of one group: every ways-th slab of every batch_step-th plane, each along its path or,
+// kFromEnd, against it.
 template <class Block, bool kFromEnd>
 struct SlabWalk {
     int group, first_batch, batch_step, steps;
@@ -79,55 +79,53 @@ struct SlabWalk {
 
     SlabWalk() = default;
     __device__ SlabWalk(const ScanShape& s, const SlabPlan& plan) {
-        first_batch = static_cast<int>(blockIdx.x) / plan.of_groups;
-        group = static_cast<int>(blockIdx.x) - first_batch * s.groups;
-        batch_step = static_cast<int>(gridDim.x) / plan.of_groups;
+        const int member = static_cast<int>(blockIdx.x) / plan.of_groups;
+        group = static_cast<int>(blockIdx.x) - member * s.groups;
+        first_batch = member / plan.of_ways;
+        batch_step = static_cast<int>(gridDim.x) / plan.of_groups / plan.of_ways;
         const int direction = (s.directions[group >> 4] >> (2 * (group & 15))) & 3;
         reverse = direction & 1;
         columns = direction & 2;
         descending = reverse != kFromEnd;
         steps = columns ? plan.column_slabs : plan.row_slabs;
+        stride = (descending ? -plan.ways : plan.ways) * unit(plan);
         box_tokens = columns && !runs() ? plan.columns * s.height : Block::kTokens;
-        stride = runs() ? plan.runs_of_slab : columns ? plan.columns : Block::kTokens;
-        if (descending) stride = -stride;
     }
     __device__ __forceinline__ bool runs() const { return Block::kRuns && columns; }
     // Slabs of the block; of shared planes there may be none.
     __device__ __forceinline__ int total(const ScanShape& s, const SlabPlan& plan) const {
         const uint32_t batch = static_cast<uint32_t>(s.batch), first = first_batch, every = batch_step;
-        if (plan.members > 0) return static_cast<int>((batch * steps - first + every - 1) / every);
-        return static_cast<int>((batch - first + every - 1) / every * steps);
+        return static_cast<int>((batch - first + every - 1) / every) *
+               ((steps - first_step(plan) + plan.ways - 1) / plan.of_ways);
     }
-    __device__ __forceinline__ void place(SlabCursor& at) const {
-        const int number = descending ? steps - 1 - at.step : at.step;
-        at.first = number * (descending ? -stride : stride);
+    // From one slab's `first` to the next one's.
+    __device__ __forceinline__ int unit(const SlabPlan& plan) const {
+        return runs() ? plan.runs_of_slab : columns ? plan.columns : Block::kTokens;
+    }
+    __device__ __forceinline__ void place(const SlabPlan& plan, SlabCursor& at) const {
+        at.first = (descending ? steps - 1 - at.step : at.step) * unit(plan);
     }
     __device__ __forceinline__ SlabCursor first(const ScanShape& s, const SlabPlan& plan) const {
         SlabCursor at;
-        at.batch = first_batch;
-        at.step = 0;
-        if (plan.members > 0) {
-            at.step = at.batch % steps;
-            at.batch /= steps;
-        }
-        place(at);
+        at.batch = first_step(plan) < steps ? first_batch : static_cast<int>(s.batch);
+        at.step = first_step(plan);
+        place(plan, at);
         return at;
     }
-    // True where a block enters a plane, and perhaps elsewhere.
+    // The block's first slab of a plane. Computed anew where it is needed, which is rare.
+    __device__ __forceinline__ int first_step(const SlabPlan& plan) const {
+        return static_cast<int>(blockIdx.x) / plan.of_groups - first_batch * plan.ways;
+    }
+    // True where the block enters a plane.
     __device__ __forceinline__ bool enters(const SlabPlan& plan, const SlabCursor& at) const {
-        return plan.members > 0 || at.step == 0;
+        return at.step < plan.ways;
     }
     __device__ __forceinline__ void advance(const ScanShape& s, const SlabPlan& plan, SlabCursor& at) const {
-        if (plan.members > 0) {
-            at.step += batch_step;
-            const int planes = at.step / steps;
-            at.step -= planes * steps;
-            at.batch += planes;
-            place(at);
-        } else if (++at.step == steps) {
-            at.step = 0;
+        at.step += plan.ways;
+        if (at.step >= steps) {
+            at.step = first_step(plan);
             at.batch += batch_step;
-            place(at);
+            place(plan, at);
         } else {
             at.first += stride;
         }
