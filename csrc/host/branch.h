@@ -62,11 +62,7 @@ private:
         Side side{device, nullptr, nullptr};
         cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
         check_cuda(cudaThreadExchangeStreamCaptureMode(&mode), "the capture's mode");
-        // Its few blocks go before those that still wait of the first stream's kernel, or they would come when that
-        // one's successor needs the places.
-        int least = 0, greatest = 0;
-        cudaError_t error = cudaDeviceGetStreamPriorityRange(&least, &greatest);
-        if (error == cudaSuccess) error = cudaStreamCreateWithPriority(&side.stream, cudaStreamNonBlocking, greatest);
+        cudaError_t error = cudaStreamCreateWithFlags(&side.stream, cudaStreamNonBlocking);
         if (error == cudaSuccess) error = cudaEventCreateWithFlags(&side.event, cudaEventDisableTiming);
         check_cuda(cudaThreadExchangeStreamCaptureMode(&mode), "the capture's mode");
         check_cuda(error, "a stream for a branch of the graph");
