@@ -44,19 +44,24 @@ LayerForward layer_forward(const Tensor& x, const LayerParameters& p, const Laye
     if (scalars.residual) norm.sum = out, norm.sum_bias = p.proj_bias, norm.kept = kept;
     layer_norm_pool_fwd_into(images.xn, norm, context);
     packing.join();
-    token_product(images.uz, rows_of(images.xn, s, s.dim_pad),
-                  pack.get(kInProj, {s.groups, 2 * s.inner_pad, s.dim_pad}), context);
-    // Beside the convolution, which has many short blocks. A product has as many blocks as run at once, and would wait
-    // for those whose places channel affinity takes.
     std::optional<Branch> affinity;
     ParamHolder affinity_parameters;
-    if (s.gated()) {
+    const auto fork_affinity = [&] {
         AffinityArgs args = affinity_args(p, s, images, affinity_parameters);
         args.partials = static_cast<const float*>(norm.partials->data_ptr());
         args.strips = static_cast<int>(strips), args.factor = 1.f / static_cast<float>(s.height * s.width);
         affinity.emplace(context);
         check_cuda(launch_channel_affinity_fwd(args, dtype, affinity->stream()), "channel affinity");
-    }
+    };
+    // Beside the convolution, which has many short blocks: a product of ours has as many blocks as run at once, and
+    // would wait for those whose places channel affinity takes. The library's waits a few microseconds before it
+    // begins, and affinity is done by then.
+    const Tensor xn_rows = rows_of(images.xn, s, s.dim_pad);
+    const Tensor in_proj = pack.get(kInProj, {s.groups, 2 * s.inner_pad, s.dim_pad});
+    const bool beside_conv = takes_token_product(images.uz, xn_rows, in_proj);
+    if (s.gated() && !beside_conv) fork_affinity();
+    token_product(images.uz, xn_rows, in_proj, context);
+    if (s.gated() && beside_conv) fork_affinity();
     depthwise_conv3x3_fwd_into(image_of(images.u, s, s.inner_pad), image_of(images.uz, s, s.inner_pad),
                                pack.get(kConvWeight, {s.groups, s.inner_pad, 3, 3}),
                                pack.get(kConvBias, {s.groups, s.inner_pad}), kSilu, context);
@@ -65,9 +70,13 @@ LayerForward layer_forward(const Tensor& x, const LayerParameters& p, const Laye
     scan_fwd_into(images.y, images.states, scan_inputs(pack, s, images, scalars), context);
 
     if (s.merges) {
-        token_product(rows_of(images.o, s, s.dim_pad), rows_of(images.y, s, s.inner_pad),
-                      pack.get(kOutProj, {s.groups, s.dim_pad, s.inner_pad}), context);
-        if (affinity) affinity->join();
+        const Tensor o_rows = rows_of(images.o, s, s.dim_pad), y_rows = rows_of(images.y, s, s.inner_pad);
+        const Tensor out_proj = pack.get(kOutProj, {s.groups, s.dim_pad, s.inner_pad});
+        // A kernel where branches meet does not begin early; the library's never do.
+        const bool join_late = takes_token_product(o_rows, y_rows, out_proj);
+        if (affinity && !join_late) affinity->join();
+        token_product(o_rows, y_rows, out_proj, context);
+        if (affinity && join_late) affinity->join();
         OptTensor gate;
         if (s.gated()) gate = alias(*images.gate, {s.batch, s.channels});
         modulated_layer_norm_fwd_into(images.mixed, images.o, images.xn, *p.skip_scale, gate, p.norm_weight,

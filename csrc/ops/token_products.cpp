@@ -39,20 +39,24 @@ bool is_narrow(const Tensor& dx, const Tensor& dy, const Tensor& x, const Tensor
 
 }  // namespace
 
+bool takes_token_product(const Tensor& out, const Tensor& x, const Tensor& weight) {
+    const int64_t in = weight.size(2), columns = weight.size(1);
+    return aligned({&out, &x, &weight}) &&
+           (takes_narrow_product(dtype_of(x), in, columns) || takes_wide(x, x.size(1), in, columns));
+}
+
 void token_product(const Tensor& out, const Tensor& x, const Tensor& weight, const CudaContext& context) {
     const DType dtype = dtype_of(x);
-    const int64_t in = weight.size(2), columns = weight.size(1);
-    const bool ours = aligned({&out, &x, &weight});
-    if (ours && takes_narrow_product(dtype, in, columns)) {
+    if (!takes_token_product(out, x, weight)) {
+        matmul_out(out, x, transposed(weight));
+    } else if (takes_narrow_product(dtype, weight.size(2), weight.size(1))) {
         auto args = product_args<NarrowProductArgs>(x, weight);
         args.y = out.data_ptr();
         check_cuda(launch_narrow_product_fwd(args, dtype, context.stream()), "narrow product");
-    } else if (ours && takes_wide(x, x.size(1), in, columns)) {
+    } else {
         auto args = product_args<WideProductArgs>(x, weight);
         args.y = out.data_ptr();
         check_cuda(launch_wide_product(args, dtype, context.stream()), "wide product");
-    } else {
-        matmul_out(out, x, transposed(weight));
     }
 }
 
