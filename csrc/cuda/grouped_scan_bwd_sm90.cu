@@ -373,8 +373,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
             // The threads' sums, over the chunks, to the row of partials that the block has in this plane. Chunks by
             // turns, for other banks.
             const int rows = kSumWeight + s.rank;
-            const int64_t row =
-                (static_cast<int64_t>(now.batch) * plan.ways + walk.first_step(plan)) * s.groups + walk.group;
+            const int64_t row = (static_cast<int64_t>(now.batch) * plan.ways + walk.way) * s.groups + walk.group;
             float* const partials = args.scan.partials + row * rows * Block::dim(s);
             float4* const block_sums = reinterpret_cast<float4*>(shared + layout.sums);
 #pragma unroll 1
@@ -433,7 +432,7 @@ cudaError_t share_grouped_scan_bwd_sm90(ScanBwdSm90Args& args, DType dtype) {
     return dispatch(dtype, args.scan.shape, args.plan, [&](auto tag, auto block) {
         using Block = typename decltype(block)::type;
         return share_sm90(grouped_scan_bwd_sm90_kernel<typename decltype(tag)::type, Block>, Block::kThreads,
-                          Layout<Block>(args.scan.shape).total, args);
+                          Layout<Block>(args.scan.shape).total, 5, args);
     });
 }
 

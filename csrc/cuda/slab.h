@@ -6,15 +6,18 @@
 // (column-major) order, whatever way the path goes through them. The backward's blocks have kSlabThreads threads; the
 // forward's may have twice that and slabs of twice the size, two `parts`. States are saved for parts, by their number.
 //
-// Where planes are too few to give every block one, the blocks of a group share them, a team of `ways` to a plane: one
-// takes every ways-th slab, and what enters a slab comes from the others through device memory (look_back in
-// scan_sm90.cuh).
+// Where that is faster, blocks of a group share its planes, teams of `ways` blocks: a team takes its planes' slabs in
+// turn, and what enters a slab comes from the others through device memory (look_back in scan_sm90.cuh). There are two
+// reasons to share: too few planes to give every block one, and images that lie so that a group's channels of a token
+// are less than what the memory moves at once. The groups of an image must then be read before the cache has lost what
+// belongs to others, and blocks that have a plane each read too many images at a time.
 #pragma once
 
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 #include "cuda/params.h"
@@ -49,7 +52,7 @@ struct SlabPlan {
     int row_slabs;      // of a plane along rows
     int column_slabs;
     int slabs;  // the larger of both
-    int ways;   // blocks of a team, to whom a plane's slabs are dealt, each with sums of its own
+    int ways;   // blocks of a team, each with sums of its own
     int teams;  // of a group where ways > 1; else the launch decides
 };
 
@@ -77,24 +80,31 @@ inline SlabPlan plan_slabs(const ScanShape& shape, int parts) {
     plan.of_groups = Divisor::of(shape.groups);
     plan.of_columns = Divisor::of(std::max(plan.columns, 1));
     plan.of_runs = Divisor::of(std::max(plan.runs, 1));
+    plan.of_ways = Divisor::of(plan.ways);
     plan.divides_runs = static_cast<double>(plan.runs) * plan.runs * (width + plan.runs_of_slab) < 4e9;
     return plan;
 }
 
-// Shares the planes where that pays: where they are several slabs each and would leave a quarter of the blocks idle
-// that the device runs at once, or more. Of the teams that take nearly the fewest slabs a block, within a sixteenth,
-// the smallest: a block folds the aggregates of as many slabs as its team has blocks.
-inline void share_planes(const ScanShape& shape, int64_t at_once, SlabPlan& plan) {
-    const int64_t members = at_once / shape.groups;
-    if (4 * shape.batch * shape.groups >= 3 * at_once || members <= shape.batch) return;
+// `at_once`: blocks that the device runs at once. `cached`: images that its cache holds, 0 where groups share none of
+// their memory's accesses. The times are in units of a slab's, fitted to what an H100 takes (bench/NOTES.md).
+inline void share_planes(const ScanShape& shape, int64_t at_once, double cached, SlabPlan& plan) {
     if (std::min(plan.row_slabs, plan.column_slabs) <= 1) return;
-    const auto up = [](int64_t n, int64_t by) { return (n + by - 1) / by; };
-    const auto ways = [&](int64_t teams) { return std::min<int64_t>(members / teams, plan.slabs); };
-    const auto cost = [&](int64_t teams) { return up(shape.batch, teams) * up(plan.slabs, ways(teams)); };
-    int64_t least = cost(1), teams = shape.batch;
-    for (int64_t t = 2; t <= shape.batch; ++t) least = std::min(least, cost(t));
-    while (16 * cost(teams) > 17 * least) --teams;
-    plan.ways = static_cast<int>(ways(teams)), plan.teams = static_cast<int>(teams);
+    const int64_t members = std::max<int64_t>(at_once / shape.groups, 1);
+    const auto time = [&](int64_t teams, int64_t ways) {
+        const int64_t planes = (shape.batch + teams - 1) / teams, slabs = (planes * plan.slabs + ways - 1) / ways;
+        // Twice the bytes, most of the time, where more images are read at once than the cache holds.
+        const double lost = cached > 0. ? std::clamp((static_cast<double>(teams) / cached - 0.4) / 1.2, 0., 1.) : 0.;
+        // What a slab waits for others, and once for a launch of blocks that must all run and for clearing memory.
+        const double waits = ways > 1 ? 0.09 * std::log2(static_cast<double>(ways)) : 0., once = ways > 1 ? 1. : 0.;
+        return static_cast<double>(slabs) * (1. + 0.65 * lost + waits) + once;
+    };
+    double least = time(std::min(members, shape.batch), 1);
+    for (int64_t teams = std::min(members / 2, shape.batch); teams > 0; --teams) {
+        const int64_t ways = std::min<int64_t>(members / teams, plan.slabs);
+        if (time(teams, ways) >= least) continue;
+        least = time(teams, ways);
+        plan.ways = static_cast<int>(ways), plan.teams = static_cast<int>(teams);
+    }
     plan.of_ways = Divisor::of(plan.ways);
 }
 

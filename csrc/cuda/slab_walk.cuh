@@ -69,20 +69,21 @@ __device__ __forceinline__ SlabRun run_of(const SlabPlan& plan, int number) {
     return {column, (number - column * plan.runs) * plan.run_rows};
 }
 
-// The slabs of a block, all of one group: every ways-th slab of every batch_step-th plane, each along its path or,
-// kFromEnd, against it.
+// The slabs of a block, all of one group: of every batch_step-th plane, each along its path or, kFromEnd, against it,
+// every ways-th.
 template <class Block, bool kFromEnd>
 struct SlabWalk {
-    int group, first_batch, batch_step, steps;
+    int way, group, first_batch, batch_step, steps;  // way: the block's number in its team
     bool reverse, columns, descending;
     int box_tokens, stride;
 
     SlabWalk() = default;
     __device__ SlabWalk(const ScanShape& s, const SlabPlan& plan) {
-        const int member = static_cast<int>(blockIdx.x) / plan.of_groups;
-        group = static_cast<int>(blockIdx.x) - member * s.groups;
-        first_batch = member / plan.of_ways;
-        batch_step = static_cast<int>(gridDim.x) / plan.of_groups / plan.of_ways;
+        const int team = static_cast<int>(blockIdx.x) / plan.of_ways;
+        way = static_cast<int>(blockIdx.x) - team * plan.ways;
+        first_batch = team / plan.of_groups;
+        group = team - first_batch * s.groups;
+        batch_step = static_cast<int>(gridDim.x) / plan.of_ways / plan.of_groups;
         const int direction = (s.directions[group >> 4] >> (2 * (group & 15))) & 3;
         reverse = direction & 1;
         columns = direction & 2;
@@ -92,11 +93,11 @@ struct SlabWalk {
         box_tokens = columns && !runs() ? plan.columns * s.height : Block::kTokens;
     }
     __device__ __forceinline__ bool runs() const { return Block::kRuns && columns; }
-    // Slabs of the block; of shared planes there may be none.
+    // Slabs of the block; there may be none.
     __device__ __forceinline__ int total(const ScanShape& s, const SlabPlan& plan) const {
         const uint32_t batch = static_cast<uint32_t>(s.batch), first = first_batch, every = batch_step;
-        return static_cast<int>((batch - first + every - 1) / every) *
-               ((steps - first_step(plan) + plan.ways - 1) / plan.of_ways);
+        const int planes = static_cast<int>((batch - first + every - 1) / every);
+        return (planes * steps - way + plan.ways - 1) / plan.ways;
     }
     // From one slab's `first` to the next one's.
     __device__ __forceinline__ int unit(const SlabPlan& plan) const {
@@ -106,15 +107,13 @@ struct SlabWalk {
         at.first = (descending ? steps - 1 - at.step : at.step) * unit(plan);
     }
     __device__ __forceinline__ SlabCursor first(const ScanShape& s, const SlabPlan& plan) const {
-        SlabCursor at;
-        at.batch = first_step(plan) < steps ? first_batch : static_cast<int>(s.batch);
-        at.step = first_step(plan);
+        SlabCursor at{first_batch, way, 0};
+        if (at.step >= steps) next_plane(at);
         place(plan, at);
         return at;
     }
-    // The block's first slab of a plane. Computed anew where it is needed, which is rare.
-    __device__ __forceinline__ int first_step(const SlabPlan& plan) const {
-        return static_cast<int>(blockIdx.x) / plan.of_groups - first_batch * plan.ways;
+    __device__ __forceinline__ void next_plane(SlabCursor& at) const {
+        while (at.step >= steps) at.step -= steps, at.batch += batch_step;
     }
     // True where the block enters a plane.
     __device__ __forceinline__ bool enters(const SlabPlan& plan, const SlabCursor& at) const {
@@ -123,8 +122,7 @@ struct SlabWalk {
     __device__ __forceinline__ void advance(const ScanShape& s, const SlabPlan& plan, SlabCursor& at) const {
         at.step += plan.ways;
         if (at.step >= steps) {
-            at.step = first_step(plan);
-            at.batch += batch_step;
+            next_plane(at);
             place(plan, at);
         } else {
             at.first += stride;
