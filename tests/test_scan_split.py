@@ -48,7 +48,7 @@ def test_values_and_gradients(dim, rank, batch, h, w, directions, layout):
     compare(tensors, directions=directions)
 
 
-@pytest.mark.parametrize("dim, rank, h, w", [(16, 1, 60, 50), (112, 7, 45, 42)])
+@pytest.mark.parametrize("dim, rank, h, w", [(16, 1, 60, 50), (112, 7, 45, 42), (16, 1, 170, 171)])
 @pytest.mark.parametrize("groups", [1, 3, 7])
 def test_groups_and_float16(dim, rank, h, w, groups):
     compare(inputs("cuda", torch.float16, batch=1, h=h, w=w, dim=dim, rank=rank, groups=groups), (MIXED * 2)[:groups])
@@ -82,7 +82,7 @@ def test_bitwise_repeatable(dim, rank, batch, h, w):
         assert all(torch.equal(a, b) for a, b in zip(first, value_and_gradients(tensors, grad), strict=True))
 
 
-@pytest.mark.parametrize("dim, rank, h, w", [(16, 1, 60, 50), (112, 7, 45, 42)])
+@pytest.mark.parametrize("dim, rank, h, w", [(16, 1, 60, 50), (112, 7, 45, 42), (16, 1, 170, 171)])
 def test_graph_replays(dim, rank, h, w):
     """A replay starts from words that are absent again, whatever the one before has left."""
     tensors = inputs("cuda", torch.bfloat16, batch=1, h=h, w=w, dim=dim, rank=rank)
@@ -99,7 +99,7 @@ def test_graph_replays(dim, rank, h, w):
             assert torch.equal(y, ext.grouped_selective_scan(**tensors))
 
 
-@pytest.mark.parametrize("dim, rank, h, w", [(16, 1, 60, 50), (112, 7, 45, 42)])
+@pytest.mark.parametrize("dim, rank, h, w", [(16, 1, 60, 50), (112, 7, 45, 42), (16, 1, 170, 171)])
 def test_nan_is_passed_on(dim, rank, h, w):
     """Not a number that all later slabs of its group get; nobody waits for it forever, and no other group sees it."""
     tensors = inputs("cuda", torch.bfloat16, batch=1, h=h, w=w, dim=dim, rank=rank)

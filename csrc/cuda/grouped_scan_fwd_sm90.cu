@@ -63,6 +63,8 @@ __global__ void __launch_bounds__(Block::kThreads, kResident<Block>)
             tma_load(place_of(n, tensor) + offset, maps + static_cast<int>(walk.columns), c, barrier);
         });
     };
+    if (tid == kLoadsU) prefetch_map(&args.u[walk.columns]);
+    if (tid == kLoadsZ) prefetch_map(&args.z[walk.columns]), prefetch_map(&args.y[walk.columns]);
     if (tid == 0) {
         for (int i = 0; i < kSm90Stages * 2; ++i) barrier_init(barriers + i * 8, 1);
         barrier_init_fence();

@@ -37,6 +37,11 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
         : "memory");
 }
 
+// Brings a map to where the copy engine keeps it, so that the first copy does not wait for that.
+__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 struct Coordinates {  // of a box's first element, fastest dimension first
     int c0, c1, c2, c3, c4;
 };
