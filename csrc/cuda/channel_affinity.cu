@@ -55,10 +55,8 @@ struct Weights {
 // Plans what Weights copies in a block that has `bytes_besides`: nothing where parameters are not whole words or the
 // device has no room for them.
 void stage_weights(AffinityArgs& args, DType dtype, bool biases, int bytes_besides) {
-    int device = 0, room = 0;
-    if (cudaGetDevice(&device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
-        return;
+    int room = 0;
+    if (device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, room) != cudaSuccess) return;
     const std::pair<const ParamArg*, int64_t> parameters[] = {
         {&args.fc1_weight, static_cast<int64_t>(args.hidden) * args.dim},
         {&args.fc2_weight, static_cast<int64_t>(args.hidden) * args.out_dim},

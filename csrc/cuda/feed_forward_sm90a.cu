@@ -226,13 +226,7 @@ cudaError_t launch(const FeedForwardArgs& args, DType dtype, cudaStream_t stream
 
 }  // namespace
 
-bool has_feed_forward_sm90a() {
-    int device = 0, major = 0, minor = 0;
-    return has_tensor_maps() && cudaGetDevice(&device) == cudaSuccess &&
-           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-           cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 &&
-           minor == 0;
-}
+bool has_feed_forward_sm90a() { return has_tensor_maps() && capability_of_device() == 90; }
 
 cudaError_t launch_feed_forward_sm90a(const FeedForwardArgs& args, DType dtype, cudaStream_t stream) {
     return dispatch_dtype(dtype, [&](auto tag) {

@@ -241,13 +241,9 @@ cudaError_t dispatch(DType dtype, const ScanShape& shape, const SlabPlan& plan, 
 }  // namespace
 
 bool grouped_scan_sm90_built() {
-    // An older build's code, run here through PTX, has empty bodies.
-    static const bool built = [] {
-        cudaFuncAttributes attributes{};
-        const auto kernel = grouped_scan_fwd_sm90_kernel<__nv_bfloat16, Sm90Block<4, true, sm90_fwd_parts(4), false>>;
-        return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess &&
-               attributes.ptxVersion >= 90;
-    }();
+    using Block = Sm90Block<4, true, sm90_fwd_parts(4), false>;
+    static const bool built =
+        is_built_for(reinterpret_cast<const void*>(grouped_scan_fwd_sm90_kernel<__nv_bfloat16, Block>), 90);
     return built;
 }
 

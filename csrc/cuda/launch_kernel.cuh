@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "cuda/device.h"
+
 namespace gm {
 
 constexpr size_t kDefaultSharedLimit = 48 * 1024;

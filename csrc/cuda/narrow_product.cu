@@ -273,9 +273,8 @@ cudaError_t launch(Kernel kernel, const NarrowProductArgs& args, cudaStream_t st
 
 // As many blocks as run at once, of at least one step each.
 cudaError_t parts_of(int resident, int tiles, const NarrowProductArgs& args, int& parts) {
-    int device = 0, multiprocessors = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    int multiprocessors = 0;
+    const cudaError_t error = multiprocessors_of_device(multiprocessors);
     const int64_t rows = int64_t{kWarps} * tiles * kTileRows, steps = (args.tokens + rows - 1) / rows;
     parts = static_cast<int>(std::max<int64_t>(std::min<int64_t>(resident * multiprocessors / args.groups, steps), 1));
     return error;
@@ -290,17 +289,9 @@ bool takes_narrow_product(DType dtype, int64_t in, int64_t out) {
 }
 
 bool has_warp_products() {
-    int device = 0, major = 0;
-    if (cudaGetDevice(&device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess || major < 8)
-        return false;
-    // An older build's code, run here through PTX, has empty bodies.
-    static const bool built = [] {
-        cudaFuncAttributes attributes{};
-        const auto kernel = narrow_product_fwd_kernel<__nv_bfloat16, 16, 4>;
-        return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess &&
-               attributes.ptxVersion >= 80;
-    }();
+    if (capability_of_device() < 80) return false;
+    static const bool built =
+        is_built_for(reinterpret_cast<const void*>(narrow_product_fwd_kernel<__nv_bfloat16, 16, 4>), 80);
     return built;
 }
 

@@ -196,8 +196,8 @@ inline cudaError_t blocks_at_once(const void* kernel, int threads, int shared, i
         if (k.kernel == kernel && k.device == device && k.shared == shared) return blocks = k.blocks, cudaSuccess;
     error = prefer_shared(kernel, device);
     if (error == cudaSuccess) error = raise_shared_limit(kernel, shared);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device);
+    if (error == cudaSuccess) error = multiprocessors_of_device(multiprocessors);
+    if (error == cudaSuccess) error = device_attribute(cudaDevAttrCooperativeLaunch, cooperative);
     if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, shared);
     if (error != cudaSuccess) return error;
     blocks = cooperative ? int64_t{resident} * multiprocessors : 0;
@@ -210,9 +210,8 @@ inline cudaError_t blocks_at_once(const void* kernel, int threads, int shared, i
 inline cudaError_t cached_images(const ImageArg& image, const ScanShape& shape, int tensors, double& images) {
     images = 0.;
     if (image.token <= shape.dim || shape.dim > 16) return cudaSuccess;
-    int device = 0, bytes = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device);
+    int bytes = 0;
+    const cudaError_t error = device_attribute(cudaDevAttrL2CacheSize, bytes);
     const double of_image = 2. * tensors * static_cast<double>(image.token) * shape.height * shape.width;
     images = bytes / of_image;
     return error;
@@ -244,7 +243,7 @@ cudaError_t launch_sm90(Kernel kernel, int threads, int resident, int shared, cu
         const int64_t blocks = int64_t{args.plan.teams} * args.plan.ways * shape.groups;
         return launch_at_once(kernel, blocks, threads, shared, stream, args);
     }
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (error == cudaSuccess) error = multiprocessors_of_device(multiprocessors);
     if (error != cudaSuccess) return error;
     const int64_t at_once = std::max(resident * multiprocessors / shape.groups, 1) * int64_t{shape.groups};
     const int64_t blocks = std::min(shape.batch * shape.groups, at_once);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The tensor maps of slab.h.
+#include "cuda/device.h"
 #include "cuda/grouped_scan_sm90.h"
 #include "cuda/tensor_map.h"
 
@@ -43,10 +44,7 @@ bool takes_grouped_scan_sm90(const ScanShape& s, bool has_z, bool has_norm, DTyp
     const bool shape = dtype != DType::kFloat && s.states == 1 && s.rank > 0 && s.softplus && s.lanes >= 4 &&
                        s.rank + 2 <= sm90_features(s.lanes) && s.dim % 8 == 0 && has_z && has_norm;
     if (!shape || !has_tensor_maps()) return false;
-    int device = 0, major = 0;
-    return cudaGetDevice(&device) == cudaSuccess &&
-           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9 &&
-           grouped_scan_sm90_built();
+    return capability_of_device() >= 90 && grouped_scan_sm90_built();
 }
 
 bool prepare_grouped_scan_fwd_sm90(DType dtype, ScanFwdSm90Args& args) {

@@ -183,9 +183,8 @@ bool takes_wide_product(DType dtype, int64_t in, int64_t out) {
 
 cudaError_t launch_wide_product(const WideProductArgs& given, DType dtype, cudaStream_t stream) {
     WideProductArgs args = given;
-    int device = 0, multiprocessors = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    int multiprocessors = 0;
+    const cudaError_t error = multiprocessors_of_device(multiprocessors);
     if (error != cudaSuccess) return error;
     const int64_t rows = kWarps * kTileRows, steps = (args.tokens + rows - 1) / rows;
     const int64_t at_once = std::max(kResident * multiprocessors / args.groups, 1);

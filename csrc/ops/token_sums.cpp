@@ -58,12 +58,12 @@ PaddedRows::PaddedRows(const Tensor& image, const CudaContext& context) {
     const int64_t channels = image.size(3), step = round_up(channels, kPixelUnit);
     const int64_t tokens = image.size(0) * image.size(1) * image.size(2);
     // What lies between the pixels of a slice of a wider image meets zeros of a weight, or is never read.
-    if (channels == step ? image.is_contiguous() : is_padded(image, step)) {
-        rows_ = alias(image, {tokens, step});
+    if (channels == step) {
+        rows_ = alias(image.is_contiguous() ? image : torch::stable::contiguous(image), {tokens, step});
         return;
     }
-    if (channels == step) {
-        rows_ = alias(torch::stable::contiguous(image), {tokens, step});
+    if (is_padded(image, step)) {
+        rows_ = alias(image, {tokens, step});
         return;
     }
     rows_ = empty({tokens, step}, image.scalar_type(), image);
