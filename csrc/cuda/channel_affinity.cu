@@ -137,7 +137,7 @@ __device__ __forceinline__ void row_products(const ParamArg& w, int rows, int co
         float sum = 0.f;
         if (row < rows) {
             const WeightRow<T, kWidth> weights(w, row, columns);
-#pragma unroll 4
+#pragma unroll 1
             for (int c = lane * kWidth; c < columns; c += kWidth << shift) {
                 const Floats<kWidth> weight = weights.load(c);
                 float v[kWidth];
@@ -208,33 +208,34 @@ __device__ __forceinline__ void column_products(const ParamArg& w, int rows, int
 
 __host__ __device__ __forceinline__ int whole_vectors(int floats) { return (floats + kVec - 1) / kVec * kVec; }
 
-// Mean over the image from the sums of its strips, into shared memory and args.pooled: `rows` threads a channel, eight
-// loads on their way.
-__device__ __forceinline__ void pool(const AffinityArgs& args, float* shared, float* rows_of_sums) {
+// emit(column, sum over `count` rows, `stride` floats apart, of from[at(column)]): as many threads a column as the
+// block has, each with eight loads on their way. `scratch` has a float for every thread, or for every column.
+template <class At, class Emit>
+__device__ __forceinline__ void sum_rows(const float* from, int count, int64_t stride, int columns, float* scratch,
+                                         const At& at, const Emit& emit) {
     constexpr int kAhead = 8;
-    const int64_t image = blockIdx.x;
-    const int rows = max(kAffinityThreads / args.dim, 1), r = threadIdx.x / args.dim, stride = rows * args.dim;
+    const int rows = max(kAffinityThreads / columns, 1), r = threadIdx.x / columns;
 #pragma unroll 1
-    for (int c = threadIdx.x - r * args.dim; r < rows && c < args.dim; c += kAffinityThreads) {
-        const float* from = args.partials + (image * args.strips + r) * args.dim + c;
+    for (int c = threadIdx.x - r * columns; r < rows && c < columns; c += kAffinityThreads) {
+        const float* next = from + r * stride + at(c);
         float sum = 0.f;
 #pragma unroll 1
-        for (int left = args.strips - r; left > 0; left -= kAhead * rows) {
+        for (int left = count - r; left > 0; left -= kAhead * rows) {
             float v[kAhead];
 #pragma unroll
-            for (int k = 0; k < kAhead; ++k, from += stride) v[k] = k * rows < left ? *from : 0.f;
+            for (int k = 0; k < kAhead; ++k, next += rows * stride) v[k] = k * rows < left ? *next : 0.f;
 #pragma unroll
             for (int k = 0; k < kAhead; ++k) sum += v[k];
         }
-        rows_of_sums[r * args.dim + c] = sum;
+        scratch[r * columns + c] = sum;
     }
     __syncthreads();
 #pragma unroll 1
-    for (int c = threadIdx.x; c < args.dim; c += kAffinityThreads) {
+    for (int c = threadIdx.x; c < columns; c += kAffinityThreads) {
         float sum = 0.f;
 #pragma unroll 1
-        for (int i = 0; i < rows; ++i) sum += rows_of_sums[i * args.dim + c];
-        shared[c] = args.pooled[image * args.dim + c] = sum * args.factor;
+        for (int i = 0; i < rows; ++i) sum += scratch[i * columns + c];
+        emit(c, sum);
     }
 }
 
@@ -248,7 +249,9 @@ __global__ void __launch_bounds__(kAffinityThreads, 1)
     float* const hidden = pooled + whole_vectors(args.dim);
     const int64_t image = blockIdx.x;
     const Weights weights = Weights::of(args, shared);
-    pool(args, pooled, hidden + args.hidden);
+    const auto own = [](int c) { return c; };
+    sum_rows(args.partials + image * args.strips * args.dim, args.strips, args.dim, args.dim, hidden + args.hidden, own,
+             [&](int c, float sum) { pooled[c] = args.pooled[image * args.dim + c] = sum * args.factor; });
     copy_wait<0>();
     __syncthreads();
     row_products<T>(weights.fc1_weight, args.hidden, args.dim, pooled, [&](int j, float sum) {
@@ -280,16 +283,12 @@ __global__ void __launch_bounds__(kAffinityThreads, 1)
     const int64_t image = blockIdx.x;
     float* const scratch = args.scratch + image * (args.out_dim + args.hidden);
     const int width = gate_width(args);
-    for (int m = threadIdx.x; m < args.out_dim; m += kAffinityThreads) {
-        const int i = gate_index(args, m);
-        const float gate = args.gate[image * width + i];
-        const float* const from = args.dgate + image * args.dgate_parts * args.dgate_stride + i;
-        float sum = 0.f;
-        load_ahead(
-            0, args.dgate_parts, 1, [&](int k) { return from[k * args.dgate_stride]; },
-            [&](float v, int) { sum += v; });
-        scratch[m] = before_sigmoid[m] = sum * gate * (1.f - gate);
-    }
+    const auto in_gate = [&](int m) { return gate_index(args, m); };
+    sum_rows(args.dgate + image * args.dgate_parts * args.dgate_stride, args.dgate_parts, args.dgate_stride,
+             args.out_dim, sums, in_gate, [&](int m, float sum) {
+                 const float gate = args.gate[image * width + gate_index(args, m)];
+                 scratch[m] = before_sigmoid[m] = sum * gate * (1.f - gate);
+             });
     copy_wait<0>();
     __syncthreads();
     column_products<T>(weights.fc2_weight, args.out_dim, args.hidden, before_sigmoid, sums, [&](int j, float sum) {
@@ -365,7 +364,7 @@ cudaError_t launch_channel_affinity_bwd(const AffinityArgs& given, DType of_imag
     AffinityArgs args = given;
     const DType dtype = dtype_of_parameters(args, of_images);
     const int64_t parameters = static_cast<int64_t>(args.hidden) * (args.dim + args.out_dim + 1) + args.out_dim;
-    const int sums = product_scratch(std::max(args.hidden, args.dim));
+    const int sums = product_scratch(std::max({args.hidden, args.dim, args.out_dim}));
     const int shared = static_cast<int>(sizeof(float)) * (args.out_dim + args.hidden + sums);
     stage_weights(args, dtype, false, shared);
     return dispatch_dtype(dtype, [&](auto tag) {
