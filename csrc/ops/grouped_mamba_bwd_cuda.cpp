@@ -51,7 +51,7 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
     OptTensor dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias, dpooled;
     Tensor affinity_scratch;
     ParamHolder affinity_parameters;
-    std::optional<Branch> affinity;  // beside all but the first norm
+    std::optional<Branch> affinity;  // beside the convolution, as in the forward
     const auto affinity_backward = [&] {
         AffinityArgs args = affinity_args(p, s, images, affinity_parameters);
         affinity_scratch = empty({s.batch, args.out_dim + args.hidden}, ScalarType::Float, x);
@@ -76,7 +76,6 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
         dxn = merge.dx, mix = merge.sums;
         dscale = sums.add_rows(*p.skip_scale, {1, 1, 1}, mix, 2 * s.channels, 1, 1);
         dgate = mix.column(2 * s.channels + 1), dgate_parts = mix.rows / s.batch, dgate_stride = mix.columns;
-        if (s.gated()) affinity_backward();
         const Tensor do_rows = rows_of(merge.d_o, s, d_pad);
         const Tensor dy_rows = empty({g, tokens, e_pad}, type, x);
         const WeightPartials out_proj = token_product_bwd(dy_rows, false, do_rows, rows_of(images.y, s, e_pad),
@@ -107,13 +106,11 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
                        image_of(dfeatures, s, s.states, s.rank + s.states), image_of(duz, s, e_pad, e_pad)},
                       dy, scan_inputs(pack, s, images, scalars), *images.states, context);
     dy = Tensor(), dmixed = Tensor();
-    if (s.gates_scan()) {
-        dgate = static_cast<const float*>(scan.dgate.data_ptr());
-        affinity_backward();
-    }
+    if (s.gates_scan()) dgate = static_cast<const float*>(scan.dgate.data_ptr());
 
     const WeightPartials x_proj = token_product_bwd(du, true, dfeatures, images.u, x_proj_weight, s.features, context);
     dfeatures = Tensor();
+    if (s.gated()) affinity_backward();
     const PartialRows conv =
         conv3x3_bwd_into(image_of(duz, s, e_pad), image_of(du, s, e_pad), image_of(images.uz, s, e_pad),
                          pack.get(kConvWeight, {g, e_pad, 3, 3}), pack.get(kConvBias, {g, e_pad}), kSilu, context);
