@@ -80,7 +80,7 @@ def test_inference(device, h, w, dim, rank, layout):
     [
         (16, 1, 56, 56), (16, 1, 28, 16), (24, 2, 28, 28), (32, 2, 14, 16), (48, 3, 28, 28), (64, 6, 56, 2),
         (88, 6, 14, 14), (112, 7, 14, 14), (128, 14, 56, 14),
-        # slabs that are not full, columns that are no multiple of a chunk, columns in pieces
+        # slabs that are not full, columns that are no multiple of a chunk, columns in runs
         (16, 1, 60, 50), (24, 2, 29, 31), (16, 1, 13, 9), (112, 7, 7, 7), (48, 3, 1, 1), (16, 1, 230, 5),
         (16, 1, 500, 3), (32, 2, 150, 2), (88, 6, 40, 3),
     ],
