@@ -18,7 +18,7 @@ from groupmamba_ext.backend import use_native
 from groupmamba_ext.dispatch import call, call_alone, call_backward
 from groupmamba_ext.ops import DIRECTIONS, FUSED_CHANNELS, chunk_tokens, saved_states
 
-_UNIT = 8  # widths are padded to multiples of this: csrc/host/tensor.h
+_UNIT = 8  # widths are padded to multiples of this, but for _padded_features: csrc/host/tensor.h
 _BATCH_NORM_CHANNELS = 2048  # most of them: csrc/cuda/params.h
 _PIECE = 128  # pieces of a workspace start at multiples of this: csrc/host/workspace.h
 _LAYER_PARAMETERS = 20  # of grouped_mamba_layer_fwd, behind x

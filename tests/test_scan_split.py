@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""grouped_selective_scan on sm_90 and newer where blocks share planes: at batch 1 or 2 they do, given several slabs.
+"""grouped_selective_scan on sm_90 and newer where blocks share planes: at batch 1 or 2 they do, given several slabs,
+and where the groups of a token interleave and have 16 channels.
 
 Slabs of a plane along rows and columns, forward / backward, stand behind the shapes; a segment has 32.
 """
@@ -14,7 +15,7 @@ from scan_tools import IMAGES, MIXED, compare, inputs
 pytestmark = pytest.mark.cuda
 
 COLUMNS_FIRST = ("tb", "bt", "lr", "rl")
-MANY = 128  # images whose 512 planes are enough for a block each
+MANY = 128  # images whose 512 planes, group-major, have a block each
 SHAPES = [  # dim, rank, batch, h, w: slabs of a plane along rows, along columns (of the forward / of the backward)
     (16, 1, 2, 56, 56),    # whole columns: 7 / 14, 7 / 14
     (16, 1, 1, 60, 50),    # ragged ones, and a last slab that is not full: 7 / 14, 9 / 17
@@ -61,6 +62,7 @@ def test_as_if_a_block_had_the_plane(dim, rank, batch, h, w):
     few = inputs("cuda", torch.bfloat16, batch=batch, h=h, w=w, dim=dim, rank=rank)
     per_image = (*IMAGES, "gate")
     many = {k: torch.cat([v] * (MANY // batch)) if k in per_image else v for k, v in few.items()}
+    many = {k: group_major(v) if k in IMAGES else v for k, v in many.items()}
     grad = torch.randn_like(few["u"])
     expected = value_and_gradients(many, torch.cat([grad] * (MANY // batch)), names=per_image)
     actual = value_and_gradients(few, grad, names=per_image)
@@ -71,6 +73,18 @@ def test_as_if_a_block_had_the_plane(dim, rank, batch, h, w):
             assert torch.equal(a, b[:batch]) and torch.equal(a, b[-batch:]), name
     with torch.no_grad():
         assert torch.equal(ext.grouped_selective_scan(**few), actual[0])  # saves no states
+
+
+@pytest.mark.parametrize("dim, rank, batch, h, w", [(16, 1, MANY, 56, 56), (16, 1, 50, 33, 40), (16, 1, 45, 112, 28)])
+def test_groups_that_interleave(dim, rank, batch, h, w):
+    """Planes are shared at any batch then, by teams whose number need not divide it: to the bit as if they were not."""
+    tensors = inputs("cuda", torch.bfloat16, batch=batch, h=h, w=w, dim=dim, rank=rank)
+    apart = {k: group_major(v) if k in IMAGES else v for k, v in tensors.items()}
+    grad = torch.randn_like(tensors["u"])
+    actual = value_and_gradients(tensors, grad, names=IMAGES)
+    expected = value_and_gradients(apart, grad, names=IMAGES)
+    for name, a, b in zip(("y", *IMAGES), actual, expected, strict=True):
+        assert torch.equal(a, b), name
 
 
 @pytest.mark.parametrize("dim, rank, batch, h, w", SHAPES)

@@ -274,7 +274,7 @@ __global__ void __launch_bounds__(kAffinityThreads, 1)
     channel_affinity_bwd_kernel(const __grid_constant__ AffinityArgs args) {
     begin_kernel();
     extern __shared__ float4
-        dynamic_shared[];  // weights, gradient before the sigmoid, before the relu, column_products
+        dynamic_shared[];  // weights, gradient before the sigmoid, before the relu, sum_rows or column_products
     float* const shared = reinterpret_cast<float*>(dynamic_shared);
     float* const before_sigmoid = shared + args.staged_bytes / sizeof(float);
     float* const hidden = before_sigmoid + args.out_dim;

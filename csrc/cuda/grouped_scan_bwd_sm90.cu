@@ -432,7 +432,7 @@ cudaError_t share_grouped_scan_bwd_sm90(ScanBwdSm90Args& args, DType dtype) {
     return dispatch(dtype, args.scan.shape, args.plan, [&](auto tag, auto block) {
         using Block = typename decltype(block)::type;
         return share_sm90(grouped_scan_bwd_sm90_kernel<typename decltype(tag)::type, Block>, Block::kThreads,
-                          Layout<Block>(args.scan.shape).total, 5, args);
+                          Layout<Block>(args.scan.shape).total, std::size(args.kind), args);
     });
 }
 

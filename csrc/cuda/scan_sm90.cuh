@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <iterator>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -207,18 +208,20 @@ inline cudaError_t blocks_at_once(const void* kernel, int threads, int shared, i
 
 // Images that the current device's cache holds, of a pass that reads and writes `tensors` of them; 0 where their groups
 // share no 64 bytes, of which the memory moves no fewer.
-inline cudaError_t cached_images(const ImageArg& image, const ScanShape& shape, int tensors, double& images) {
+inline cudaError_t cached_images(const ImageArg& image, const ScanShape& shape, size_t tensors, double& images) {
     images = 0.;
-    if (image.token <= shape.dim || shape.dim > 16) return cudaSuccess;
+    const bool interleaved = shape.groups > 1 && image.group < image.token;
+    if (!interleaved || shape.dim > 16) return cudaSuccess;
     int bytes = 0;
     const cudaError_t error = device_attribute(cudaDevAttrL2CacheSize, bytes);
-    const double of_image = 2. * tensors * static_cast<double>(image.token) * shape.height * shape.width;
+    const double of_image =
+        2. * static_cast<double>(tensors) * static_cast<double>(image.token) * shape.height * shape.width;
     images = bytes / of_image;
     return error;
 }
 
 template <class Kernel, class Args>
-cudaError_t share_sm90(Kernel kernel, int threads, int shared, int tensors, Args& args) {
+cudaError_t share_sm90(Kernel kernel, int threads, int shared, size_t tensors, Args& args) {
     int64_t at_once = 0;
     double cached = 0.;
     cudaError_t error = blocks_at_once(reinterpret_cast<const void*>(kernel), threads, shared, at_once);

@@ -88,22 +88,23 @@ inline SlabPlan plan_slabs(const ScanShape& shape, int parts) {
 // `at_once`: blocks that the device runs at once. `cached`: images that its cache holds, 0 where groups share none of
 // their memory's accesses. The times are in units of a slab's, fitted to what an H100 takes (bench/NOTES.md).
 inline void share_planes(const ScanShape& shape, int64_t at_once, double cached, SlabPlan& plan) {
+    // A slab's wait for others, for every doubling of the team; once, a launch of blocks that must all run and clearing
+    // memory; and what a slab takes longer where more images are read at once than the cache holds.
+    constexpr double kWaits = 0.09, kOnce = 1., kLost = 0.65;
     if (std::min(plan.row_slabs, plan.column_slabs) <= 1) return;
     const int64_t members = std::max<int64_t>(at_once / shape.groups, 1);
     const auto time = [&](int64_t teams, int64_t ways) {
         const int64_t planes = (shape.batch + teams - 1) / teams, slabs = (planes * plan.slabs + ways - 1) / ways;
-        // Twice the bytes, most of the time, where more images are read at once than the cache holds.
         const double lost = cached > 0. ? std::clamp((static_cast<double>(teams) / cached - 0.4) / 1.2, 0., 1.) : 0.;
-        // What a slab waits for others, and once for a launch of blocks that must all run and for clearing memory.
-        const double waits = ways > 1 ? 0.09 * std::log2(static_cast<double>(ways)) : 0., once = ways > 1 ? 1. : 0.;
-        return static_cast<double>(slabs) * (1. + 0.65 * lost + waits) + once;
+        const double waits = ways > 1 ? kWaits * std::log2(static_cast<double>(ways)) : 0.;
+        return static_cast<double>(slabs) * (1. + kLost * lost + waits) + (ways > 1 ? kOnce : 0.);
     };
     double least = time(std::min(members, shape.batch), 1);
     for (int64_t teams = std::min(members / 2, shape.batch); teams > 0; --teams) {
         const int64_t ways = std::min<int64_t>(members / teams, plan.slabs);
-        if (time(teams, ways) >= least) continue;
-        least = time(teams, ways);
-        plan.ways = static_cast<int>(ways), plan.teams = static_cast<int>(teams);
+        const double taken = time(teams, ways);
+        if (taken >= least) continue;
+        least = taken, plan.ways = static_cast<int>(ways), plan.teams = static_cast<int>(teams);
     }
     plan.of_ways = Divisor::of(plan.ways);
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // What forward and backward of the GroupMamba layer on CUDA share: sizes, packed parameters, and where the images
 // between x and the result lie. Images are group-major between the products, (G, tokens, channels), with the channels
-// of a group padded to a multiple of 8 by zeros (4 step features, B and C stay 4): every product then reads aligned
-// rows.
+// of a group padded to a multiple of 8 by zeros (step features, B and C to 4 where padded_features says so): every
+// product then reads aligned rows.
 #pragma once
 
 #include "host/workspace.h"

@@ -51,7 +51,7 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
     OptTensor dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias, dpooled;
     Tensor affinity_scratch;
     ParamHolder affinity_parameters;
-    std::optional<Branch> affinity;  // beside the convolution, as in the forward
+    std::optional<Branch> affinity;  // beside the convolution, which has many short blocks
     const auto affinity_backward = [&] {
         AffinityArgs args = affinity_args(p, s, images, affinity_parameters);
         affinity_scratch = empty({s.batch, args.out_dim + args.hidden}, ScalarType::Float, x);

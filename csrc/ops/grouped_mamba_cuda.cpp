@@ -58,7 +58,7 @@ LayerForward layer_forward(const Tensor& x, const LayerParameters& p, const Laye
     // begins, and affinity is done by then.
     const Tensor xn_rows = rows_of(images.xn, s, s.dim_pad);
     const Tensor in_proj = pack.get(kInProj, {s.groups, 2 * s.inner_pad, s.dim_pad});
-    const bool beside_conv = takes_token_product(images.uz, xn_rows, in_proj);
+    const bool beside_conv = has_own_product(images.uz, xn_rows, in_proj);
     if (s.gated() && !beside_conv) fork_affinity();
     token_product(images.uz, xn_rows, in_proj, context);
     if (s.gated() && beside_conv) fork_affinity();
@@ -73,7 +73,7 @@ LayerForward layer_forward(const Tensor& x, const LayerParameters& p, const Laye
         const Tensor o_rows = rows_of(images.o, s, s.dim_pad), y_rows = rows_of(images.y, s, s.inner_pad);
         const Tensor out_proj = pack.get(kOutProj, {s.groups, s.dim_pad, s.inner_pad});
         // A kernel where branches meet does not begin early; the library's never do.
-        const bool join_late = takes_token_product(o_rows, y_rows, out_proj);
+        const bool join_late = has_own_product(o_rows, y_rows, out_proj);
         if (affinity && !join_late) affinity->join();
         token_product(o_rows, y_rows, out_proj, context);
         if (affinity && join_late) affinity->join();

@@ -39,7 +39,7 @@ bool is_narrow(const Tensor& dx, const Tensor& dy, const Tensor& x, const Tensor
 
 }  // namespace
 
-bool takes_token_product(const Tensor& out, const Tensor& x, const Tensor& weight) {
+bool has_own_product(const Tensor& out, const Tensor& x, const Tensor& weight) {
     const int64_t in = weight.size(2), columns = weight.size(1);
     return aligned({&out, &x, &weight}) &&
            (takes_narrow_product(dtype_of(x), in, columns) || takes_wide(x, x.size(1), in, columns));
@@ -47,7 +47,7 @@ bool takes_token_product(const Tensor& out, const Tensor& x, const Tensor& weigh
 
 void token_product(const Tensor& out, const Tensor& x, const Tensor& weight, const CudaContext& context) {
     const DType dtype = dtype_of(x);
-    if (!takes_token_product(out, x, weight)) {
+    if (!has_own_product(out, x, weight)) {
         matmul_out(out, x, transposed(weight));
     } else if (takes_narrow_product(dtype, weight.size(2), weight.size(1))) {
         auto args = product_args<NarrowProductArgs>(x, weight);

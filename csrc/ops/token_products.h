@@ -10,8 +10,8 @@ namespace gm {
 
 // out = x weight^T for x (G, T, K), weight (G, N, K), out (G, T, N), all contiguous.
 void token_product(const Tensor& out, const Tensor& x, const Tensor& weight, const CudaContext& context);
-// True where it is a kernel of our own.
-bool takes_token_product(const Tensor& out, const Tensor& x, const Tensor& weight);
+// True where that is a kernel of our own, not the library's.
+bool has_own_product(const Tensor& out, const Tensor& x, const Tensor& weight);
 
 // out += scale * x weight^T, or with a bias out = x weight^T + bias, for matrices: x (T, K), weight (N, K), out (T, N),
 // bias (N,).
