@@ -137,8 +137,8 @@ def _legend(axes, rows: Sequence[dict]) -> None:
     passes = dict.fromkeys(row["pass"] for row in rows)
     handles = [dot("o", COLOURS[op], op) for op in ops] + [dot(MARKERS[p], MUTED, p) for p in passes]
     if any(row["peers"] for row in rows):
-        handles.append(dot("o", MUTED, "a peer on the same tensors", markerfacecolor="white"))
-    axes.legend(handles=handles, loc="lower right", frameon=False, fontsize=9, labelcolor=INK)
+        handles.append(dot("o", MUTED, "a peer, same tensors", markerfacecolor="white"))
+    axes.legend(handles=handles, loc="upper left", frameon=False, fontsize=9, labelcolor=INK)
 
 
 def _shares(axes, rows: Sequence[dict]) -> None:
