@@ -68,9 +68,10 @@ def _column_slabs(height: int, width: int, dim: int, chunk: int) -> int:
     whole = -(-width // columns) if columns else 0
     if columns == width or 10 * columns * height >= 8 * chunk:
         return whole
+    pitch = -(-dim // 8) * 8
     best = rows = chunk
     while rows >= 7 and rows * 8 >= chunk:
-        if rows == chunk or rows * dim % 64 == 0:
+        if rows == chunk or rows * pitch % 64 == 0:
             padded = -(-height // rows) * rows
             if padded < -(-height // best) * best:
                 best = rows

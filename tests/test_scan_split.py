@@ -27,6 +27,7 @@ SHAPES = [  # dim, rank, batch, h, w: slabs of a plane along rows, along columns
     (64, 6, 1, 60, 40),    # runs of 7: 43, 45
     (88, 6, 2, 14, 14),    # 7, 7
     (88, 6, 1, 100, 10),   # runs that are slabs: 36, 40
+    (87, 6, 1, 33, 20),    # padded to 88: 24, 40
     (112, 7, 2, 7, 7),     # 2, 2: fewer slabs of a group than blocks
     (112, 7, 1, 45, 42),   # 68, 84
     (128, 14, 1, 1, 930),  # 34, 233: a path that turns only one way

@@ -130,9 +130,10 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
         const int partial = kPartials<Block> == 1 ? 0 : tid % Block::kLanes / 8;
         float* const token_gradients = gradients + (partial * Block::kTokens + chunk.slot0) * Block::width(s);
         float saved = 0.f;
-        if (scan_channel < Block::dim(s)) {
+        if (scan_channel < Block::real_dim(s)) {
             const int64_t plane = static_cast<int64_t>(now.batch) * s.groups + walk.group;
-            saved = args.scan.states[(plane * args.scan.num_chunks + walk.part(now, 0)) * Block::dim(s) + scan_channel];
+            saved = args.scan
+                        .states[(plane * args.scan.num_chunks + walk.part(now, 0)) * Block::real_dim(s) + scan_channel];
         }
         float steps[kTokens][kVec], h[kTokens][kVec], dy[kTokens][kVec], entering[kVec], A[kVec];
         {
@@ -374,7 +375,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
             // turns, for other banks.
             const int rows = kSumWeight + s.rank;
             const int64_t row = (static_cast<int64_t>(now.batch) * plan.ways + walk.way) * s.groups + walk.group;
-            float* const partials = args.scan.partials + row * rows * Block::dim(s);
+            float* const partials = args.scan.partials + row * rows * Block::real_dim(s);
             float4* const block_sums = reinterpret_cast<float4*>(shared + layout.sums);
 #pragma unroll 1
             for (int i = tid; i < rows * Block::kLanes; i += Block::kThreads) {
@@ -387,9 +388,10 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
                     v = make_float4(0.f, 0.f, 0.f, 0.f);
                 }
                 const float unit = sum == kSumA ? kLn2 : sum == kSumBias || sum >= kSumWeight ? kLog2e : 1.f;
-                if (!Block::kWhole && c0 >= s.dim) continue;
 #pragma unroll
-                for (int j = 0; j < kVec; ++j) partials[sum * Block::dim(s) + c0 + j] = unit * x[j];
+                for (int j = 0; j < kVec; ++j)
+                    if (Block::kWhole || c0 + j < s.param_dim)
+                        partials[sum * Block::real_dim(s) + c0 + j] = unit * x[j];
             }
             image ^= 1;
         }
@@ -404,7 +406,8 @@ cudaError_t launch(const ScanBwdSm90Args& args, cudaStream_t stream) {
     const ScanShape& shape = args.scan.shape;
     if (std::min(args.plan.row_slabs, args.plan.column_slabs) < args.plan.ways) {
         // Planes of fewer slabs than `ways` leave some of their rows of partial sums as they are.
-        const int64_t floats = shape.batch * args.plan.ways * shape.groups * (kSumWeight + shape.rank) * shape.dim;
+        const int64_t floats =
+            shape.batch * args.plan.ways * shape.groups * (kSumWeight + shape.rank) * shape.param_dim;
         const cudaError_t error = cudaMemsetAsync(args.scan.partials, 0, floats * sizeof(float), stream);
         if (error != cudaSuccess) return error;
     }

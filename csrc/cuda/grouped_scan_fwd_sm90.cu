@@ -145,13 +145,20 @@ __global__ void __launch_bounds__(Block::kThreads, kResident<Block>)
         if (walk.enters(plan, now)) carry[0] = carry[1] = carry[2] = carry[3] = 0.f;
         const auto plane = [&] { return now.batch * s.groups + walk.group; };
         const auto states = [&](int number) {
-            return args.scan.states + (static_cast<int64_t>(plane()) * args.scan.num_chunks + number) * Block::dim(s);
+            return args.scan.states +
+                   (static_cast<int64_t>(plane()) * args.scan.num_chunks + number) * Block::real_dim(s);
         };
         float entering[kVec];
         if (gather) {
-            if (args.scan.states != nullptr && chunk.order == 0 && chunk.active)
-                *reinterpret_cast<float4*>(states(walk.part(now, 0)) + chunk.c0) =
-                    make_float4(carry[0], carry[1], carry[2], carry[3]);
+            if (args.scan.states != nullptr && chunk.order == 0 && chunk.active) {
+                float* const to = states(walk.part(now, 0)) + chunk.c0;
+                if (Block::real_dim(s) == Block::dim(s)) {
+                    *reinterpret_cast<float4*>(to) = make_float4(carry[0], carry[1], carry[2], carry[3]);
+                } else {
+                    for (int j = 0; j < kVec; ++j)
+                        if (chunk.c0 + j < Block::real_dim(s)) to[j] = carry[j];
+                }
+            }
             if constexpr (kRoom) gather_chunks<Block>(aggregate_P, aggregate_h, chunk, carry, entering);
         } else {
             const auto arrive = [&](float P, float h) {
@@ -161,7 +168,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident<Block>)
                 return true;
             };
             const auto save = [&](int part, int channel, float state) {
-                if (args.scan.states == nullptr || channel >= Block::dim(s)) return;
+                if (args.scan.states == nullptr || channel >= Block::real_dim(s)) return;
                 const int number = walk.part(now, part);
                 if (Block::kParts == 1 || number < args.scan.num_chunks) states(number)[channel] = state;
             };

@@ -22,13 +22,6 @@ struct ScanBwdSm90Args {
     float* exchange = nullptr;
 };
 
-// Groups of 68 to 96 channels (GroupMamba's 87 are kept as 88) take 24 lanes a token in place of 32, in blocks of 96
-// threads in place of 128: the same slabs, and no warp that is a third idle (forward v11 in bench/NOTES.md).
-constexpr int kNarrowLanes = 24;
-inline int sm90_lanes(const ScanShape& shape) {
-    return shape.lanes == 32 && shape.dim <= kNarrowLanes * kVec ? kNarrowLanes : shape.lanes;
-}
-
 // Step features, B and C that a block of the forward fetches ahead: its registers set the limit of the rank, which is
 // ceil(channels / 16) in the field.
 template <int kLanes>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Images that lie one after another: their sum, in float32, rounded once; zeros in some of them. Rows with pads of
-// zeros from rows without.
+// Images that lie one after another: their sum, in float32, rounded once; zeros in some of them. Rows
+// copied to others, longer or shorter.
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "cuda/launch_kernel.cuh"
@@ -49,48 +49,61 @@ __global__ void __launch_bounds__(kThreads) clear_images_kernel(const __grid_con
         *reinterpret_cast<uint4*>(static_cast<char*>(args.images) + image * args.bytes + i) = make_uint4(0, 0, 0, 0);
 }
 
-constexpr int kPadUnits = 4;  // of a thread: that many loads under way
+constexpr int kCopyUnits = 4;  // of a thread: that many loads under way
 
-// Units of kVec elements, of which kCount are read at once.
+// Units of kVec elements, of which kCount are read at once; units of single ones may begin in one row and end in the
+// next.
 template <class T, int kCount>
-__global__ void __launch_bounds__(kThreads) pad_rows_kernel(const __grid_constant__ PadRowsArgs args) {
+__global__ void __launch_bounds__(kThreads) copy_rows_kernel(const __grid_constant__ CopyRowsArgs args) {
     begin_kernel();
-    const int units = args.width / kVec;
-    const int64_t first = static_cast<int64_t>(blockIdx.x) * (kPadUnits * kThreads) + threadIdx.x;
-    Packed<T, kVec> words[kPadUnits];
+    const int64_t elements = args.rows * args.width, units = (elements + kVec - 1) / kVec;
+    const int64_t blocks = (units + kCopyUnits * kThreads - 1) / (kCopyUnits * kThreads), image = blockIdx.x / blocks;
+    const int64_t first = (blockIdx.x - image * blocks) * (kCopyUnits * kThreads) + threadIdx.x;
+    Packed<T, kVec> words[kCopyUnits];
 #pragma unroll
-    for (int k = 0; k < kPadUnits; ++k) {
-        const int64_t i = first + k * kThreads;
-        const int64_t row = (i >> 32) == 0 ? static_cast<uint32_t>(i) / static_cast<uint32_t>(units) : i / units;
-        const int column = static_cast<int>(i - row * units) * kVec;
-        const T* const from = static_cast<const T*>(args.from) + row * args.stride + column;
+    for (int k = 0; k < kCopyUnits; ++k) {
+        const int64_t i = (first + k * kThreads) * kVec;
+        int64_t row = (i >> 32) == 0 ? static_cast<uint32_t>(i) / static_cast<uint32_t>(args.width) : i / args.width;
+        int column = static_cast<int>(i - row * args.width);
+        const T* const from = static_cast<const T*>(args.from[image]);
         if constexpr (kCount == kVec) {
-            words[k] = load_packed<kVec>(from, row < args.rows && column < args.channels);
+            words[k] = load_packed<kVec>(from + row * args.stride + column, row < args.rows && column < args.channels);
         } else {
             T x[kVec];
 #pragma unroll
-            for (int j = 0; j < kVec; ++j)
-                x[j] = row < args.rows && column + j < args.channels ? from[j] : from_float<T>(0.f);
+            for (int j = 0; j < kVec; ++j) {
+                x[j] =
+                    row < args.rows && column < args.channels ? from[row * args.stride + column] : from_float<T>(0.f);
+                if (++column == args.width) column = 0, ++row;
+            }
             memcpy(&words[k], x, sizeof(x));
         }
     }
+    T* const to = static_cast<T*>(args.to[image]);
 #pragma unroll
-    for (int k = 0; k < kPadUnits; ++k) {
-        const int64_t i = first + k * kThreads;
-        if (i < args.rows * units) static_cast<Packed<T, kVec>*>(args.to)[i] = words[k];
+    for (int k = 0; k < kCopyUnits; ++k) {
+        const int64_t i = (first + k * kThreads) * kVec;
+        if (kCount == kVec ? i < elements : i + kVec <= elements) {
+            *reinterpret_cast<Packed<T, kVec>*>(to + i) = words[k];
+        } else {
+            T x[kVec];
+            memcpy(x, &words[k], sizeof(x));
+            for (int j = 0; j < kVec && i + j < elements; ++j) to[i + j] = x[j];
+        }
     }
 }
 
 }  // namespace
 
-cudaError_t launch_pad_rows(const PadRowsArgs& args, DType dtype, cudaStream_t stream) {
-    const int64_t units = args.rows * (args.width / kVec), of_block = kPadUnits * kThreads;
-    const int64_t blocks = (units + of_block - 1) / of_block;
+cudaError_t launch_copy_rows(const CopyRowsArgs& args, DType dtype, cudaStream_t stream) {
+    const int64_t units = (args.rows * args.width + kVec - 1) / kVec, of_block = kCopyUnits * kThreads;
+    const int64_t blocks = (units + of_block - 1) / of_block * args.images;
     return dispatch_dtype(dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
-        const bool vectors = args.channels % kVec == 0 && args.stride % kVec == 0 &&
-                             reinterpret_cast<uintptr_t>(args.from) % (kVec * sizeof(T)) == 0;
-        return launch_kernel(vectors ? pad_rows_kernel<T, kVec> : pad_rows_kernel<T, 1>, blocks, kThreads, 0, stream,
+        bool vectors = args.channels % kVec == 0 && args.stride % kVec == 0 && args.width % kVec == 0;
+        for (int i = 0; i < args.images; ++i)
+            vectors = vectors && reinterpret_cast<uintptr_t>(args.from[i]) % (kVec * sizeof(T)) == 0;
+        return launch_kernel(vectors ? copy_rows_kernel<T, kVec> : copy_rows_kernel<T, 1>, blocks, kThreads, 0, stream,
                              args);
     });
 }

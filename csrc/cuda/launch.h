@@ -13,7 +13,7 @@ cudaError_t launch_grouped_scan_fwd(const ScanFwdArgs& args, DType dtype, cudaSt
 cudaError_t launch_grouped_scan_bwd(const ScanBwdArgs& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_clear_images(const ClearImagesArgs& args, cudaStream_t stream);
 cudaError_t launch_sum_images(const SumImagesArgs& args, DType dtype, cudaStream_t stream);
-cudaError_t launch_pad_rows(const PadRowsArgs& args, DType dtype, cudaStream_t stream);
+cudaError_t launch_copy_rows(const CopyRowsArgs& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_scan_reduce(const ScanReduceArgs& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_depthwise_conv_fwd(const ConvFwdArgs& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_depthwise_conv_bwd(const ConvBwdArgs& args, DType dtype, cudaStream_t stream);

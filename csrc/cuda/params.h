@@ -31,7 +31,7 @@ struct ScanShape {
     int64_t batch;
     int height, width, groups, dim, states, rank;  // rank 0: dt holds the step itself
     int scans;      // groups of the kernel that are scans of one group of the images, one after another
-    int param_dim;  // channels between the parameters of two groups: dim, or more where dim is a part
+    int param_dim;  // channels between the parameters of two groups: dim, more where dim is a part, fewer where padded
     int norm_dim;   // channels that LayerNorm counts: D, or fewer where the rest is pad
     int lanes;      // lanes that share a token, a power of two up to 32
     int threads;    // threads of a block
@@ -238,10 +238,12 @@ struct SumArgs {
     int count = 0;
 };
 
-// Rows of `channels` elements, `stride` apart, as rows of `width`, a multiple of 4, that end in zeros.
-struct PadRowsArgs {
-    const void* from = nullptr;
-    void* to = nullptr;
+// Rows of `channels` elements, `stride` apart, as rows of `width` that end in zeros where that is more; of some images
+// alike. `to` begins at a multiple of 16 bytes.
+struct CopyRowsArgs {
+    const void* from[3] = {};
+    void* to[3] = {};
+    int images = 1;
     int64_t rows = 0, stride = 0;
     int channels = 0, width = 0;
 };

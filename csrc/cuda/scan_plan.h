@@ -56,14 +56,15 @@ struct ColumnCut {
     int64_t slabs;    // of the plane
 };
 inline ColumnCut cut_columns(int64_t height, int64_t width, int64_t dim, int64_t slots) {
-    constexpr int64_t kMostRuns = 8, kAligned = 64;  // of a slab of so many slots; elements
+    constexpr int64_t kMostRuns = 8, kAligned = 64, kPad = 8;  // of a slab of so many slots; elements; channels
     const auto up = [](int64_t n, int64_t unit) { return (n + unit - 1) / unit; };
+    const int64_t pitch = up(dim, kPad) * kPad;
     const int64_t columns = std::min(slots / kFwdTokens / up(height, kFwdTokens), width);
     const ColumnCut whole{columns, 0, columns > 0 ? up(width, columns) : 0};
     if (columns == width || 10 * columns * height >= 8 * slots) return whole;
     int64_t best = slots;
     for (int64_t rows = slots; rows >= kFwdTokens && rows * kMostRuns >= slots; rows /= 2) {
-        if (rows < slots && rows * dim % kAligned != 0) continue;
+        if (rows < slots && rows * pitch % kAligned != 0) continue;
         if (up(height, rows) * rows < up(height, best) * best) best = rows;
         if (10 * height >= 9 * up(height, rows) * rows) break;
     }

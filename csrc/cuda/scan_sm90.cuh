@@ -60,7 +60,7 @@ __device__ __noinline__ float look_back(float* plane, int slabs, int ways, int s
     // Where states that enter segments lie, but for the first segment's, which is 0.
     float* const states = plane + (2 * slabs - 1) * Block::kWidth + channel;
     const float* start = nullptr;
-    uint32_t first = __float_as_uint(state);
+    uint32_t first = present(state);
     if (step - from > kSegment) {
         const int segment = (step - 1) / kSegment;
         from = segment * kSegment;
@@ -259,7 +259,8 @@ cudaError_t launch_sm90(Kernel kernel, int threads, int resident, int shared, cu
 template <class F>
 cudaError_t dispatch_sm90(DType dtype, const ScanShape& shape, const SlabPlan& plan, F&& f) {
     const int used = sm90_lanes(shape);
-    const bool runs = plan.columns == 0, whole = shape.dim == used * kVec && shape.norm_dim == shape.dim;
+    const bool runs = plan.columns == 0,
+               whole = shape.dim == used * kVec && shape.norm_dim == shape.dim && shape.param_dim == shape.dim;
     const auto with_cut = [&](auto tag, auto lanes) {
         return runs ? f(tag, lanes, std::false_type{}, std::true_type{})
                     : f(tag, lanes, std::false_type{}, std::false_type{});

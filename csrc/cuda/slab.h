@@ -109,6 +109,13 @@ inline void share_planes(const ScanShape& shape, int64_t at_once, double cached,
     plan.of_ways = Divisor::of(plan.ways);
 }
 
+// Groups of 68 to 96 channels (GroupMamba's 87 are kept as 88) take 24 lanes a token in place of 32, in blocks of 96
+// threads in place of 128: the same slabs, and no warp that is a third idle (forward v11 in bench/NOTES.md).
+constexpr int kNarrowLanes = 24;
+inline int sm90_lanes(const ScanShape& shape) {
+    return shape.lanes == 32 && shape.dim <= kNarrowLanes * kVec ? kNarrowLanes : shape.lanes;
+}
+
 // Floats of device memory, `width` channels wide, through which the blocks of a plane pass states on: two for every
 // slab and channel, then, where a team is larger than a segment, one for every segment but the first, and channel.
 __host__ __device__ inline int64_t exchange_of_plane(const SlabPlan& plan, int width) {
@@ -116,14 +123,14 @@ __host__ __device__ inline int64_t exchange_of_plane(const SlabPlan& plan, int w
     return (2 * plan.slabs + segments) * width;
 }
 inline int64_t exchange_floats(const ScanShape& shape, const SlabPlan& plan) {
-    return plan.ways == 1 ? 0 : shape.batch * shape.groups * exchange_of_plane(plan, shape.lanes * kVec);
+    return plan.ways == 1 ? 0 : shape.batch * shape.groups * exchange_of_plane(plan, sm90_lanes(shape) * kVec);
 }
 
 // How the coordinates of a slab's boxes follow from its first (column, row); see slab_maps.cpp.
 struct SlabMapKind {
     int row_shift;     // log2 of the row-major tokens fused with the channels
     bool column_fuse;  // columns are fused with the channels
-    int boxes[2];      // of a slab along rows, along whole columns: 2 where one would have too many tokens
+    int row_boxes;     // of a slab along rows: 2 where one would have too many tokens
 };
 
 // False where the copy engine can't move `image`: addresses or strides that are not multiples of 16 bytes, or a driver

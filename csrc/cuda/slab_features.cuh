@@ -173,7 +173,7 @@ template <class T, class Block, class Args>
 __device__ __forceinline__ void put_gated_rows(const Args& args, float* table, int image, int batch, int group) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < 2 * Block::kWidth; i += Block::kThreads) {
-        const int row = i / Block::kWidth, c = i % Block::kWidth, dim = Block::dim(args.shape);
+        const int row = i / Block::kWidth, c = i % Block::kWidth, dim = Block::real_dim(args.shape);
         const int64_t channel = static_cast<int64_t>(group) * dim + c;
         float value = 0.f;
         if (c < dim) {
@@ -193,15 +193,16 @@ __device__ __forceinline__ void put_rows(const Args& args, float* table, int bat
     constexpr int kRows = Block::kThreads / Block::kWidth, kLoads = (Block::kFeatures - 2 + kRows - 1) / kRows;
     const ScanShape& s = args.shape;
     const int c = threadIdx.x % Block::kWidth, first = threadIdx.x / Block::kWidth;
-    const bool in = first < kRows && c < Block::dim(s);
-    const int64_t channel = static_cast<int64_t>(group) * Block::dim(s) + c;
+    const int dim = Block::real_dim(s);
+    const bool in = first < kRows && c < dim;
+    const int64_t channel = static_cast<int64_t>(group) * dim + c;
     const auto bits_of = [&](const ParamArg& p, bool wanted, int64_t i) {
         return wanted && p.ptr != nullptr ? load_param_bits(p, i) : 0u;
     };
     const bool fills = in && first == 0;
     const uint32_t bias = bits_of(args.dt_bias, fills, channel), skip = bits_of(args.D, fills, channel),
                    A = bits_of(args.A, fills, channel),
-                   gate = bits_of(args.gate, fills, static_cast<int64_t>(batch) * s.groups * Block::dim(s) + channel),
+                   gate = bits_of(args.gate, fills, static_cast<int64_t>(batch) * s.groups * dim + channel),
                    norm_weight = bits_of(args.norm_weight, fills, channel),
                    norm_bias = bits_of(args.norm_bias, fills, channel);
     uint32_t weight[kLoads];

@@ -9,7 +9,9 @@ namespace gm {
 bool make_slab_maps(const ImageArg& image, const ScanShape& s, const SlabPlan& plan, DType dtype, CUtensorMap (&map)[2],
                     SlabMapKind& kind) {
     const int64_t dim = s.dim, width = s.width, height = s.height, tokens = width * height;
-    const bool contiguous = image.token == dim;
+    const bool padded = s.param_dim < s.dim;  // the engine reads zeros where channels are missing, and writes nothing
+    const bool contiguous = image.token == dim && !padded;
+    const int64_t channels = padded ? s.param_dim : dim;
     // Fetching whole lines ahead pays where a plane's tokens follow one another; elsewhere it drags in other groups.
     const auto promotion = contiguous ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_NONE;
 
@@ -19,30 +21,28 @@ bool make_slab_maps(const ImageArg& image, const ScanShape& s, const SlabPlan& p
            (plan.tokens >> kind.row_shift) % 2 == 0)
         ++kind.row_shift;
     const int64_t fuse = int64_t{1} << kind.row_shift;
-    kind.boxes[0] = plan.tokens / fuse > kBoxLimit ? 2 : 1;
-    const TensorMapShape by_rows{{dim * fuse, tokens / fuse, 1, s.groups, s.batch},
+    kind.row_boxes = plan.tokens / fuse > kBoxLimit ? 2 : 1;
+    const TensorMapShape by_rows{{channels * fuse, tokens / fuse, 1, s.groups, s.batch},
                                  {image.token * fuse, 16, image.group, image.batch},
-                                 {dim * fuse, plan.tokens / fuse / kind.boxes[0], 1}};
+                                 {dim * fuse, plan.tokens / fuse / kind.row_boxes, 1}};
     if (!encode_tensor_map(map[0], image.ptr, dtype, by_rows, promotion)) return false;
 
     // Columns: (channel, column, row), or (channel of a column, row) fused.
     const int64_t columns = plan.columns > 0 ? plan.columns : 1, rows = plan.columns > 0 ? height : plan.run_rows;
-    kind.boxes[1] = rows > kBoxLimit ? 2 : 1;
-    const int64_t box_rows = rows / kind.boxes[1];
     kind.column_fuse = contiguous && columns * dim <= kBoxLimit;
-    TensorMapShape by_columns{{dim, width, height, s.groups, s.batch},
+    TensorMapShape by_columns{{channels, width, height, s.groups, s.batch},
                               {image.token, image.token * width, image.group, image.batch},
-                              {dim, columns, box_rows}};
+                              {dim, columns, rows}};
     if (kind.column_fuse)
         by_columns = {{dim * width, 1, height, s.groups, s.batch},
                       {16, image.token * width, image.group, image.batch},
-                      {dim * columns, 1, box_rows}};
+                      {dim * columns, 1, rows}};
     return encode_tensor_map(map[1], image.ptr, dtype, by_columns, promotion);
 }
 
 bool takes_grouped_scan_sm90(const ScanShape& s, bool has_z, bool has_norm, DType dtype) {
     const bool shape = dtype != DType::kFloat && s.states == 1 && s.rank > 0 && s.softplus && s.lanes >= 4 &&
-                       s.rank + 2 <= sm90_features(s.lanes) && s.dim % 8 == 0 && has_z && has_norm;
+                       s.rank + 2 <= sm90_features(s.lanes) && s.param_dim == s.dim && has_z && has_norm;
     if (!shape || !has_tensor_maps()) return false;
     return capability_of_device() >= 90 && grouped_scan_sm90_built();
 }

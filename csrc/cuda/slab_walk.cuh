@@ -45,6 +45,8 @@ struct Sm90Block {
 
     __device__ static int aggregate(int chunk) { return chunk * kWidth + chunk / 4 * kPad; }
     __host__ __device__ static int dim(const ScanShape& s) { return kWhole ? kWidth : s.dim; }
+    // Channels that exist, of which the parameters and what is saved know: fewer where they are padded to dim.
+    __host__ __device__ static int real_dim(const ScanShape& s) { return kWhole ? kWidth : s.param_dim; }
     // Floats of a token's features in shared memory: B, C, dt_0, ...; a multiple of 4.
     __host__ __device__ static int width(const ScanShape& s) { return kFeatures <= 4 ? 4 : (s.rank + 5) / 4 * 4; }
     // Bytes of one tensor's slab, a multiple of 128. The slot after the last is zeros, for threads without tokens or
@@ -138,7 +140,7 @@ struct SlabWalk {
     __device__ __forceinline__ void boxes(const ScanShape& s, const SlabPlan& plan, const SlabCursor& at,
                                           const SlabMapKind& kind, F&& visit) const {
         const bool fused = columns && kind.column_fuse;
-        const int count = runs() ? plan.runs_of_slab : Block::kTokens > kBoxLimit ? kind.boxes[columns] : 1;
+        const int count = runs() ? plan.runs_of_slab : Block::kTokens > kBoxLimit && !columns ? kind.row_boxes : 1;
 #pragma unroll 1
         for (int box = 0; box < count; ++box) {
             const int tokens = box * (runs() ? plan.run_rows : Block::kTokens / 2);

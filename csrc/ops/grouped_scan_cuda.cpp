@@ -1,5 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // grouped_selective_scan on CUDA: checks, device guard, allocation, launch. Schemas and layouts: csrc/schemas.cpp.
+#include <iterator>
+#include <optional>
+#include <vector>
+
 #include "cuda/grouped_scan_sm90.h"
 #include "cuda/launch.h"
 #include "host/cuda_args.h"
@@ -62,20 +66,92 @@ Tensor exchange_scratch(Args& args, const Tensor& device_of) {
     return scratch;
 }
 
-void make_canonical(ScanInputs& in) {
-    for (Tensor* t : {&in.u, &in.dt, &in.B, &in.C}) *t = canonical_image(*t);
-    if (in.z) in.z = canonical_image(*in.z);
+void make_canonical(std::initializer_list<Tensor*> images) {
+    for (Tensor* t : images) *t = canonical_image(*t);
 }
 
-// Copies of those images that the copy engine can't move.
-void make_movable(std::initializer_list<Tensor*> images, const ScanShape& shape) {
-    for (Tensor* t : images) {
-        if (allows_slabs(image_arg(*t), shape)) continue;
-        Tensor copy = empty_image_like(*t);
-        torch::stable::copy_(copy, *t);
-        *t = copy;
+// Widens the scan to what the copy engine moves, and for images that it can't move makes places that it can: of the
+// same order, with pixels a multiple of 8 channels apart.
+class Movable {
+public:
+    Movable(ScanShape& shape, const CudaContext& context) : shape_(shape), context_(context), dim_(shape.dim) {
+        shape.dim = static_cast<int>(round_up(shape.dim, kPixelUnit));
     }
-}
+    void read(std::initializer_list<Tensor*> images) const {
+        std::vector<Copy> copies;
+        for (Tensor* image : images) {
+            if (is_canonical_image(*image) && allows_slabs(image_arg(*image), shape_)) continue;
+            const Tensor place = place_like(*image);
+            copies.push_back({*image, place});
+            *image = place;
+        }
+        run(copies, shape_.dim);
+    }
+    // Where a kernel writes what finish() brings to `image`.
+    ImageArg write(const Tensor& image) {
+        if (allows_slabs(image_arg(image), shape_)) return image_arg(image);
+        written_.push_back({place_like(image), image});
+        return image_arg(written_.back().from);
+    }
+    void finish() const { run(written_, dim_); }
+
+private:
+    struct Copy {
+        Tensor from, to;
+    };
+
+    // Elements between the rows of an image, (batch, H, W, G, D), one for each group of a token, where they are as far
+    // apart from first to last, in the order of tokens or of groups; else 0.
+    static int64_t pitch(const Tensor& image, bool by_groups) {
+        const ImageStrides s = image_strides(image);
+        const int64_t batch = image.size(0), tokens = image.size(1) * image.size(2), groups = image.size(3);
+        if (!is_canonical_image(image) || tokens == 1) return 0;
+        const int64_t row = by_groups || groups == 1 ? s.token : s.group, token = by_groups ? row : groups * row;
+        const bool even = s.token == token && (batch == 1 || s.batch == tokens * token) &&
+                          (groups == 1 || s.group == (by_groups ? batch * tokens * row : row));
+        return even && row >= image.size(4) ? row : 0;
+    }
+    static bool is_by_groups(const Tensor& image) { return pitch(image, false) == 0; }
+
+    Tensor place_like(const Tensor& image) const {
+        const int64_t batch = image.size(0), height = image.size(1), width = image.size(2), groups = image.size(3);
+        const bool by_groups = is_by_groups(image);
+        const int64_t pixel = by_groups ? shape_.dim : groups * shape_.dim, row = width * pixel, plane = height * row;
+        const Tensor wide = empty({batch, height, width, groups, shape_.dim}, image.scalar_type(), image);
+        return alias(wide, shape_of(image), {plane, row, pixel, by_groups ? batch * plane : shape_.dim, 1});
+    }
+
+    // To rows of `width` channels, in as few launches as the images allow.
+    void run(const std::vector<Copy>& copies, int width) const {
+        CopyRowsArgs args;
+        args.images = 0;
+        const auto launch = [&] {
+            if (args.images > 0)
+                check_cuda(launch_copy_rows(args, dtype_of(copies[0].to), context_.stream()), "padding");
+            args.images = 0;
+        };
+        for (const auto& [from, to] : copies) {
+            const bool by_groups = is_by_groups(from);
+            const int64_t stride = pitch(from, by_groups);
+            const bool aligned = reinterpret_cast<uintptr_t>(to.data_ptr()) % 16 == 0;
+            if (stride == 0 || pitch(to, by_groups) != width || !aligned) {
+                Tensor place = to;
+                torch::stable::copy_(place, from);
+                continue;
+            }
+            if (args.images == static_cast<int>(std::size(args.to)) || stride != args.stride) launch();
+            args.from[args.images] = from.data_ptr(), args.to[args.images] = to.data_ptr(), ++args.images;
+            args.rows = from.size(0) * from.size(1) * from.size(2) * from.size(3);
+            args.stride = stride, args.width = width, args.channels = dim_;
+        }
+        launch();
+    }
+
+    const ScanShape& shape_;
+    const CudaContext& context_;
+    int dim_;  // channels that exist
+    std::vector<Copy> written_;
+};
 
 // What forward and backward read, of canonical inputs.
 template <class Args>
@@ -134,12 +210,19 @@ void scan_fwd_into(const Tensor& y, const OptTensor& states, ScanInputs in, cons
     const DType dtype = dtype_of(in.u);
     if (s.batch == 0 || s.tokens() == 0) return;
 
-    make_canonical(in);
+    make_canonical({&in.dt, &in.B, &in.C});
     const bool sm90 = takes_grouped_scan_sm90(args.shape, in.z.has_value(), in.norm_weight.has_value(), dtype);
-    if (sm90) make_movable({&in.u, &*in.z}, args.shape);
+    std::optional<Movable> movable;
+    if (sm90) {
+        movable.emplace(args.shape, context);
+        movable->read({&in.u, &*in.z});
+    } else {
+        make_canonical({&in.u});
+        if (in.z) make_canonical({&*in.z});
+    }
     ParamHolder param;
     set_inputs(args, in, param);
-    args.y = image_arg(y);
+    args.y = movable ? movable->write(y) : image_arg(y);
     Tensor scratch;
     if (states) {
         args.states = static_cast<float*>(states->data_ptr());
@@ -160,6 +243,7 @@ void scan_fwd_into(const Tensor& y, const OptTensor& states, ScanInputs in, cons
         check_cuda(share_grouped_scan_fwd_sm90(sm90_args, dtype), kName);
         const Tensor exchange = exchange_scratch(sm90_args, in.u);
         check_cuda(launch_grouped_scan_fwd_sm90(sm90_args, dtype, context.stream()), kName);
+        movable->finish();
     } else {
         args.shape.threads = scan_fwd_threads(args.shape.lanes, s.tokens());
         check_cuda(launch_grouped_scan_fwd(args, dtype, context.stream()), kName);
@@ -188,17 +272,24 @@ ScanParameterGradients scan_bwd_into(const ScanImageGradients& images, Tensor dy
         return p;
     }
 
-    dy = canonical_image(dy);
-    make_canonical(in);
+    make_canonical({&in.dt, &in.B, &in.C});
     const bool sm90 = takes_grouped_scan_sm90(args.shape, in.z.has_value(), in.norm_weight.has_value(), dtype);
-    if (sm90) make_movable({&dy, &in.u, &*in.z}, args.shape);
+    std::optional<Movable> movable;
+    if (sm90) {
+        movable.emplace(args.shape, context);
+        movable->read({&dy, &in.u, &*in.z});
+    } else {
+        make_canonical({&dy, &in.u});
+        if (in.z) make_canonical({&*in.z});
+    }
     if (!states.is_contiguous()) states = torch::stable::contiguous(states);
     ParamHolder param;
     set_inputs(args, in, param);
     args.dy = image_arg(dy);
-    args.du = image_arg(images.du), args.ddt = image_arg(images.ddt), args.dB = image_arg(images.dB);
+    args.du = movable ? movable->write(images.du) : image_arg(images.du), args.ddt = image_arg(images.ddt),
+    args.dB = image_arg(images.dB);
     args.dC = image_arg(images.dC);
-    if (in.z) args.dz = image_arg(*images.dz);
+    if (in.z) args.dz = movable ? movable->write(*images.dz) : image_arg(*images.dz);
     args.states = static_cast<const float*>(states.data_ptr());
     args.num_chunks = states.size(2);
     Tensor scratch;
@@ -231,6 +322,7 @@ ScanParameterGradients scan_bwd_into(const ScanImageGradients& images, Tensor dy
         parts = sm90_args.plan.ways;
         sm90_args.scan.partials = args.partials = make_partials();
         check_cuda(launch_grouped_scan_bwd_sm90(sm90_args, dtype, context.stream()), kName);
+        movable->finish();
     } else {
         args.partials = make_partials();
         check_cuda(launch_grouped_scan_bwd(args, dtype, context.stream()), kName);
@@ -240,7 +332,7 @@ ScanParameterGradients scan_bwd_into(const ScanImageGradients& images, Tensor dy
     reduce.partials = args.partials;
     reduce.batch = s.batch;
     reduce.parts = static_cast<int>(parts);
-    reduce.groups = args.shape.groups, reduce.dim = reduce.param_dim = args.shape.dim;
+    reduce.groups = args.shape.groups, reduce.dim = reduce.param_dim = static_cast<int>(s.dim);
     reduce.states = args.shape.states, reduce.rank = args.shape.rank;
     reduce.norm_weight = args.norm_weight, reduce.norm_bias = args.norm_bias, reduce.gate = args.gate;
     reduce.dA = param_out(p.dA, in.A), reduce.dD = param_out(p.dD, in.D);

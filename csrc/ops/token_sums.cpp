@@ -71,11 +71,11 @@ PaddedRows::PaddedRows(const Tensor& image, const CudaContext& context) {
     const std::optional<Shape> strides = view_strides(image, {tokens, channels});
     const bool walks = strides && (channels == 1 || (*strides)[1] == 1);
     const Tensor dense = walks ? image : torch::stable::contiguous(image);
-    PadRowsArgs args;
-    args.from = dense.data_ptr(), args.to = rows_.data_ptr(), args.rows = tokens;
+    CopyRowsArgs args;
+    args.from[0] = dense.data_ptr(), args.to[0] = rows_.data_ptr(), args.rows = tokens;
     args.stride = walks ? (*strides)[0] : channels;
     args.channels = static_cast<int>(channels), args.width = static_cast<int>(step);
-    check_cuda(launch_pad_rows(args, dtype_of(image), context.stream()), "padding rows");
+    check_cuda(launch_copy_rows(args, dtype_of(image), context.stream()), "padding rows");
 }
 
 bool PaddedRows::is_padded(const Tensor& image, int64_t step) {
