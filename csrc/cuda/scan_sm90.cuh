@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <iterator>
 #include <type_traits>
-#include <utility>
 #include <vector>
 
 #include "cuda/dispatch.h"
@@ -112,21 +111,22 @@ __device__ __noinline__ float look_back(float* plane, int slabs, int ways, int s
 // first and says whether it did. enters(part, channel, state) sees the state entering each part of the slab.
 template <class Block, class Arrive, class F>
 __device__ __forceinline__ void scan_chunks(const float* P_in, float* h_in, float& carry, Arrive&& arrive, F&& enters) {
-    constexpr int kLanes = Block::kScanLanes;
+    constexpr int kLanes = Block::kScanLanes, kChunks = Block::kLaneChunks;
     const int channel = threadIdx.x / kLanes, q = threadIdx.x % kLanes;
-    const int first = q * (4 * Block::kWidth + Block::kPad) + channel;  // aggregate(4 q), the others kWidth apart
-    float P4[4], h4[4];
+    if (kLanes * Block::kWidth < Block::kThreads && channel >= Block::kWidth) return;
+    const int first = q * (kChunks * Block::kWidth + Block::kPad) + channel;  // aggregate(kChunks q), the others behind
+    float P_own[kChunks], h_own[kChunks];
     const auto read = [&] {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            P4[i] = P_in[first + i * Block::kWidth];
-            h4[i] = h_in[first + i * Block::kWidth];
+        for (int i = 0; i < kChunks; ++i) {
+            P_own[i] = P_in[first + i * Block::kWidth];
+            h_own[i] = h_in[first + i * Block::kWidth];
         }
     };
     read();
-    float P = P4[0], h = h4[0];
+    float P = P_own[0], h = h_own[0];
 #pragma unroll
-    for (int i = 1; i < 4; ++i) h = fmaf(P4[i], h, h4[i]), P *= P4[i];
+    for (int i = 1; i < kChunks; ++i) h = fmaf(P_own[i], h, h_own[i]), P *= P_own[i];
 #pragma unroll
     for (int d = 1; d < kLanes; d *= 2) {
         const float h_before = __shfl_up_sync(kFullWarp, h, d, kLanes),
@@ -139,9 +139,9 @@ __device__ __forceinline__ void scan_chunks(const float* P_in, float* h_in, floa
     if (q % (kLanes / Block::kParts) == 0) enters(q / (kLanes / Block::kParts), channel, state);
     carry = __shfl_sync(kFullWarp, fmaf(P, carry, h), kLanes - 1, kLanes);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kChunks; ++i) {
         h_in[first + i * Block::kWidth] = state;
-        state = fmaf(P4[i], state, h4[i]);
+        state = fmaf(P_own[i], state, h_own[i]);
     }
 }
 
@@ -171,17 +171,6 @@ __device__ __forceinline__ void gather_chunks(const float* P_in, const float* h_
     for (int j = 0; j < kVec; ++j) carry[j] = fmaf(P_all[j], carry[j], h_all[j]);
 }
 
-// Two blocks an SM need nearly all of its memory as shared memory. Asked of the driver once for each kernel and device.
-inline cudaError_t prefer_shared(const void* kernel, int device) {
-    thread_local std::vector<std::pair<const void*, int>> known;
-    const std::pair<const void*, int> key{kernel, device};
-    if (std::find(known.begin(), known.end(), key) != known.end()) return cudaSuccess;
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-    if (error == cudaSuccess) known.push_back(key);
-    return error;
-}
-
 // Blocks of a kernel that the current device runs at once.
 inline cudaError_t blocks_at_once(const void* kernel, int threads, int shared, int64_t& blocks) {
     struct Known {
@@ -195,8 +184,7 @@ inline cudaError_t blocks_at_once(const void* kernel, int threads, int shared, i
     if (error != cudaSuccess) return error;
     for (const Known& k : known)
         if (k.kernel == kernel && k.device == device && k.shared == shared) return blocks = k.blocks, cudaSuccess;
-    error = prefer_shared(kernel, device);
-    if (error == cudaSuccess) error = raise_shared_limit(kernel, shared);
+    error = raise_shared_limit(kernel, shared);
     if (error == cudaSuccess) error = multiprocessors_of_device(multiprocessors);
     if (error == cudaSuccess) error = device_attribute(cudaDevAttrCooperativeLaunch, cooperative);
     if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, shared);
@@ -232,21 +220,21 @@ cudaError_t share_sm90(Kernel kernel, int threads, int shared, size_t tensors, A
 
 // As many blocks as run at once, `resident` an SM, each with several planes of one group: it loads the next plane while
 // it computes, and reads its parameters once (2% at 64 x 56 against a block a plane). Those that share planes wait for
-// one another and must all run.
+// one another and must all run. How an SM's memory is cut into shared memory and cache is left to the driver: asked for
+// the most shared memory, it leaves 28 KB of cache, too little for the features of two planes at 56 x 56, of which a
+// slab of columns reads a few of each row: 7% of the forward there, 14% at 112 x 112.
 template <class Kernel, class Args>
 cudaError_t launch_sm90(Kernel kernel, int threads, int resident, int shared, cudaStream_t stream, const Args& args) {
     const ScanShape& shape = args.scan.shape;
-    int device = 0, multiprocessors = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = prefer_shared(reinterpret_cast<const void*>(kernel), device);
-    if (error == cudaSuccess && args.plan.ways > 1) {
+    if (args.plan.ways > 1) {
         const size_t bytes = exchange_floats(shape, args.plan) * sizeof(float);
-        error = cudaMemsetAsync(args.exchange, kAbsent & 0xff, bytes, stream);
+        const cudaError_t error = cudaMemsetAsync(args.exchange, kAbsent & 0xff, bytes, stream);
         if (error != cudaSuccess) return error;
         const int64_t blocks = int64_t{args.plan.teams} * args.plan.ways * shape.groups;
         return launch_at_once(kernel, blocks, threads, shared, stream, args);
     }
-    if (error == cudaSuccess) error = multiprocessors_of_device(multiprocessors);
+    int multiprocessors = 0;
+    const cudaError_t error = multiprocessors_of_device(multiprocessors);
     if (error != cudaSuccess) return error;
     const int64_t at_once = std::max(resident * multiprocessors / shape.groups, 1) * int64_t{shape.groups};
     const int64_t blocks = std::min(shape.batch * shape.groups, at_once);
