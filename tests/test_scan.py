@@ -160,7 +160,7 @@ def images_apart(x: torch.Tensor) -> torch.Tensor:
     return x.repeat_interleave(2, dim=0)[::2]
 
 
-@pytest.mark.parametrize("dim", [13, 16, 18])
+@pytest.mark.parametrize("dim", [12, 13, 16, 18, 20])
 @pytest.mark.parametrize("layout", [group_major, unaligned, padded_channels, images_apart], ids=lambda f: f.__name__)
 def test_layouts(device, layout, dim):
     """Strided and unaligned inputs give bit for bit what contiguous ones give."""

@@ -109,7 +109,7 @@ inline void share_planes(const ScanShape& shape, int64_t at_once, double cached,
     plan.of_ways = Divisor::of(plan.ways);
 }
 
-// Groups of 68 to 96 channels (GroupMamba's 87 are kept as 88) take 24 lanes a token in place of 32, in blocks of 96
+// Groups of 65 to 96 channels (GroupMamba's 87 are kept as 88) take 24 lanes a token in place of 32, in blocks of 96
 // threads in place of 128: the same slabs, and no warp that is a third idle (forward v11 in bench/NOTES.md).
 constexpr int kNarrowLanes = 24;
 inline int sm90_lanes(const ScanShape& shape) {

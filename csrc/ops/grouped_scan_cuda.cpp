@@ -70,8 +70,8 @@ void make_canonical(std::initializer_list<Tensor*> images) {
     for (Tensor* t : images) *t = canonical_image(*t);
 }
 
-// Widens the scan to what the copy engine moves, and for images that it can't move makes places that it can: of the
-// same order, with pixels a multiple of 8 channels apart.
+// Widens the scan to what the copy engine moves, and for images that it can't move makes places that it can, with
+// pixels a multiple of 8 channels apart: token by token where the image lies so, else group by group.
 class Movable {
 public:
     Movable(ScanShape& shape, const CudaContext& context) : shape_(shape), context_(context), dim_(shape.dim) {
@@ -111,11 +111,11 @@ private:
                           (groups == 1 || s.group == (by_groups ? batch * tokens * row : row));
         return even && row >= image.size(4) ? row : 0;
     }
-    static bool is_by_groups(const Tensor& image) { return pitch(image, false) == 0; }
+    static bool places_by_groups(const Tensor& image) { return pitch(image, false) == 0; }
 
     Tensor place_like(const Tensor& image) const {
         const int64_t batch = image.size(0), height = image.size(1), width = image.size(2), groups = image.size(3);
-        const bool by_groups = is_by_groups(image);
+        const bool by_groups = places_by_groups(image);
         const int64_t pixel = by_groups ? shape_.dim : groups * shape_.dim, row = width * pixel, plane = height * row;
         const Tensor wide = empty({batch, height, width, groups, shape_.dim}, image.scalar_type(), image);
         return alias(wide, shape_of(image), {plane, row, pixel, by_groups ? batch * plane : shape_.dim, 1});
@@ -127,11 +127,11 @@ private:
         args.images = 0;
         const auto launch = [&] {
             if (args.images > 0)
-                check_cuda(launch_copy_rows(args, dtype_of(copies[0].to), context_.stream()), "padding");
+                check_cuda(launch_copy_rows(args, dtype_of(copies[0].to), context_.stream()), "copying channels");
             args.images = 0;
         };
         for (const auto& [from, to] : copies) {
-            const bool by_groups = is_by_groups(from);
+            const bool by_groups = places_by_groups(from);
             const int64_t stride = pitch(from, by_groups);
             const bool aligned = reinterpret_cast<uintptr_t>(to.data_ptr()) % 16 == 0;
             if (stride == 0 || pitch(to, by_groups) != width || !aligned) {
