@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Images that lie one after another: their sum, in float32, rounded once; zeros in some of them. Rows
-// copied to others, longer or shorter.
+// Images that lie one after another: their sum, in float32, rounded once; zeros in some of them. Rows copied to
+// others, longer or shorter.
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "cuda/launch_kernel.cuh"

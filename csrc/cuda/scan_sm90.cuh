@@ -222,7 +222,7 @@ cudaError_t share_sm90(Kernel kernel, int threads, int shared, size_t tensors, A
 // it computes, and reads its parameters once (2% at 64 x 56 against a block a plane). Those that share planes wait for
 // one another and must all run. How an SM's memory is cut into shared memory and cache is left to the driver: asked for
 // the most shared memory, it leaves 28 KB of cache, too little for the features of two planes at 56 x 56, of which a
-// slab of columns reads a few of each row: 7% of the forward there, 14% at 112 x 112.
+// slab of columns reads a few of each row: 7% of the forward there, 13% at 112 x 112.
 template <class Kernel, class Args>
 cudaError_t launch_sm90(Kernel kernel, int threads, int resident, int shared, cudaStream_t stream, const Args& args) {
     const ScanShape& shape = args.scan.shape;
