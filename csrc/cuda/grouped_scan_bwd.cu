@@ -310,7 +310,7 @@ __global__ void __launch_bounds__(kBwdSlab / kBwdTokens<T, kSingle>, kSingle&& k
             if (!kSingle && k < path.count) store4<kAligned>(du_out.at(path.token[k]) + c0, du[k], valid);
 #pragma unroll
             for (int j = 0; j < kVec; ++j) {
-                if (s.softplus) dstep[k][j] *= Math<T>::softplus_slope(step[k][j]);
+                if (s.softplus) dstep[k][j] = Math<T>::through_softplus(dstep[k][j], step[k][j]);
                 if (k >= path.count) dstep[k][j] = 0.f;
                 dbias[j] += dstep[k][j];
             }

@@ -30,8 +30,8 @@ struct Layout {
         feature_bytes = (Block::kTokens + 1) * Block::width(s) * 4;
         gradients = features + 2 * feature_bytes;
         aggregates = gradients + kPartials<Block> * Block::kTokens * Block::width(s) * 4;
-        table = aggregates + 4 * Block::kAggregates * 4;  // forward and adjoint
-        norm = table + table_rows(s) * Block::kWidth * 4;
+        table = aggregates + 3 * Block::kAggregates * 4;  // decays of chunks; states; adjoints
+        norm = table + table_rows<Block>(s) * Block::kWidth * 4;
         sums = norm + TokenNorm<__half, Block>::kBytes + TokenNorm<__half, Block>::kSumBytes;
         barriers = sums + (kSumWeight + s.rank) * Block::kThreads * 16;
         total = barriers + kSm90Stages * 8;
@@ -136,6 +136,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
                         .states[(plane * args.scan.num_chunks + walk.part(now, 0)) * Block::real_dim(s) + scan_channel];
         }
         float steps[kTokens][kVec], h[kTokens][kVec], dy[kTokens][kVec], entering[kVec], A[kVec];
+        const int at = Block::aggregate(chunk.order) + chunk.c0;
         {
             float bias[kVec];
             table_row(kBias, bias);
@@ -162,7 +163,6 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
                     P[j] = k == 0 ? a : P[j] * a;
                 }
             }
-            const int at = Block::aggregate(chunk.order) + chunk.c0;
             *reinterpret_cast<float4*>(aggregates + at) = make_float4(P[0], P[1], P[2], P[3]);
             *reinterpret_cast<float4*>(aggregates + Block::kAggregates + at) =
                 make_float4(local[0], local[1], local[2], local[3]);
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
             const ImageArg& image = tid == 0 ? args.scan.dB : tid == 1 ? args.scan.dC : args.scan.ddt;
             gradient_planes[tid] = plane_of<T>(image, now.batch, walk.group);
         }
-        scan_chunks<Block>(
+        scan_chunks<Block, false>(
             aggregates, aggregates + Block::kAggregates, saved, [](float, float) { return false; },
             [](int, int, float) {});
         SlabCursor after = next;
@@ -188,8 +188,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
         }
         __syncthreads();
         {
-            const float4 v = *reinterpret_cast<const float4*>(aggregates + Block::kAggregates +
-                                                              Block::aggregate(chunk.order) + chunk.c0);
+            const float4 v = *reinterpret_cast<const float4*>(aggregates + Block::kAggregates + at);
             entering[0] = v.x, entering[1] = v.y, entering[2] = v.z, entering[3] = v.w;
         }
         hide(A);
@@ -237,8 +236,9 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
 #pragma unroll
                     for (int j = 0; j < kVec; ++j) {
                         dy[k][j] = normed(dy[k][j]);
-                        const float sigmoid = Math<T>::sigmoid(x[j]), silu = x[j] * sigmoid, gated = g[j] * silu;
-                        dz[j] = g[j] * fmaf(dy[k][j], scale[j], shift[j]) * fmaf(silu, 1.f - sigmoid, sigmoid);
+                        // silu' = sigmoid + silu (1 - sigmoid), times g
+                        const float sigmoid = Math<T>::sigmoid(x[j]), open = g[j] * sigmoid, gated = open * x[j];
+                        dz[j] = fmaf(dy[k][j], scale[j], shift[j]) * fmaf(-gated, sigmoid, open + gated);
                         product[j] = fmaf(gated, dy[k][j], product[j]);
                         gated_sum[j] += gated;
                         through[i][j] = gated * scale[j];
@@ -251,10 +251,12 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
 #pragma unroll
                 for (int i = 0; i < kPart && k0 + i < kTokens; ++i) {
                     const int k = k0 + i;
-                    const float m1 = inverse_dim * moments[2 * i], m2 = inverse_dim * moments[2 * i + 1];
+                    // inverse_std (through - m1 - m2 normed), m1 and m2 the means
+                    const float unit = -inverse_std[i] * inverse_dim, m1 = unit * moments[2 * i],
+                                m2 = unit * moments[2 * i + 1];
 #pragma unroll
                     for (int j = 0; j < kVec; ++j) {
-                        const float d = inverse_std[i] * (through[i][j] - fmaf(dy[k][j], m2, m1));
+                        const float d = fmaf(through[i][j], inverse_std[i], fmaf(dy[k][j], m2, m1));
                         dy[k][j] = Block::kWhole ? d : d * counted[j];
                     }
                 }
@@ -275,11 +277,11 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
                 if (tid % 8 < kTokens) write(tid % 8, sum);
             }
         };
-        float* const adjoint_aggregates = aggregates + 2 * Block::kAggregates;
+        float* const adjoint_aggregates = aggregates + 2 * Block::kAggregates;  // their P are those of the states
         const int behind = Block::aggregate(Block::kChunks - 1 - chunk.order) + chunk.c0;
         hide(A);
         {
-            float P[kVec], local[kVec], dC[kTokens];
+            float local[kVec], dC[kTokens];
 #pragma unroll
             for (int k = kTokens - 1; k >= 0; --k) {
                 const float c = features[k * feature_step + 1];
@@ -288,12 +290,10 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
                 for (int j = 0; j < kVec; ++j) {
                     const float a = Math<T>::decay(steps[k][j], A[j]);
                     local[j] = k == kTokens - 1 ? a * (c * dy[k][j]) : a * fmaf(c, dy[k][j], local[j]);
-                    P[j] = k == kTokens - 1 ? a : P[j] * a;
                     dC[k] = fmaf(dy[k][j], h[k][j], dC[k]);
                 }
             }
-            *reinterpret_cast<float4*>(adjoint_aggregates + behind) = make_float4(P[0], P[1], P[2], P[3]);
-            *reinterpret_cast<float4*>(adjoint_aggregates + Block::kAggregates + behind) =
+            *reinterpret_cast<float4*>(adjoint_aggregates + behind) =
                 make_float4(local[0], local[1], local[2], local[3]);
             write_gradient(dC, 1.f, 1);
         }
@@ -306,14 +306,13 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
                                              plan.ways, now.step, adjoint_carry, P, local);
             return true;
         };
-        scan_chunks<Block>(adjoint_aggregates, adjoint_aggregates + Block::kAggregates, adjoint_carry, arrive,
-                           [](int, int, float) {});
+        scan_chunks<Block, true>(aggregates, adjoint_aggregates, adjoint_carry, arrive, [](int, int, float) {});
         __syncthreads();
 
         // everything else, from the last token to the first; du takes the place of u, dstep that of the steps
         {
             float adjoint[kVec], skip[kVec], dA[kVec] = {}, dskip[kVec] = {}, dbias[kVec] = {}, dB[kTokens];
-            const float4 v = *reinterpret_cast<const float4*>(adjoint_aggregates + Block::kAggregates + behind);
+            const float4 v = *reinterpret_cast<const float4*>(adjoint_aggregates + behind);
             adjoint[0] = v.x, adjoint[1] = v.y, adjoint[2] = v.z, adjoint[3] = v.w;
             table_row(kSkip, skip);
             hide(A);
@@ -334,7 +333,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
                     du[j] = fmaf(gs, b, skip[j] * dy[k][j]);
                     dB[k] = fmaf(gs, x[j], dB[k]);
                     adjoint[j] = a * g;
-                    steps[k][j] = ds * Math<T>::softplus_slope(steps[k][j]);
+                    steps[k][j] = Math<T>::through_softplus(ds, steps[k][j]);
                     dbias[j] += steps[k][j];
                 }
                 if (chunk.owns) store4<true>(u_slot, du, kVec);
@@ -350,7 +349,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
 #pragma unroll
             for (int k = 0; k < kTokens; ++k) {
                 const float d = features[k * feature_step + 2 + r];
-                ddt[k] = fmaf(steps[k][0], w.x, steps[k][1] * w.y) + fmaf(steps[k][2], w.z, steps[k][3] * w.w);
+                ddt[k] = fmaf(steps[k][0], w.x, fmaf(steps[k][1], w.y, fmaf(steps[k][2], w.z, steps[k][3] * w.w)));
 #pragma unroll
                 for (int j = 0; j < kVec; ++j) dw[j] = fmaf(steps[k][j], d, dw[j]);
             }
@@ -397,7 +396,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
         }
         now = next, next = after;
     }
-    if (tid % 32 == 0) tma_wait_all();
+    if (tid % 32 == 0) tma_wait_read();  // what is written, the end of the kernel makes visible
 #endif
 }
 

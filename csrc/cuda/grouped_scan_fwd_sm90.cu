@@ -24,7 +24,7 @@ struct Layout {
         feature_bytes = (Block::kTokens + 1) * Block::width(s) * 4;
         aggregates = features + 2 * feature_bytes;
         table = aggregates + 2 * Block::kAggregates * 4;
-        norm = table + table_rows(s) * Block::kWidth * 4;
+        norm = table + table_rows<Block>(s) * Block::kWidth * 4;
         barriers = norm + TokenNorm<__half, Block>::kBytes;
         total = barriers + kSm90Stages * 2 * 8;
     }
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident<Block>)
                 const int number = walk.part(now, part);
                 if (Block::kParts == 1 || number < args.scan.num_chunks) states(number)[channel] = state;
             };
-            scan_chunks<Block>(aggregate_P, aggregate_h, carry[0], arrive, save);
+            scan_chunks<Block, false>(aggregate_P, aggregate_h, carry[0], arrive, save);
         }
         if (n + 1 < total) {
             fetcher.keep(s, plan, walk, next, features_at(n + 1));
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident<Block>)
         image ^= next.batch != now.batch;
         now = next, next = after;
     }
-    if (tid == kLoadsZ) tma_wait_all();
+    if (tid == kLoadsZ) tma_wait_read();  // what is written, the end of the kernel makes visible
 #endif
 }
 

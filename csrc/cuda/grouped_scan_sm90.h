@@ -25,10 +25,11 @@ struct ScanBwdSm90Args {
 // Step features, B and C that a block of the forward fetches ahead: its registers set the limit of the rank, which is
 // ceil(channels / 16) in the field.
 template <int kLanes>
-constexpr int kSm90Features = kLanes == 4    ? 3
-                              : kLanes == 8  ? 4
-                              : kLanes == 16 ? 8
-                                             : 16;
+constexpr int kSm90Features = kLanes == 4              ? 3
+                              : kLanes == 8            ? 4
+                              : kLanes == 16           ? 8
+                              : kLanes == kNarrowLanes ? kNarrowRank + 2
+                                                       : 16;
 
 inline int sm90_features(int lanes) {
     return lanes == 4    ? kSm90Features<4>
@@ -48,7 +49,9 @@ bool takes_grouped_scan_sm90(const ScanShape& shape, bool has_z, bool has_norm, 
 
 // True where the copy engine can move an image: addresses and strides that are multiples of 16 bytes.
 inline bool allows_slabs(const ImageArg& image, const ScanShape& s) {
-    const auto allowed = [](int64_t size, int64_t stride) { return size == 1 || (stride > 0 && stride % 8 == 0); };
+    const auto allowed = [](int64_t size, int64_t stride) {
+        return size == 1 || (stride > 0 && stride % kCopyUnit == 0);
+    };
     return allowed(s.batch, image.batch) && allowed(static_cast<int64_t>(s.height) * s.width, image.token) &&
            allowed(s.groups, image.group) && reinterpret_cast<uintptr_t>(image.ptr) % 16 == 0;
 }

@@ -148,8 +148,10 @@ struct Math {  // 16-bit storage
     static __device__ __forceinline__ float softplus(float x) {
         return fmaxf(x, 0.f) + lg2_approx(1.f + ex2_approx(-fabsf(x)));
     }
-    // d softplus / dx from its value: 1 - exp(-s). Both lose digits for small steps alike: 6e-8 absolute.
-    static __device__ __forceinline__ float softplus_slope(float step) { return 1.f - ex2_approx(-step); }
+    // g times d softplus / dx from its value: g (1 - exp(-s)). Both lose digits for small steps alike: 6e-8 of g.
+    static __device__ __forceinline__ float through_softplus(float g, float step) {
+        return fmaf(-g, ex2_approx(-step), g);
+    }
     static __device__ __forceinline__ float sigmoid(float x) { return rcp_approx(1.f + ex2_approx(-kLog2e * x)); }
     static __device__ __forceinline__ float rsqrt(float x) { return rsqrt_approx(x); }
 };
@@ -159,7 +161,7 @@ struct Math<float> {
     static constexpr float kStepUnit = 1.f;
     static __device__ __forceinline__ float decay(float step, float A) { return expf(step * A); }
     static __device__ __forceinline__ float softplus(float x) { return fmaxf(x, 0.f) + log1pf(expf(-fabsf(x))); }
-    static __device__ __forceinline__ float softplus_slope(float step) { return -expm1f(-step); }
+    static __device__ __forceinline__ float through_softplus(float g, float step) { return -g * expm1f(-step); }
     static __device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
     static __device__ __forceinline__ float rsqrt(float x) { return 1.f / sqrtf(x); }
 };

@@ -10,6 +10,7 @@ namespace gm {
 
 constexpr int kVec = 4;                 // channels of a thread: 8 bytes of a 16-bit type, 16 of float
 constexpr int kMaxScanDim = 32 * kVec;  // one warp holds all channels of a token
+constexpr int kCopyUnit = 8;            // 16-bit channels of 16 bytes, of which the copy engine moves whole numbers
 constexpr int kMaxStates = 256;
 constexpr int kMaxStagedRank = 64;  // dt_weight is staged in shared memory up to here: 32 KB at 128 channels
 
@@ -56,9 +57,9 @@ struct ColumnCut {
     int64_t slabs;    // of the plane
 };
 inline ColumnCut cut_columns(int64_t height, int64_t width, int64_t dim, int64_t slots) {
-    constexpr int64_t kMostRuns = 8, kAligned = 64, kPad = 8;  // of a slab of so many slots; elements; channels
+    constexpr int64_t kMostRuns = 8, kAligned = 64;  // of a slab of so many slots; elements
     const auto up = [](int64_t n, int64_t unit) { return (n + unit - 1) / unit; };
-    const int64_t pitch = up(dim, kPad) * kPad;
+    const int64_t pitch = up(dim, kCopyUnit) * kCopyUnit;
     const int64_t columns = std::min(slots / kFwdTokens / up(height, kFwdTokens), width);
     const ColumnCut whole{columns, 0, columns > 0 ? up(width, columns) : 0};
     if (columns == width || 10 * columns * height >= 8 * slots) return whole;

@@ -109,17 +109,20 @@ __device__ __noinline__ float look_back(float* plane, int slabs, int ways, int s
 // neighbouring threads serve a channel. `carry` is the state of the thread's channel before the first chunk and becomes
 // the one after the last. arrive(P, h), with the aggregate of the slab in the last of the lanes, may set the carry
 // first and says whether it did. enters(part, channel, state) sees the state entering each part of the slab.
-template <class Block, class Arrive, class F>
+// kAgainst: P lies in the opposite order, that of the walk the other way.
+template <class Block, bool kAgainst, class Arrive, class F>
 __device__ __forceinline__ void scan_chunks(const float* P_in, float* h_in, float& carry, Arrive&& arrive, F&& enters) {
     constexpr int kLanes = Block::kScanLanes, kChunks = Block::kLaneChunks;
     const int channel = threadIdx.x / kLanes, q = threadIdx.x % kLanes;
     if (kLanes * Block::kWidth < Block::kThreads && channel >= Block::kWidth) return;
     const int first = q * (kChunks * Block::kWidth + Block::kPad) + channel;  // aggregate(kChunks q), the others behind
+    const int step_P = kAgainst ? -Block::kWidth : Block::kWidth;
+    const float* const first_P = P_in + (kAgainst ? Block::aggregate((kLanes - q) * kChunks - 1) + channel : first);
     float P_own[kChunks], h_own[kChunks];
     const auto read = [&] {
 #pragma unroll
         for (int i = 0; i < kChunks; ++i) {
-            P_own[i] = P_in[first + i * Block::kWidth];
+            P_own[i] = first_P[i * step_P];
             h_own[i] = h_in[first + i * Block::kWidth];
         }
     };

@@ -111,9 +111,11 @@ inline void share_planes(const ScanShape& shape, int64_t at_once, double cached,
 
 // Groups of 65 to 96 channels (GroupMamba's 87 are kept as 88) take 24 lanes a token in place of 32, in blocks of 96
 // threads in place of 128: the same slabs, and no warp that is a third idle (forward v11 in bench/NOTES.md).
-constexpr int kNarrowLanes = 24;
+// Their rank in the field is 5 or 6; what a larger one needs would cost every slab instructions.
+constexpr int kNarrowLanes = 24, kNarrowRank = 6;
 inline int sm90_lanes(const ScanShape& shape) {
-    return shape.lanes == 32 && shape.dim <= kNarrowLanes * kVec ? kNarrowLanes : shape.lanes;
+    const bool narrow = shape.lanes == 32 && shape.dim <= kNarrowLanes * kVec && shape.rank <= kNarrowRank;
+    return narrow ? kNarrowLanes : shape.lanes;
 }
 
 // Floats of device memory, `width` channels wide, through which the blocks of a plane pass states on: two for every

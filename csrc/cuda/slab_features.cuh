@@ -3,6 +3,8 @@
 // table of channel parameters; and the steps that follow from both.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/slab_walk.cuh"
 
 namespace gm {
@@ -155,7 +157,10 @@ struct StepFeatures {
 // scale and shift, which are kept for two images. kWeight + r: dt_weight, an even number of rows.
 enum TableRow { kBias, kSkip, kA, kCounted, kScale, kShift = kScale + 2, kWeight = kShift + 2 };
 
-__host__ __device__ inline int table_rows(const ScanShape& s) { return kWeight + (s.rank + 1) / 2 * 2; }
+template <class Block>
+__host__ __device__ int table_rows(const ScanShape& s) {
+    return kWeight + (Block::kConstantRank > 0 ? Block::kConstantRank : (s.rank + 1) / 2 * 2);
+}
 
 // A parameter's bits, to be made a float once all loads of a thread are under way.
 __device__ __forceinline__ uint32_t load_param_bits(const ParamArg& p, int64_t i) {
@@ -215,7 +220,7 @@ __device__ __forceinline__ void put_rows(const Args& args, float* table, int bat
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
         const int r = first + i * kRows;
-        if (r < table_rows(s) - kWeight)
+        if (r < table_rows<Block>(s) - kWeight)
             table[(kWeight + r) * Block::kWidth + c] = param_of<T>(args.dt_weight, weight[i]) * kLog2e;
     }
     if (first != 0) return;
@@ -265,23 +270,30 @@ __device__ __forceinline__ float2 load_features(const float* p) {
 template <class T, class Block, class F>
 __device__ __forceinline__ void load_steps_sm90(const float* features, int feature_step, const ScanShape& s,
                                                 const float4& bias, F&& weight, float (&steps)[kFwdTokens][kVec]) {
-#pragma unroll
-    for (int k = 0; k < kFwdTokens; ++k)
-        steps[k][0] = bias.x, steps[k][1] = bias.y, steps[k][2] = bias.z, steps[k][3] = bias.w;
-    const auto add = [&](int k, const float4& w, float d) {
-        steps[k][0] = fmaf(w.x, d, steps[k][0]), steps[k][1] = fmaf(w.y, d, steps[k][1]);
-        steps[k][2] = fmaf(w.z, d, steps[k][2]), steps[k][3] = fmaf(w.w, d, steps[k][3]);
+    const auto set = [&](int k, const float4& w, float d, const float(&from)[kVec]) {
+        steps[k][0] = fmaf(w.x, d, from[0]), steps[k][1] = fmaf(w.y, d, from[1]);
+        steps[k][2] = fmaf(w.z, d, from[2]), steps[k][3] = fmaf(w.w, d, from[3]);
     };
+    const auto add = [&](int k, const float4& w, float d) { set(k, w, d, steps[k]); };
+    float start[kVec] = {bias.x, bias.y, bias.z, bias.w};
     if constexpr (Block::kFeatures > 4) {
         // In pairs, one 8-byte read each; the second weight of an odd last pair is 0.
-        for (int r = 0; r < s.rank; r += 2) {
+        const auto add_pair = [&](int r, auto first) {
             const float4 w0 = weight(r), w1 = weight(r + 1);
 #pragma unroll
             for (int k = 0; k < kFwdTokens; ++k) {
                 const float2 d = *reinterpret_cast<const float2*>(features + k * feature_step + 2 + r);
-                add(k, w0, d.x);
+                set(k, w0, d.x, decltype(first)::value ? start : steps[k]);
                 add(k, w1, d.y);
             }
+        };
+        add_pair(0, std::true_type{});
+        if constexpr (Block::kConstantRank > 0) {
+#pragma unroll
+            for (int r = 2; r < Block::kConstantRank; r += 2) add_pair(r, std::false_type{});
+        } else {
+#pragma unroll 1
+            for (int r = 2; r < s.rank; r += 2) add_pair(r, std::false_type{});
         }
     } else {  // rank 1, or up to 2
         const float4 w0 = weight(0);
@@ -290,7 +302,7 @@ __device__ __forceinline__ void load_steps_sm90(const float* features, int featu
 #pragma unroll
         for (int k = 0; k < kFwdTokens; ++k) {
             const float4 d = *reinterpret_cast<const float4*>(features + k * feature_step);
-            add(k, w0, d.z);
+            set(k, w0, d.z, start);
             if (Block::kFeatures == 4) add(k, w1, d.w);
         }
     }

@@ -46,13 +46,17 @@ struct Sm90Block {
     static_assert(kParts == 1 || kLanes <= 8);
     static constexpr int kFeatures = kSm90Features<kLanes>;
     static constexpr int kFetch = (kFeatures + kSharers - 1) / kSharers;
+    // The step features that narrow blocks reckon with, be they fewer: loops over them are unrolled.
+    static constexpr int kConstantRank = kLanes == kNarrowLanes ? kFeatures - 2 : 0;
 
     __device__ static int aggregate(int chunk) { return chunk * kWidth + chunk / kLaneChunks * kPad; }
     __host__ __device__ static int dim(const ScanShape& s) { return kWhole ? kWidth : s.dim; }
     // Channels that exist, of which the parameters and what is saved know: fewer where they are padded to dim.
     __host__ __device__ static int real_dim(const ScanShape& s) { return kWhole ? kWidth : s.param_dim; }
     // Floats of a token's features in shared memory: B, C, dt_0, ...; a multiple of 4.
-    __host__ __device__ static int width(const ScanShape& s) { return kFeatures <= 4 ? 4 : (s.rank + 5) / 4 * 4; }
+    __host__ __device__ static int width(const ScanShape& s) {
+        return kFeatures <= 4 ? 4 : kConstantRank > 0 ? kFeatures : (s.rank + 5) / 4 * 4;
+    }
     // Bytes of one tensor's slab, a multiple of 128. The slot after the last is zeros, for threads without tokens or
     // channels of their own: what they read, nobody writes.
     __host__ __device__ static int slab_bytes(const ScanShape& s) {

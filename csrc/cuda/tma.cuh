@@ -73,9 +73,8 @@ __device__ __forceinline__ void tma_store(uint32_t shared, const CUtensorMap* ma
 
 __device__ __forceinline__ void tma_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
-// Until committed stores have read shared memory / have finished.
+// Until committed stores have read shared memory.
 __device__ __forceinline__ void tma_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
-__device__ __forceinline__ void tma_wait_all() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // Orders a thread's ordinary writes to shared memory before the copy engine's reads; a barrier must follow.
 __device__ __forceinline__ void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

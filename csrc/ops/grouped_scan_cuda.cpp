@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // grouped_selective_scan on CUDA: checks, device guard, allocation, launch. Schemas and layouts: csrc/schemas.cpp.
-#include <iterator>
 #include <optional>
 #include <vector>
 
@@ -10,6 +9,7 @@
 #include "host/scan_args.h"
 #include "host/stream.h"
 #include "ops/entries_cuda.h"
+#include "ops/movable_images.h"
 
 namespace gm {
 namespace {
@@ -66,92 +66,23 @@ Tensor exchange_scratch(Args& args, const Tensor& device_of) {
     return scratch;
 }
 
-void make_canonical(std::initializer_list<Tensor*> images) {
-    for (Tensor* t : images) *t = canonical_image(*t);
+// Makes inputs, and in the backward `dy`, such as a kernel walks: images that the copy engine moves where a kernel of
+// such takes the scan, else canonical ones.
+std::optional<MovableImages> prepare_inputs(ScanInputs& in, Tensor* dy, ScanShape& shape, DType dtype,
+                                            const CudaContext& context) {
+    for (Tensor* t : {&in.dt, &in.B, &in.C}) *t = canonical_image(*t);
+    std::vector<Tensor*> images{&in.u};
+    if (in.z) images.push_back(&*in.z);
+    if (dy != nullptr) images.push_back(dy);
+    std::optional<MovableImages> movable;
+    if (takes_grouped_scan_sm90(shape, in.z.has_value(), in.norm_weight.has_value(), dtype)) {
+        movable.emplace(shape, context);
+        movable->read(images);
+    } else {
+        for (Tensor* t : images) *t = canonical_image(*t);
+    }
+    return movable;
 }
-
-// Widens the scan to what the copy engine moves, and for images that it can't move makes places that it can, with
-// pixels a multiple of 8 channels apart: token by token where the image lies so, else group by group.
-class Movable {
-public:
-    Movable(ScanShape& shape, const CudaContext& context) : shape_(shape), context_(context), dim_(shape.dim) {
-        shape.dim = static_cast<int>(round_up(shape.dim, kPixelUnit));
-    }
-    void read(std::initializer_list<Tensor*> images) const {
-        std::vector<Copy> copies;
-        for (Tensor* image : images) {
-            if (is_canonical_image(*image) && allows_slabs(image_arg(*image), shape_)) continue;
-            const Tensor place = place_like(*image);
-            copies.push_back({*image, place});
-            *image = place;
-        }
-        run(copies, shape_.dim);
-    }
-    // Where a kernel writes what finish() brings to `image`.
-    ImageArg write(const Tensor& image) {
-        if (allows_slabs(image_arg(image), shape_)) return image_arg(image);
-        written_.push_back({place_like(image), image});
-        return image_arg(written_.back().from);
-    }
-    void finish() const { run(written_, dim_); }
-
-private:
-    struct Copy {
-        Tensor from, to;
-    };
-
-    // Elements between the rows of an image, (batch, H, W, G, D), one for each group of a token, where they are as far
-    // apart from first to last, in the order of tokens or of groups; else 0.
-    static int64_t pitch(const Tensor& image, bool by_groups) {
-        const ImageStrides s = image_strides(image);
-        const int64_t batch = image.size(0), tokens = image.size(1) * image.size(2), groups = image.size(3);
-        if (!is_canonical_image(image) || tokens == 1) return 0;
-        const int64_t row = by_groups || groups == 1 ? s.token : s.group, token = by_groups ? row : groups * row;
-        const bool even = s.token == token && (batch == 1 || s.batch == tokens * token) &&
-                          (groups == 1 || s.group == (by_groups ? batch * tokens * row : row));
-        return even && row >= image.size(4) ? row : 0;
-    }
-    static bool places_by_groups(const Tensor& image) { return pitch(image, false) == 0; }
-
-    Tensor place_like(const Tensor& image) const {
-        const int64_t batch = image.size(0), height = image.size(1), width = image.size(2), groups = image.size(3);
-        const bool by_groups = places_by_groups(image);
-        const int64_t pixel = by_groups ? shape_.dim : groups * shape_.dim, row = width * pixel, plane = height * row;
-        const Tensor wide = empty({batch, height, width, groups, shape_.dim}, image.scalar_type(), image);
-        return alias(wide, shape_of(image), {plane, row, pixel, by_groups ? batch * plane : shape_.dim, 1});
-    }
-
-    // To rows of `width` channels, in as few launches as the images allow.
-    void run(const std::vector<Copy>& copies, int width) const {
-        CopyRowsArgs args;
-        args.images = 0;
-        const auto launch = [&] {
-            if (args.images > 0)
-                check_cuda(launch_copy_rows(args, dtype_of(copies[0].to), context_.stream()), "copying channels");
-            args.images = 0;
-        };
-        for (const auto& [from, to] : copies) {
-            const bool by_groups = places_by_groups(from);
-            const int64_t stride = pitch(from, by_groups);
-            const bool aligned = reinterpret_cast<uintptr_t>(to.data_ptr()) % 16 == 0;
-            if (stride == 0 || pitch(to, by_groups) != width || !aligned) {
-                Tensor place = to;
-                torch::stable::copy_(place, from);
-                continue;
-            }
-            if (args.images == static_cast<int>(std::size(args.to)) || stride != args.stride) launch();
-            args.from[args.images] = from.data_ptr(), args.to[args.images] = to.data_ptr(), ++args.images;
-            args.rows = from.size(0) * from.size(1) * from.size(2) * from.size(3);
-            args.stride = stride, args.width = width, args.channels = dim_;
-        }
-        launch();
-    }
-
-    const ScanShape& shape_;
-    const CudaContext& context_;
-    int dim_;  // channels that exist
-    std::vector<Copy> written_;
-};
 
 // What forward and backward read, of canonical inputs.
 template <class Args>
@@ -210,19 +141,10 @@ void scan_fwd_into(const Tensor& y, const OptTensor& states, ScanInputs in, cons
     const DType dtype = dtype_of(in.u);
     if (s.batch == 0 || s.tokens() == 0) return;
 
-    make_canonical({&in.dt, &in.B, &in.C});
-    const bool sm90 = takes_grouped_scan_sm90(args.shape, in.z.has_value(), in.norm_weight.has_value(), dtype);
-    std::optional<Movable> movable;
-    if (sm90) {
-        movable.emplace(args.shape, context);
-        movable->read({&in.u, &*in.z});
-    } else {
-        make_canonical({&in.u});
-        if (in.z) make_canonical({&*in.z});
-    }
+    std::optional<MovableImages> movable = prepare_inputs(in, nullptr, args.shape, dtype, context);
     ParamHolder param;
     set_inputs(args, in, param);
-    args.y = movable ? movable->write(y) : image_arg(y);
+    args.y = movable ? movable->write(y, *in.z) : image_arg(y);
     Tensor scratch;
     if (states) {
         args.states = static_cast<float*>(states->data_ptr());
@@ -235,7 +157,7 @@ void scan_fwd_into(const Tensor& y, const OptTensor& states, ScanInputs in, cons
     args.shape.aligned = s.dim % kVec == 0 && allows_vectors(args.u, size) && allows_vectors(args.z, size) &&
                          allows_vectors(args.y, size) && (s.rank > 0 || allows_vectors(args.dt, size));
     constexpr const char* kName = "grouped_selective_scan forward";
-    if (sm90) {
+    if (movable) {
         ScanFwdSm90Args sm90_args{};
         sm90_args.scan = args;
         GM_CHECK(prepare_grouped_scan_fwd_sm90(dtype, sm90_args), kName, ": the driver refused a tensor map of u ",
@@ -272,24 +194,14 @@ ScanParameterGradients scan_bwd_into(const ScanImageGradients& images, Tensor dy
         return p;
     }
 
-    make_canonical({&in.dt, &in.B, &in.C});
-    const bool sm90 = takes_grouped_scan_sm90(args.shape, in.z.has_value(), in.norm_weight.has_value(), dtype);
-    std::optional<Movable> movable;
-    if (sm90) {
-        movable.emplace(args.shape, context);
-        movable->read({&dy, &in.u, &*in.z});
-    } else {
-        make_canonical({&dy, &in.u});
-        if (in.z) make_canonical({&*in.z});
-    }
+    std::optional<MovableImages> movable = prepare_inputs(in, &dy, args.shape, dtype, context);
     if (!states.is_contiguous()) states = torch::stable::contiguous(states);
     ParamHolder param;
     set_inputs(args, in, param);
     args.dy = image_arg(dy);
-    args.du = movable ? movable->write(images.du) : image_arg(images.du), args.ddt = image_arg(images.ddt),
-    args.dB = image_arg(images.dB);
-    args.dC = image_arg(images.dC);
-    if (in.z) args.dz = movable ? movable->write(*images.dz) : image_arg(*images.dz);
+    args.du = movable ? movable->write(images.du, in.u) : image_arg(images.du);
+    args.ddt = image_arg(images.ddt), args.dB = image_arg(images.dB), args.dC = image_arg(images.dC);
+    if (in.z) args.dz = movable ? movable->write(*images.dz, *in.z) : image_arg(*images.dz);
     args.states = static_cast<const float*>(states.data_ptr());
     args.num_chunks = states.size(2);
     Tensor scratch;
@@ -303,7 +215,7 @@ ScanParameterGradients scan_bwd_into(const ScanImageGradients& images, Tensor dy
                          allows_vectors(args.dz, size) &&
                          (s.rank > 0 || (allows_vectors(args.dt, size) && allows_vectors(args.ddt, size)));
     args.shape.threads =
-        sm90 ? kSlabThreads : scan_bwd_threads(args.shape.lanes, s.tokens(), s.states == 1, static_cast<int>(size));
+        movable ? kSlabThreads : scan_bwd_threads(args.shape.lanes, s.tokens(), s.states == 1, static_cast<int>(size));
     const int64_t rows = s.states + kFixedRows + s.rank;
     int64_t parts = args.shape.threads / 32;
     Tensor partials;
@@ -312,7 +224,7 @@ ScanParameterGradients scan_bwd_into(const ScanImageGradients& images, Tensor dy
         return static_cast<float*>(partials.data_ptr());
     };
     constexpr const char* kName = "grouped_selective_scan backward";
-    if (sm90) {
+    if (movable) {
         ScanBwdSm90Args sm90_args{};
         sm90_args.scan = args;
         GM_CHECK(prepare_grouped_scan_bwd_sm90(dtype, sm90_args), kName, ": the driver refused a tensor map of u ",
