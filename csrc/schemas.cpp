@@ -57,9 +57,11 @@ STABLE_TORCH_LIBRARY(groupmamba, m) {
         "modulated_layer_norm_bwd(Tensor dy, Tensor o, Tensor x, Tensor scale, Tensor? gate, Tensor weight, "
         "float eps) -> (Tensor do, Tensor dx, Tensor dscale, Tensor dgate, Tensor dweight, Tensor dbias)");
 
-    // LayerNorm alone, on CUDA
-    m.def("token_norm_fwd(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor");
-    m.def("token_norm_bwd(Tensor dy, Tensor x, Tensor weight, float eps) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+    // LayerNorm alone, of x + x_bias, on CUDA
+    m.def("token_norm_fwd(Tensor x, Tensor? x_bias, Tensor weight, Tensor bias, float eps) -> Tensor");
+    m.def(
+        "token_norm_bwd(Tensor dy, Tensor x, Tensor? x_bias, Tensor weight, float eps) "
+        "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dx_bias)");
 
     // relu(BatchNorm(x)) with the statistics of the batch, on CUDA; x (batch, H, W, C), C a multiple of 8; stats (3,
     // C), float32: mean, variance by n - 1, 1 / sqrt(variance by n + eps)

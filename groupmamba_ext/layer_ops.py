@@ -20,6 +20,7 @@ from groupmamba_ext.ops import DIRECTIONS, FUSED_CHANNELS, chunk_tokens, saved_s
 
 _UNIT = 8  # widths are padded to multiples of this, but for _padded_features: csrc/host/tensor.h
 _BATCH_NORM_CHANNELS = 2048  # most of them: csrc/cuda/params.h
+BIASED_CHANNELS = 512  # most of an image whose bias `token_norm` adds: csrc/cuda/norm_plan.h's sums_dx_more
 _PIECE = 128  # pieces of a workspace start at multiples of this: csrc/host/workspace.h
 _LAYER_PARAMETERS = 20  # of grouped_mamba_layer_fwd, behind x
 _FEED_FORWARD_PARAMETERS = 8
@@ -58,24 +59,25 @@ def _empty_or_absent(x: Tensor, t: Tensor | None) -> Tensor:
 # token_norm --------------------------------------------------------------------------------
 
 
-def _norm_fake(x, weight, bias, eps):
+def _norm_fake(x, x_bias, weight, bias, eps):
     return x.new_empty(x.shape)
 
 
-def _norm_bwd_fake(dy, x, weight, eps):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+def _norm_bwd_fake(dy, x, x_bias, weight, eps):
+    dx_bias = x.new_empty((0,)) if x_bias is None else x_bias.new_empty(x_bias.shape)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape), dx_bias
 
 
 def _norm_setup(ctx, inputs, output):
-    x, weight, bias, ctx.eps = inputs
-    ctx.save_for_backward(x, weight)
+    x, x_bias, weight, bias, ctx.eps = inputs
+    ctx.save_for_backward(x, x_bias, weight)
     ctx.bias_dtype = bias.dtype
 
 
 def _norm_backward(ctx, dy):
-    x, weight = ctx.saved_tensors
-    dx, dweight, dbias = call_backward("token_norm", dy, x, weight, ctx.eps)
-    return dx, dweight, dbias.to(ctx.bias_dtype), None
+    x, x_bias, weight = ctx.saved_tensors
+    dx, dweight, dbias, dx_bias = call_backward("token_norm", dy, x, x_bias, weight, ctx.eps)
+    return dx, None if x_bias is None else dx_bias, dweight, dbias.to(ctx.bias_dtype), None
 
 
 # batch_norm_relu ---------------------------------------------------------------------------
@@ -207,11 +209,10 @@ def _autocast(x: Tensor) -> Tensor:
     return x
 
 
-def token_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def token_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, x_bias: Tensor | None = None) -> Tensor:
     """LayerNorm over the channels of (batch, H, W, C), of any strides between pixels, where `takes_image`; dense, under
-    autocast in its dtype."""
-    x = _autocast(x)
-    return call("token_norm", x, weight, bias, float(eps))
+    autocast in its dtype. ``x_bias``, (C,), is added to ``x`` before: up to `BIASED_CHANNELS`."""
+    return call("token_norm", _autocast(x), x_bias, weight, bias, float(eps))
 
 
 def takes_batch_norm(x: Tensor, weight: Tensor, bias: Tensor) -> bool:

@@ -5,6 +5,8 @@ PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/
 compute-sanitizer --tool racecheck python tests/sanitizer_cases.py
 """
 
+import functools
+
 import torch
 
 import groupmamba_ext as ext
@@ -101,6 +103,11 @@ def main() -> None:
             run(ext.modulated_layer_norm, tensors)
             tensors["o"] = group_major(tensors["o"])
             run(ext.modulated_layer_norm, tensors)
+        for channels in (5, 96, 512):
+            x, x_bias = torch.randn(2, 3, 7, channels, device="cuda").to(dtype), torch.randn(channels, device="cuda")
+            weight, bias = torch.randn(2, channels, device="cuda").unbind()
+            tensors = {"x": x, "weight": weight, "bias": bias, "x_bias": x_bias}
+            run(functools.partial(layer_ops.token_norm, eps=1e-5), tensors)
         for batch, channels, h, w in ((2, 8, 1, 1), (2, 32, 19, 21), (1, 264, 5, 7), (1, 2048, 3, 2)):
             run(lambda **t: layer_ops.batch_norm_relu(**t, eps=1e-5)[0], norm_inputs(batch, channels, h, w, dtype))
         for dim, h, w in LAYERS + (MANY_TOKENS if dtype == torch.bfloat16 else []):

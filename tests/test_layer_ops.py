@@ -273,6 +273,35 @@ def test_feed_forward_equals_the_composed_one(monkeypatch, dtype, batch, dim, hi
         assert error <= max(2 * own, FLOOR[dtype]), f"{name}: {error:.2e}, composed {own:.2e}"
 
 
+@pytest.mark.parametrize("dim, shape", [
+    (64, (9, 14)), (11, (3, 5)), (96, (1, 70)), (348, (7, 7)), (512, (1, 1)), (640, (5, 3)), (1100, (2, 3)),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_token_norm_of_a_biased_image(dtype, dim, shape):
+    """Up to 512 channels by the norm's kernels, beyond by an addition: against float64, with a bias far from 0."""
+    torch.manual_seed(0)
+    norm = TokenNorm(dim, eps=1e-5)
+    with torch.no_grad():
+        for p in norm.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    bias = torch.nn.Parameter(3 + torch.randn(dim))
+    x, dy = (torch.randn(3, *shape, dim).to(dtype).double() for _ in range(2))
+
+    def results(dtype, device):
+        norm.to(device, dtype).zero_grad()
+        b = bias.detach().to(device, dtype if dtype == torch.float64 else torch.float32).requires_grad_()
+        t = x.detach().clone().to(device, dtype).requires_grad_()
+        y = norm(t, b)
+        y.backward(dy.to(device, dtype))
+        gradients = {k: p.grad.clone() for k, p in norm.named_parameters()}  # .to() casts what it finds
+        return {"y": y.detach(), "dx": t.grad, "dx_bias": b.grad, **gradients}
+
+    truth, found = results(torch.float64, "cpu"), results(dtype, "cuda")
+    for name, expected in truth.items():
+        error = relative_error(found[name], expected)
+        assert error <= 4 * FLOOR[dtype], f"{name}: {error:.2e}"
+
+
 def kernels_of(function) -> list[str]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         function()
@@ -370,7 +399,8 @@ def test_feed_forward_opcheck():
     with torch.no_grad():
         inference = mlp(x, norm, residual=True)
     assert torch.equal(mlp(x, norm, residual=True).detach(), inference)
-    torch.library.opcheck(torch.ops.groupmamba.token_norm_fwd, (x, norm.weight, norm.bias, 1e-6))
+    for x_bias in (None, mlp.fc2.bias):
+        torch.library.opcheck(torch.ops.groupmamba.token_norm_fwd, (x, x_bias, norm.weight, norm.bias, 1e-6))
     with pytest.raises(RuntimeError, match="fc2_weight"):
         torch.ops.groupmamba.feed_forward_fwd(*inputs[:7], inputs[7][:, :4], *inputs[8:])
 

@@ -271,6 +271,47 @@ def test_compile_and_trace():
     assert torch.equal(taps(x)["middle"], model.stages[1](model.stage_norms[0](model.stages[0](model.stem(x)))))
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("make, shape", [
+    (lambda: blocks.Downsample(64, 128), (2, 9, 14, 64)),
+    (lambda: blocks.Downsample(24, 520), (2, 5, 4, 24)),  # more channels than the norm adds a bias to itself
+    (lambda: blocks.Stem(3, 32, 64, paper=False), (2, 3, 36, 52)),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_adds_the_bias_of_the_convolution(monkeypatch, dtype, make, shape):
+    """The same as the convolution with its bias, which it computes for whoever watches it."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch.manual_seed(0)
+    module = make().cuda().train()
+    torch.nn.init.normal_(module.proj.bias)
+    x = torch.randn(shape, device="cuda")
+    if x.shape[1] == 3:
+        x = x.contiguous(memory_format=torch.channels_last)
+    biases, forward = [], blocks.TokenNorm.forward
+    spy = lambda norm, x, x_bias=None: biases.append(x_bias) or forward(norm, x, x_bias)  # noqa: E731
+    monkeypatch.setattr(blocks.TokenNorm, "forward", spy)
+
+    def results():
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = module(x)
+        gradients = torch.autograd.grad(y, list(module.parameters()), torch.linspace(-1, 1, y.numel()).to(y).view_as(y))
+        return [y.detach(), *gradients]
+
+    fused = results()
+    seen = []
+    handle = module.proj.register_forward_hook(lambda _m, args, out: seen.append((args[0], out.detach())))
+    composed = results()
+    handle.remove()
+    assert biases[0] is (module.proj.bias if module.proj.out_channels <= 512 else None) and biases[1] is None
+    ((image, out),) = seen
+    plain = torch.nn.functional.conv2d(image.float(), module.proj.weight, None, 2, 1).detach()
+    assert relative_error(out, (plain + module.proj.bias[:, None, None]).double()) < 1e-2
+    names = ["y", *(name for name, _ in module.named_parameters())]
+    for name, a, b in zip(names, fused, composed, strict=True):
+        error = relative_error(a, b.double())
+        assert error < (2e-5 if dtype == torch.float32 else 2e-2), f"{name}: {error:.2e}"
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_compiles_as_one_graph_under_autocast(device, training):
     torch.manual_seed(0)

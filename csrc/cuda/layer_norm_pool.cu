@@ -3,6 +3,7 @@
 // both.
 //
 //   n = (x - mean) / sqrt(variance + eps) over C;  xn = n weight + bias;  pooled = mean over H, W of xn before rounding
+//   [x is an image plus x_bias, whose gradient is the sum of dx]
 //   [sum = x + sum_bias: what a product then adds to is the residual stream behind it; sum_bias, and the sums of
 //   dx_more,
 //    count as much as the image's branch does]
@@ -26,14 +27,14 @@ __global__ void __launch_bounds__(kNormThreads, norm_fwd_blocks(kVecs))
     layer_norm_pool_fwd_kernel(const __grid_constant__ PoolFwdArgs args) {
     begin_kernel();
     using Tile = RowTile<kVecs>;
-    enum { kWeight, kBias, kSumBias };
+    enum { kWeight, kBias, kAdded };  // to sum, or to x
     __shared__ SlotRows<3, Tile::kWidth> table;
     __shared__ alignas(16) float sums[kNormWarps][Tile::kWidth];
     __shared__ VectorOffsets<kVecs> x_offsets, xn_offsets, sum_offsets;
     const NormShape& s = args.shape;
     const Strip strip(s, args.plan);
     Tile tile(s, args.plan);
-    const bool add = args.sum.ptr != nullptr;
+    const bool add = args.sum.ptr != nullptr, biased = kVecs <= kRowVecs && args.x_bias.ptr != nullptr;
     PixelCursor<const T, kVecs, kAligned> x_in(args.x, s, strip, tile, x_offsets);
     GroupCursor<T, kVecs, kAligned> xn_out(args.xn, s, strip, tile, xn_offsets);
     PixelCursor<T, kVecs, kAligned> sum_out(args.sum, s, strip, tile, sum_offsets);
@@ -46,7 +47,8 @@ __global__ void __launch_bounds__(kNormThreads, norm_fwd_blocks(kVecs))
     table.fill(s, args.plan, [&](int c, float(&row)[3]) {
         row[kWeight] = load_param<T>(args.weight, c);
         row[kBias] = load_param<T>(args.bias, c);
-        row[kSumBias] = kept_factor(args.kept, strip.batch) * load_param_or<T>(args.sum_bias, c, 0.f);
+        row[kAdded] = biased ? load_param<T>(args.x_bias, c)
+                             : kept_factor(args.kept, strip.batch) * load_param_or<T>(args.sum_bias, c, 0.f);
     });
     if (add) clear_tails<T>(args.sum, s, strip);
     __syncthreads();
@@ -59,9 +61,18 @@ __global__ void __launch_bounds__(kNormThreads, norm_fwd_blocks(kVecs))
 #pragma unroll
         for (int v = 0; v < kVecs; ++v) x_in.widen(tile, v, stored, x[v]);
         if (kAligned) load(left - args.plan.step);
+        if (biased) {
+#pragma unroll
+            for (int v = 0; v < kVecs; ++v) {
+                float bias[kVec];
+                table.get(kAdded, tile.slot(v), bias);
+#pragma unroll
+                for (int j = 0; j < kVec; ++j) x[v][j] += bias[j];
+            }
+        }
         if (add) {
             sum_out.store(tile, [&](int v, float(&sum)[kVec]) {
-                table.get(kSumBias, tile.slot(v), sum);
+                table.get(kAdded, tile.slot(v), sum);
 #pragma unroll
                 for (int j = 0; j < kVec; ++j) sum[j] += x[v][j];
             });
@@ -88,7 +99,8 @@ __global__ void __launch_bounds__(kNormThreads, norm_fwd_blocks(kVecs))
     });
 }
 
-template <class T, int kVecs, bool kAligned>
+// kBiased: x_bias is there, so that neither xn nor dx_more is. (As a question of every call it would spill.)
+template <class T, int kVecs, bool kAligned, bool kBiased>
 __global__ void __launch_bounds__(kNormThreads, norm_bwd_blocks(kVecs))
     layer_norm_pool_bwd_kernel(const __grid_constant__ PoolBwdArgs args) {
     begin_kernel();
@@ -107,7 +119,7 @@ __global__ void __launch_bounds__(kNormThreads, norm_bwd_blocks(kVecs))
     GroupCursor<const T, kVecs, kAligned> dxn_in(args.dxn, s, strip, tile, dxn_offsets),
         more_in(args.dxn_more, s, strip, tile, more_offsets);
     PixelCursor<T, kVecs, kAligned> dx_out(args.dx, s, strip, tile, dx_offsets);
-    const bool more = args.dxn_more.ptr != nullptr, dx_more = args.dx_more.ptr != nullptr;
+    const bool more = args.dxn_more.ptr != nullptr, dx_more = !kBiased && args.dx_more.ptr != nullptr;
     typename decltype(x_in)::Stored x_stored, dx_more_stored = {};
     typename decltype(dxn_in)::Stored dxn_stored, more_stored = {};
     const auto load = [&](int left) {
@@ -123,7 +135,7 @@ __global__ void __launch_bounds__(kNormThreads, norm_bwd_blocks(kVecs))
     if (kAhead) load(strip.end - strip.first), load_dx_more(strip.end - strip.first);
     table.fill(s, args.plan, [&](int c, float(&row)[3]) {
         row[kWeight] = load_param<T>(args.weight, c);
-        row[kBias] = load_param_or<T>(args.bias, c, 0.f);
+        row[kBias] = load_param_or<T>(kBiased ? args.x_bias : args.bias, c, 0.f);
         row[kPooled] = args.dpooled == nullptr ? 0.f : __fmul_rn(args.dpooled[strip.batch * s.dim + c], inverse_tokens);
     });
     clear_tails<T>(args.dx, s, strip);
@@ -142,10 +154,15 @@ __global__ void __launch_bounds__(kNormThreads, norm_bwd_blocks(kVecs))
             more_in.widen(tile, v, more_stored, added);
 #pragma unroll
             for (int j = 0; j < kVec; ++j) g[v][j] += added[j];
+            if (kBiased) {
+                table.get(kBias, tile.slot(v), added);
+#pragma unroll
+                for (int j = 0; j < kVec; ++j) normed[v][j] += added[j];
+            }
         }
         const float inverse_std = tile.normalise(s.eps, normed);
         if (kAhead) load(left - args.plan.step);
-        if (writes_xn(kVecs) && args.xn != nullptr) {  // dxn_in is one or two steps ahead
+        if (!kBiased && writes_xn(kVecs) && args.xn != nullptr) {  // dxn_in is one or two steps ahead
             const int64_t ahead = (kAhead ? 2 : 1) * dxn_in.step;
             const GroupCursor<T, kVecs, kAligned> xn_out(
                 dxn_in, static_cast<T*>(args.xn) - static_cast<const T*>(args.dxn.ptr) - ahead);
@@ -177,16 +194,17 @@ __global__ void __launch_bounds__(kNormThreads, norm_bwd_blocks(kVecs))
 #pragma unroll
             for (int j = 0; j < kVec; ++j) {
                 out[j] = fmaf(inverse_std, g[v][j], added[j]);
-                if (sums_dx_more(kVecs)) dx_more_sum[v][j] += added[j];
+                if (sums_dx_more(kVecs)) dx_more_sum[v][j] += kBiased ? out[j] : added[j];
             }
         });
         if (kAhead) load_dx_more(left - args.plan.step);
         dx_out.advance();
     }
-    float* out = args.partials + strip.number * (args.sum_dx_more ? 3 : 2) * s.dim;
+    const bool third = kBiased || args.sum_dx_more;
+    float* out = args.partials + strip.number * (third ? 3 : 2) * s.dim;
     tile.block_sums(dweight, sums, [&](int c, int, float sum) { out[c] = sum; });
     tile.block_sums(dbias, sums, [&](int c, int, float sum) { out[s.dim + c] = sum; });
-    if (sums_dx_more(kVecs) && args.sum_dx_more)
+    if (sums_dx_more(kVecs) && third)
         tile.block_sums(dx_more_sum, sums,
                         [&](int c, int, float sum) { out[2 * s.dim + c] = kept_factor(args.kept, strip.batch) * sum; });
 }
@@ -303,7 +321,9 @@ cudaError_t launch_layer_norm_pool_bwd(const PoolBwdArgs& args, DType dtype, cud
                             is_direct<T>(s, args.dx_more, true);
         return dispatch_rows<T>(args.plan, s, direct, [&](auto vecs, auto aligned) {
             auto* kernel = layer_norm_pool_bwd_wide_kernel<T>;
-            if constexpr (vecs.value > 0) kernel = layer_norm_pool_bwd_kernel<T, vecs.value, aligned.value>;
+            if constexpr (vecs.value > 0) kernel = layer_norm_pool_bwd_kernel<T, vecs.value, aligned.value, false>;
+            if constexpr (vecs.value > 0 && sums_dx_more(vecs.value))
+                if (args.x_bias.ptr != nullptr) kernel = layer_norm_pool_bwd_kernel<T, vecs.value, aligned.value, true>;
             return launch_kernel(kernel, blocks, kNormThreads, 0, stream, args);
         });
     });

@@ -21,7 +21,7 @@ constexpr int kWideTokens = 16;  // of a block where rows do not fit
 // sums.
 constexpr int64_t kNormFwdBlocks = 1280, kNormBwdBlocks = 768;
 
-// True where layer_norm_pool's backward has registers for the sums of dx_more.
+// True where layer_norm_pool's backward has registers for the sums of dx_more, or of dx.
 constexpr bool sums_dx_more(int vecs) { return vecs <= kRowVecs; }
 // And for writing the forward's result once more.
 constexpr bool writes_xn(int vecs) { return vecs <= kRowVecs; }

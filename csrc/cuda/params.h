@@ -153,6 +153,7 @@ struct PoolFwdArgs {
     NormImage x, xn, sum;  // sum: x + sum_bias, or absent
     KeptArg kept;          // factors of sum_bias
     ParamArg weight, bias, sum_bias;
+    ParamArg x_bias;  // (dim,): added to x first, or absent; not with sum, nor where plan.vecs > kRowVecs or 0
     float* partials = nullptr;  // (batch, plan.strips, dim): sums of xn, or null
 };
 
@@ -163,9 +164,11 @@ struct PoolBwdArgs {
     void* xn = nullptr;                       // the forward's result once more, laid out as dxn, or null
     const float* dpooled = nullptr;           // (batch, dim), or null
     ParamArg weight, bias;                    // bias: for xn
+    ParamArg x_bias;                          // the forward's, or absent; not with dx_more or xn
     bool sum_dx_more = false;
     KeptArg kept;  // factors of dx_more in its sums
-    // (batch, plan.strips, 2 * dim): dweight, dbias; with sum_dx_more 3 * dim, the last for sums of dx_more
+    // (batch, plan.strips, 2 * dim): dweight, dbias; with sum_dx_more or x_bias 3 * dim, the last for sums of dx_more
+    // or of dx
     float* partials = nullptr;
 };
 

@@ -32,6 +32,7 @@ struct NormPoolInputs {
     OptTensor partials{};         // (batch, strips, C) float32: becomes the sums over the strips of each image
     OptTensor sum{}, sum_bias{};  // sum, (batch, H, W, C), becomes x + sum_bias, which counts as `kept` says
     KeptArg kept{};
+    OptTensor x_bias{};  // (C,), up to 512 channels, without sum: added to x before all
 };
 // Writes xn: (batch, H, W, C), or (batch, H, W, groups, width) with zeros behind the channels of a group.
 void layer_norm_pool_fwd_into(const Tensor& xn, NormPoolInputs in, const CudaContext& context);
@@ -45,11 +46,12 @@ struct NormPoolGradients {
     bool padded = false;
     OptTensor xn{}, bias{};
     KeptArg kept{};
+    OptTensor x_bias{};  // the forward's; without dx_more and xn
 };
 struct NormPoolResult {
     Tensor dx;
     // C columns each: dweight, dbias, and where `sums_dx_more` the sum of dx_more over all pixels, which count as
-    // `kept` says.
+    // `kept` says; with x_bias that of dx.
     PartialRows sums;
     bool sums_dx_more;
 };

@@ -74,6 +74,11 @@ NormShape norm_shape(const NormSizes& s, double eps, const Images&... images) {
     return shape;
 }
 
+void check_biased(const OptTensor& x_bias, const NormPlan& plan, const NormSizes& s) {
+    GM_CHECK(!x_bias || (plan.vecs > 0 && sums_dx_more(plan.vecs)), "x_bias takes up to 512 channels, got ",
+             s.channels);
+}
+
 }  // namespace
 
 int64_t norm_strips(int64_t batch, int64_t tokens, int64_t groups, int64_t width) {
@@ -90,6 +95,8 @@ void layer_norm_pool_fwd_into(const Tensor& xn, NormPoolInputs in, const CudaCon
     check_parameter(in.weight, "weight", {sizes.channels}, x);
     check_parameter(in.bias, "bias", {sizes.channels}, x);
     check_parameter(in.sum_bias, "sum_bias", {sizes.channels}, x);
+    check_parameter(in.x_bias, "x_bias", {sizes.channels}, x);
+    GM_CHECK(!in.x_bias || !in.sum, "x_bias and sum do not go together");
     if (in.sum) check_norm_image(*in.sum, "sum", sizes, x);
     const DType dtype = dtype_of(x);
     if (x.numel() == 0) return;
@@ -103,7 +110,8 @@ void layer_norm_pool_fwd_into(const Tensor& xn, NormPoolInputs in, const CudaCon
     const NormShape& s = args.shape;
     args.plan = norm_plan(s.batch, s.tokens, s.slots(), kNormFwdBlocks);
     args.weight = param(in.weight), args.bias = param(in.bias), args.sum_bias = param(in.sum_bias);
-    args.kept = in.kept;
+    args.x_bias = param(in.x_bias), args.kept = in.kept;
+    check_biased(in.x_bias, args.plan, sizes);
     if (in.partials) {
         check_shape(*in.partials, "partials", {s.batch, args.plan.strips, sizes.channels});
         args.partials = static_cast<float*>(in.partials->data_ptr());
@@ -113,7 +121,7 @@ void layer_norm_pool_fwd_into(const Tensor& xn, NormPoolInputs in, const CudaCon
 
 NormPoolResult layer_norm_pool_bwd(NormPoolGradients gradients, Tensor x, Tensor weight, double eps,
                                    const CudaContext& context) {
-    auto& [dxn, dxn_more, dpooled, dx_more, padded, xn, bias, kept] = gradients;
+    auto& [dxn, dxn_more, dpooled, dx_more, padded, xn, bias, kept, x_bias] = gradients;
     GM_CHECK(x.dim() == 4, "x must be (batch, H, W, C), got ", show(shape_of(x)));
     const NormSizes sizes = norm_sizes(x, "dxn", weight, dxn.dim() == 5 ? dxn.size(3) : 1);
     check_norm_image(x, "x", sizes, x);
@@ -123,6 +131,8 @@ NormPoolResult layer_norm_pool_bwd(NormPoolGradients gradients, Tensor x, Tensor
     check_parameter(weight, "weight", {sizes.channels}, x);
     check_parameter(bias, "bias", {sizes.channels}, x);
     GM_CHECK(xn.has_value() == bias.has_value(), "xn and bias go together");
+    check_parameter(x_bias, "x_bias", {sizes.channels}, x);
+    GM_CHECK(!x_bias || (!dx_more && !xn), "x_bias goes with neither dx_more nor xn");
     if (dpooled) {
         check_shape(*dpooled, "dpooled", {sizes.batch, sizes.channels});
         GM_CHECK(dpooled->scalar_type() == ScalarType::Float, "dpooled must be float32");
@@ -131,7 +141,7 @@ NormPoolResult layer_norm_pool_bwd(NormPoolGradients gradients, Tensor x, Tensor
     const DType dtype = dtype_of(x);
     Tensor dx =
         padded ? empty_padded_image(sizes.batch, sizes.height, sizes.width, sizes.channels, x) : empty_image_like(x);
-    if (dx.numel() == 0) return {dx, partial_rows(0, 2 * sizes.channels, x), false};
+    if (dx.numel() == 0) return {dx, partial_rows(0, (x_bias ? 3 : 2) * sizes.channels, x), false};
 
     x = canonical_image(x), dxn = canonical_image(dxn);
     ParamHolder param;
@@ -152,9 +162,10 @@ NormPoolResult layer_norm_pool_bwd(NormPoolGradients gradients, Tensor x, Tensor
         args.xn = nullptr;
     }
     if (dpooled) args.dpooled = static_cast<const float*>(param(dpooled).ptr);
-    args.weight = param(weight), args.bias = param(bias), args.kept = kept;
+    args.weight = param(weight), args.bias = param(bias), args.x_bias = param(x_bias), args.kept = kept;
+    check_biased(x_bias, args.plan, sizes);
     args.sum_dx_more = dx_more && sums_dx_more(args.plan.vecs);
-    const int64_t columns = (args.sum_dx_more ? 3 : 2) * static_cast<int64_t>(s.dim);
+    const int64_t columns = (args.sum_dx_more || x_bias ? 3 : 2) * static_cast<int64_t>(s.dim);
     const PartialRows sums = partial_rows(s.batch * args.plan.strips, columns, x);
     args.partials = static_cast<float*>(sums.values.data_ptr());
     check_cuda(launch_layer_norm_pool_bwd(args, dtype, context.stream()), "layer_norm_pool backward");
@@ -261,9 +272,10 @@ std::tuple<Tensor, Tensor> pool_fwd(Tensor x, Tensor weight, Tensor bias, double
 }
 
 std::tuple<Tensor, Tensor, Tensor> summed(const NormPoolResult& result, const Tensor& weight,
-                                          const CudaContext& context) {
+                                          const CudaContext& context, std::vector<Tensor> more = {}) {
     const Tensor dweight = empty_like_or_absent(weight, weight), dbias = empty_like_or_absent(weight, weight);
-    reduce_rows(result.sums, 0, 1, {dweight, dbias}, dtype_of(result.dx), context);
+    more.insert(more.begin(), {dweight, dbias});
+    reduce_rows(result.sums, 0, 1, more, dtype_of(result.dx), context);
     return {result.dx, dweight, dbias};
 }
 
@@ -273,17 +285,27 @@ std::tuple<Tensor, Tensor, Tensor> pool_bwd(Tensor dxn, Tensor dpooled, Tensor x
     return summed(layer_norm_pool_bwd({dxn, std::nullopt, dpooled}, x, weight, eps, context), weight, context);
 }
 
-Tensor token_norm_fwd(Tensor x, Tensor weight, Tensor bias, double eps) {
+Tensor token_norm_fwd(Tensor x, OptTensor x_bias, Tensor weight, Tensor bias, double eps) {
     const CudaContext context(x);
     const Tensor xn = empty_image_like(x);
-    layer_norm_pool_fwd_into(xn, {x, weight, bias, eps}, context);
+    NormPoolInputs inputs{x, weight, bias, eps};
+    inputs.x_bias = x_bias;
+    layer_norm_pool_fwd_into(xn, inputs, context);
     return xn;
 }
 
-std::tuple<Tensor, Tensor, Tensor> token_norm_bwd(Tensor dy, Tensor x, Tensor weight, double eps) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> token_norm_bwd(Tensor dy, Tensor x, OptTensor x_bias, Tensor weight,
+                                                          double eps) {
     GM_CHECK(dy.dim() == 4, "dy must be (batch, H, W, C), got ", show(shape_of(dy)));
     const CudaContext context(x);
-    return summed(layer_norm_pool_bwd({dy}, x, weight, eps, context), weight, context);
+    NormPoolGradients gradients{dy};
+    gradients.x_bias = x_bias;
+    const NormPoolResult result = layer_norm_pool_bwd(gradients, x, weight, eps, context);
+    const Tensor dx_bias = empty_like_or_absent(x_bias, x);
+    std::vector<Tensor> more;
+    if (x_bias) more.push_back(dx_bias);
+    const auto [dx, dweight, dbias] = summed(result, weight, context, more);
+    return {dx, dweight, dbias, dx_bias};
 }
 
 Tensor modulated_fwd(Tensor o, Tensor x, Tensor scale, OptTensor gate, Tensor weight, Tensor bias, double eps) {

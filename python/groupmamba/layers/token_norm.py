@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from groupmamba.layers._lookup import AFFINE, parameters_of
-from groupmamba_ext.layer_ops import takes_image, token_norm
+from groupmamba_ext.layer_ops import BIASED_CHANNELS, takes_image, token_norm
 
 
 class TokenNorm(nn.LayerNorm):
@@ -18,7 +18,11 @@ class TokenNorm(nn.LayerNorm):
     gives each short row a block of its own.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 4 and takes_image(x):
-            return token_norm(x, *parameters_of(self, AFFINE), self.eps)
+    def forward(self, x: Tensor, x_bias: Tensor | None = None) -> Tensor:
+        """Of ``x + x_bias``, where that is given, (C,): the bias of what computed ``x``, without a pass of its own."""
+        native = x.dim() == 4 and takes_image(x)
+        if x_bias is not None and not (native and x.shape[3] <= BIASED_CHANNELS):
+            x, x_bias = x + x_bias.to(x.dtype), None
+        if native:
+            return token_norm(x, *parameters_of(self, AFFINE), self.eps, x_bias)
         return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)

@@ -14,7 +14,7 @@ from groupmamba.layers.feed_forward import ConvFeedForward
 from groupmamba.layers.stochastic_depth import KeptImages
 from groupmamba.layers.token_norm import TokenNorm
 from groupmamba.models.entry_conv import EntryConv
-from groupmamba_ext.layer_ops import batch_norm_relu, takes_batch_norm
+from groupmamba_ext.layer_ops import BIASED_CHANNELS, batch_norm_relu, takes_batch_norm, takes_image
 
 BLOCK_EPS = 1e-6  # block, class-block and stage norms
 CONV_EPS = 1e-5  # norms behind the stem and downsampling convolutions
@@ -23,6 +23,24 @@ CONV_EPS = 1e-5  # norms behind the stem and downsampling convolutions
 def _tokens(x: Tensor) -> Tensor:
     """(batch, C, H, W) to contiguous (batch, H, W, C): a view of a channels-last image."""
     return x.permute(0, 2, 3, 1).contiguous()
+
+
+def _conv_norm(x: Tensor, conv: nn.Module, norm: nn.Module) -> Tensor:
+    """``norm`` of the tokens of ``conv(x)``.
+
+    On CUDA the norm of up to 512 channels adds the convolution's bias, which would take the library a pass over the
+    image forward and another backward; not where something else stands for either module, or someone watches them.
+    """
+    plain = type(conv) is nn.Conv2d and type(norm) is TokenNorm and not (_is_watched(conv) or _is_watched(norm))
+    if plain and conv.bias is not None and conv.out_channels <= BIASED_CHANNELS and takes_image(x):
+        return norm(_tokens(conv._conv_forward(x, conv.weight, None)), conv.bias)
+    return norm(_tokens(conv(x)))
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """True where a call of the module is more than its class's ``forward``: hooks, or a ``forward`` of its own."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module) or torch.nn.modules.module._has_any_global_hook()
 
 
 class BatchNormReLU(nn.BatchNorm2d):
@@ -43,10 +61,6 @@ class BatchNormReLU(nn.BatchNorm2d):
             self.running_mean.lerp_(stats[0].to(self.running_mean.dtype), self.momentum)
             self.running_var.lerp_(stats[1].to(self.running_var.dtype), self.momentum)
         return y
-
-
-for _module in (GroupedMamba2d, ConvFeedForward, TokenNorm, EntryConv, BatchNormReLU):
-    register_notrace_module(_module)
 
 
 class Stem(nn.Module):
@@ -80,7 +94,7 @@ class Stem(nn.Module):
             else:
                 x = norm(conv(x))
                 x = x if isinstance(norm, BatchNormReLU) else relu(x)  # SyncBatchNorm, if that took its place
-        return self.norm(_tokens(self.proj(x)))
+        return _conv_norm(x, self.proj, self.norm)
 
 
 def _conv_norm_relu(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
@@ -109,7 +123,7 @@ class Downsample(nn.Module):
         self.norm = TokenNorm(dim, eps=CONV_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(_tokens(self.proj(x.permute(0, 3, 1, 2))))
+        return _conv_norm(x.permute(0, 3, 1, 2), self.proj, self.norm)
 
 
 class GroupMambaBlock(nn.Module):
@@ -178,3 +192,7 @@ class ClassBlock(nn.Module):
         mixed = self.attn(t[:, None, None], tokens=True)[:, 0, 0]
         t = t + self.norm1(mixed)
         return t + self.mlp(self.norm2(t))
+
+
+for _module in (GroupedMamba2d, ConvFeedForward, TokenNorm, EntryConv, BatchNormReLU, Stem, Downsample):
+    register_notrace_module(_module)
