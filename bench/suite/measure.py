@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 
@@ -39,6 +40,10 @@ def kernels(call: Callable[[int], object], device: torch.device) -> dict[str, in
     """What one eager call launches (kernels, copies, fills), by name, as the profiler sees it; None on the CPU."""
     if device.type != "cuda":
         return None
+    # The profiler would stay attached and slow every later launch of the process: 171 in place of 136 us for an eager
+    # layer. Before CUDA 12.6 leaving it does not go together with graphs.
+    if tuple(map(int, torch.version.cuda.split(".")[:2])) >= (12, 6):
+        os.environ.setdefault("TEARDOWN_CUPTI", "1")
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call(0)
