@@ -3,7 +3,9 @@
 
 import torch
 
+from common import FLOOR, relative_error
 from groupmamba import GroupedMamba2d
+from groupmamba.layers.stochastic_depth import KeptImages
 
 VARIANTS = ("released", "fused", "paper")
 SCANS = ("grouped", "cross")
@@ -33,3 +35,52 @@ def run(call, x, layer=None):
     y = call(x)
     y.backward(image(*y.shape, seed=2, dtype=y.dtype, device=y.device))
     return {"y": y.detach(), "dx": x.grad, **{name: p.grad.clone() for name, p in layer.named_parameters()}}
+
+
+def check_training_op(op, inputs):
+    """opcheck of an op that returns an image and buffers. Between the buffers' pieces are bytes that nothing writes or
+    reads, so under AOT dispatch it is the image and all gradients that are compared."""
+    torch.library.opcheck(op, inputs, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    leaves = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
+
+    def results(call):
+        out = call(*inputs)
+        gradients = torch.autograd.grad(out, leaves, torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out))
+        return [out.detach(), *gradients]
+
+    expected = results(lambda *args: op(*args)[0])
+    for dynamic in (False, True):
+        torch._dynamo.reset()
+        traced = torch.compile(lambda *args: op(*args)[0], backend="aot_eager", fullgraph=True, dynamic=dynamic)
+        for a, b in zip(results(traced), expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def stochastic_depth(function, parameters, x, dy, scale, dtype, device):
+    """Of every second image: output, input and parameter gradients."""
+    t = x.to(device, dtype).requires_grad_()
+    dy = dy.to(device, dtype)
+    kept = KeptImages(torch.arange(1.0, len(x) + 1, device=device) % 2, scale)
+    y = function(t, residual=True, kept=kept)
+    dx, *gradients = torch.autograd.grad(y, [t, *parameters], dy)
+    assert torch.equal(y[1::2], t[1::2]) and torch.equal(dx[1::2], dy[1::2])
+    return [y.detach(), dx, *(g.clone() for g in gradients)]
+
+
+def check_stochastic_depth(monkeypatch, module, function, size, dtype, patches, batch=4):
+    x, dy = (torch.randn(batch, *size, dtype=torch.float64) for _ in range(2))
+
+    def results(dtype, device, scale=1.25):
+        module.to(device, dtype)
+        return stochastic_depth(function, list(module.parameters()), x, dy, scale, dtype, device)
+
+    truth = results(torch.float64, "cpu")
+    fused = results(dtype, "cuda")
+    for place, name in patches:
+        monkeypatch.setattr(place, name, lambda *_: False)
+    composed = results(dtype, "cuda")
+    for i, (expected, a, b) in enumerate(zip(truth, fused, composed, strict=True)):
+        # d(skip_scale) is one number, a sum over the image that cancels.
+        terms = (composed[1].double().norm() * x.norm()).item() if expected.numel() == 1 else 0.0
+        error, own = relative_error(a, expected, terms), relative_error(b, expected, terms)
+        assert error <= max(2 * own, FLOOR[dtype]), f"result {i}: {error:.2e}, composed {own:.2e}"

@@ -19,7 +19,7 @@ from scan_tools import inputs as scan_inputs
 from test_batch_norm import inputs as norm_inputs
 from test_conv import inputs as conv_inputs
 from test_cross_scan import inputs as cross_inputs
-from test_layer_ops import ONE_KERNEL, feed_forward
+from test_feed_forward import ONE_KERNEL, feed_forward
 from test_norms import modulated_inputs, pool_inputs
 
 SCANS = [  # dim, rank, states, h, w: the portable kernels, aligned and not

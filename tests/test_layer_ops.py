@@ -7,15 +7,10 @@ import pytest
 import torch
 
 from common import FLOOR, relative_error
-from groupmamba.layers import feed_forward as layers_feed_forward
 from groupmamba.layers import grouped_mamba
-from groupmamba.layers import token_norm as layers_token_norm
-from groupmamba.layers.feed_forward import ConvFeedForward
-from groupmamba.layers.stochastic_depth import KeptImages
-from groupmamba.layers.token_norm import TokenNorm
 from groupmamba_ext import layer_ops
 from groupmamba_ext.ops import DIRECTIONS, chunk_tokens
-from layer_tools import image, make, run
+from layer_tools import check_stochastic_depth, check_training_op, image, make, run
 
 pytestmark = pytest.mark.cuda
 
@@ -110,25 +105,6 @@ def arguments(layer, x, residual=False):
     return tokens, *norm, *fc, *mamba.core_parameters(), mamba.out_proj_weight, layer.skip_scale, *proj, *scalars
 
 
-def check_training_op(op, inputs):
-    """opcheck of an op that returns an image and buffers. Between the buffers' pieces are bytes that nothing writes or
-    reads, so under AOT dispatch it is the image and all gradients that are compared."""
-    torch.library.opcheck(op, inputs, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
-    leaves = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
-
-    def results(call):
-        out = call(*inputs)
-        gradients = torch.autograd.grad(out, leaves, torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out))
-        return [out.detach(), *gradients]
-
-    expected = results(lambda *args: op(*args)[0])
-    for dynamic in (False, True):
-        torch._dynamo.reset()
-        traced = torch.compile(lambda *args: op(*args)[0], backend="aot_eager", fullgraph=True, dynamic=dynamic)
-        for a, b in zip(results(traced), expected, strict=True):
-            torch.testing.assert_close(a, b)
-
-
 @pytest.mark.parametrize("variant", ["released", "fused"])
 @pytest.mark.parametrize("dim, affinity, residual", [(32, True, True), (44, True, False), (44, False, True)])
 def test_opcheck(variant, dim, affinity, residual):
@@ -221,149 +197,6 @@ def test_channels_last_parameters(dim):
         assert torch.equal(value, expected[name]), name
 
 
-def feed_forward(dim, hidden):
-    torch.manual_seed(0)
-    network, norm = ConvFeedForward(dim, hidden), TokenNorm(dim, eps=1e-6)
-    with torch.no_grad():
-        for p in (*network.parameters(), *norm.parameters()):
-            p.add_(0.1 * torch.randn_like(p))
-    return torch.nn.ModuleDict({"mlp": network, "norm": norm})
-
-
-# batch, dim, hidden, height and width that one kernel takes on 9.0 in 16 bits: each of its three widths, tiles that end
-# at the image's edges and beyond them, hidden channels that fill no block
-ONE_KERNEL = [(16, 64, 512, (28, 31)), (100, 40, 72, (13, 12)), (16, 128, 264, (21, 27)), (48, 192, 200, (13, 14))]
-
-
-@pytest.mark.parametrize(
-    "batch, dim, hidden, shape",
-    [
-        (2, 64, 512, (9, 14)),
-        (2, 348, 1392, (7, 7)),
-        (2, 44, 20, (3, 5)),
-        (2, 16, 9, (1, 1)),
-        (2, 96, 64, (1, 70)),
-        # tokens of eight vectors a thread, and wider than the norms' registers
-        (2, 600, 72, (5, 3)),
-        (2, 1100, 40, (3, 3)),
-        *ONE_KERNEL,
-    ],  # fmt: skip
-)
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_feed_forward_equals_the_composed_one(monkeypatch, dtype, batch, dim, hidden, shape, residual):
-    modules = feed_forward(dim, hidden)
-    x, dy = (torch.randn(batch, *shape, dim, dtype=torch.float64) for _ in range(2))
-
-    def results(dtype, device):
-        modules.to(device, dtype).zero_grad()
-        t = x.detach().clone().to(device, dtype).requires_grad_()
-        y = modules["mlp"](t, modules["norm"], residual=residual)
-        y.backward(dy.to(device, dtype))
-        return {"y": y.detach(), "dx": t.grad} | {k: p.grad.clone() for k, p in modules.named_parameters()}
-
-    truth = results(torch.float64, "cpu")
-    fused = results(dtype, "cuda")
-    for module in (layers_feed_forward, layers_token_norm):
-        monkeypatch.setattr(module, "takes_image", lambda _: False)
-    composed = results(dtype, "cuda")
-    for name, expected in truth.items():
-        own = relative_error(composed[name], expected)
-        error = relative_error(fused[name], expected)
-        assert error <= max(2 * own, FLOOR[dtype]), f"{name}: {error:.2e}, composed {own:.2e}"
-
-
-@pytest.mark.parametrize("dim, shape", [
-    (64, (9, 14)), (11, (3, 5)), (96, (1, 70)), (348, (7, 7)), (512, (1, 1)), (640, (5, 3)), (1100, (2, 3)),
-])  # fmt: skip
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_token_norm_of_a_biased_image(dtype, dim, shape):
-    """Up to 512 channels by the norm's kernels, beyond by an addition: against float64, with a bias far from 0."""
-    torch.manual_seed(0)
-    norm = TokenNorm(dim, eps=1e-5)
-    with torch.no_grad():
-        for p in norm.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    bias = torch.nn.Parameter(3 + torch.randn(dim))
-    x, dy = (torch.randn(3, *shape, dim).to(dtype).double() for _ in range(2))
-
-    def results(dtype, device):
-        norm.to(device, dtype).zero_grad()
-        b = bias.detach().to(device, dtype if dtype == torch.float64 else torch.float32).requires_grad_()
-        t = x.detach().clone().to(device, dtype).requires_grad_()
-        y = norm(t, b)
-        y.backward(dy.to(device, dtype))
-        gradients = {k: p.grad.clone() for k, p in norm.named_parameters()}  # .to() casts what it finds
-        return {"y": y.detach(), "dx": t.grad, "dx_bias": b.grad, **gradients}
-
-    truth, found = results(torch.float64, "cpu"), results(dtype, "cuda")
-    for name, expected in truth.items():
-        error = relative_error(found[name], expected)
-        assert error <= 4 * FLOOR[dtype], f"{name}: {error:.2e}"
-
-
-def kernels_of(function) -> list[str]:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        function()
-        torch.cuda.synchronize()
-    return [e.key for e in profile.key_averages() if e.self_device_time_total > 0]
-
-
-@pytest.mark.parametrize("batch, dim, hidden, shape", ONE_KERNEL)
-def test_feed_forward_is_one_kernel(batch, dim, hidden, shape):
-    """On 9.0 in 16 bits, where that pays; elsewhere, as for parameters that the copy engine can't read, it is several.
-
-    Parameters in pieces of one buffer, as some optimisers keep them, may begin anywhere.
-    """
-    # Elsewhere there is no such kernel, and the results are tested above.
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs a GPU of compute capability 9.0")
-    modules = feed_forward(dim, hidden).to("cuda", torch.bfloat16).requires_grad_(False)
-    mlp, norm = modules["mlp"], modules["norm"]
-    x = torch.randn(batch, *shape, dim, device="cuda", dtype=torch.bfloat16)
-    runs_alone = lambda x: any("feed_forward_sm90a" in k for k in kernels_of(lambda: mlp(x, norm)))  # noqa: E731
-    assert runs_alone(x)
-    assert not runs_alone(x[:1, :, :7])
-    assert not runs_alone(x[:1].expand(batch, -1, -1, -1))
-    strided = torch.zeros(batch, *shape, 2 * dim, device="cuda", dtype=torch.bfloat16)[..., :dim].copy_(x)
-    assert runs_alone(strided) and torch.equal(mlp(strided, norm), mlp(x, norm))
-    expected = mlp(x, norm)
-    buffer = torch.empty(mlp.fc1.weight.numel() + 1, device="cuda", dtype=torch.bfloat16)
-    mlp.fc1.weight.data = buffer[1:].view_as(mlp.fc1.weight).copy_(mlp.fc1.weight)
-    assert not runs_alone(x)
-    assert relative_error(mlp(x, norm), expected) < FLOOR[torch.bfloat16]
-
-
-def stochastic_depth(function, parameters, x, dy, scale, dtype, device):
-    """Of every second image: output, input and parameter gradients."""
-    t = x.to(device, dtype).requires_grad_()
-    dy = dy.to(device, dtype)
-    kept = KeptImages(torch.arange(1.0, len(x) + 1, device=device) % 2, scale)
-    y = function(t, residual=True, kept=kept)
-    dx, *gradients = torch.autograd.grad(y, [t, *parameters], dy)
-    assert torch.equal(y[1::2], t[1::2]) and torch.equal(dx[1::2], dy[1::2])
-    return [y.detach(), dx, *(g.clone() for g in gradients)]
-
-
-def check_stochastic_depth(monkeypatch, module, function, size, dtype, patches, batch=4):
-    x, dy = (torch.randn(batch, *size, dtype=torch.float64) for _ in range(2))
-
-    def results(dtype, device, scale=1.25):
-        module.to(device, dtype)
-        return stochastic_depth(function, list(module.parameters()), x, dy, scale, dtype, device)
-
-    truth = results(torch.float64, "cpu")
-    fused = results(dtype, "cuda")
-    for place, name in patches:
-        monkeypatch.setattr(place, name, lambda *_: False)
-    composed = results(dtype, "cuda")
-    for i, (expected, a, b) in enumerate(zip(truth, fused, composed, strict=True)):
-        # d(skip_scale) is one number, a sum over the image that cancels.
-        terms = (composed[1].double().norm() * x.norm()).item() if expected.numel() == 1 else 0.0
-        error, own = relative_error(a, expected, terms), relative_error(b, expected, terms)
-        assert error <= max(2 * own, FLOOR[dtype]), f"result {i}: {error:.2e}, composed {own:.2e}"
-
-
 @pytest.mark.parametrize("dim, shape, options", [
     (64, (9, 14), {}), (348, (7, 7), {}), (44, (7, 5), {"affinity": False}), (640, (3, 4), {"expand": 0.5}),
 ])  # fmt: skip
@@ -373,36 +206,6 @@ def test_stochastic_depth(monkeypatch, dtype, variant, dim, shape, options):
     layer = make(dim, variant=variant, **options)
     function = functools.partial(layer, tokens=True)
     check_stochastic_depth(monkeypatch, layer, function, (*shape, dim), dtype, [(grouped_mamba, "can_fuse")])
-
-
-@pytest.mark.parametrize("batch, dim, hidden, shape", [
-    (4, 64, 512, (9, 14)), (4, 348, 1392, (7, 7)), (4, 44, 20, (3, 5)), (4, 16, 9, (1, 1)), (4, 600, 72, (5, 3)),
-    (4, 1100, 40, (3, 3)), *ONE_KERNEL,
-])  # fmt: skip
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_feed_forward_stochastic_depth(monkeypatch, dtype, batch, dim, hidden, shape):
-    modules = feed_forward(dim, hidden)
-    function = functools.partial(modules["mlp"], norm=modules["norm"])
-    patches = [(place, "takes_image") for place in (layers_feed_forward, layers_token_norm)]
-    check_stochastic_depth(monkeypatch, modules, function, (*shape, dim), dtype, patches, batch)
-
-
-def test_feed_forward_opcheck():
-    modules = feed_forward(44, 20).cuda()
-    x = torch.randn(2, 3, 5, 44, device="cuda", requires_grad=True)
-    mlp, norm = modules["mlp"], modules["norm"]
-    parameters = (t for m in (norm, mlp.fc1, mlp.dwconv, mlp.fc2) for t in (m.weight, m.bias))
-    inputs = (x, *parameters, 1e-6, True, torch.tensor([0.0, 1.0], device="cuda"), 1.5)
-    check_training_op(torch.ops.groupmamba.feed_forward_fwd, inputs)
-    detached = [t.detach() if isinstance(t, torch.Tensor) else t for t in inputs]
-    torch.library.opcheck(torch.ops.groupmamba.feed_forward, detached)
-    with torch.no_grad():
-        inference = mlp(x, norm, residual=True)
-    assert torch.equal(mlp(x, norm, residual=True).detach(), inference)
-    for x_bias in (None, mlp.fc2.bias):
-        torch.library.opcheck(torch.ops.groupmamba.token_norm_fwd, (x, x_bias, norm.weight, norm.bias, 1e-6))
-    with pytest.raises(RuntimeError, match="fc2_weight"):
-        torch.ops.groupmamba.feed_forward_fwd(*inputs[:7], inputs[7][:, :4], *inputs[8:])
 
 
 def test_bitwise_repeatable():
