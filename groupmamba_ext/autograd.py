@@ -8,7 +8,7 @@ from torch import Tensor
 
 from groupmamba_ext import layer_ops
 from groupmamba_ext.cross_scan import saved_shape
-from groupmamba_ext.dispatch import call_backward, define, define_alone
+from groupmamba_ext.dispatch import call_backward, define, define_alone, define_inference
 from groupmamba_ext.ops import saved_states
 
 
@@ -218,3 +218,5 @@ def register() -> None:
         define(name, *formulas)
     for name in layer_ops.ALONE:
         define_alone(name, layer_ops.OPS[name][0])
+    for name, fake in layer_ops.INFERENCE.items():
+        define_inference(name, fake)

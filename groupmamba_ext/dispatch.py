@@ -38,17 +38,21 @@ def define(name: str, fake: Callable, setup: Callable, backward: Callable, backw
     _functions[name] = type(name, (torch.autograd.Function,), methods)
 
 
-def define_alone(name: str, fake: Callable) -> None:
-    """Gives ``groupmamba::{name}``, the first result of ``groupmamba::{name}_fwd`` alone, the same fake kernel; it has
-    no gradient."""
-    torch.library.register_fake(f"groupmamba::{name}", lambda *args: fake(*args)[0])
+def define_inference(name: str, fake: Callable) -> None:
+    """Gives ``groupmamba::{name}`` a fake kernel, and a gradient that raises."""
+    torch.library.register_fake(f"groupmamba::{name}", fake)
     torch.library.register_autograd(f"groupmamba::{name}", _no_backward(name))
     _overloads[name] = getattr(_ops, name).default
 
 
+def define_alone(name: str, fake: Callable) -> None:
+    """`define_inference` for the first result of ``groupmamba::{name}_fwd`` alone, by that op's fake kernel."""
+    define_inference(name, lambda *args: fake(*args)[0])
+
+
 def _no_backward(name: str) -> Callable:
     def backward(ctx, *grads):
-        raise RuntimeError(f"{name}: this op keeps nothing for a backward, which groupmamba::{name}_fwd does")
+        raise RuntimeError(f"groupmamba::{name} is an op for inference: it keeps nothing for a backward")
 
     return backward
 
@@ -100,6 +104,11 @@ def call_alone(name: str, *args) -> Tensor:
     if _wants_gradient(args) or forward_ad._current_level >= 0:
         return _functions[name].apply(*args)[0]
     return _below_autograd(_overloads[name], args)
+
+
+def call_inference(name: str, *args) -> Tensor | tuple[Tensor, ...]:
+    """``groupmamba::{name}`` on ``args``, where no gradient is asked for."""
+    return getattr(_ops, name)(*args) if _traced() else _below_autograd(_overloads[name], args)
 
 
 def call_backward(name: str, *args) -> tuple[Tensor, ...]:

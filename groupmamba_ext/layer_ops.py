@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from groupmamba_ext.backend import use_native
-from groupmamba_ext.dispatch import call, call_alone, call_backward
+from groupmamba_ext.dispatch import call, call_alone, call_backward, call_inference
 from groupmamba_ext.ops import DIRECTIONS, FUSED_CHANNELS, chunk_tokens, saved_states
 
 _UNIT = 8  # widths are padded to multiples of this, but for _padded_features: csrc/host/tensor.h
@@ -104,6 +104,17 @@ def _batch_norm_backward(ctx, dy, _dstats):
     return (*call_backward("batch_norm_relu", dy, *ctx.saved_tensors, ctx.eps), None)
 
 
+# batch_norm_fold ---------------------------------------------------------------------------
+
+
+def _fold_fake(image, weight, norm_weight, norm_bias, mean, variance, eps, blocks):
+    out, channels, taps, _ = weight.shape
+    if blocks:
+        channels, taps = 4 * (channels + channels % 2), (taps + 1) // 2
+    folded = image.new_empty((out, taps, taps, channels)).permute(0, 3, 1, 2)
+    return folded, image.new_empty((out,))
+
+
 # grouped_mamba_layer -----------------------------------------------------------------------
 
 
@@ -184,6 +195,7 @@ OPS = {
     "feed_forward": (_feed_forward_fake, _feed_forward_setup, _feed_forward_backward, _feed_forward_bwd_fake),
 }
 ALONE = ("grouped_mamba_layer", "feed_forward")  # those with a form for inference, which returns the image alone
+INFERENCE = {"batch_norm_fold": _fold_fake}  # ops without a gradient
 
 
 def takes_image(x: Tensor) -> bool:
@@ -235,6 +247,36 @@ def batch_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tupl
     """
     y, stats = call("batch_norm_relu", x.permute(0, 2, 3, 1), weight, bias, float(eps))
     return y.permute(0, 3, 1, 2), stats
+
+
+def takes_batch_norm_fold(image: Tensor, *parameters: Tensor) -> bool:
+    """True where `batch_norm_fold` takes an image, with a convolution's weight and a BatchNorm's tensors."""
+    typed = image.dtype in (torch.float16, torch.bfloat16)
+    return typed and all(t.dtype in (image.dtype, torch.float32) for t in parameters) and takes_image(image)
+
+
+def batch_norm_fold(
+    image: Tensor,
+    weight: Tensor,
+    norm: Sequence[Tensor],
+    eps: float,
+    *,
+    blocks: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """A BatchNorm in evaluation mode as part of the convolution before it, in one launch where
+    `takes_batch_norm_fold`; without a gradient.
+
+    Args:
+        image: what the convolution reads; its dtype is that of the results.
+        weight: (O, C, K, K), of any strides.
+        norm: (O,) each: weight, bias, running mean, running variance.
+        blocks: the image has blocks of 2x2 pixels as channels (``EntryConv`` of ``groupmamba.models``), K is odd.
+
+    Returns:
+        The convolution's weight, channels-last, (O, C, K, K) or with ``blocks`` (O, 4 C', (K + 1) / 2, (K + 1) / 2), C'
+        being C rounded up to even; and its bias, (O,).
+    """
+    return call_inference("batch_norm_fold", image, weight, *norm, float(eps), blocks)
 
 
 def feed_forward(

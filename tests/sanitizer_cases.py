@@ -16,6 +16,7 @@ from groupmamba.layers.stochastic_depth import KeptImages
 from groupmamba_ext import layer_ops
 from scan_tools import IMAGES
 from scan_tools import inputs as scan_inputs
+from test_batch_norm import convolution
 from test_batch_norm import inputs as norm_inputs
 from test_conv import inputs as conv_inputs
 from test_cross_scan import inputs as cross_inputs
@@ -110,6 +111,9 @@ def main() -> None:
             run(functools.partial(layer_ops.token_norm, eps=1e-5), tensors)
         for batch, channels, h, w in ((2, 8, 1, 1), (2, 32, 19, 21), (1, 264, 5, 7), (1, 2048, 3, 2)):
             run(lambda **t: layer_ops.batch_norm_relu(**t, eps=1e-5)[0], norm_inputs(batch, channels, h, w, dtype))
+            _, weight, norm = convolution(channels, 3, 3, dtype, torch.float32, torch.channels_last)
+            for blocks in (False, True):
+                layer_ops.batch_norm_fold(weight.to(dtype), weight, norm, 1e-5, blocks=blocks)
         for dim, h, w in LAYERS + (MANY_TOKENS if dtype == torch.bfloat16 else []):
             run_layers(dtype, dim, h, w)
         for case in ONE_KERNEL:

@@ -11,6 +11,7 @@ from groupmamba_ext import layer_ops
 
 pytest.importorskip("timm", reason="needs the extra 'models'")
 BatchNormReLU = pytest.importorskip("groupmamba.models.blocks").BatchNormReLU
+taps_to_channels = pytest.importorskip("groupmamba.models.entry_conv").taps_to_channels
 
 SIZES = [
     (2, 8, 1, 1),
@@ -121,6 +122,55 @@ def test_raw_op_refuses():
         op(x[:, :1, :1, :8], one[:8], one[:8], 1e-5)
     with pytest.raises(RuntimeError, match=r"bias must have shape \(8\), got \(12\)"):
         op(x[..., :8], one[:8], one, 1e-5)
+
+
+def convolution(out, channels, taps, dtype, param, memory_format):
+    """An image's dtype as an empty image, a convolution's weight and a norm's tensors, on CUDA."""
+    weight = torch.randn(out, channels, taps, taps, dtype=torch.float64)
+    norm = [1 + 0.2 * torch.randn(out), torch.randn(out), torch.randn(out), torch.rand(out) + 0.1]
+    image = torch.zeros(1, channels, 2, 2, device="cuda", dtype=dtype)
+    weight = weight.to("cuda", param).to(memory_format=memory_format)
+    return image, weight, [t.to("cuda", param) for t in norm]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype, param", [(torch.bfloat16, torch.float32), (torch.float16, torch.float16)])
+@pytest.mark.parametrize(
+    "out, channels, taps, blocks",
+    [(32, 3, 7, True), (9, 4, 3, True), (5, 1, 11, True), (32, 32, 3, False), (7, 5, 4, False), (300, 64, 1, False)],
+)
+def test_fold(out, channels, taps, blocks, dtype, param, memory_format):
+    torch.manual_seed(0)
+    image, weight, norm = convolution(out, channels, taps, dtype, param, memory_format)
+    assert layer_ops.takes_batch_norm_fold(image, weight, *norm)
+    folded, bias = layer_ops.batch_norm_fold(image, weight, norm, 1e-5, blocks=blocks)
+    assert folded.is_contiguous(memory_format=torch.channels_last) and folded.dtype == bias.dtype == dtype
+    norm_weight, norm_bias, mean, variance = (t.double() for t in norm)
+    scale = norm_weight / torch.sqrt(variance + 1e-5)
+    expected = weight.double() * scale[:, None, None, None]
+    expected = taps_to_channels(expected) if blocks else expected
+    rounding = torch.finfo(dtype).eps / 2 + 1e-6
+    torch.testing.assert_close(folded.double(), expected, rtol=rounding, atol=1e-7)
+    torch.testing.assert_close(bias.double(), norm_bias - mean * scale, rtol=rounding, atol=1e-6)
+
+
+@pytest.mark.cuda
+def test_fold_opcheck_and_refusals():
+    image, weight, norm = convolution(8, 3, 7, torch.bfloat16, torch.float32, torch.channels_last)
+    op = torch.ops.groupmamba.batch_norm_fold
+    for blocks in (False, True):
+        torch.library.opcheck(op, (image, weight, *norm, 1e-5, blocks))
+    with pytest.raises(RuntimeError, match="groupmamba::batch_norm_fold is an op for inference"):
+        op(image, weight.requires_grad_(), *norm, 1e-5, True)[0].sum().backward()
+    weight = weight.detach()
+    with pytest.raises(RuntimeError, match="K must be odd for blocks of pixels, got 4"):
+        op(image, weight[..., :4, :4], *norm, 1e-5, True)
+    with pytest.raises(RuntimeError, match=r"weight must be \(O, C, K, K\) with elements, got \(8, 3, 7, 4\)"):
+        op(image, weight[..., :4], *norm, 1e-5, False)
+    with pytest.raises(RuntimeError, match=r"mean must have shape \(8\), got \(7\)"):
+        op(image, weight, *norm[:2], norm[2][:7], norm[3], 1e-5, False)
+    assert not layer_ops.takes_batch_norm_fold(image.float(), weight, *norm)
 
 
 def module_and_twin(device, channels=16, **options):

@@ -106,6 +106,28 @@ def arguments(layer, x, residual=False):
 
 
 @pytest.mark.parametrize("variant", ["released", "fused"])
+@pytest.mark.parametrize("variant", ["released", "fused"])
+@pytest.mark.parametrize(
+    "dim, shape, options", [(64, (56, 56), {}), (348, (21, 40), {}), (1280, (30, 30), {"expand": 0.25})]
+)
+def test_planes_shared_in_memory_used_before(monkeypatch, variant, dim, shape, options):
+    """At batch 1 a scan's blocks share planes and wait for what they send one another: where that lies, the layer's
+    first kernel marks as absent what older work left there, all over (1,280 channels: by rows read from memory)."""
+    layer = make(dim, variant=variant, **options).cuda()
+    x = image(1, dim, *shape, device="cuda", dtype=torch.float32, memory_format=torch.channels_last)
+
+    def once():
+        for exponent in range(9, 25):
+            torch.full((1 << exponent,), 0.5, device="cuda")
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            return layer(x)
+
+    first = once()
+    assert all(torch.equal(once(), first) for _ in range(4))
+    monkeypatch.setattr(grouped_mamba, "can_fuse", lambda *_: False)
+    assert relative_error(first, once()) < 0.03
+
+
 @pytest.mark.parametrize("dim, affinity, residual", [(32, True, True), (44, True, False), (44, False, True)])
 def test_opcheck(variant, dim, affinity, residual):
     layer = make(dim, variant=variant, affinity=affinity).to("cuda")

@@ -10,8 +10,9 @@ struct ScanFwdSm90Args {
     CUtensorMap u[2], z[2], y[2];  // along rows, along columns
     ScanFwdArgs scan;
     SlabPlan plan;
-    SlabMapKind kind[3];        // of u, z, y
-    float* exchange = nullptr;  // exchange_floats(...)
+    SlabMapKind kind[3];           // of u, z, y
+    float* exchange = nullptr;     // exchange_floats(...)
+    bool exchange_marked = false;  // absent (words.cuh), by an earlier kernel
 };
 
 struct ScanBwdSm90Args {
@@ -20,6 +21,7 @@ struct ScanBwdSm90Args {
     SlabPlan plan;
     SlabMapKind kind[5];  // of u, z, dy, du, dz
     float* exchange = nullptr;
+    bool exchange_marked = false;
 };
 
 // Step features, B and C that a block of the forward fetches ahead: its registers set the limit of the rank, which is

@@ -35,6 +35,7 @@ cudaError_t launch_pack_parameters(const PackArgs& args, DType dtype, cudaStream
 cudaError_t launch_sum_parameters(const SumArgs& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_batch_norm_relu_fwd(const BatchNormArgs& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_batch_norm_relu_bwd(const BatchNormArgs& args, DType dtype, cudaStream_t stream);
+cudaError_t launch_batch_norm_fold(const FoldArgs& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_channel_affinity_fwd(const AffinityArgs& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_channel_affinity_bwd(const AffinityArgs& args, DType dtype, cudaStream_t stream);
 

@@ -16,9 +16,17 @@
 #include "cuda/launch.h"
 #include "cuda/launch_kernel.cuh"
 #include "cuda/norm_image.cuh"
+#include "cuda/words.cuh"
 
 namespace gm {
 namespace {
+
+// By all blocks.
+__device__ __forceinline__ void mark_absent(const PoolFwdArgs& args) {
+    for (int64_t i = int64_t{blockIdx.x} * kNormThreads + threadIdx.x; i < args.word_count;
+         i += int64_t{gridDim.x} * kNormThreads)
+        args.words[i] = __uint_as_float(kAbsent);
+}
 
 // kAligned: every image is one that the cursors of aligned kernels take. Loads are a step ahead there, the first ahead
 // of the tables.
@@ -51,6 +59,7 @@ __global__ void __launch_bounds__(kNormThreads, norm_fwd_blocks(kVecs))
                              : kept_factor(args.kept, strip.batch) * load_param_or<T>(args.sum_bias, c, 0.f);
     });
     if (add) clear_tails<T>(args.sum, s, strip);
+    mark_absent(args);
     __syncthreads();
 
     typename Tile::Values normed = {};
@@ -239,6 +248,7 @@ __global__ void __launch_bounds__(kNormThreads)
         }
         if (args.partials != nullptr) args.partials[strip.number * s.dim + c] = sum;
     }
+    mark_absent(args);
     xn.clear_pads(count);
     if (args.sum.ptr != nullptr) clear_tails<T>(args.sum, s, strip);
 }

@@ -155,6 +155,8 @@ struct PoolFwdArgs {
     ParamArg weight, bias, sum_bias;
     ParamArg x_bias;  // (dim,): added to x first, or absent; not with sum, nor where plan.vecs > kRowVecs or 0
     float* partials = nullptr;  // (batch, plan.strips, dim): sums of xn, or null
+    float* words = nullptr;     // those of a later kernel, here marked absent (words.cuh), or null
+    int64_t word_count = 0;
 };
 
 struct PoolBwdArgs {
@@ -299,6 +301,19 @@ struct BatchNormArgs {
     float* means = nullptr;     // backward: (2, channels), of g and of g (x - mean) / deviation^2
     float* partials = nullptr;  // (blocks, 2, channels)
     ParamOut dweight, dbias;
+};
+
+// A convolution's weight (out, channels, taps, taps) and the BatchNorm behind it as one weight, (out, folded_taps,
+// folded_taps, folded_channels), and a bias.
+struct FoldArgs {
+    ParamArg weight;  // of any strides
+    int64_t strides[4] = {};
+    int out = 0, channels = 0;
+    ParamArg norm_weight, norm_bias, mean, variance;
+    float eps = 0.f;
+    bool blocks = false;  // for an image whose 2 x 2 pixels are channels
+    int folded_taps = 0, folded_channels = 0;
+    void *folded = nullptr, *bias = nullptr;
 };
 
 // Eight blocks an SM of an H100, all at once, unless that leaves a thread fewer than four rows.

@@ -12,34 +12,9 @@
 #include "cuda/launch_kernel.cuh"
 #include "cuda/slab_features.cuh"
 #include "cuda/slab_norm.cuh"
+#include "cuda/words.cuh"
 
 namespace gm {
-
-// Words that one block writes and others wait for: each is one access, so that a word that is there is there as a
-// whole, and needs neither flag nor fence. All ones, a NaN that no arithmetic makes, stand for those that are not.
-constexpr uint32_t kAbsent = 0xffffffffu;
-
-__device__ __forceinline__ uint32_t present(float v) {
-    const uint32_t bits = __float_as_uint(v);
-    return bits == kAbsent ? 0x7fffffffu : bits;
-}
-__device__ __forceinline__ void send_word(float* to, float v) {
-    asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(to), "r"(present(v)) : "memory");
-}
-__device__ __forceinline__ uint32_t read_word(const float* from) {
-    uint32_t bits;
-    asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(bits) : "l"(from) : "memory");
-    return bits;
-}
-__device__ __forceinline__ void send_pair(float2* to, float x, float y) {
-    const uint64_t bits = uint64_t{__float_as_uint(y)} << 32 | present(x);
-    asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to), "l"(bits) : "memory");
-}
-__device__ __forceinline__ uint64_t read_pair(const float2* from) {
-    uint64_t bits;
-    asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(bits) : "l"(from) : "memory");
-    return bits;
-}
 
 // Sends on a slab's aggregate (P, h) of the thread's channel, as its last scan lane has it, and returns the state that
 // enters the slab. It follows from `state`, which leaves the block's own slab before that, or 0 at the start of the
@@ -230,9 +205,11 @@ template <class Kernel, class Args>
 cudaError_t launch_sm90(Kernel kernel, int threads, int resident, int shared, cudaStream_t stream, const Args& args) {
     const ScanShape& shape = args.scan.shape;
     if (args.plan.ways > 1) {
-        const size_t bytes = exchange_floats(shape, args.plan) * sizeof(float);
-        const cudaError_t error = cudaMemsetAsync(args.exchange, kAbsent & 0xff, bytes, stream);
-        if (error != cudaSuccess) return error;
+        if (!args.exchange_marked) {
+            const size_t bytes = exchange_floats(shape, args.plan) * sizeof(float);
+            const cudaError_t error = cudaMemsetAsync(args.exchange, kAbsent & 0xff, bytes, stream);
+            if (error != cudaSuccess) return error;
+        }
         const int64_t blocks = int64_t{args.plan.teams} * args.plan.ways * shape.groups;
         return launch_at_once(kernel, blocks, threads, shared, stream, args);
     }

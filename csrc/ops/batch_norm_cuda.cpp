@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// batch_norm_relu on CUDA: checks, device guard, allocation, launch. Schemas: csrc/schemas.cpp.
+// batch_norm_relu and batch_norm_fold on CUDA: checks, device guard, allocation, launch. Schemas: csrc/schemas.cpp.
 #include "cuda/launch.h"
 #include "host/cuda_args.h"
 #include "host/stream.h"
@@ -69,10 +69,44 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_bwd(Tensor dy, Tensor x, Tens
     return {dx, dweight, dbias};
 }
 
+std::tuple<Tensor, Tensor> batch_norm_fold(Tensor image, Tensor weight, Tensor norm_weight, Tensor norm_bias,
+                                           Tensor mean, Tensor variance, double eps, bool blocks) {
+    const CudaContext context(image);
+    GM_CHECK(weight.dim() == 4 && weight.size(2) == weight.size(3) && weight.numel() > 0,
+             "weight must be (O, C, K, K) with elements, got ", show(shape_of(weight)));
+    const int64_t out = weight.size(0), channels = weight.size(1), taps = weight.size(2);
+    GM_CHECK(!blocks || taps % 2 == 1, "K must be odd for blocks of pixels, got ", taps);
+    GM_CHECK(weight.numel() <= INT32_MAX / 16, "weight has too many elements: ", weight.numel());
+    check_parameter(weight, "weight", shape_of(weight), image);
+    check_parameter(norm_weight, "norm_weight", {out}, image);
+    check_parameter(norm_bias, "norm_bias", {out}, image);
+    check_parameter(mean, "mean", {out}, image);
+    check_parameter(variance, "variance", {out}, image);
+
+    ParamHolder param;
+    FoldArgs args;
+    args.weight = {weight.data_ptr(), is_float(weight)};
+    for (int64_t d = 0; d < 4; ++d) args.strides[d] = weight.stride(d);
+    args.out = static_cast<int>(out), args.channels = static_cast<int>(channels);
+    args.norm_weight = param(norm_weight), args.norm_bias = param(norm_bias);
+    args.mean = param(mean), args.variance = param(variance);
+    args.eps = static_cast<float>(eps), args.blocks = blocks;
+    const int64_t folded_taps = blocks ? (taps + 1) / 2 : taps, width = blocks ? 4 * round_up(channels, 2) : channels;
+    args.folded_taps = static_cast<int>(folded_taps), args.folded_channels = static_cast<int>(width);
+    const int64_t row = folded_taps * width;
+    const Tensor folded = empty_strided({out, width, folded_taps, folded_taps}, {folded_taps * row, 1, row, width},
+                                        image.scalar_type(), image);
+    const Tensor bias = empty({out}, image.scalar_type(), image);
+    args.folded = folded.data_ptr(), args.bias = bias.data_ptr();
+    check_cuda(launch_batch_norm_fold(args, dtype_of(image), context.stream()), "batch_norm_fold");
+    return {folded, bias};
+}
+
 }  // namespace
 }  // namespace gm
 
 STABLE_TORCH_LIBRARY_IMPL(groupmamba, CUDA, m) {
     m.impl("batch_norm_relu_fwd", TORCH_BOX(&gm::batch_norm_relu_fwd));
     m.impl("batch_norm_relu_bwd", TORCH_BOX(&gm::batch_norm_relu_bwd));
+    m.impl("batch_norm_fold", TORCH_BOX(&gm::batch_norm_fold));
 }

@@ -3,6 +3,7 @@
 // defined in the file of its op. The _into forms write given images.
 #pragma once
 
+#include <memory>
 #include <tuple>
 #include <vector>
 
@@ -33,6 +34,7 @@ struct NormPoolInputs {
     OptTensor sum{}, sum_bias{};  // sum, (batch, H, W, C), becomes x + sum_bias, which counts as `kept` says
     KeptArg kept{};
     OptTensor x_bias{};  // (C,), up to 512 channels, without sum: added to x before all
+    OptTensor words{};   // float32, of a later kernel: marked absent (cuda/words.cuh)
 };
 // Writes xn: (batch, H, W, C), or (batch, H, W, groups, width) with zeros behind the channels of a group.
 void layer_norm_pool_fwd_into(const Tensor& xn, NormPoolInputs in, const CudaContext& context);
@@ -97,8 +99,25 @@ struct ScanImageGradients {
 struct ScanParameterGradients {
     Tensor dA, dD, ddt_weight, ddt_bias, dnorm_weight, dnorm_bias, dgate;
 };
-// Writes y and, if given, the states.
-void scan_fwd_into(const Tensor& y, const OptTensor& states, ScanInputs inputs, const CudaContext& context);
+// A forward that writes y and, if given, the states. It is planned from where images and parameters lie, so that they
+// may be computed between the constructor and launch(), if images are canonical and parameters contiguous; others are
+// copied at once.
+class ScanForward {
+public:
+    ScanForward(const Tensor& y, const OptTensor& states, ScanInputs inputs, const CudaContext& context);
+    ScanForward(const ScanForward&) = delete;
+    ScanForward& operator=(const ScanForward&) = delete;
+    ~ScanForward();
+
+    // What blocks that share planes send one another, to be marked absent (cuda/words.cuh) by a kernel in between; by
+    // launch(), if this is not called. Null where they share none.
+    OptTensor words_to_mark();
+    void launch();
+
+private:
+    struct Planned;
+    std::unique_ptr<Planned> planned_;  // null for no tokens
+};
 ScanParameterGradients scan_bwd_into(const ScanImageGradients& gradients, Tensor dy, ScanInputs inputs, Tensor states,
                                      const CudaContext& context);
 

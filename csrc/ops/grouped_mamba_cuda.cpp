@@ -36,12 +36,14 @@ LayerForward layer_forward(const Tensor& x, const LayerParameters& p, const Laye
     if (save && s.merges) images.mixed = scratch.get(mixed, {s.batch, s.height, s.width, s.groups, s.dim_pad});
     const Tensor out = empty_padded_image(s.batch, s.height, s.width, s.channels, x);
     pack.prepare();
+    ScanForward scan(images.y, images.states, scan_inputs(pack, s, images, scalars), context);
     Branch packing(context);
     pack.launch(dtype, packing.stream());
 
     NormPoolInputs norm{x, p.norm_weight, p.norm_bias, scalars.eps};
     if (s.gated()) norm.partials = scratch.get(sums, {s.batch, strips, s.channels});
     if (scalars.residual) norm.sum = out, norm.sum_bias = p.proj_bias, norm.kept = kept;
+    norm.words = scan.words_to_mark();
     layer_norm_pool_fwd_into(images.xn, norm, context);
     packing.join();
     std::optional<Branch> affinity;
@@ -67,7 +69,7 @@ LayerForward layer_forward(const Tensor& x, const LayerParameters& p, const Laye
                                pack.get(kConvBias, {s.groups, s.inner_pad}), kSilu, context);
     token_product(images.features, images.u, pack.get(kXProj, {s.groups, s.features_pad, s.inner_pad}), context);
     if (s.gates_scan()) affinity->join();
-    scan_fwd_into(images.y, images.states, scan_inputs(pack, s, images, scalars), context);
+    scan.launch();
 
     if (s.merges) {
         const Tensor o_rows = rows_of(images.o, s, s.dim_pad), y_rows = rows_of(images.y, s, s.inner_pad);

@@ -66,22 +66,20 @@ Tensor exchange_scratch(Args& args, const Tensor& device_of) {
     return scratch;
 }
 
-// Makes inputs, and in the backward `dy`, such as a kernel walks: images that the copy engine moves where a kernel of
-// such takes the scan, else canonical ones.
-std::optional<MovableImages> prepare_inputs(ScanInputs& in, Tensor* dy, ScanShape& shape, DType dtype,
-                                            const CudaContext& context) {
+// Makes inputs, and in the backward `dy`, such as a kernel walks: images that the copy engine moves, `movable`, where a
+// kernel of such takes the scan, else canonical ones.
+void prepare_inputs(std::optional<MovableImages>& movable, ScanInputs& in, Tensor* dy, ScanShape& shape, DType dtype,
+                    const CudaContext& context) {
     for (Tensor* t : {&in.dt, &in.B, &in.C}) *t = canonical_image(*t);
     std::vector<Tensor*> images{&in.u};
     if (in.z) images.push_back(&*in.z);
     if (dy != nullptr) images.push_back(dy);
-    std::optional<MovableImages> movable;
     if (takes_grouped_scan_sm90(shape, in.z.has_value(), in.norm_weight.has_value(), dtype)) {
         movable.emplace(shape, context);
         movable->read(images);
     } else {
         for (Tensor* t : images) *t = canonical_image(*t);
     }
-    return movable;
 }
 
 // What forward and backward read, of canonical inputs.
@@ -105,7 +103,7 @@ std::tuple<Tensor, Tensor> grouped_selective_scan_fwd(Tensor u, Tensor dt, Tenso
     const Tensor y = empty_image_like(u);
     OptTensor states;
     if (save_states) states = empty(states_shape(check_inputs(in), chunk), ScalarType::Float, u);
-    scan_fwd_into(y, states, in, context);
+    ScanForward(y, states, in, context).launch();
     return {y, states ? *states : empty_absent(ScalarType::Float, u)};
 }
 
@@ -131,44 +129,72 @@ Gradients grouped_selective_scan_bwd(Tensor dy, Tensor u, Tensor dt, Tensor A, T
 
 }  // namespace
 
-void scan_fwd_into(const Tensor& y, const OptTensor& states, ScanInputs in, const CudaContext& context) {
+struct ScanForward::Planned {
+    const CudaContext& context;
+    DType dtype;
+    ScanInputs in;
+    ParamHolder param;
+    ScanFwdSm90Args args{};  // args.scan alone for the portable kernels
+    std::optional<MovableImages> movable;
+    Tensor carry, exchange;
+
+    static constexpr const char* kName = "grouped_selective_scan forward";
+};
+
+ScanForward::~ScanForward() = default;
+
+ScanForward::ScanForward(const Tensor& y, const OptTensor& states, ScanInputs in, const CudaContext& context) {
     const ScanSizes s = check_inputs(in);
     check_image(y, "y", shape_of(in.u), in.u);
     if (states) check_shape(*states, "states", states_shape(s, in.chunk));
-    ScanFwdArgs args;
-    args.shape = scan_shape(s, in);
-    check_chunk(args.shape, in.chunk);
     const DType dtype = dtype_of(in.u);
+    const ScanShape shape = scan_shape(s, in);
+    check_chunk(shape, in.chunk);
     if (s.batch == 0 || s.tokens() == 0) return;
 
-    std::optional<MovableImages> movable = prepare_inputs(in, nullptr, args.shape, dtype, context);
-    ParamHolder param;
-    set_inputs(args, in, param);
-    args.y = movable ? movable->write(y, *in.z) : image_arg(y);
-    Tensor scratch;
+    planned_.reset(new Planned{context, dtype, std::move(in)});
+    Planned& p = *planned_;
+    ScanFwdArgs& args = p.args.scan;
+    args.shape = shape;
+    prepare_inputs(p.movable, p.in, nullptr, args.shape, dtype, context);
+    set_inputs(args, p.in, p.param);
+    args.y = p.movable ? p.movable->write(y, *p.in.z) : image_arg(y);
     if (states) {
         args.states = static_cast<float*>(states->data_ptr());
         args.num_chunks = states->size(2);
     } else if (s.states > 1) {
-        scratch = carry_scratch(s, in.u);
-        args.carry = static_cast<float*>(scratch.data_ptr());
+        p.carry = carry_scratch(s, p.in.u);
+        args.carry = static_cast<float*>(p.carry.data_ptr());
     }
-    const int64_t size = static_cast<int64_t>(in.u.element_size());
+    const int64_t size = static_cast<int64_t>(p.in.u.element_size());
     args.shape.aligned = s.dim % kVec == 0 && allows_vectors(args.u, size) && allows_vectors(args.z, size) &&
                          allows_vectors(args.y, size) && (s.rank > 0 || allows_vectors(args.dt, size));
-    constexpr const char* kName = "grouped_selective_scan forward";
-    if (movable) {
-        ScanFwdSm90Args sm90_args{};
-        sm90_args.scan = args;
-        GM_CHECK(prepare_grouped_scan_fwd_sm90(dtype, sm90_args), kName, ": the driver refused a tensor map of u ",
-                 show(shape_of(in.u)));
-        check_cuda(share_grouped_scan_fwd_sm90(sm90_args, dtype), kName);
-        const Tensor exchange = exchange_scratch(sm90_args, in.u);
-        check_cuda(launch_grouped_scan_fwd_sm90(sm90_args, dtype, context.stream()), kName);
-        movable->finish();
-    } else {
+    if (!p.movable) {
         args.shape.threads = scan_fwd_threads(args.shape.lanes, s.tokens());
-        check_cuda(launch_grouped_scan_fwd(args, dtype, context.stream()), kName);
+        return;
+    }
+    GM_CHECK(prepare_grouped_scan_fwd_sm90(dtype, p.args), Planned::kName, ": the driver refused a tensor map of u ",
+             show(shape_of(p.in.u)));
+    check_cuda(share_grouped_scan_fwd_sm90(p.args, dtype), Planned::kName);
+    p.exchange = exchange_scratch(p.args, p.in.u);
+}
+
+OptTensor ScanForward::words_to_mark() {
+    if (planned_ == nullptr || planned_->args.exchange == nullptr) return std::nullopt;
+    planned_->args.exchange_marked = true;
+    return planned_->exchange;
+}
+
+void ScanForward::launch() {
+    if (planned_ == nullptr) return;
+    Planned& p = *planned_;
+    const cudaStream_t stream = p.context.stream();
+    if (p.movable) {
+        p.movable->start();
+        check_cuda(launch_grouped_scan_fwd_sm90(p.args, p.dtype, stream), Planned::kName);
+        p.movable->finish();
+    } else {
+        check_cuda(launch_grouped_scan_fwd(p.args.scan, p.dtype, stream), Planned::kName);
     }
 }
 
@@ -194,7 +220,9 @@ ScanParameterGradients scan_bwd_into(const ScanImageGradients& images, Tensor dy
         return p;
     }
 
-    std::optional<MovableImages> movable = prepare_inputs(in, &dy, args.shape, dtype, context);
+    std::optional<MovableImages> movable;
+    prepare_inputs(movable, in, &dy, args.shape, dtype, context);
+    if (movable) movable->start();
     if (!states.is_contiguous()) states = torch::stable::contiguous(states);
     ParamHolder param;
     set_inputs(args, in, param);

@@ -21,17 +21,17 @@ public:
     MovableImages(ScanShape& shape, const CudaContext& context) : shape_(shape), context_(context), dim_(shape.dim) {
         shape.dim = static_cast<int>(round_up(shape.dim, kCopyUnit));
     }
+    // Replaces images to be read by places that start() fills.
     void read(const std::vector<Tensor*>& images) {
-        std::vector<Copy> copies;
         for (Tensor* image : images) {
             if (is_canonical_image(*image) && allows_slabs(image_arg(*image), shape_)) continue;
             const Tensor place = place_like(*image);
-            copies.push_back({*image, place});
+            read_.push_back({*image, place});
             places_.push_back(place.data_ptr());
             *image = place;
         }
-        run(copies, shape_.dim);
     }
+    void start() const { run(read_, shape_.dim); }
     // Where a kernel writes what finish() brings to `image`: over `read`, slab by slab, if that is a place of ours.
     ImageArg write(const Tensor& image, const Tensor& read) {
         if (allows_slabs(image_arg(image), shape_)) return image_arg(image);
@@ -97,7 +97,7 @@ private:
     const CudaContext& context_;
     int dim_;  // channels that exist
     std::vector<const void*> places_;
-    std::vector<Copy> written_;
+    std::vector<Copy> read_, written_;
 };
 
 }  // namespace gm

@@ -116,6 +116,7 @@ void layer_norm_pool_fwd_into(const Tensor& xn, NormPoolInputs in, const CudaCon
         check_shape(*in.partials, "partials", {s.batch, args.plan.strips, sizes.channels});
         args.partials = static_cast<float*>(in.partials->data_ptr());
     }
+    if (in.words) args.words = static_cast<float*>(in.words->data_ptr()), args.word_count = in.words->numel();
     check_cuda(launch_layer_norm_pool_fwd(args, dtype, context.stream()), "layer_norm_pool forward");
 }
 

@@ -13,8 +13,15 @@ from groupmamba.layers import GroupedMamba2d
 from groupmamba.layers.feed_forward import ConvFeedForward
 from groupmamba.layers.stochastic_depth import KeptImages
 from groupmamba.layers.token_norm import TokenNorm
-from groupmamba.models.entry_conv import EntryConv
-from groupmamba_ext.layer_ops import BIASED_CHANNELS, batch_norm_relu, takes_batch_norm, takes_image
+from groupmamba.models.entry_conv import EntryConv, taps_to_channels
+from groupmamba_ext.layer_ops import (
+    BIASED_CHANNELS,
+    batch_norm_fold,
+    batch_norm_relu,
+    takes_batch_norm,
+    takes_batch_norm_fold,
+    takes_image,
+)
 
 BLOCK_EPS = 1e-6  # block, class-block and stage norms
 CONV_EPS = 1e-5  # norms behind the stem and downsampling convolutions
@@ -98,15 +105,23 @@ class Stem(nn.Module):
 
 
 def _conv_norm_relu(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
-    """``relu(norm(conv(x)))`` in evaluation mode, the norm as part of the convolution's weights."""
-    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-    weight, bias = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
-    if isinstance(conv, EntryConv):
-        x, weight, bias, stride, padding = conv.operands(x, weight, bias)
+    """``relu(norm(conv(x)))`` in evaluation mode without a gradient, the norm as part of the convolution's weights."""
+    casts = x.is_cuda and torch.is_autocast_enabled("cuda")
+    stride, padding = conv.stride, conv.padding
+    blocks = conv.blocks(x) if isinstance(conv, EntryConv) else None
+    if blocks is not None:
+        x, stride, padding, casts = blocks, (1, 1), (0, 0), True
+    elif casts:
+        x = x.to(torch.get_autocast_dtype("cuda"))
+    statistics = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    if (casts or conv.weight.dtype == x.dtype) and takes_batch_norm_fold(x, conv.weight, *statistics):
+        weight, bias = batch_norm_fold(x, conv.weight, statistics, norm.eps, blocks=blocks is not None)
     else:
-        stride, padding = conv.stride, conv.padding
-    if x.is_cuda and torch.is_autocast_enabled("cuda"):
-        x, weight, bias = (t.to(torch.get_autocast_dtype("cuda")) for t in (x, weight, bias))
+        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        weight, bias = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+        weight = weight if blocks is None else taps_to_channels(weight)
+        if casts:
+            weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     if x.is_cuda and torch.backends.cudnn.enabled and x.dtype in (torch.float16, torch.bfloat16):
         if x.stride(1) == 1:
             weight = weight.contiguous(memory_format=torch.channels_last)

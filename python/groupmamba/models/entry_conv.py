@@ -25,16 +25,18 @@ class EntryConv(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, 2, kernel_size // 2, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(*self.operands(x, self.weight))
+        blocks = self.blocks(x)
+        return (
+            super().forward(x) if blocks is None else F.conv2d(blocks, taps_to_channels(self.weight).to(blocks.dtype))
+        )
 
-    def operands(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple:
-        """Arguments of a convolution of ``x`` by ``weight``: image, weight, bias, stride, padding."""
+    def blocks(self, x: Tensor) -> Tensor | None:
+        """`pixels_to_channels` of ``x`` where the convolution runs on that, by `taps_to_channels` of its weight."""
         autocast = x.is_cuda and torch.is_autocast_enabled("cuda")
         dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype
         if not x.is_cuda or dtype not in (torch.float16, torch.bfloat16) or self.in_channels > MOST_CHANNELS:
-            return x, weight, bias, self.stride, self.padding
-        x, weight = pixels_to_channels(x, self.kernel_size[0], dtype), taps_to_channels(weight).to(dtype)
-        return x, weight, None if bias is None else bias.to(dtype), (1, 1), (0, 0)
+            return None
+        return pixels_to_channels(x, self.kernel_size[0], dtype)
 
 
 def _channels(n: int) -> int:
