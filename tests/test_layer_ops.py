@@ -106,7 +106,6 @@ def arguments(layer, x, residual=False):
 
 
 @pytest.mark.parametrize("variant", ["released", "fused"])
-@pytest.mark.parametrize("variant", ["released", "fused"])
 @pytest.mark.parametrize(
     "dim, shape, options", [(64, (56, 56), {}), (348, (21, 40), {}), (1280, (30, 30), {"expand": 0.25})]
 )
@@ -128,6 +127,7 @@ def test_planes_shared_in_memory_used_before(monkeypatch, variant, dim, shape, o
     assert relative_error(first, once()) < 0.03
 
 
+@pytest.mark.parametrize("variant", ["released", "fused"])
 @pytest.mark.parametrize("dim, affinity, residual", [(32, True, True), (44, True, False), (44, False, True)])
 def test_opcheck(variant, dim, affinity, residual):
     layer = make(dim, variant=variant, affinity=affinity).to("cuda")
