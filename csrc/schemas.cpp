@@ -70,9 +70,10 @@ STABLE_TORCH_LIBRARY(groupmamba, m) {
         "batch_norm_relu_bwd(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor stats, float eps) "
         "-> (Tensor dx, Tensor dweight, Tensor dbias)");
 
-    // A BatchNorm of fixed statistics as part of the convolution before it, on CUDA, in the dtype of image: weight (O,
-    // C, K, K), the others (O,); folded channels-last. blocks: for an image of blocks of 2 x 2 pixels, each of C'
-    // channels, C rounded up to even; K is then odd and folded (O, 4 C', (K + 1) / 2, (K + 1) / 2).
+    // A BatchNorm of fixed statistics as part of the convolution before it, on CUDA, in the dtype of image, which is
+    // not read: weight (O, C, K, K), the others (O,); folded channels-last. blocks: for an image of blocks of 2 x 2
+    // pixels, each of C' channels, C rounded up to even; K is then 3, 7, 11, ... and folded (O, 4 C', (K + 1) / 2,
+    // (K + 1) / 2).
     m.def(
         "batch_norm_fold(Tensor image, Tensor weight, Tensor norm_weight, Tensor norm_bias, Tensor mean, "
         "Tensor variance, float eps, bool blocks) -> (Tensor folded, Tensor bias)");

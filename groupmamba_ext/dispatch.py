@@ -38,21 +38,21 @@ def define(name: str, fake: Callable, setup: Callable, backward: Callable, backw
     _functions[name] = type(name, (torch.autograd.Function,), methods)
 
 
-def define_inference(name: str, fake: Callable) -> None:
-    """Gives ``groupmamba::{name}`` a fake kernel, and a gradient that raises."""
+def define_inference(name: str, fake: Callable, hint: str = "") -> None:
+    """Gives ``groupmamba::{name}`` a fake kernel, and a gradient that raises, with a ``hint`` behind the message."""
     torch.library.register_fake(f"groupmamba::{name}", fake)
-    torch.library.register_autograd(f"groupmamba::{name}", _no_backward(name))
+    torch.library.register_autograd(f"groupmamba::{name}", _no_backward(name, hint))
     _overloads[name] = getattr(_ops, name).default
 
 
 def define_alone(name: str, fake: Callable) -> None:
     """`define_inference` for the first result of ``groupmamba::{name}_fwd`` alone, by that op's fake kernel."""
-    define_inference(name, lambda *args: fake(*args)[0])
+    define_inference(name, lambda *args: fake(*args)[0], f"; groupmamba::{name}_fwd has one")
 
 
-def _no_backward(name: str) -> Callable:
+def _no_backward(name: str, hint: str) -> Callable:
     def backward(ctx, *grads):
-        raise RuntimeError(f"groupmamba::{name} is an op for inference: it keeps nothing for a backward")
+        raise RuntimeError(f"groupmamba::{name} is an op for inference, which keeps nothing for a backward{hint}")
 
     return backward
 
@@ -107,8 +107,10 @@ def call_alone(name: str, *args) -> Tensor:
 
 
 def call_inference(name: str, *args) -> Tensor | tuple[Tensor, ...]:
-    """``groupmamba::{name}`` on ``args``, where no gradient is asked for."""
-    return getattr(_ops, name)(*args) if _traced() else _below_autograd(_overloads[name], args)
+    """``groupmamba::{name}`` on ``args``; what raises on a gradient is in the way only where one could be taken."""
+    if _traced() or _wants_gradient(args) or forward_ad._current_level >= 0:
+        return getattr(_ops, name)(*args)
+    return _below_autograd(_overloads[name], args)
 
 
 def call_backward(name: str, *args) -> tuple[Tensor, ...]:

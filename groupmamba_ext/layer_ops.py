@@ -267,10 +267,11 @@ def batch_norm_fold(
     `takes_batch_norm_fold`; without a gradient.
 
     Args:
-        image: what the convolution reads; its dtype is that of the results.
+        image: what the convolution reads; only its dtype, that of the results, counts here.
         weight: (O, C, K, K), of any strides.
         norm: (O,) each: weight, bias, running mean, running variance.
-        blocks: the image has blocks of 2x2 pixels as channels (``EntryConv`` of ``groupmamba.models``), K is odd.
+        blocks: the image has blocks of 2x2 pixels as channels (``EntryConv`` of ``groupmamba.models``); K is 3, 7,
+            11, ...
 
     Returns:
         The convolution's weight, channels-last, (O, C, K, K) or with ``blocks`` (O, 4 C', (K + 1) / 2, (K + 1) / 2), C'

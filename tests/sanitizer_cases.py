@@ -116,6 +116,8 @@ def main() -> None:
                 layer_ops.batch_norm_fold(weight.to(dtype), weight, norm, 1e-5, blocks=blocks)
         for dim, h, w in LAYERS + (MANY_TOKENS if dtype == torch.bfloat16 else []):
             run_layers(dtype, dim, h, w)
+        wide = GroupedMamba2d(1280, expand=0.25).to("cuda", dtype)  # shared planes behind a norm of rows in memory
+        run(wide, {"x": torch.randn(1, 1280, 30, 30, device="cuda").to(dtype)})
         for case in ONE_KERNEL:
             run_feed_forward(dtype, *case)
     print("all kernels ran")

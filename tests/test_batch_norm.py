@@ -164,7 +164,7 @@ def test_fold_opcheck_and_refusals():
     with pytest.raises(RuntimeError, match="groupmamba::batch_norm_fold is an op for inference"):
         op(image, weight.requires_grad_(), *norm, 1e-5, True)[0].sum().backward()
     weight = weight.detach()
-    with pytest.raises(RuntimeError, match="K must be odd for blocks of pixels, got 4"):
+    with pytest.raises(RuntimeError, match="K must be 3, 7, 11, ... for blocks of pixels, got 4"):
         op(image, weight[..., :4, :4], *norm, 1e-5, True)
     with pytest.raises(RuntimeError, match=r"weight must be \(O, C, K, K\) with elements, got \(8, 3, 7, 4\)"):
         op(image, weight[..., :4], *norm, 1e-5, False)

@@ -134,24 +134,35 @@ def test_heads():
 
 
 @pytest.mark.parametrize("variant", ["released", "paper"])
-def test_batch_norms_are_folded_without_gradients(device, variant):
-    dtype = torch.float64 if device == "cpu" else torch.bfloat16
-    stem = small(variant=variant).eval().stem.double()
-    for module in stem.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2)
-    x = torch.randn(2, 3, 40, 47, dtype=torch.float64)
+@pytest.mark.parametrize("channels", [3, 6])  # the first convolution on blocks of pixels, or as it is
+@pytest.mark.parametrize("precision", ["double", "bfloat16", "half", "autocast"])
+def test_batch_norms_are_folded_without_gradients(monkeypatch, device, variant, channels, precision):
+    if (device == "cpu") != (precision == "double"):
+        pytest.skip("float64 on the CPU, 16 bits on CUDA")
+    dtype = {"double": torch.float64, "bfloat16": torch.bfloat16, "half": torch.half, "autocast": torch.float32}[
+        precision
+    ]
+    stem = small(variant=variant, in_chans=channels).eval().stem.double()
+    norms = [m for m in stem.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    with torch.no_grad():
+        for norm in norms:
+            norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2)
+            norm.weight.uniform_(0.5, 1.5), norm.bias.normal_()
+    x = torch.randn(2, channels, 40, 47, dtype=torch.float64)
     expected = stem(x)
     assert expected.requires_grad
     stem.to(device, dtype)
+    calls, fold = [], blocks.batch_norm_fold
+    monkeypatch.setattr(blocks, "batch_norm_fold", lambda *a, **k: calls.append(k["blocks"]) or fold(*a, **k))
     for memory_format in (torch.contiguous_format, torch.channels_last):
-        with torch.no_grad():
+        calls.clear()
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=precision == "autocast"):
             folded = stem(x.to(device, dtype, memory_format=memory_format))
         assert relative_error(folded, expected) < (1e-12 if device == "cpu" else 0.03)
+        assert calls == ([] if device == "cpu" else [channels == 3] + [False] * (len(norms) - 1))
     with torch.no_grad():
         stem.train()(x.to(device, dtype))
-    assert all(m.num_batches_tracked == 1 for m in stem.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    assert all(norm.num_batches_tracked == 1 for norm in norms)
 
 
 @pytest.mark.parametrize("variant", ["released", "paper"])

@@ -21,7 +21,7 @@ struct ScanBwdSm90Args {
     SlabPlan plan;
     SlabMapKind kind[5];  // of u, z, dy, du, dz
     float* exchange = nullptr;
-    bool exchange_marked = false;
+    bool exchange_marked = false;  // by none
 };
 
 // Step features, B and C that a block of the forward fetches ahead: its registers set the limit of the rank, which is

@@ -11,7 +11,8 @@
 //   dx = (h - mean(h) - n mean(h n)) / sqrt(variance + eps) [+ dx_more];  dweight = sum g n,  dbias = sum g
 //
 // One read of the inputs and one write. xn and its gradients may be grouped and padded where x is not. Sums over tokens
-// leave the block as one row a strip, which the caller adds.
+// leave the block as one row a strip, which the caller adds. In a layer the forward, its first kernel, also marks words
+// that a later one waits for (words.cuh).
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "cuda/launch_kernel.cuh"

@@ -88,8 +88,9 @@ inline SlabPlan plan_slabs(const ScanShape& shape, int parts) {
 // `at_once`: blocks that the device runs at once. `cached`: images that its cache holds, 0 where groups share none of
 // their memory's accesses. The times are in units of a slab's, fitted to what an H100 takes (bench/NOTES.md).
 inline void share_planes(const ScanShape& shape, int64_t at_once, double cached, SlabPlan& plan) {
-    // A slab's wait for others, for every doubling of the team; once, a launch of blocks that must all run and clearing
-    // memory; and what a slab takes longer where more images are read at once than the cache holds.
+    // A slab's wait for others, for every doubling of the team; once, a launch of blocks that must all run and, but in
+    // a layer's forward, clearing memory; and what a slab takes longer where more images are read at once than the
+    // cache holds.
     constexpr double kWaits = 0.09, kOnce = 1., kLost = 0.65;
     if (std::min(plan.row_slabs, plan.column_slabs) <= 1) return;
     const int64_t members = std::max<int64_t>(at_once / shape.groups, 1);

@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor> batch_norm_fold(Tensor image, Tensor weight, Tensor n
     GM_CHECK(weight.dim() == 4 && weight.size(2) == weight.size(3) && weight.numel() > 0,
              "weight must be (O, C, K, K) with elements, got ", show(shape_of(weight)));
     const int64_t out = weight.size(0), channels = weight.size(1), taps = weight.size(2);
-    GM_CHECK(!blocks || taps % 2 == 1, "K must be odd for blocks of pixels, got ", taps);
+    GM_CHECK(!blocks || taps % 4 == 3, "K must be 3, 7, 11, ... for blocks of pixels, got ", taps);
     GM_CHECK(weight.numel() <= INT32_MAX / 16, "weight has too many elements: ", weight.numel());
     check_parameter(weight, "weight", shape_of(weight), image);
     check_parameter(norm_weight, "norm_weight", {out}, image);

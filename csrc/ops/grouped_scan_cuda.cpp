@@ -133,10 +133,10 @@ struct ScanForward::Planned {
     const CudaContext& context;
     DType dtype;
     ScanInputs in;
-    ParamHolder param;
+    ParamHolder param{};
     ScanFwdSm90Args args{};  // args.scan alone for the portable kernels
-    std::optional<MovableImages> movable;
-    Tensor carry, exchange;
+    std::optional<MovableImages> movable{};
+    Tensor carry{}, exchange{};
 
     static constexpr const char* kName = "grouped_selective_scan forward";
 };

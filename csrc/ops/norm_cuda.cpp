@@ -116,7 +116,11 @@ void layer_norm_pool_fwd_into(const Tensor& xn, NormPoolInputs in, const CudaCon
         check_shape(*in.partials, "partials", {s.batch, args.plan.strips, sizes.channels});
         args.partials = static_cast<float*>(in.partials->data_ptr());
     }
-    if (in.words) args.words = static_cast<float*>(in.words->data_ptr()), args.word_count = in.words->numel();
+    if (in.words) {
+        GM_CHECK(is_float(*in.words) && in.words->is_contiguous() && same_device(*in.words, x),
+                 "words must be contiguous, float32 and on the device of x");
+        args.words = static_cast<float*>(in.words->data_ptr()), args.word_count = in.words->numel();
+    }
     check_cuda(launch_layer_norm_pool_fwd(args, dtype, context.stream()), "layer_norm_pool forward");
 }
 

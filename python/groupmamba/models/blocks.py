@@ -114,7 +114,8 @@ def _conv_norm_relu(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     elif casts:
         x = x.to(torch.get_autocast_dtype("cuda"))
     statistics = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    if (casts or conv.weight.dtype == x.dtype) and takes_batch_norm_fold(x, conv.weight, *statistics):
+    casts = casts or conv.weight.dtype == x.dtype  # not where torch would refuse the two
+    if casts and takes_batch_norm_fold(x, conv.weight, *statistics):
         weight, bias = batch_norm_fold(x, conv.weight, statistics, norm.eps, blocks=blocks is not None)
     else:
         scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
