@@ -137,6 +137,7 @@ def test_heads():
 @pytest.mark.parametrize("channels", [3, 6])  # the first convolution on blocks of pixels, or as it is
 @pytest.mark.parametrize("precision", ["double", "bfloat16", "half", "autocast"])
 def test_batch_norms_are_folded_without_gradients(monkeypatch, device, variant, channels, precision):
+    # The expression in torch has one precision that shows every term, the op and cuDNN's convolution three they take.
     if (device == "cpu") != (precision == "double"):
         pytest.skip("float64 on the CPU, 16 bits on CUDA")
     dtype = {"double": torch.float64, "bfloat16": torch.bfloat16, "half": torch.half, "autocast": torch.float32}[

@@ -5,8 +5,7 @@
 //   n = (x - mean) / sqrt(variance + eps) over C;  xn = n weight + bias;  pooled = mean over H, W of xn before rounding
 //   [x is an image plus x_bias, whose gradient is the sum of dx]
 //   [sum = x + sum_bias: what a product then adds to is the residual stream behind it; sum_bias, and the sums of
-//   dx_more,
-//    count as much as the image's branch does]
+//    dx_more, count as much as the image's branch does]
 //   g = dxn [+ dxn_more] [+ dpooled / (H W)];  h = g weight
 //   dx = (h - mean(h) - n mean(h n)) / sqrt(variance + eps) [+ dx_more];  dweight = sum g n,  dbias = sum g
 //

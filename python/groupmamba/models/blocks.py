@@ -114,14 +114,14 @@ def _conv_norm_relu(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     elif casts:
         x = x.to(torch.get_autocast_dtype("cuda"))
     statistics = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    casts = casts or conv.weight.dtype == x.dtype  # not where torch would refuse the two
-    if casts and takes_batch_norm_fold(x, conv.weight, *statistics):
+    fits = casts or conv.weight.dtype == x.dtype  # torch refuses any other image for these weights
+    if fits and takes_batch_norm_fold(x, conv.weight, *statistics):
         weight, bias = batch_norm_fold(x, conv.weight, statistics, norm.eps, blocks=blocks is not None)
     else:
         scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
         weight, bias = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
         weight = weight if blocks is None else taps_to_channels(weight)
-        if casts:
+        if fits:
             weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     if x.is_cuda and torch.backends.cudnn.enabled and x.dtype in (torch.float16, torch.bfloat16):
         if x.stride(1) == 1:

@@ -26,9 +26,9 @@ class EntryConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         blocks = self.blocks(x)
-        return (
-            super().forward(x) if blocks is None else F.conv2d(blocks, taps_to_channels(self.weight).to(blocks.dtype))
-        )
+        if blocks is None:
+            return super().forward(x)
+        return F.conv2d(blocks, taps_to_channels(self.weight).to(blocks.dtype))
 
     def blocks(self, x: Tensor) -> Tensor | None:
         """`pixels_to_channels` of ``x`` where the convolution runs on that, by `taps_to_channels` of its weight."""
