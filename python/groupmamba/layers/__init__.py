@@ -3,6 +3,7 @@
 
 from groupmamba.layers.channel_affinity import ChannelAffinity
 from groupmamba.layers.grouped_mamba import GroupedMamba2d
+from groupmamba.layers.plain import why_not_fused
 from groupmamba.layers.vsss import VSSSBlock
 
-__all__ = ["ChannelAffinity", "GroupedMamba2d", "VSSSBlock"]
+__all__ = ["ChannelAffinity", "GroupedMamba2d", "VSSSBlock", "why_not_fused"]

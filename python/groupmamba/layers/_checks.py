@@ -42,9 +42,9 @@ def direction_names(value: Sequence[str], count: int | None) -> tuple[str, ...]:
     return tuple(value)
 
 
-def image_input(x: Tensor, dim: int, parameter: Tensor, *, tokens: bool = False) -> None:
+def image_input(x: Tensor, dim: int, parameter: Tensor | None, *, tokens: bool = False) -> None:
     """Checks a module's input (batch, dim, H, W) or (dim, H, W), with ``tokens`` (batch, H, W, dim), against its width
-    and a parameter's dtype."""
+    and the dtype of a parameter, or of none where the module holds no floating-point one."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     if tokens:
@@ -52,7 +52,7 @@ def image_input(x: Tensor, dim: int, parameter: Tensor, *, tokens: bool = False)
             raise ValueError(f"x must be (batch, H, W, {dim}), got shape {tuple(x.shape)}")
     elif x.dim() not in (3, 4) or x.shape[-3] != dim:
         raise ValueError(f"x must be (batch, {dim}, H, W) or ({dim}, H, W), got shape {tuple(x.shape)}")
-    if x.dtype == parameter.dtype:
+    if parameter is None or x.dtype == parameter.dtype:
         return
     kind = x.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):

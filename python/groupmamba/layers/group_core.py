@@ -8,11 +8,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 import groupmamba_ext as ext
 from groupmamba.layers._checks import direction_names, positive_int, scaled_width
-from groupmamba.layers._lookup import parameters_of
+from groupmamba.layers.plain import Plain
 from groupmamba.layers.token_linear import token_linear
+from groupmamba.layers.tracing import Leaf, fx_call
 
 SCANS = ("grouped", "cross")
 NORM_EPS = 1e-5
@@ -23,7 +25,7 @@ _CORE = (
 )  # fmt: skip
 
 
-class GroupCore(nn.Module):
+class GroupCore(Leaf, nn.Module):
     r"""G independent Mambas over the image, one for each group of D channels, with their parameters stacked.
 
     .. code-block:: text
@@ -132,9 +134,14 @@ class GroupCore(nn.Module):
         for weight in (self.dt_bias, self.A_log, self.D):
             weight._no_weight_decay = True
 
-    def core_parameters(self) -> list[Tensor | None]:
+    def plain(self) -> Plain:
+        """What this module is where a layer may read it and not call it."""
+        return Plain(type(self), tuple(name for name, p in self._parameters.items() if p is not None))
+
+    def core_parameters(self) -> list[Tensor]:
         """All but out_proj, in the order of :func:`groupmamba_ext.layer_ops.grouped_mamba_layer`."""
-        return parameters_of(self, _CORE)
+        held = self._parameters  # an attribute of a module costs a slow host a microsecond
+        return [held[name] for name in _CORE]
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """Runs every group along its path.
@@ -146,6 +153,8 @@ class GroupCore(nn.Module):
         Returns:
             (batch, H, W, G, D), or E channels a group without out_proj; stored group-major, (G, batch, H, W, D).
         """
+        if isinstance(x, Proxy):
+            return fx_call(self, x, gate)
         batch, height, width, groups, _ = x.shape
         tokens = batch * height * width
 

@@ -8,9 +8,12 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from groupmamba.layers._checks import image_input, positive_int, scaled_width
 from groupmamba.layers.group_core import GroupCore
+from groupmamba.layers.plain import floating_parameter
+from groupmamba.layers.tracing import Leaf, fx_call
 
 NORM_EPS = 1e-6
 
@@ -20,7 +23,7 @@ def _grouped_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), weight)
 
 
-class GroupedVSSS(nn.Module):
+class GroupedVSSS(Leaf, nn.Module):
     r"""G independent VSSS blocks side by side on the channels of one image (GroupMamba, arXiv 2407.13772).
 
     For each group of D channels, with its own parameters and scan direction:
@@ -112,7 +115,9 @@ class GroupedVSSS(nn.Module):
         return rows.view(groups, batch, height, width, dim).permute(1, 2, 3, 0, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        image_input(x, self.groups * self.dim, self.norm1_weight)
+        if isinstance(x, Proxy):
+            return fx_call(self, x)
+        image_input(x, self.groups * self.dim, floating_parameter(self, "norm1_weight"))
         z = (x if x.dim() == 4 else x.unsqueeze(0)).permute(0, 2, 3, 1).contiguous()
         z = z.unflatten(-1, (self.groups, self.dim))
         # z comes first in both sums: the result then has its token-major strides.
