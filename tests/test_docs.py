@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the README and docs/ promise: each block of Python runs by itself, links lead somewhere, hub and citation work."""
+"""What README and docs/ promise: each block of Python runs by itself, links lead somewhere, hub and citation work."""
 
 import os
 import re
