@@ -220,7 +220,7 @@ class GroupedMamba2d(Leaf, nn.Module):
             norm=affine(norm),
             affinity=affinity,
             core=mamba.core_parameters(),
-            out_proj_weight=mamba._parameters["out_proj_weight"],
+            out_proj_weight=mamba._parameters.get("out_proj_weight"),
             skip_scale=self.skip_scale,
             proj=affine(modules["proj"]),
             codes=codes,
