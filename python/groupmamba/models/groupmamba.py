@@ -11,6 +11,8 @@ import torch
 from timm.models import register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.nn.modules.module import _has_any_global_hook
 
 from groupmamba.layers import GroupedMamba2d
 from groupmamba.layers._checks import positive_int
@@ -56,7 +58,8 @@ class GroupMamba(
     ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` are those of the Hugging Face hub (safetensors and the
     arguments above as config.json, in which timm finds what it needs too).
 
-    The maps of the stages pass ``stage_maps``, modules that do nothing, for hooks and for timm's feature extractors.
+    The maps of the stages pass ``stage_maps``, modules that do nothing, for hooks and for timm's feature extractors;
+    calls that nobody can see are left out.
 
     Raises:
         ValueError: sizes that are not one a stage, an unknown ``global_pool``, or what the layer refuses.
@@ -87,6 +90,8 @@ class GroupMamba(
         for name, sizes in (("depths", depths), ("mlp_ratios", mlp_ratios)):
             if len(sizes) != len(dims):
                 raise ValueError(f"{name} must have one entry a stage ({len(dims)}), got {tuple(sizes)}")
+        for depth in depths:
+            positive_int("depths", depth)
         options = {
             "variant": variant,
             "scan": scan,
@@ -173,6 +178,7 @@ class GroupMamba(
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass in place of keeping what it computed."""
+        self.grad_checkpointing = enable
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
@@ -245,17 +251,15 @@ class GroupMamba(
             return t.permute(0, 3, 1, 2) if output_fmt == "NCHW" else t
 
         intermediates = []
+        watched = self._maps_are_watched(x)
         x = self.stem(x)
         for i, stage in enumerate(self.stages):
-            image = self._map(i, stage(x))
-            x = image.permute(0, 2, 3, 1)
+            x = self._map(i, stage(x), watched)
             if i in take:
-                intermediates.append(image if output_fmt == "NCHW" else x)
+                intermediates.append(out(x))
             if stop_early and i == last:
                 break
-        if intermediates_only:
-            return intermediates
-        return image if output_fmt == "NCHW" else x, intermediates
+        return intermediates if intermediates_only else (out(x), intermediates)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -278,19 +282,24 @@ class GroupMamba(
             self.norm = nn.Identity()
         return take
 
-    def _map(self, i: int, x: Tensor) -> Tensor:
-        """The output of stage i, (batch, H, W, C), as the map that leaves the model: normed, (batch, C, H, W)."""
+    def _maps_are_watched(self, x: Tensor) -> bool:
+        """True where a call of ``stage_maps`` can be seen: by a hook, or by torch.fx while it traces."""
+        maps = self.stage_maps._modules.values()
+        return isinstance(x, Proxy) or _has_any_global_hook() or any(map(_is_watched, maps))
+
+    def _map(self, i: int, x: Tensor, watched: bool) -> Tensor:
+        """The output of stage i, normed but for the last stage's; in and out (batch, H, W, C)."""
         if i < len(self.stage_norms):
             x = self.stage_norms[i](x)
-        return self.stage_maps[i](x.permute(0, 3, 1, 2))
+        return self.stage_maps[i](x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if watched else x
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(batch, in_chans, H, W) to the last map, (batch, C, H / 32, W / 32)."""
+        watched = self._maps_are_watched(x)
         x = self.stem(x)
         for i, stage in enumerate(self.stages):
-            image = self._map(i, stage(x))
-            x = image.permute(0, 2, 3, 1)
-        return image
+            x = self._map(i, stage(x), watched)
+        return x.permute(0, 3, 1, 2)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Mean over the map, class block, norm, heads; ``pre_logits`` stops before the heads."""
@@ -308,6 +317,12 @@ class GroupMamba(
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         return self.forward_head(self.forward_features(x))
+
+
+def _is_watched(identity: nn.Module) -> bool:
+    own = vars(identity)
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return bool(hooks) or type(identity) is not nn.Identity or "forward" in own
 
 
 def _class_count(value: int) -> int:
