@@ -51,7 +51,7 @@ class ChannelAffinity(nn.Module):
     def reset_parameters(self) -> None:
         """Weights from a normal distribution of deviation 0.02 cut at +-2, biases 0."""
         for layer in (self.fc1, self.fc2):
-            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
     def from_pooled(self, pooled: Tensor) -> Tensor:
