@@ -3,5 +3,6 @@
 
 from groupmamba.checkpoints import convert_released_state_dict
 from groupmamba.layers import ChannelAffinity, GroupedMamba2d, VSSSBlock
+from groupmamba.layers.weight_decay import no_weight_decay
 
-__all__ = ["ChannelAffinity", "GroupedMamba2d", "VSSSBlock", "convert_released_state_dict"]
+__all__ = ["ChannelAffinity", "GroupedMamba2d", "VSSSBlock", "convert_released_state_dict", "no_weight_decay"]

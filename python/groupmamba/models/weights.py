@@ -39,11 +39,12 @@ def load_strictly(model: nn.Module, checkpoint: object) -> None:
     except (TypeError, ValueError) as error:
         raise RuntimeError(str(error)) from error
     expected = model.state_dict()
-    other_heads = _drop_other_heads(state, expected)
+    heads = _other_heads(state, expected)
+    dropped = {name: state.pop(name) for name in list(state) if name in expected and name.startswith(heads)}
     first = state.get(FIRST_CONV)
     if first is not None and first.dim() == 4 and first.shape[1] == 3:
         state[FIRST_CONV] = adapt_input_conv(model.in_chans, first)
-    missing = [name for name in expected if name not in state and not name.startswith(other_heads)]
+    missing = [name for name in expected if name not in state and not name.startswith(heads)]
     others = [name for name in state if name not in expected]
     if others:
         complete = _complete_names(model)
@@ -57,28 +58,25 @@ def load_strictly(model: nn.Module, checkpoint: object) -> None:
         problems = (("Missing keys", missing), ("Unexpected keys", others), ("Wrong shapes", wrong))
         text = "; ".join(f"{title}: {_listed(names)}" for title, names in problems if names)
         raise RuntimeError(f"it does not fit the model. {_other_sizes(state, expected)}{text}")
+    if dropped:
+        theirs, ours = (len(values[next(iter(dropped))]) for values in (dropped, expected))
+        warnings.warn(
+            f"The checkpoint is for another number of classes ({theirs} in place of {ours}): {', '.join(dropped)} are "
+            f"not loaded and keep their initial values",
+            stacklevel=2,
+        )
     model.load_state_dict({name: state.get(name, value) for name, value in expected.items()}, strict=True)
 
 
-def _drop_other_heads(state: dict[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Takes heads for another number of classes out of ``state``; returns the starts of their names."""
-    other, dropped, classes = [], [], []
+def _other_heads(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Starts of the names of heads that are for another number of classes."""
+    other = []
     for head in HEADS:
         theirs, ours = state.get(f"{head}.weight"), expected.get(f"{head}.weight")
-        if theirs is None or ours is None or theirs.dim() != 2 or theirs.shape[1] != ours.shape[1]:
+        if theirs is None or ours is None or theirs.dim() != 2:
             continue
-        if theirs.shape[0] != ours.shape[0]:
+        if theirs.shape[1] == ours.shape[1] and theirs.shape[0] != ours.shape[0]:
             other.append(f"{head}.")
-            dropped += [name for name in state if name.startswith(f"{head}.") and name in expected]
-            classes.append(f"{theirs.shape[0]} in place of {ours.shape[0]}")
-    for name in dropped:
-        del state[name]
-    if dropped:
-        warnings.warn(
-            f"The checkpoint is for another number of classes ({classes[0]}): {', '.join(dropped)} are not loaded and "
-            f"keep their initial values",
-            stacklevel=2,
-        )
     return tuple(other)
 
 
