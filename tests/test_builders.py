@@ -58,7 +58,7 @@ def test_options_pass_timms_builder(options):
         groupmamba.models.groupmamba_small,
     ):
         model = build(num_classes=10, **SMALL, **options).eval()
-        assert model.config == expected.config
+        assert model.init_arguments == expected.init_arguments
         model.load_state_dict(expected.state_dict())
         x = torch.randn(1, 3, 64, 32)
         assert torch.equal(model(x), expected(x))
@@ -68,8 +68,8 @@ def test_options_pass_timms_builder(options):
 def test_sizes_pass_timms_builder():
     model = timm.create_model("groupmamba_base", depths=[1, 1, 2, 1])
     assert [len(stage.blocks) for stage in model.stages] == [1, 1, 2, 1] and model.num_features == 512
-    assert timm.create_model("groupmamba_tiny", dims=(16, 24, 32, 40), mlp_ratios=(1, 2, 3, 4)).config == {
-        **groupmamba.models.GroupMamba(dims=(16, 24, 32, 40), mlp_ratios=(1, 2, 3, 4)).config
+    assert timm.create_model("groupmamba_tiny", dims=(16, 24, 32, 40), mlp_ratios=(1, 2, 3, 4)).init_arguments == {
+        **groupmamba.models.GroupMamba(dims=(16, 24, 32, 40), mlp_ratios=(1, 2, 3, 4)).init_arguments
     }
 
 
@@ -156,7 +156,7 @@ def test_class_block_comes_back(device, dtype):
 def test_heads_are_not_there_without_pooling():
     model = tiny(global_pool="")
     assert model.num_classes == 0 and not [name for name in model.state_dict() if "head" in name]
-    again = tiny(**model.config)
+    again = tiny(**model.init_arguments)
     assert again.state_dict().keys() == model.state_dict().keys()
 
 

@@ -240,6 +240,12 @@ def test_features():
     assert normed.mean(-1).abs().max() < 1e-4  # weight 1, bias 0
     with pytest.raises(ValueError, match="output_fmt .* got 'NLC'"):
         model.forward_intermediates(x, output_fmt="NLC")
+    for call in (model.forward_intermediates, lambda _x, i: model.prune_intermediate_layers(i)):
+        for indices in (0, 5, [4], [-5], []):
+            with pytest.raises(
+                ValueError, match=rf"indices must choose some of 4 stages, got {re.escape(repr(indices))}"
+            ):
+                call(x, indices)
 
 
 @pytest.mark.parametrize("kind, paper", [("tiny", 4.5e9), ("small", 7.0e9), ("base", 14e9)])

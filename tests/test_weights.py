@@ -12,7 +12,7 @@ timm = pytest.importorskip("timm", reason="needs the extra 'models'")
 
 from huggingface_hub.errors import EntryNotFoundError  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-from timm.models import save_for_hf  # noqa: E402
+from timm.models._hub import save_for_hf  # noqa: E402
 from torch import nn  # noqa: E402
 
 from groupmamba.models import GroupMamba, groupmamba_small, groupmamba_tiny  # noqa: E402
@@ -287,7 +287,7 @@ def folder(request, tmp_path):
         model.save_pretrained(tmp_path / "model")
     else:
         save_for_hf(model, tmp_path / "model", safe_serialization=request.param == "safetensors",
-                    model_args=model.config)  # fmt: skip
+                    model_args=model.init_arguments)  # fmt: skip
     return model.eval(), tmp_path / "model"
 
 
@@ -301,7 +301,6 @@ def test_folders_load_each_way_round(folder):
         agree(again, model.state_dict())
         x = torch.randn(1, 4, 32, 32)
         assert torch.equal(again.eval()(x), model(x))
-    assert timm.create_model(f"local-dir:{path}", pretrained=True).pretrained_cfg["input_size"] == (4, 224, 224)
     assert not GroupMamba.from_pretrained(path).training
     with pytest.warns(UserWarning, match="6 in place of 3"):
         assert GroupMamba.from_pretrained(path, num_classes=3).head.out_features == 3
@@ -330,7 +329,7 @@ def test_folders_name_no_other_weights(file, state, tmp_path):
     model = tiny(num_classes=10, weights=file)
     for name in ("own", "timm"):
         model.save_pretrained(tmp_path / name) if name == "own" else save_for_hf(
-            model, tmp_path / name, model_args=model.config
+            model, tmp_path / name, model_args=model.init_arguments
         )
         assert "checkpoint.pth" not in json.dumps(json.loads((tmp_path / name / "config.json").read_text()))
     file.unlink()
@@ -339,13 +338,15 @@ def test_folders_name_no_other_weights(file, state, tmp_path):
 
 
 def test_config_follows_the_model(tmp_path):
-    model = tiny(num_classes=10)
+    model = tiny(num_classes=10, in_chans=4)
     model.reset_classifier(0, "")
     model.save_pretrained(tmp_path / "map")
     assert GroupMamba.from_pretrained(tmp_path / "map").state_dict().keys() == model.state_dict().keys()
     model.reset_classifier(4, "avg")
     model.save_pretrained(tmp_path / "classes")
-    agree(timm.create_model(f"local-dir:{tmp_path / 'classes'}", pretrained=True), model.state_dict())
+    again = timm.create_model(f"local-dir:{tmp_path / 'classes'}", pretrained=True)
+    agree(again, model.state_dict())
+    assert tuple(again.pretrained_cfg["input_size"]) == (4, 224, 224) and again.pretrained_cfg["num_classes"] == 4
     model.prune_intermediate_layers([1])
     with pytest.raises(ValueError, match="needs all 4 stages, got a model pruned to its first 2"):
         model.save_pretrained(tmp_path / "pruned")

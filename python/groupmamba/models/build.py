@@ -83,7 +83,7 @@ def build(
     features.update({k: v for k, v in (("out_indices", out_indices), ("feature_cls", feature_cls)) if v is not None})
     if features_only:
         _check_feature_cls(features["feature_cls"], features.get("output_fmt", "NCHW"))
-        features["out_indices"] = _stages(features["out_indices"], len(options["dims"]))
+        features["out_indices"] = chosen_stages("out_indices", features["out_indices"], len(options["dims"]))
 
     def make(**from_cfg) -> nn.Module:
         if features_only:
@@ -119,9 +119,9 @@ def _check_feature_cls(feature_cls: str | type, output_fmt: str) -> None:
         raise ValueError(f"output_fmt must be 'NCHW' with feature_cls={feature_cls!r}, got {output_fmt!r}")
 
 
-def _stages(out_indices: int | Sequence[int], count: int) -> tuple[int, ...]:
-    """The stages that ``out_indices`` choose, as timm counts: the last n, or these, from the end where negative."""
+def chosen_stages(name: str, indices: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
+    """The stages that ``indices`` choose, as timm counts: all, the last n, or these, from the end where negative."""
     try:
-        return tuple(feature_take_indices(count, out_indices)[0])
+        return tuple(feature_take_indices(count, indices)[0])
     except (AssertionError, TypeError, ValueError) as error:
-        raise ValueError(f"out_indices must choose some of the {count} stages, got {out_indices!r}") from error
+        raise ValueError(f"{name} must choose some of {count} stages, got {indices!r}") from error

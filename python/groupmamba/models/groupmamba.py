@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import torch
 from timm.models import register_model
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
@@ -19,7 +18,7 @@ from groupmamba.layers._checks import positive_int
 from groupmamba.layers.token_norm import TokenNorm
 from groupmamba.layers.weight_decay import no_weight_decay
 from groupmamba.models.blocks import BLOCK_EPS, ClassBlock, Stage, Stem
-from groupmamba.models.build import build
+from groupmamba.models.build import build, chosen_stages
 from groupmamba.models.hub import HubModel
 from groupmamba.models.pretrained import SIZES, default_cfgs  # noqa: F401  timm's registry looks for default_cfgs here
 
@@ -216,7 +215,7 @@ class GroupMamba(
 
     def _note_outputs(self) -> None:
         """What save_pretrained writes to config.json."""
-        self.config.update(num_classes=self.num_classes, global_pool=self.global_pool)
+        self.init_arguments.update(num_classes=self.num_classes, global_pool=self.global_pool)
 
     def forward_intermediates(
         self,
@@ -241,11 +240,12 @@ class GroupMamba(
             The maps, or the final map and the maps.
 
         Raises:
-            ValueError: an unknown ``output_fmt``.
+            ValueError: an unknown ``output_fmt``, or ``indices`` of stages that aren't there.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
-        take, last = feature_take_indices(len(self.stages), indices)
+        take = chosen_stages("indices", indices, len(self.stages))
+        last = max(take)
 
         def out(t: Tensor) -> Tensor:
             return t.permute(0, 3, 1, 2) if output_fmt == "NCHW" else t
@@ -269,7 +269,8 @@ class GroupMamba(
         Without the head, or the last stage, ``global_pool`` is ``""`` from then on: the model's own output is the last
         map that is left.
         """
-        take, last = feature_take_indices(len(self.stages), indices)
+        take = chosen_stages("indices", indices, len(self.stages))
+        last = max(take)
         shorter = last + 1 < len(self.stages)
         self.stages = self.stages[: last + 1]
         self.stage_norms = self.stage_norms[: last + 1]
@@ -280,7 +281,7 @@ class GroupMamba(
             self._note_outputs()
         elif prune_norm:
             self.norm = nn.Identity()
-        return take
+        return list(take)
 
     def _maps_are_watched(self, x: Tensor) -> bool:
         """True where a call of ``stage_maps`` can be seen: by a hook, or by torch.fx while it traces."""
@@ -363,12 +364,17 @@ def groupmamba_tiny(pretrained: bool = False, **kwargs) -> GroupMamba:
     Args:
         pretrained: load the authors' ImageNet weights from the Hugging Face hub.
         kwargs: ``weights``, the path of a checkpoint to load instead, of this project or of the authors' code (in a
-            training checkpoint the averaged weights are preferred); the others go to :class:`GroupMamba` and to
-            timm's builder: ``features_only``, ``out_indices``, ``pretrained_cfg_overlay``, ...
+            training checkpoint the averaged weights are preferred), or of a folder that ``save_pretrained`` or timm's
+            ``save_for_hf`` wrote; the others go to :class:`GroupMamba` and to timm's builder: ``features_only``,
+            ``out_indices``, ``feature_cls`` (``"getter"``, ``"hook"`` or ``"fx"``), ``pretrained_cfg_overlay``, ...
+
+    Every entry of a checkpoint has to fit, but for heads where ``num_classes`` differs, which are left out with a
+    warning, and the first convolution where ``in_chans`` is not 3, which timm adapts.
 
     Raises:
-        FileNotFoundError: ``weights`` is no file.
+        FileNotFoundError: ``weights`` is no file, and no folder with a checkpoint.
         RuntimeError: the weights can't be had, can't be read safely, or do not fit.
+        ValueError: an option that these models do not have: other ``global_pool``, ``output_stride``, ``img_size``.
     """
     return _create("groupmamba_tiny", pretrained, **kwargs)
 

@@ -24,14 +24,14 @@ class HubModel(PyTorchModelHubMixin):
     """
 
     @property
-    def config(self) -> dict:
+    def init_arguments(self) -> dict:
         """The constructor's arguments that build this model as it is now."""
         return self._hub_mixin_config
 
     # timm's create_model notes what it was given, for save_for_hf. The constructor's arguments say more, and no path.
     @property
     def _model_args(self) -> dict:
-        return {name: value for name, value in self.config.items() if value is not None}
+        return {name: value for name, value in self.init_arguments.items() if value is not None}
 
     @_model_args.setter
     def _model_args(self, value: dict) -> None:
@@ -43,15 +43,15 @@ class HubModel(PyTorchModelHubMixin):
         Raises:
             ValueError: stages of this model were pruned away, so that no arguments of the constructor build it.
         """
-        if len(self.stages) < len(self.config["dims"]):
+        if len(self.stages) < len(self.init_arguments["dims"]):
             raise ValueError(
-                f"save_pretrained needs all {len(self.config['dims'])} stages, got a model pruned to its first "
+                f"save_pretrained needs all {len(self.init_arguments['dims'])} stages, got a model pruned to its first "
                 f"{len(self.stages)}; save its state_dict instead"
             )
         return super().save_pretrained(save_directory, config=config or self._config_for_both(), **options)
 
     def _config_for_both(self) -> dict:
-        config = self.config
+        config = self.init_arguments
         sizes = {"stem_dim": config["stem_dim"], "dims": tuple(config["dims"]), "depths": tuple(config["depths"])}
         # Of other sizes any of the names will do: model_args hold them.
         architecture = next((name for name, known in SIZES.items() if known == sizes), "groupmamba_tiny")

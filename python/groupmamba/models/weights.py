@@ -84,7 +84,7 @@ def _complete_names(model: nn.Module) -> set[str]:
     """The entries of such a model with nothing left away."""
     whole = {"num_classes": 1, "global_pool": "avg", "distillation": True}
     with torch.device("meta"):
-        return set(type(model)(**{**model.config, **whole}).state_dict())
+        return set(type(model)(**{**model.init_arguments, **whole}).state_dict())
 
 
 def _listed(names: list[str]) -> str:
