@@ -146,7 +146,7 @@ class GroupedMamba2d(Leaf, nn.Module):
         if self.variant == "paper":
             return
         self.norm.reset_parameters()
-        nn.init.trunc_normal_(self.proj.weight, std=0.02)
+        nn.init.normal_(self.proj.weight, std=0.02)
         nn.init.zeros_(self.proj.bias)
         if self.skip_scale is not None:
             nn.init.ones_(self.skip_scale)
