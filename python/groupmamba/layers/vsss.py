@@ -103,7 +103,7 @@ class GroupedVSSS(Leaf, nn.Module):
             nn.init.zeros_(bias)
 
     def reset_parameters(self) -> None:
-        """Norms 1 and 0, feed-forward weights truncated normal of deviation 0.02, biases 0, the Mamba its own."""
+        """Norms 1 and 0, feed-forward weights normal of deviation 0.02, biases 0, the Mamba its own."""
         self.mamba.reset_parameters()
         self._reset_own_parameters()
 
