@@ -3,9 +3,11 @@
 
 from groupmamba.checkpoints import convert_released_state_dict
 from groupmamba.layers import ChannelAffinity, GroupedMamba2d, VSSSBlock, no_weight_decay, why_not_fused
+from groupmamba.training.distillation import DistillationLoss
 
 __all__ = [
     "ChannelAffinity",
+    "DistillationLoss",
     "GroupedMamba2d",
     "VSSSBlock",
     "convert_released_state_dict",
