@@ -217,7 +217,7 @@ def test_opcheck(device):
     xn, pooled = ext.layer_norm_pool(*(v.detach() for v in pool))
     torch.library.opcheck(
         torch.ops.groupmamba.layer_norm_pool_bwd,
-        (xn, pooled, pool[0].detach(), pool[1].detach(), 1e-5),
+        (xn, pooled, *(v.detach() for v in pool), 1e-5),
         test_utils=("test_schema", "test_faketensor"),
     )
     t = {k: v.requires_grad_() for k, v in modulated_inputs(device).items()}
@@ -228,7 +228,7 @@ def test_opcheck(device):
     d = {k: v.detach() for k, v in t.items()}
     torch.library.opcheck(
         torch.ops.groupmamba.modulated_layer_norm_bwd,
-        (torch.randn_like(d["x"]), o.detach(), d["x"], d["scale"], d["gate"], d["weight"], 1e-5),
+        (torch.randn_like(d["x"]), o.detach(), d["x"], d["scale"], d["gate"], d["weight"], d["bias"], 1e-5),
         test_utils=("test_schema", "test_faketensor"),
     )
 

@@ -196,38 +196,34 @@ __device__ __forceinline__ void block_scan(const Tile& tile, ScanExchange& share
 }
 
 // dt_weight / kStepUnit of the block's channels, as [rank][kMaxScanDim] floats in shared memory; ranks beyond
-// kMaxStagedRank are read in place.
+// kMaxStagedRank are read in place. Channels that do not exist take the weights of the last one, so that their steps
+// are finite where its steps are: 0 would make NaN of a feature of -inf, which masks a token, and reach the token's
+// sums.
 template <class T>
 struct StepWeight {
+    const ScanShape& s;
+    const ParamArg& weight;
     const float* staged;
-    ParamArg weight;
-    int64_t row;  // of the thread's first channel
-    int rank, channel, valid;
+    int channel;  // the thread's first
 
-    __device__ StepWeight(const ScanShape& s, const ParamArg& w, const Tile& tile, float* shared)
-        : staged(shared),
-          weight(w),
-          row((static_cast<int64_t>(tile.group) * s.param_dim + tile.channel) * s.rank),
-          rank(s.rank),
-          channel(tile.channel),
-          valid(tile.valid) {
-        if (rank == 0 || rank > kMaxStagedRank) return;
-        for (int i = threadIdx.x; i < rank * kMaxScanDim; i += blockDim.x) {
-            const int r = i / kMaxScanDim, c = i % kMaxScanDim;
-            const int64_t at = (static_cast<int64_t>(tile.group) * s.param_dim + c) * rank + r;
-            shared[i] = c < s.dim ? load_param<T>(w, at) / Math<T>::kStepUnit : 0.f;
-        }
+    __device__ StepWeight(const ScanShape& shape, const ParamArg& w, const Tile& tile, float* shared)
+        : s(shape), weight(w), staged(shared), channel(tile.channel) {
+        if (s.rank == 0 || s.rank > kMaxStagedRank) return;
+        for (int i = threadIdx.x; i < s.rank * kMaxScanDim; i += blockDim.x)
+            shared[i] = value(tile.group, i % kMaxScanDim, i / kMaxScanDim);
         // the caller's __syncthreads makes it visible
     }
+    __device__ __forceinline__ float value(int group, int c, int r) const {
+        const int64_t row = static_cast<int64_t>(group) * s.param_dim + min(c, s.norm_dim - 1);
+        return load_param<T>(weight, row * s.rank + r) / Math<T>::kStepUnit;
+    }
     __device__ __forceinline__ void get(int r, float (&w)[kVec]) const {
-        if (rank <= kMaxStagedRank) {
+        if (s.rank <= kMaxStagedRank) {
             const float4 v = *reinterpret_cast<const float4*>(staged + r * kMaxScanDim + channel);
             w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
-        } else {
+        } else {  // the group found anew, to spare registers
 #pragma unroll
-            for (int j = 0; j < kVec; ++j)
-                w[j] = j < valid ? load_param<T>(weight, row + static_cast<int64_t>(j) * rank + r) / Math<T>::kStepUnit
-                                 : 0.f;
+            for (int j = 0; j < kVec; ++j) w[j] = value(blockIdx.x % s.groups, channel + j, r);
         }
     }
 };
