@@ -59,7 +59,7 @@ def direction_codes(
         raise ValueError(f"{name} must {wanted}, got {tuple(value)!r}")
     for item in value:
         if item not in choices:
-            raise ValueError(f"{name} must be from {tuple(choices)}, got {item!r}")
+            raise ValueError(f"{name} must be from {tuple(choices)}, got {item!r} in {tuple(value)!r}")
     return tuple(choices.index(item) for item in value)
 
 

@@ -146,7 +146,8 @@ def _layer_fake(x, *args):
 
 def _layer_bwd_fake(dout, x, *args):
     same_device("grouped_mamba_layer", (dout, x, *args))
-    path_arguments("grouped_mamba_layer", args[-7], args[-4])
+    chunk = chunk_tokens(_padded(args[12].shape[1]), "cuda")  # of A_log
+    path_arguments("grouped_mamba_layer", args[-7], args[-4], chunk)
     return _padded_image(x), *(_empty_or_absent(x, t) for t in args[:_LAYER_PARAMETERS])
 
 

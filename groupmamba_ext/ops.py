@@ -21,22 +21,19 @@ MAX_STATES = 256
 FUSED_CHANNELS = 128
 
 _IMAGE = "(batch, H, W, G, D)"
+_CAST_BY_AUTOCAST = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Casts image tensors to the autocast dtype where autocast is on; float64 is left alone, as torch does.
-
-    So is what the checks behind this refuse.
-    """
+    """Casts image tensors to the autocast dtype where autocast is on; float64 is left alone, as torch does, and so is
+    what the checks behind this refuse."""
     first = tensors[0]
     kind = first.device.type if isinstance(first, Tensor) else "cpu"
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return tensors
     low = torch.get_autocast_dtype(kind)
     return tuple(
-        t.to(low)
-        if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 and t.layout is torch.strided
-        else t
+        t.to(low) if isinstance(t, Tensor) and t.dtype in _CAST_BY_AUTOCAST and t.layout is torch.strided else t
         for t in tensors
     )
 

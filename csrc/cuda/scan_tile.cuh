@@ -201,29 +201,38 @@ __device__ __forceinline__ void block_scan(const Tile& tile, ScanExchange& share
 // sums.
 template <class T>
 struct StepWeight {
-    const ScanShape& s;
-    const ParamArg& weight;
     const float* staged;
-    int channel;  // the thread's first
+    const ScanShape& s;
+    ParamArg weight;
+    int64_t row;  // of the thread's first channel
+    int channel;
 
     __device__ StepWeight(const ScanShape& shape, const ParamArg& w, const Tile& tile, float* shared)
-        : s(shape), weight(w), staged(shared), channel(tile.channel) {
+        : staged(shared),
+          s(shape),
+          weight(w),
+          row((static_cast<int64_t>(tile.group) * s.param_dim + tile.channel) * s.rank),
+          channel(tile.channel) {
         if (s.rank == 0 || s.rank > kMaxStagedRank) return;
-        for (int i = threadIdx.x; i < s.rank * kMaxScanDim; i += blockDim.x)
-            shared[i] = value(tile.group, i % kMaxScanDim, i / kMaxScanDim);
+        for (int i = threadIdx.x; i < s.rank * kMaxScanDim; i += blockDim.x) {
+            const int r = i / kMaxScanDim, c = min(i % kMaxScanDim, s.norm_dim - 1);
+            const int64_t at = (static_cast<int64_t>(tile.group) * s.param_dim + c) * s.rank + r;
+            shared[i] = load_param<T>(w, at) / Math<T>::kStepUnit;
+        }
         // the caller's __syncthreads makes it visible
-    }
-    __device__ __forceinline__ float value(int group, int c, int r) const {
-        const int64_t row = static_cast<int64_t>(group) * s.param_dim + min(c, s.norm_dim - 1);
-        return load_param<T>(weight, row * s.rank + r) / Math<T>::kStepUnit;
     }
     __device__ __forceinline__ void get(int r, float (&w)[kVec]) const {
         if (s.rank <= kMaxStagedRank) {
             const float4 v = *reinterpret_cast<const float4*>(staged + r * kMaxScanDim + channel);
             w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
-        } else {  // the group found anew, to spare registers
+        } else {
+            const int more = s.norm_dim - 1 - channel;  // below 0 where the thread has no channel
+            int64_t at = row + static_cast<int64_t>(min(0, more)) * s.rank + r;
 #pragma unroll
-            for (int j = 0; j < kVec; ++j) w[j] = value(blockIdx.x % s.groups, channel + j, r);
+            for (int j = 0; j < kVec; ++j) {
+                w[j] = load_param<T>(weight, at) / Math<T>::kStepUnit;
+                if (j < more) at += s.rank;
+            }
         }
     }
 };

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from groupmamba.layers._checks import image_input, positive_int, scaled_width
+from groupmamba.layers._checks import image_input, parameter_dtype, positive_int, scaled_width
 from groupmamba.layers.group_core import GroupCore
+from groupmamba_ext._checks import choice
+from groupmamba_ext.reference import DIRECTIONS
 
 NORM_EPS = 1e-6
 
@@ -65,6 +67,7 @@ class GroupedVSSS(nn.Module):
         self.groups = positive_int("groups", groups)
         self.dim = positive_int("dim", dim)
         hidden = scaled_width("mlp_ratio", mlp_ratio, dim)
+        parameter_dtype(dtype)
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(groups, *shape, device=device, dtype=dtype))
@@ -157,6 +160,7 @@ class VSSSBlock(GroupedVSSS):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
+        choice("direction", direction, DIRECTIONS)
         super().__init__(
             1,
             dim,
