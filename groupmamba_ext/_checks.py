@@ -11,7 +11,8 @@ from torch import Tensor
 
 IMAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_INT = 2**31 - 1  # of a width, and of the tokens between two saved states: csrc/host/scan_args.h
-_STRIDED = torch.strided
+_STRIDED, _FLOAT32 = torch.strided, torch.float32
+_MAX_FLOAT = sys.float_info.max
 
 
 def shown(value: object) -> str:
@@ -22,45 +23,49 @@ def shown(value: object) -> str:
         return f"{type(value).__name__} too long to be shown"
 
 
-def dense_tensor(name: str, value: object) -> Tensor:
-    """``value`` if it is a tensor with strides; ``name`` may say whose argument it is."""
+# Every call of an op makes some of these checks a dozen times: a message is put together where it is needed. ``owner``
+# names whose argument it is, as "op: ", or is empty.
+
+
+def dense_tensor(owner: str, name: str, value: object) -> Tensor:
+    """``value`` if it is a tensor with strides."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        raise TypeError(f"{owner}{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.layout is not _STRIDED or value.is_nested:
         layout = f"a nested tensor of layout {value.layout}" if value.is_nested else f"layout {value.layout}"
-        raise TypeError(f"{name} must be a dense tensor of layout torch.strided, got {layout}")
+        raise TypeError(f"{owner}{name} must be a dense tensor of layout torch.strided, got {layout}")
     return value
 
 
-def boolean(name: str, value: object) -> None:
+def boolean(owner: str, name: str, value: object) -> None:
     """Checks a flag: ``True`` or ``False``, nothing that merely counts as one."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool, got {shown(value)}")
+        raise TypeError(f"{owner}{name} must be a bool, got {shown(value)}")
 
 
-def choice(name: str, value: object, choices: Sequence[str | None]) -> None:
+def choice(owner: str, name: str, value: object, choices: Sequence[str | None]) -> None:
     """Checks a name, or None, against those that there are."""
     if not (isinstance(value, str) or value is None):
-        raise TypeError(f"{name} must be one of {tuple(choices)}, got {shown(value)}")
+        raise TypeError(f"{owner}{name} must be one of {tuple(choices)}, got {shown(value)}")
     if value not in choices:
-        raise ValueError(f"{name} must be one of {tuple(choices)}, got {value!r}")
+        raise ValueError(f"{owner}{name} must be one of {tuple(choices)}, got {value!r}")
 
 
-def direction_codes(
-    name: str, value: object, choices: Sequence[str], count: int | None, wanted: str
-) -> tuple[int, ...]:
-    """Direction names to their codes, ``count`` of them, or with None any number from 1 on; ``wanted`` says which."""
+def direction_codes(owner: str, value: object, choices: Sequence[str], count: int | None) -> tuple[int, ...]:
+    """Direction names to their codes, one for each of ``count`` groups, or with None any number from 1 on."""
     if isinstance(value, str) or not isinstance(value, Sequence):
-        raise TypeError(f"{name} must be a sequence of names from {tuple(choices)}, got {shown(value)}")
+        raise TypeError(f"{owner}directions must be a sequence of names from {tuple(choices)}, got {shown(value)}")
+    codes = []
     for item in value:
         if not isinstance(item, str):
-            raise TypeError(f"{name} must hold names from {tuple(choices)}, got {shown(item)}")
-    if len(value) < 1 if count is None else len(value) != count:
-        raise ValueError(f"{name} must {wanted}, got {tuple(value)!r}")
-    for item in value:
+            raise TypeError(f"{owner}directions must hold names from {tuple(choices)}, got {shown(item)}")
         if item not in choices:
-            raise ValueError(f"{name} must be from {tuple(choices)}, got {item!r} in {tuple(value)!r}")
-    return tuple(choices.index(item) for item in value)
+            raise ValueError(f"{owner}directions must be from {tuple(choices)}, got {item!r} in {shown(tuple(value))}")
+        codes.append(choices.index(item))
+    if not codes if count is None else len(codes) != count:
+        wanted = "at least one direction" if count is None else f"one direction a group ({count})"
+        raise ValueError(f"{owner}directions must name {wanted}, got {tuple(value)!r}")
+    return tuple(codes)
 
 
 class Arguments:
@@ -71,8 +76,10 @@ class Arguments:
 
     def __init__(self, op: str, name: str, image: object, dims: Sequence[int], layout: str):
         self.op = op
+        self.owner = f"{op}: "
         self.first = name
-        self.image = self.tensor(name, image)
+        self.image = dense_tensor(self.owner, name, image)
+        self.device = self.image.device
         if self.image.dtype not in IMAGE_DTYPES:
             raise TypeError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {self.image.dtype}")
         if self.image.dim() not in dims:
@@ -80,19 +87,19 @@ class Arguments:
 
     def tensor(self, name: str, value: object) -> Tensor:
         """A dense tensor of any dtype, shape and device."""
-        return dense_tensor(f"{self.op}: {name}", value)
+        return dense_tensor(self.owner, name, value)
 
     def _place(self, name: str, tensor: Tensor, shape: Sequence[int], layout: str) -> None:
         if tuple(tensor.shape) != tuple(shape):
             raise ValueError(f"{self.op}: {name} must be {layout} = {tuple(shape)}, got shape {tuple(tensor.shape)}")
-        if tensor.device != self.image.device:
+        if tensor.device != self.device:
             raise ValueError(
-                f"{self.op}: {name} must be on {self.image.device} like {self.first}, got device {tensor.device}"
+                f"{self.op}: {name} must be on {self.device} like {self.first}, got device {tensor.device}"
             )
 
     def like_image(self, name: str, value: object, shape: Sequence[int], layout: str) -> None:
         """An image-sized tensor: exactly the image's dtype."""
-        tensor = self.tensor(name, value)
+        tensor = dense_tensor(self.owner, name, value)
         if tensor.dtype != self.image.dtype:
             raise TypeError(
                 f"{self.op}: {name} must have the dtype of {self.first} ({self.image.dtype}), got {tensor.dtype}"
@@ -103,32 +110,31 @@ class Arguments:
         """A parameter: the image's dtype or float32."""
         if value is None and optional:
             return
-        tensor = self.tensor(name, value)
-        if tensor.dtype not in (self.image.dtype, torch.float32):
-            allowed = "float32" if self.image.dtype == torch.float32 else f"{self.image.dtype} or torch.float32"
+        tensor = dense_tensor(self.owner, name, value)
+        if tensor.dtype not in (self.image.dtype, _FLOAT32):
+            allowed = "float32" if self.image.dtype == _FLOAT32 else f"{self.image.dtype} or torch.float32"
             raise TypeError(f"{self.op}: {name} must be {allowed}, got {tensor.dtype}")
         self._place(name, tensor, shape, layout)
 
     def boolean(self, name: str, value: object) -> None:
-        boolean(f"{self.op}: {name}", value)
+        boolean(self.owner, name, value)
 
     def eps(self, name: str, value: object) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{self.op}: {name} must be a float, got {shown(value)}")
         if not value >= 0:
             raise ValueError(f"{self.op}: {name} must be at least 0, got {value!r}")
-        if value > sys.float_info.max:
+        if value > _MAX_FLOAT:
             raise ValueError(f"{self.op}: {name} must be a finite float, got {shown(value)}")
 
     def directions(self, value: object, count: int | None, choices: Sequence[str]) -> tuple[int, ...]:
         """Direction names to their codes, one a group, or with ``count`` None any number from 1 on."""
-        wanted = "name at least one direction" if count is None else f"name one direction a group ({count})"
-        return direction_codes(f"{self.op}: directions", value, choices, count, wanted)
+        return direction_codes(self.owner, value, choices, count)
 
 
 def last_size(op: str, name: str, value: object, dims: int, layout: str) -> int:
     """The last size of ``value`` after a check of its number of dimensions."""
-    tensor = dense_tensor(f"{op}: {name}", value)
+    tensor = dense_tensor(f"{op}: ", name, value)
     if tensor.dim() != dims:
         raise ValueError(f"{op}: {name} must be {layout}, got shape {tuple(tensor.shape)}")
     return tensor.shape[-1]

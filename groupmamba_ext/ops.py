@@ -268,7 +268,7 @@ def depthwise_conv3x3(
     args = Arguments(op, "x", x, (4, 5), "(batch, H, W, C) or (batch, H, W, G, D)")
     (x,) = _autocast(x)
     args.image = x
-    choice(f"{op}: activation", activation, ACTIVATIONS)
+    choice(args.owner, "activation", activation, ACTIVATIONS)
     if x.dim() == 5:
         groups, dim = x.shape[3:]
         args.parameter("weight", weight, (groups, dim, 3, 3), "(G, D, 3, 3)")

@@ -37,8 +37,7 @@ def scaled_width(name: str, ratio: object, width: int) -> int:
 
 def direction_names(value: Sequence[str], count: int | None) -> tuple[str, ...]:
     """``value`` as a tuple of ``count`` direction names, of any number from 1 on with ``count`` None."""
-    wanted = f"be {'some' if count is None else count} names from {DIRECTIONS}"
-    direction_codes("directions", value, DIRECTIONS, count, wanted)
+    direction_codes("", value, DIRECTIONS, count)
     return tuple(value)
 
 
@@ -53,7 +52,7 @@ def parameter_dtype(dtype: object) -> None:
 def image_input(x: Tensor, dim: int, parameter: Tensor, *, tokens: bool = False) -> None:
     """Checks a module's input (batch, dim, H, W) or (dim, H, W), with ``tokens`` (batch, H, W, dim), against its width
     and a parameter's dtype."""
-    dense_tensor("x", x)
+    dense_tensor("", "x", x)
     if x.dtype not in IMAGE_DTYPES:
         raise TypeError(f"x must be float32, float16, bfloat16 or float64, got {x.dtype}")
     if tokens:

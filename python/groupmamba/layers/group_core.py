@@ -79,8 +79,8 @@ class GroupCore(nn.Module):
         super().__init__()
         self.groups = positive_int("groups", groups)
         self.dim = positive_int("dim", dim)
-        choice("scan", scan, SCANS)
-        boolean("out_proj", out_proj)
+        choice("", "scan", scan, SCANS)
+        boolean("", "out_proj", out_proj)
         parameter_dtype(dtype)
         self.scan = scan
         self.directions = direction_names(directions, None if scan == "cross" else groups)

@@ -95,9 +95,9 @@ class GroupedMamba2d(nn.Module):
         super().__init__()
         if positive_int("dim", dim) % GROUPS:
             raise ValueError(f"dim must be a multiple of {GROUPS}, got {dim}")
-        choice("variant", variant, tuple(VARIANT_DIRECTIONS))
-        choice("scan", scan, SCANS)
-        boolean("affinity", affinity)
+        choice("", "variant", variant, tuple(VARIANT_DIRECTIONS))
+        choice("", "scan", scan, SCANS)
+        boolean("", "affinity", affinity)
         positive_int("reduction", reduction)
         parameter_dtype(dtype)
         self.dim = dim

@@ -160,7 +160,7 @@ class VSSSBlock(GroupedVSSS):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        choice("direction", direction, DIRECTIONS)
+        choice("", "direction", direction, DIRECTIONS)
         super().__init__(
             1,
             dim,
