@@ -85,7 +85,7 @@ def cross_selective_scan(
     its gradient of ``u``, is rounded to that dtype before the sum, which is in float32.
 
     Raises:
-        TypeError: an argument is no tensor or has the wrong dtype.
+        TypeError: an argument is no dense tensor, or has the wrong type or dtype.
         ValueError: a shape, device or value is wrong.
         RuntimeError: on a second derivative, or where the compiled library is missing.
     """

@@ -142,7 +142,7 @@ def grouped_selective_scan(
     (float64 for float64). Gradients have their input's dtype; results are bitwise repeatable.
 
     Raises:
-        TypeError: an argument is no tensor or has the wrong dtype.
+        TypeError: an argument is no dense tensor, or has the wrong type or dtype.
         ValueError: a shape, device or value is wrong.
         RuntimeError: on a second derivative, or where the compiled library is missing.
     """
@@ -261,7 +261,7 @@ def depthwise_conv3x3(
         ``groups=C, padding=1``.
 
     Raises:
-        TypeError: an argument is no tensor or has the wrong dtype.
+        TypeError: an argument is no dense tensor, or has the wrong type or dtype.
         ValueError: a shape, device or value is wrong.
     """
     op = "depthwise_conv3x3"
@@ -306,7 +306,7 @@ def layer_norm_pool(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) 
         before rounding to the dtype of ``x``.
 
     Raises:
-        TypeError: an argument is no tensor or has the wrong dtype.
+        TypeError: an argument is no dense tensor, or has the wrong type or dtype.
         ValueError: a shape, device or value is wrong.
     """
     op = "layer_norm_pool"
@@ -346,7 +346,7 @@ def modulated_layer_norm(
         Like ``x``.
 
     Raises:
-        TypeError: an argument is no tensor or has the wrong dtype.
+        TypeError: an argument is no dense tensor, or has the wrong type or dtype.
         ValueError: a shape, device or value is wrong.
     """
     op = "modulated_layer_norm"
