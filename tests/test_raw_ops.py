@@ -169,7 +169,7 @@ def test_layers_of_nothing_are_refused():
     with pytest.raises(RuntimeError, match="fc1_weight must be"):
         op("feed_forward")(*made)
     layer = arguments("grouped_mamba_layer_fwd", "cuda")
-    for i, name in ((12, "dt_weight"), (14, "A_log")):  # no step feature, no state
+    for i, name in ((11, "dt_weight"), (13, "A_log")):  # no step feature, no state
         changed = list(layer)
         changed[i] = changed[i][..., :0]
         with pytest.raises(RuntimeError, match=name):
