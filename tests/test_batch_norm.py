@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stem's BatchNorm with ReLU: the CUDA op against float64, and the module against torch's two."""
+"""The stem's BatchNorms with ReLU: the CUDA ops against float64, and the stem against calls of torch's modules."""
+
+import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import check, padded_channels, unaligned
+from common import check, padded_channels, relative_error, unaligned
+from groupmamba import why_not_fused
 from groupmamba_ext import layer_ops
 
 pytest.importorskip("timm", reason="needs the extra 'models'")
-BatchNormReLU = pytest.importorskip("groupmamba.models.blocks").BatchNormReLU
+Stem = pytest.importorskip("groupmamba.models.blocks").Stem
 taps_to_channels = pytest.importorskip("groupmamba.models.entry_conv").taps_to_channels
 
 SIZES = [
@@ -173,46 +176,90 @@ def test_fold_opcheck_and_refusals():
     assert not layer_ops.takes_batch_norm_fold(image.float(), weight, *norm)
 
 
-def module_and_twin(device, channels=16, **options):
+NORMS = {
+    "usual": lambda: nn.BatchNorm2d(16),
+    "momentum": lambda: nn.BatchNorm2d(16, momentum=0.3),
+    "cumulative": lambda: nn.BatchNorm2d(16, momentum=None),
+    "no statistics": lambda: nn.BatchNorm2d(16, track_running_stats=False),
+    "not affine": lambda: nn.BatchNorm2d(16, affine=False),
+    "group": lambda: nn.GroupNorm(4, 16),
+    "identity": nn.Identity,
+}
+
+
+def stem_and_twin(device, norm="usual", dtype=torch.float32):
+    """A stem, and one that calls all of its modules."""
     torch.manual_seed(0)
-    twin = nn.Sequential(nn.BatchNorm2d(channels, **options), nn.ReLU()).to(device)
-    if twin[0].affine:
-        nn.init.normal_(twin[0].weight), nn.init.normal_(twin[0].bias)
-    module = BatchNormReLU(channels, **options).to(device)
-    module.load_state_dict(twin[0].state_dict())
-    return module, twin
+    stem = Stem(3, 16, 24, paper=False)
+    for i in (1, 4, 7):
+        stem.conv[i] = NORMS[norm]()
+        if getattr(stem.conv[i], "weight", None) is not None:
+            nn.init.normal_(stem.conv[i].weight), nn.init.normal_(stem.conv[i].bias)
+    twin = copy.deepcopy(stem)
+    twin.conv.register_forward_hook(lambda *_: None)
+    return [module.to(device, dtype, memory_format=torch.channels_last) for module in (stem, twin)]
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"momentum": 0.3}, {"momentum": None}, {"track_running_stats": False}, {"affine": False}]
-)
-@pytest.mark.parametrize("channels", [16, 12])
-def test_module_is_torchs(device, channels, options):
-    module, twin = module_and_twin(device, channels, **options)
-    for training in (True, True, False):
-        module.train(training), twin.train(training)
-        x = torch.randn(3, channels, 6, 7, device=device).to(memory_format=torch.channels_last).requires_grad_()
-        y, expected = module(x), twin(x)
-        torch.testing.assert_close(y, expected)
-        dy = torch.randn_like(y)
-        torch.testing.assert_close(torch.autograd.grad(y, x, dy), torch.autograd.grad(expected, x, dy))
-    for a, b in zip(module.state_dict().values(), twin[0].state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("gradients", [True, False])
+def test_stem_is_torchs_modules(monkeypatch, device, norm, gradients):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    # Float64 tells any difference of the maths; on CUDA the ops take no more than float32.
+    dtype, tolerance = (torch.float64, 1e-10) if device == "cpu" else (torch.float32, 1e-3)
+    stem, twin = stem_and_twin(device, norm, dtype)
+    assert bool(why_not_fused(stem)) == (norm in ("no statistics", "not affine", "group", "identity"))
+    assert why_not_fused(twin)[""] == "conv has hooks"
+    modes = [(True, True), (True, True), (False, False)]  # of the stem, of its norms
+    modes += [(False, True), (True, False)]  # test-time adaptation, and norms that are frozen in training
+    for training, norms_training in modes:
+        for module in (stem, twin):
+            module.train(training)
+            for i in (1, 4, 7):
+                module.conv[i].train(norms_training)
+        x = torch.randn(3, 3, 24, 28, device=device, dtype=dtype, requires_grad=gradients)
+        with torch.set_grad_enabled(gradients):
+            y, expected = stem(x), twin(x)
+        assert relative_error(y, expected) < tolerance
+        if gradients:
+            dy = torch.randn_like(y)
+            ours = torch.autograd.grad(y, [x, *stem.parameters()], dy)
+            theirs = torch.autograd.grad(expected, [x, *twin.parameters()], dy)
+            for a, b in zip(ours, theirs, strict=True):
+                scale = max(b.norm().item(), 1e-2)  # biases before a norm have a gradient of nothing but rounding
+                assert (a - b).norm().item() < 10 * tolerance * scale
+    for (name, a), b in zip(stem.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert relative_error(a, b) < tolerance, name
+    if norm in ("usual", "momentum", "cumulative"):
+        assert stem.conv[1].num_batches_tracked == 3 and stem.conv[1].running_mean.any()
+
+
+def test_test_time_adaptation(device):
+    """BatchNorms alone in training mode in an evaluating model use and update statistics, also without gradients."""
+    from model_tools import small
+
+    model = small().to(device).eval()
+    x = 3 + torch.randn(4, 3, 64, 64, device=device)
+    plain = model(x)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.train()
+    with torch.no_grad():
+        adapted = model(x)
+    assert all(norm.num_batches_tracked == 1 and norm.running_mean.any() for norm in norms)
+    torch.testing.assert_close(adapted, model(x), rtol=1e-3, atol=1e-4)
+    assert (adapted - plain).norm() > 0.01 * plain.norm()
 
 
 def test_single_pixel_raises(device):
-    module, _ = module_and_twin(device)
+    stem, _ = stem_and_twin(device)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
-        module(torch.zeros(1, 16, 1, 1, device=device))
+        stem(torch.zeros(1, 3, 2, 2, device=device))
 
 
 def test_converted_to_sync_batch_norm():
-    """The norm that takes its place has no ReLU, so the stem's own must follow."""
-    from groupmamba.models import groupmamba_tiny
-
-    model = groupmamba_tiny()
-    stem = nn.SyncBatchNorm.convert_sync_batchnorm(model).stem.eval()
+    stem = nn.SyncBatchNorm.convert_sync_batchnorm(stem_and_twin("cpu")[0]).eval()
     assert type(stem.conv[1]) is nn.SyncBatchNorm
+    assert "conv.1 is torch.nn.modules.batchnorm.SyncBatchNorm" in why_not_fused(stem)[""]
     maps = []
     stem.proj.register_forward_pre_hook(lambda _, args: maps.append(args[0]))
     x = torch.randn(1, 3, 32, 32)

@@ -4,6 +4,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from common import relative_error
 
@@ -31,11 +32,19 @@ def test_is_the_convolution(kernel, channels, height, width):
         assert relative_error(a, b) < 1e-13
 
 
-def test_arguments():
-    with pytest.raises(ValueError, match=r"kernel_size must be 3, 7, 11, \.\.\., got 5"):
-        entry_conv.EntryConv(3, 8, 5)
-    conv = entry_conv.EntryConv(3, 8, 7)
-    assert {k: tuple(v.shape) for k, v in conv.state_dict().items()} == {"weight": (8, 3, 7, 7)}
+def on_blocks(x, conv):
+    return entry_conv.conv_on_blocks(entry_conv.pixel_blocks(x, conv), conv.weight)
+
+
+@pytest.mark.cuda
+def test_where_it_is_taken():
+    x = torch.zeros(1, 3, 8, 8, device="cuda")
+    conv = nn.Conv2d(3, 8, 7, 2, 3, bias=False)
+    assert entry_conv.pixel_blocks(x, conv) is None
+    assert entry_conv.pixel_blocks(x.half(), conv).shape == (1, 16, 7, 7)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert entry_conv.pixel_blocks(x, conv).dtype == torch.bfloat16
+        assert entry_conv.pixel_blocks(x.repeat(1, 2, 1, 1), nn.Conv2d(6, 8, 7, 2, 3)) is None
 
 
 @pytest.mark.cuda
@@ -43,16 +52,16 @@ def test_arguments():
 @pytest.mark.parametrize("autocast", [False, True])
 def test_on_cuda(autocast, memory_format):
     torch.manual_seed(0)
-    conv = entry_conv.EntryConv(3, 32, 7).cuda()
+    conv = nn.Conv2d(3, 32, 7, 2, 3, bias=False).cuda()
     x = torch.randn(2, 3, 37, 64, device="cuda").to(memory_format=memory_format).requires_grad_()
     expected = F.conv2d(x.double(), conv.weight.double(), None, 2, 3)
     dy = torch.randn_like(expected)
     truth = torch.autograd.grad(expected, (x, conv.weight), dy)
     if autocast:
         with torch.autocast("cuda", torch.bfloat16):
-            y = conv(x)
+            y = on_blocks(x, conv)
     else:
-        y = conv.bfloat16()(x.bfloat16())
+        y = on_blocks(x.bfloat16(), conv.bfloat16())
     assert y.dtype == torch.bfloat16
     assert relative_error(y, expected) < 0.01
     for a, b in zip(torch.autograd.grad(y, (x, conv.weight), dy.bfloat16()), truth, strict=True):

@@ -49,9 +49,9 @@ def parameter_dtype(dtype: object) -> None:
         raise TypeError(f"dtype must be float32, float16, bfloat16 or float64, got {dtype}")
 
 
-def image_input(x: Tensor, dim: int, parameter: Tensor, *, tokens: bool = False) -> None:
+def image_input(x: Tensor, dim: int, parameter: Tensor | None, *, tokens: bool = False) -> None:
     """Checks a module's input (batch, dim, H, W) or (dim, H, W), with ``tokens`` (batch, H, W, dim), against its width
-    and a parameter's dtype."""
+    and the dtype of a parameter, or of none where the module holds no floating-point one."""
     dense_tensor("", "x", x)
     if x.dtype not in IMAGE_DTYPES:
         raise TypeError(f"x must be float32, float16, bfloat16 or float64, got {x.dtype}")
@@ -60,7 +60,7 @@ def image_input(x: Tensor, dim: int, parameter: Tensor, *, tokens: bool = False)
             raise ValueError(f"x must be (batch, H, W, {dim}), got shape {tuple(x.shape)}")
     elif x.dim() not in (3, 4) or x.shape[-3] != dim:
         raise ValueError(f"x must be (batch, {dim}, H, W) or ({dim}, H, W), got shape {tuple(x.shape)}")
-    if x.dtype == parameter.dtype:
+    if parameter is None or x.dtype == parameter.dtype:
         return
     kind = x.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):

@@ -8,11 +8,14 @@ import contextlib
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from groupmamba.layers._checks import image_input, parameter_dtype, positive_int
+from groupmamba.layers.plain import Plain, call_on_rows, linear, why_called
+from groupmamba.layers.tracing import Leaf, fx_call
 
 
-class ChannelAffinity(nn.Module):
+class ChannelAffinity(Leaf, nn.Module):
     r"""``sigmoid(fc2(relu(fc1(mean over H, W of x))))``: one weight in (0, 1) a channel, which every group can see.
 
     Pooling, both products and the sigmoid are done in float32 (float64 for a float64 input), also in half precision
@@ -48,16 +51,25 @@ class ChannelAffinity(nn.Module):
         hidden = max(dim // positive_int("reduction", reduction), 1)
         self.fc1 = nn.Linear(dim, hidden, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden, self.out_dim, device=device, dtype=dtype)
+        self._parts = (("fc1", linear(hidden)), ("fc2", linear(self.out_dim)))
         self.reset_parameters()
 
+    def plain(self) -> Plain:
+        """What this module is where a layer may read it and not call it."""
+        return Plain(type(self), parts=self._parts)
+
+    def _why_called(self) -> str | None:
+        return why_called(self._modules, self._parts)
+
     def reset_parameters(self) -> None:
-        """Weights from a normal distribution of deviation 0.02 cut at +-2, biases 0."""
+        """Weights from a normal distribution of deviation 0.02, biases 0."""
         for layer in (self.fc1, self.fc2):
-            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
     def from_pooled(self, pooled: Tensor) -> Tensor:
-        """Weights (batch, out_dim) from the pooled image (batch, dim), in the dtype of ``pooled``."""
+        """Weights (batch, out_dim) from the pooled image (batch, dim), in the dtype of ``pooled``; reads ``fc1`` and
+        ``fc2``, which must be plain."""
         kind = pooled.device.type
         low = kind != "meta" and torch.is_autocast_enabled(kind)
         with torch.autocast(kind, enabled=False) if low else contextlib.nullcontext():
@@ -66,7 +78,18 @@ class ChannelAffinity(nn.Module):
             return torch.sigmoid(F.linear(hidden, self.fc2.weight.to(dtype), self.fc2.bias.to(dtype)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Weights (batch, out_dim) for an image (batch, dim, H, W), or (out_dim,) for (dim, H, W), in float32."""
-        image_input(x, self.dim, self.fc1.weight)
+        """Weights (batch, out_dim) for an image (batch, dim, H, W), or (out_dim,) for (dim, H, W), in float32.
+
+        Where ``fc1`` or ``fc2`` is not plain (:func:`groupmamba.why_not_fused`), both are called, under autocast in its
+        dtype.
+        """
+        if isinstance(x, Proxy):
+            return fx_call(self, x)
+        image_input(x, self.dim, None)
+        if not x.is_floating_point():
+            raise TypeError(f"x must be of a floating-point dtype, got {x.dtype}")
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return self.from_pooled(x.sum((-2, -1), dtype=wide) / max(x.shape[-2] * x.shape[-1], 1))
+        pooled = x.sum((-2, -1), dtype=wide) / max(x.shape[-2] * x.shape[-1], 1)
+        if self._why_called() is None:
+            return self.from_pooled(pooled)
+        return torch.sigmoid(call_on_rows(self.fc2, F.relu(call_on_rows(self.fc1, pooled))).to(wide))

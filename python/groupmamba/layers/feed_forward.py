@@ -4,17 +4,21 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 import groupmamba_ext as ext
 from groupmamba.layers._checks import parameter_dtype, positive_int
-from groupmamba.layers._lookup import AFFINE, parameters_of
+from groupmamba.layers.plain import affine, call_on_rows, convolution, layer_norm, linear, why_called
 from groupmamba.layers.stochastic_depth import KeptImages, add
 from groupmamba.layers.token_linear import token_linear
+from groupmamba.layers.token_norm import TokenNorm
+from groupmamba.layers.tracing import Leaf, fx_call
 from groupmamba_ext.layer_ops import feed_forward, takes_image
 
 
-class ConvFeedForward(nn.Module):
+class ConvFeedForward(Leaf, nn.Module):
     """``fc2(gelu(dwconv3x3(fc1(x))))`` on channels-last images, GELU by the error function (as the authors' code).
 
     The hidden image is the widest tensor of a block. On CUDA :func:`groupmamba_ext.layer_ops.feed_forward` computes all
@@ -51,6 +55,15 @@ class ConvFeedForward(nn.Module):
         self.fc1 = nn.Linear(dim, hidden_dim, **place)
         self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, **place)
         self.fc2 = nn.Linear(hidden_dim, dim, **place)
+        self._parts = (
+            ("fc1", linear(hidden_dim)),
+            ("dwconv", convolution(3, 1, hidden_dim, bias=True)),
+            ("fc2", linear(dim)),
+        )
+        self._norm_part = (("norm", layer_norm(TokenNorm, dim)),)
+
+    def _why_called(self) -> str | None:
+        return why_called(self._modules, self._parts)
 
     def forward(
         self,
@@ -71,20 +84,31 @@ class ConvFeedForward(nn.Module):
         Returns:
             (batch, H, W, dim); on CUDA with ``norm``, pixels lie a multiple of 8 channels apart.
         """
+        if isinstance(x, Proxy):
+            return fx_call(self, x, norm, residual=residual, kept=kept)
         if kept is not None:
             kept.check(x, residual)
-        if norm is not None and takes_image(x):
+        plain = self._why_called() is None
+        if plain and norm is not None and takes_image(x) and why_called({"norm": norm}, self._norm_part) is None:
             modules = self._modules
             layers = {
-                "norm": parameters_of(norm, AFFINE),
-                "fc1": parameters_of(modules["fc1"], AFFINE),
-                "conv": parameters_of(modules["dwconv"], AFFINE),
-                "fc2": parameters_of(modules["fc2"], AFFINE),
+                "norm": affine(norm),
+                "fc1": affine(modules["fc1"]),
+                "conv": affine(modules["dwconv"]),
+                "fc2": affine(modules["fc2"]),
             }
             return feed_forward(x, **layers, eps=norm.eps, residual=residual, kept=kept)
-        hidden = _linear(x if norm is None else norm(x), self.fc1)
-        hidden = ext.depthwise_conv3x3(hidden, self.dwconv.weight, self.dwconv.bias, activation="gelu")
-        return add(x, _linear(hidden, self.fc2), residual, kept)
+        y = x if norm is None else norm(x)
+        if plain:
+            hidden = ext.depthwise_conv3x3(
+                _linear(y, self.fc1), self.dwconv.weight, self.dwconv.bias, activation="gelu"
+            )
+            y = _linear(hidden, self.fc2)
+        else:
+            hidden = call_on_rows(self.fc1, y).permute(0, 3, 1, 2)
+            hidden = F.gelu(self.dwconv(hidden)) if hidden.numel() else hidden  # torch convolves no empty image
+            y = call_on_rows(self.fc2, hidden.permute(0, 2, 3, 1))
+        return add(x, y, residual, kept)
 
 
 def _linear(x: Tensor, layer: nn.Linear) -> Tensor:

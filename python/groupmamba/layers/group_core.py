@@ -8,11 +8,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 import groupmamba_ext as ext
 from groupmamba.layers._checks import direction_names, parameter_dtype, positive_int, scaled_width
-from groupmamba.layers._lookup import parameters_of
+from groupmamba.layers.plain import Plain
 from groupmamba.layers.token_linear import token_linear
+from groupmamba.layers.tracing import Leaf, fx_call
 from groupmamba_ext._checks import boolean, choice
 from groupmamba_ext.ops import MAX_STATES
 
@@ -25,7 +27,7 @@ _CORE = (
 )  # fmt: skip
 
 
-class GroupCore(nn.Module):
+class GroupCore(Leaf, nn.Module):
     r"""G independent Mambas over the image, one for each group of D channels, with their parameters stacked.
 
     .. code-block:: text
@@ -114,7 +116,7 @@ class GroupCore(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """The released initialisation: steps log-uniform in [1e-3, 0.1], A = -(1..N), D = 1."""
-        nn.init.trunc_normal_(self.in_proj_weight, std=0.02)
+        nn.init.normal_(self.in_proj_weight, std=0.02)
         if self.conv_weight is not None:
             nn.init.normal_(self.conv_weight, std=math.sqrt(2 / 9))  # fan_out of a depthwise 3x3 kernel: 9
             nn.init.zeros_(self.conv_bias)
@@ -131,13 +133,18 @@ class GroupCore(nn.Module):
             nn.init.ones_(weight)
         nn.init.zeros_(self.out_norm_bias)
         if self.out_proj_weight is not None:
-            nn.init.trunc_normal_(self.out_proj_weight, std=0.02)
+            nn.init.normal_(self.out_proj_weight, std=0.02)
         for weight in (self.dt_bias, self.A_log, self.D):
             weight._no_weight_decay = True
 
-    def core_parameters(self) -> list[Tensor | None]:
+    def plain(self) -> Plain:
+        """What this module is where a layer may read it and not call it."""
+        return Plain(type(self), tuple(name for name, p in self._parameters.items() if p is not None))
+
+    def core_parameters(self) -> list[Tensor]:
         """All but out_proj, in the order of :func:`groupmamba_ext.layer_ops.grouped_mamba_layer`."""
-        return parameters_of(self, _CORE)
+        held = self._parameters  # an attribute of a module costs a slow host a microsecond
+        return [held[name] for name in _CORE]
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """Runs every group along its path.
@@ -149,6 +156,8 @@ class GroupCore(nn.Module):
         Returns:
             (batch, H, W, G, D), or E channels a group without out_proj; stored group-major, (G, batch, H, W, D).
         """
+        if isinstance(x, Proxy):
+            return fx_call(self, x, gate)
         batch, height, width, groups, _ = x.shape
         tokens = batch * height * width
 

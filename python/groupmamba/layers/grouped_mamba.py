@@ -7,14 +7,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 import groupmamba_ext as ext
 from groupmamba.layers._checks import direction_names, image_input, parameter_dtype, positive_int
-from groupmamba.layers._lookup import AFFINE, parameters_of
 from groupmamba.layers.channel_affinity import ChannelAffinity
 from groupmamba.layers.group_core import SCANS, GroupCore
+from groupmamba.layers.plain import Plain, affine, call_on_rows, floating_parameter, layer_norm, linear, why_called
 from groupmamba.layers.stochastic_depth import KeptImages, add
 from groupmamba.layers.token_linear import token_linear
+from groupmamba.layers.tracing import Leaf, fx_call
 from groupmamba.layers.vsss import GroupedVSSS
 from groupmamba_ext._checks import boolean, choice
 from groupmamba_ext.layer_ops import can_fuse, grouped_mamba_layer, scan_constants
@@ -25,7 +27,7 @@ RELEASED_ORDER = ("lr", "tb", "rl", "bt")
 VARIANT_DIRECTIONS = {"released": RELEASED_ORDER, "fused": PAPER_ORDER, "paper": PAPER_ORDER}
 
 
-class GroupedMamba2d(nn.Module):
+class GroupedMamba2d(Leaf, nn.Module):
     r"""Modulated group Mamba layer (Shaker et al., GroupMamba, CVPR 2025, arXiv 2407.13772).
 
     The channels are split into four groups, each with its own Mamba (:class:`~groupmamba.layers.group_core.GroupCore`)
@@ -129,13 +131,24 @@ class GroupedMamba2d(nn.Module):
             self._inner_dim = self.mamba.inner_dim
             self._scan_constants = scan_constants(self.directions, self._inner_dim)
         self.affinity = ChannelAffinity(dim, reduction, out_dim=gates, **place) if affinity else None
+        # What the fused paths read of these in place of calling them.
+        self._parts = () if variant == "paper" else self._read_parts()
         self._reset_own_parameters()
+
+    def _read_parts(self) -> tuple[tuple[str, Plain], ...]:
+        affinity = () if self.affinity is None else (("affinity", self.affinity.plain()),)
+        norm, proj = layer_norm(nn.LayerNorm, self.dim), linear(self.dim)
+        return (("norm", norm), ("mamba", self.mamba.plain()), *affinity, ("proj", proj))
+
+    def _why_called(self) -> str | None:
+        """Why the layer calls its submodules one by one, None where it reads them: :func:`groupmamba.why_not_fused`."""
+        return None if self.variant == "paper" else why_called(self._modules, self._parts)
 
     def _reset_own_parameters(self) -> None:
         if self.variant == "paper":
             return
         self.norm.reset_parameters()
-        nn.init.trunc_normal_(self.proj.weight, std=0.02)
+        nn.init.normal_(self.proj.weight, std=0.02)
         nn.init.zeros_(self.proj.bias)
         if self.skip_scale is not None:
             nn.init.ones_(self.skip_scale)
@@ -156,10 +169,13 @@ class GroupedMamba2d(nn.Module):
         images so is spared the views. ``kept``, with ``residual`` and a batch, is stochastic depth:
         ``x + kept.kept * kept.scale * layer(x)``, in the released variant again without a pass of its own.
         """
+        if isinstance(x, Proxy):
+            return fx_call(self, x, residual=residual, tokens=tokens, kept=kept)
         paper = self.variant == "paper"
         first = self._parameters.get("skip_scale")
         if first is None:
-            first = next(self.parameters()) if paper else self._modules["norm"].weight
+            part, name = ("vsss", "norm1_weight") if paper else ("norm", "weight")
+            first = floating_parameter(self._modules[part], name)
         image_input(x, self.dim, first, tokens=tokens)
         if kept is not None:
             if x.dim() == 3:
@@ -183,6 +199,8 @@ class GroupedMamba2d(nn.Module):
 
     def _tokens(self, x: Tensor, residual: bool, kept: KeptImages | None) -> Tensor:
         """The released and fused variants on (batch, H, W, dim)."""
+        if self._why_called() is not None:
+            return add(x, self._call_all(x), residual, kept)
         if self._one_op and can_fuse(x, self._inner_dim):
             if kept is None or self.variant == "released":
                 return self._fused(x, residual, kept)
@@ -192,19 +210,21 @@ class GroupedMamba2d(nn.Module):
         return add(x, y.view(*mixed.shape[:3], self.dim), residual, kept)
 
     def _fused(self, x: Tensor, residual: bool, kept: KeptImages | None) -> Tensor:
+        """In one op, from the parameters of all submodules."""
         modules = self._modules
         norm, mamba, affinity = modules["norm"], modules["mamba"], modules.get("affinity")
         if affinity is not None:
-            affinity = [*parameters_of(affinity.fc1, AFFINE), *parameters_of(affinity.fc2, AFFINE)]
+            parts = affinity._modules
+            affinity = (*affine(parts["fc1"]), *affine(parts["fc2"]))
         codes, chunk = self._scan_constants
         return grouped_mamba_layer(
             x,
-            norm=parameters_of(norm, AFFINE),
+            norm=affine(norm),
             affinity=affinity,
             core=mamba.core_parameters(),
-            out_proj_weight=mamba.out_proj_weight,
+            out_proj_weight=mamba._parameters.get("out_proj_weight"),
             skip_scale=self.skip_scale,
-            proj=parameters_of(modules["proj"], AFFINE),
+            proj=affine(modules["proj"]),
             codes=codes,
             chunk=chunk,
             eps=norm.eps,
@@ -213,7 +233,8 @@ class GroupedMamba2d(nn.Module):
         )
 
     def _mix(self, x: Tensor) -> Tensor:
-        """What goes into proj, (batch, H, W, dim or 4 E), from the image (batch, H, W, dim)."""
+        """What goes into proj, (batch, H, W, dim or 4 E), from the image (batch, H, W, dim), op by op; reads the
+        parameters of norm and affinity."""
         xn, pooled = ext.layer_norm_pool(x, self.norm.weight, self.norm.bias, self.norm.eps)
         gate = None if self.affinity is None else self.affinity.from_pooled(pooled)
         groups = xn.unflatten(-1, (GROUPS, self.dim // GROUPS))
@@ -225,6 +246,20 @@ class GroupedMamba2d(nn.Module):
         xn = groups.flatten(-2)
         norm = self.norm
         return ext.modulated_layer_norm(o, xn, self.skip_scale, norm.weight, norm.bias, gate=gate, eps=norm.eps)
+
+    def _call_all(self, x: Tensor) -> Tensor:
+        """The layer on the image (batch, H, W, dim) by calls of all submodules."""
+        xn = self.norm(x)
+        gate = None if self.affinity is None else self.affinity(xn.permute(0, 3, 1, 2))
+        groups = xn.unflatten(-1, (GROUPS, self.dim // GROUPS))
+        if self.variant == "fused":
+            mixed = self.mamba(groups, None if gate is None else gate.unflatten(-1, (GROUPS, -1))).flatten(-2)
+        else:
+            product = self.mamba(groups).flatten(-2) * self.skip_scale * xn
+            if gate is not None:
+                product = product * gate[:, None, None]
+            mixed = self.norm(product.to(xn.dtype))
+        return call_on_rows(self.proj, mixed)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, variant={self.variant!r}, scan={self.scan!r}, directions={self.directions}"

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from groupmamba.layers._lookup import AFFINE, parameters_of
+from groupmamba.layers.plain import AFFINE, are_plain
+from groupmamba.layers.tracing import Leaf, fx_call
 from groupmamba_ext.layer_ops import BIASED_CHANNELS, takes_image, token_norm
 
 
-class TokenNorm(nn.LayerNorm):
+class TokenNorm(Leaf, nn.LayerNorm):
     """LayerNorm over the channels of (batch, H, W, C), statistics in float32, the result in the dtype of the image.
 
     Under autocast the result is low precision (torch's own LayerNorm returns float32 there): the residual stream of a
@@ -20,9 +22,12 @@ class TokenNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor, x_bias: Tensor | None = None) -> Tensor:
         """Of ``x + x_bias``, where that is given, (C,): the bias of what computed ``x``, without a pass of its own."""
-        native = x.dim() == 4 and takes_image(x)
+        if isinstance(x, Proxy):
+            return fx_call(self, x, x_bias)
+        weight, bias = (self._parameters.get(name) for name in AFFINE)
+        native = x.dim() == 4 and are_plain(weight, bias) and takes_image(x)
         if x_bias is not None and not (native and x.shape[3] <= BIASED_CHANNELS):
             x, x_bias = x + x_bias.to(x.dtype), None
         if native:
-            return token_norm(x, *parameters_of(self, AFFINE), self.eps, x_bias)
+            return token_norm(x, weight, bias, self.eps, x_bias)
         return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)

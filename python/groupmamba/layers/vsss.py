@@ -8,9 +8,12 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from groupmamba.layers._checks import image_input, parameter_dtype, positive_int, scaled_width
 from groupmamba.layers.group_core import GroupCore
+from groupmamba.layers.plain import floating_parameter
+from groupmamba.layers.tracing import Leaf, fx_call
 from groupmamba_ext._checks import choice
 from groupmamba_ext.reference import DIRECTIONS
 
@@ -22,7 +25,7 @@ def _grouped_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), weight)
 
 
-class GroupedVSSS(nn.Module):
+class GroupedVSSS(Leaf, nn.Module):
     r"""G independent VSSS blocks side by side on the channels of one image (GroupMamba, arXiv 2407.13772).
 
     For each group of D channels, with its own parameters and scan direction:
@@ -98,12 +101,12 @@ class GroupedVSSS(nn.Module):
         for weight in (self.norm1_weight, self.norm2_weight):
             nn.init.ones_(weight)
         for weight in (self.fc1_weight, self.fc2_weight):
-            nn.init.trunc_normal_(weight, std=0.02)
+            nn.init.normal_(weight, std=0.02)
         for bias in (self.norm1_bias, self.norm2_bias, self.fc1_bias, self.fc2_bias):
             nn.init.zeros_(bias)
 
     def reset_parameters(self) -> None:
-        """Norms 1 and 0, feed-forward weights truncated normal of deviation 0.02, biases 0, the Mamba its own."""
+        """Norms 1 and 0, feed-forward weights normal of deviation 0.02, biases 0, the Mamba its own."""
         self.mamba.reset_parameters()
         self._reset_own_parameters()
 
@@ -115,7 +118,9 @@ class GroupedVSSS(nn.Module):
         return rows.view(groups, batch, height, width, dim).permute(1, 2, 3, 0, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        image_input(x, self.groups * self.dim, self.norm1_weight)
+        if isinstance(x, Proxy):
+            return fx_call(self, x)
+        image_input(x, self.groups * self.dim, floating_parameter(self, "norm1_weight"))
         z = (x if x.dim() == 4 else x.unsqueeze(0)).permute(0, 2, 3, 1).contiguous()
         z = z.unflatten(-1, (self.groups, self.dim))
         # z comes first in both sums: the result then has its token-major strides.

@@ -7,13 +7,16 @@ import timm.layers
 import torch
 from timm.models import register_notrace_module
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.utils.checkpoint import checkpoint
 
 from groupmamba.layers import GroupedMamba2d
 from groupmamba.layers.feed_forward import ConvFeedForward
+from groupmamba.layers.plain import AFFINE, Plain, convolution, layer_norm, why_called
 from groupmamba.layers.stochastic_depth import KeptImages
 from groupmamba.layers.token_norm import TokenNorm
-from groupmamba.models.entry_conv import EntryConv, taps_to_channels
+from groupmamba.layers.tracing import Leaf, fx_call
+from groupmamba.models.entry_conv import conv_on_blocks, pixel_blocks, taps_to_channels
 from groupmamba_ext.layer_ops import (
     BIASED_CHANNELS,
     batch_norm_fold,
@@ -26,89 +29,62 @@ from groupmamba_ext.layer_ops import (
 BLOCK_EPS = 1e-6  # block, class-block and stage norms
 CONV_EPS = 1e-5  # norms behind the stem and downsampling convolutions
 
+_BATCH_NORM = Plain(nn.BatchNorm2d, AFFINE, config=(("track_running_stats", True),))
+_PLAIN_SEQUENCE = (("conv", Plain(nn.Sequential)),)
+
 
 def _tokens(x: Tensor) -> Tensor:
     """(batch, C, H, W) to contiguous (batch, H, W, C): a view of a channels-last image."""
     return x.permute(0, 2, 3, 1).contiguous()
 
 
-def _conv_norm(x: Tensor, conv: nn.Module, norm: nn.Module) -> Tensor:
+def _conv_norm_parts(dim: int) -> tuple[tuple[str, Plain], ...]:
+    """What `_conv_norm` reads of ``proj`` and ``norm``."""
+    return ("proj", convolution(3, 2, 1, bias=True)), ("norm", layer_norm(TokenNorm, dim))
+
+
+def _conv_norm(x: Tensor, conv: nn.Module, norm: nn.Module, plain: bool) -> Tensor:
     """``norm`` of the tokens of ``conv(x)``.
 
-    On CUDA the norm of up to 512 channels adds the convolution's bias, which would take the library a pass over the
-    image forward and another backward; not where something else stands for either module, or someone watches them.
+    On CUDA the norm of up to 512 channels adds the convolution's bias where both are plain; cuDNN would take a pass
+    over the image for it, and another in the backward.
     """
-    plain = type(conv) is nn.Conv2d and type(norm) is TokenNorm and not (_is_watched(conv) or _is_watched(norm))
-    if plain and conv.bias is not None and conv.out_channels <= BIASED_CHANNELS and takes_image(x):
+    if plain and conv.out_channels <= BIASED_CHANNELS and takes_image(x):
         return norm(_tokens(conv._conv_forward(x, conv.weight, None)), conv.bias)
     return norm(_tokens(conv(x)))
 
 
-def _is_watched(module: nn.Module) -> bool:
-    """True where a call of the module is more than its class's ``forward``: hooks, or a ``forward`` of its own."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module) or torch.nn.modules.module._has_any_global_hook()
+def _conv_norm_relu(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, relu: nn.ReLU) -> Tensor:
+    """``relu(norm(conv(x)))`` of plain modules in fewer passes over the image.
 
-
-class BatchNormReLU(nn.BatchNorm2d):
-    """``relu(BatchNorm2d(x))``; with the statistics of the batch on CUDA through kernels of its own.
-
-    Those read an image twice and write it once, and their backward in the same way; torch's take several times as long
-    for an image of few channels in bfloat16.
+    In evaluation without a gradient, where statistics stay and nothing is learnt about weights, the norm becomes part
+    of the convolution's weights. With the statistics of the batch, on CUDA, norm and ReLU are kernels of our own, which
+    read an image twice and write it once, and their backward in the same way; torch's take several times as long for an
+    image of few channels in bfloat16.
     """
-
-    def forward(self, x: Tensor) -> Tensor:
-        several = x.dim() == 4 and x.numel() > x.shape[1]  # torch raises otherwise
-        usual = self.training and self.track_running_stats and self.momentum is not None and self.affine
-        if not (several and usual and takes_batch_norm(x, self.weight, self.bias)):
-            return super().forward(x).relu_()
-        y, stats = batch_norm_relu(x, self.weight, self.bias, self.eps)
-        with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(stats[0].to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_(stats[1].to(self.running_var.dtype), self.momentum)
-        return y
-
-
-class Stem(nn.Module):
-    """(batch, in_chans, H, W) to (batch, H / 4, W / 4, dim), sizes rounded up.
-
-    As released: 7x7 convolution of stride 2, two of 3x3 (no bias; each with BatchNorm and ReLU), 3x3 of stride 2,
-    LayerNorm. ``paper``: two 3x3 convolutions of stride 2, the first with BatchNorm and ReLU, then LayerNorm.
-    """
-
-    def __init__(self, in_chans: int, stem_dim: int, dim: int, *, paper: bool):
-        super().__init__()
-        layers: list[nn.Module] = []
-        shapes = [(in_chans, 3, 2)] if paper else [(in_chans, 7, 2), (stem_dim, 3, 1), (stem_dim, 3, 1)]
-        for channels, kernel, stride in shapes:
-            if stride == 2:
-                conv: nn.Conv2d = EntryConv(channels, stem_dim, kernel)
-            else:
-                conv = nn.Conv2d(channels, stem_dim, kernel, stride, kernel // 2, bias=False)
-            layers += [conv, BatchNormReLU(stem_dim), nn.ReLU(inplace=True)]
-        self.conv = nn.Sequential(*layers)
-        self.proj = nn.Conv2d(stem_dim, dim, 3, 2, 1)
-        self.norm = TokenNorm(dim, eps=CONV_EPS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Statistics that stay and weights that nothing is learnt about: one pass over the image in place of three.
-        fold = not self.training and not torch.is_grad_enabled()
-        for i in range(0, len(self.conv), 3):
-            conv, norm, relu = self.conv[i : i + 3]
-            if fold:
-                x = _conv_norm_relu(x, conv, norm)
-            else:
-                x = norm(conv(x))
-                x = x if isinstance(norm, BatchNormReLU) else relu(x)  # SyncBatchNorm, if that took its place
-        return _conv_norm(x, self.proj, self.norm)
+    held = norm._buffers
+    if held["running_mean"] is None or held["running_var"] is None:
+        return relu(norm(conv(x)))
+    blocks = pixel_blocks(x, conv) if conv.stride == (2, 2) else None
+    if not norm.training and not torch.is_grad_enabled():
+        return _folded(x, blocks, conv, norm)
+    x = conv(x) if blocks is None else conv_on_blocks(blocks, conv.weight)
+    several = x.dim() == 4 and x.numel() > x.shape[1]  # torch raises otherwise
+    usual = norm.training and norm.momentum is not None
+    if not (several and usual and takes_batch_norm(x, norm.weight, norm.bias)):
+        return relu(norm(x))
+    y, stats = batch_norm_relu(x, norm.weight, norm.bias, norm.eps)
+    with torch.no_grad():
+        norm.num_batches_tracked.add_(1)
+        norm.running_mean.lerp_(stats[0].to(norm.running_mean.dtype), norm.momentum)
+        norm.running_var.lerp_(stats[1].to(norm.running_var.dtype), norm.momentum)
+    return y
 
 
-def _conv_norm_relu(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
-    """``relu(norm(conv(x)))`` in evaluation mode without a gradient, the norm as part of the convolution's weights."""
+def _folded(x: Tensor, blocks: Tensor | None, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
+    """``relu(norm(conv(x)))`` by the norm's running statistics, the norm as part of the convolution's weights."""
     casts = x.is_cuda and torch.is_autocast_enabled("cuda")
     stride, padding = conv.stride, conv.padding
-    blocks = conv.blocks(x) if isinstance(conv, EntryConv) else None
     if blocks is not None:
         x, stride, padding, casts = blocks, (1, 1), (0, 0), True
     elif casts:
@@ -130,16 +106,65 @@ def _conv_norm_relu(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     return nn.functional.conv2d(x, weight, bias, stride, padding).relu_()
 
 
-class Downsample(nn.Module):
+class Stem(Leaf, nn.Module):
+    """(batch, in_chans, H, W) to (batch, H / 4, W / 4, dim), sizes rounded up.
+
+    As released: 7x7 convolution of stride 2, two of 3x3 (no bias; each with BatchNorm and ReLU), 3x3 of stride 2,
+    LayerNorm. ``paper``: two 3x3 convolutions of stride 2, the first with BatchNorm and ReLU, then LayerNorm.
+    """
+
+    def __init__(self, in_chans: int, stem_dim: int, dim: int, *, paper: bool):
+        super().__init__()
+        layers: list[nn.Module] = []
+        parts: list[Plain] = []
+        shapes = [(in_chans, 3, 2)] if paper else [(in_chans, 7, 2), (stem_dim, 3, 1), (stem_dim, 3, 1)]
+        for channels, kernel, stride in shapes:
+            conv = nn.Conv2d(channels, stem_dim, kernel, stride, kernel // 2, bias=False)
+            layers += [conv, nn.BatchNorm2d(stem_dim), nn.ReLU(inplace=True)]
+            parts += [convolution(kernel, stride, 1, bias=False), _BATCH_NORM, Plain(nn.ReLU)]
+        self.conv = nn.Sequential(*layers)
+        self.proj = nn.Conv2d(stem_dim, dim, 3, 2, 1)
+        self.norm = TokenNorm(dim, eps=CONV_EPS)
+        named = [(str(i), part) for i, part in enumerate(parts)]
+        self._triples = tuple(tuple(named[i : i + 3]) for i in range(0, len(named), 3))
+        self._parts = _conv_norm_parts(dim)
+
+    def _why_called(self) -> str | None:
+        triples = (why_called(self.conv._modules, triple) for triple in self._triples)
+        inner = next((f"conv.{reason}" for reason in triples if reason is not None), None)
+        return why_called(self._modules, _PLAIN_SEQUENCE) or inner or why_called(self._modules, self._parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return fx_call(self, x)
+        if why_called(self._modules, _PLAIN_SEQUENCE) is None:
+            for triple in self._triples:
+                conv, norm, relu = (self.conv._modules[name] for name, _ in triple)
+                if why_called(self.conv._modules, triple) is None:
+                    x = _conv_norm_relu(x, conv, norm, relu)
+                else:
+                    x = relu(norm(conv(x)))
+        else:
+            x = self.conv(x)
+        return _conv_norm(x, self.proj, self.norm, why_called(self._modules, self._parts) is None)
+
+
+class Downsample(Leaf, nn.Module):
     """(batch, H, W, in_dim) to (batch, H / 2, W / 2, dim), sizes rounded up: 3x3 convolution of stride 2, LayerNorm."""
 
     def __init__(self, in_dim: int, dim: int):
         super().__init__()
         self.proj = nn.Conv2d(in_dim, dim, 3, 2, 1)
         self.norm = TokenNorm(dim, eps=CONV_EPS)
+        self._parts = _conv_norm_parts(dim)
+
+    def _why_called(self) -> str | None:
+        return why_called(self._modules, self._parts)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _conv_norm(x.permute(0, 3, 1, 2), self.proj, self.norm)
+        if isinstance(x, Proxy):
+            return fx_call(self, x)
+        return _conv_norm(x.permute(0, 3, 1, 2), self.proj, self.norm, self._why_called() is None)
 
 
 class GroupMambaBlock(nn.Module):
@@ -155,18 +180,27 @@ class GroupMambaBlock(nn.Module):
         self.mlp = ConvFeedForward(dim, int(dim * mlp_ratio))
         self.drop_path = timm.layers.DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.paper = self.attn.variant == "paper"
+        branches = (("attn", Plain(GroupedMamba2d)), ("mlp", Plain(ConvFeedForward)))
+        self._parts = (*branches[self.paper :], ("drop_path", Plain(type(self.drop_path))))
+
+    def _why_called(self) -> str | None:
+        return why_called(self._modules, self._parts)
 
     def forward(self, x: Tensor) -> Tensor:
+        plain = self._why_called() is None
         if self.paper:
             mixed = self.attn(x, tokens=True).contiguous()
-            return x + self.drop_path(self.mlp(mixed, self.norm2))
-        x = self.attn(x, residual=True, tokens=True, kept=self._kept(x))
-        return self.mlp(x, self.norm2, residual=True, kept=self._kept(x))
+            return x + self.drop_path(self.mlp(mixed, self.norm2) if plain else self.mlp(self.norm2(mixed)))
+        if plain:
+            x = self.attn(x, residual=True, tokens=True, kept=self._kept(x))
+            return self.mlp(x, self.norm2, residual=True, kept=self._kept(x))
+        x = x + self.drop_path(self.attn(x, tokens=True))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def _kept(self, x: Tensor) -> KeptImages | None:
         """What `drop_path` would draw for one branch; the branch then counts it on its way to the residual stream."""
         drop = self.drop_path
-        if not self.training or isinstance(drop, nn.Identity) or not drop.drop_prob:
+        if isinstance(drop, nn.Identity) or not drop.training or not drop.drop_prob:
             return None
         return KeptImages.draw(x, drop.drop_prob, scale_by_keep=drop.scale_by_keep)
 
@@ -210,5 +244,5 @@ class ClassBlock(nn.Module):
         return t + self.mlp(self.norm2(t))
 
 
-for _module in (GroupedMamba2d, ConvFeedForward, TokenNorm, EntryConv, BatchNormReLU, Stem, Downsample):
+for _module in (GroupedMamba2d, ConvFeedForward, TokenNorm, Stem, Downsample):
     register_notrace_module(_module)

@@ -7,36 +7,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MOST_CHANNELS = 4  # of an image: with more, the library has kernels for the convolution as it is
+MOST_CHANNELS = 4  # of an image: with more, cuDNN has kernels for the convolution as it is
 
 
-class EntryConv(nn.Conv2d):
-    """``nn.Conv2d`` of stride 2 with an odd kernel of 3, 7, ... and half of it as padding, without bias.
+def pixel_blocks(x: Tensor, conv: nn.Conv2d) -> Tensor | None:
+    """`pixels_to_channels` of ``x`` where the convolution ``conv`` is faster on that, by `taps_to_channels` of its
+    weight; None elsewhere.
 
-    For half and bfloat16 on CUDA and at most 4 channels, 2x2 pixels become channels of an image of half the size
-    first, and the kernel that of a convolution of stride 1 over it: the same sums of products. (For 3 channels the
-    library otherwise falls back to a kernel without tensor cores: 0.78 ms in place of 0.40 for 128 x 224 x 224 on an
-    H100, and 0.55 in place of 0.24 for the gradient of the weight.)
+    For half and bfloat16 on CUDA and at most 4 channels. ``conv`` has stride 2, a kernel of 3, 7, 11, ... and half of
+    that as padding, and no bias. (For 3 channels cuDNN otherwise falls back to a kernel without tensor cores: 0.78 ms
+    in place of 0.40 for 128 x 224 x 224 on an H100, and 0.55 in place of 0.24 for the gradient of the weight.)
     """
+    autocast = x.is_cuda and torch.is_autocast_enabled("cuda")
+    dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype
+    if not x.is_cuda or dtype not in (torch.float16, torch.bfloat16) or conv.in_channels > MOST_CHANNELS:
+        return None
+    return pixels_to_channels(x, conv.kernel_size[0], dtype)
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
-        if kernel_size % 4 != 3:
-            raise ValueError(f"kernel_size must be 3, 7, 11, ..., got {kernel_size}")
-        super().__init__(in_channels, out_channels, kernel_size, 2, kernel_size // 2, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        blocks = self.blocks(x)
-        if blocks is None:
-            return super().forward(x)
-        return F.conv2d(blocks, taps_to_channels(self.weight).to(blocks.dtype))
-
-    def blocks(self, x: Tensor) -> Tensor | None:
-        """`pixels_to_channels` of ``x`` where the convolution runs on that, by `taps_to_channels` of its weight."""
-        autocast = x.is_cuda and torch.is_autocast_enabled("cuda")
-        dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype
-        if not x.is_cuda or dtype not in (torch.float16, torch.bfloat16) or self.in_channels > MOST_CHANNELS:
-            return None
-        return pixels_to_channels(x, self.kernel_size[0], dtype)
+def conv_on_blocks(blocks: Tensor, weight: Tensor) -> Tensor:
+    """The convolution by ``weight``, (out, C, K, K), of the image whose `pixel_blocks` are given."""
+    return F.conv2d(blocks, taps_to_channels(weight).to(blocks.dtype))
 
 
 def _channels(n: int) -> int:

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the layers are to torch.fx (leaves of a graph) and to torch.jit.script (a clear error)."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.fx import Proxy
+
+
+class Leaf:
+    """A mixin for modules whose ``forward`` asks for sizes, devices and dtypes: a tracer sees one call, not its inside.
+
+    ``torch.compile``, ``torch.export`` and ``torch.jit.trace``, which know these, go through ``forward`` as it is.
+    """
+
+    def __prepare_scriptable__(self):
+        raise RuntimeError(
+            f"torch.jit.script can't compile {type(self).__name__}: its kernels are chosen in Python. "
+            "torch.jit.trace, torch.export.export and torch.compile take it."
+        )
+
+
+def fx_call(module: nn.Module, x: Proxy, *args, **kwargs) -> Proxy:
+    """The call of ``module`` as a node of the graph that torch.fx traces.
+
+    Raises:
+        RuntimeError: ``module`` itself is what is traced.
+    """
+    name = x.tracer.path_of_module(module)
+    if not name:
+        raise RuntimeError(
+            f"torch.fx can't trace {type(module).__name__} by itself: it is a leaf of the graphs of models around it. "
+            "torch.export.export and torch.compile look inside."
+        )
+    return x.tracer.create_proxy("call_module", name, (x, *args), kwargs)
