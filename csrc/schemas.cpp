@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Every op's schema, and nothing else. Image tensors are channels-last with the group as the last dimension but one;
-// any strides are accepted. An absent optional input has a gradient of shape (0,).
+// any strides are accepted. An absent optional input has a gradient of shape (0,). A gradient has the dtype of its
+// input; a backward takes some inputs, such as the bias of a norm, for their dtype alone.
 //
 //   G groups, D channels a group, N states, R low-rank step features, S = ceil(H * W / chunk)
 //   u, z, y, x, o     (batch, H, W, G, D)      B, C           (batch, H, W, G, N)
@@ -45,7 +46,7 @@ STABLE_TORCH_LIBRARY(groupmamba, m) {
     // x, xn (batch, H, W, C); weight, bias (C,); pooled (batch, C): mean of xn over H and W, float32 or wider
     m.def("layer_norm_pool_fwd(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor xn, Tensor pooled)");
     m.def(
-        "layer_norm_pool_bwd(Tensor dxn, Tensor dpooled, Tensor x, Tensor weight, float eps) "
+        "layer_norm_pool_bwd(Tensor dxn, Tensor dpooled, Tensor x, Tensor weight, Tensor bias, float eps) "
         "-> (Tensor dx, Tensor dweight, Tensor dbias)");
 
     // LayerNorm over all G * D channels of o * scale * x * gate; x, y (batch, H, W, G * D); scale (1,);
@@ -55,12 +56,12 @@ STABLE_TORCH_LIBRARY(groupmamba, m) {
         "float eps) -> Tensor");
     m.def(
         "modulated_layer_norm_bwd(Tensor dy, Tensor o, Tensor x, Tensor scale, Tensor? gate, Tensor weight, "
-        "float eps) -> (Tensor do, Tensor dx, Tensor dscale, Tensor dgate, Tensor dweight, Tensor dbias)");
+        "Tensor bias, float eps) -> (Tensor do, Tensor dx, Tensor dscale, Tensor dgate, Tensor dweight, Tensor dbias)");
 
     // LayerNorm alone, of x + x_bias, on CUDA
     m.def("token_norm_fwd(Tensor x, Tensor? x_bias, Tensor weight, Tensor bias, float eps) -> Tensor");
     m.def(
-        "token_norm_bwd(Tensor dy, Tensor x, Tensor? x_bias, Tensor weight, float eps) "
+        "token_norm_bwd(Tensor dy, Tensor x, Tensor? x_bias, Tensor weight, Tensor bias, float eps) "
         "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dx_bias)");
 
     // relu(BatchNorm(x)) with the statistics of the batch, on CUDA; x (batch, H, W, C), C a multiple of 8; stats (3,

@@ -27,13 +27,13 @@ def saved_chunk(dim: int, device_type: str) -> int:
     return chunk_tokens(dim if device_type == "cpu" else _slices(dim)[0], device_type)
 
 
-def saved_shape(u: Tensor, scans: int, states: int) -> tuple[int, ...]:
-    """Shape of the states that a forward saves for its backward."""
+def saved_shape(u: Tensor, scans: int, states: int, chunk: int) -> tuple[int, ...]:
+    """Shape of the states that a forward saves for its backward, ``chunk`` tokens apart; on CUDA in the first slice."""
     batch, height, width, groups, dim = u.shape
     kind = u.device.type
     if kind == "cpu":
-        return groups, batch, scans, saved_states(height, width, dim, kind), states, dim
-    elements = (saved_states(height, width, part, kind) * part for part in _slices(dim))
+        return groups, batch, scans, saved_states(height, width, dim, kind, chunk), states, dim
+    elements = (saved_states(height, width, p, kind, chunk_tokens(p, kind)) * p for p in _slices(dim))
     return (batch * groups * scans * states * sum(elements),)
 
 
@@ -85,7 +85,7 @@ def cross_selective_scan(
     its gradient of ``u``, is rounded to that dtype before the sum, which is in float32.
 
     Raises:
-        TypeError: an argument is no tensor or has the wrong dtype.
+        TypeError: an argument is no dense tensor, or has the wrong type or dtype.
         ValueError: a shape, device or value is wrong.
         RuntimeError: on a second derivative, or where the compiled library is missing.
     """

@@ -15,7 +15,6 @@ namespace gm {
 namespace {
 
 ScanShape scan_shape(const ScanSizes& s, const ScanInputs& in) {
-    GM_CHECK(s.dim <= kMaxScanDim, "the CUDA scan takes up to ", kMaxScanDim, " channels a group, got ", s.dim);
     GM_CHECK(s.groups <= kMaxGroups, "the CUDA scan takes up to ", kMaxGroups, " groups, got ", s.groups);
     ScanShape shape{};
     shape.batch = s.batch;
@@ -44,16 +43,12 @@ Tensor carry_scratch(const ScanSizes& s, const Tensor& device_of) {
     return empty({s.batch, s.groups, 2, s.states, s.dim}, ScalarType::Float, device_of);
 }
 
-void check_chunk(const ScanShape& shape, int64_t chunk) {
-    GM_CHECK(chunk == kBwdSlab / shape.lanes, "on CUDA chunk must be ", kBwdSlab / shape.lanes, " for ", shape.dim,
-             " channels, got ", chunk);
-}
-
 ScanSizes check_inputs(const ScanInputs& in) {
-    GM_CHECK(in.norm_dim >= 0 && in.norm_dim <= in.u.size(4), "norm_dim must be 0 to ", in.u.size(4), ", got ",
-             in.norm_dim);
-    return check_scan(in.u, in.dt, in.A, in.B, in.C, in.D, in.dt_weight, in.dt_bias, in.z, in.norm_weight, in.norm_bias,
-                      in.gate, in.directions, in.chunk);
+    const ScanSizes s = check_scan(in.u, in.dt, in.A, in.B, in.C, in.D, in.dt_weight, in.dt_bias, in.z, in.norm_weight,
+                                   in.norm_bias, in.gate, in.directions, in.chunk);
+    GM_CHECK(in.norm_dim >= 0 && in.norm_dim <= s.dim, "norm_dim must be 0 to ", s.dim, ", got ", in.norm_dim);
+    check_cuda_chunk(s.dim, in.chunk);
+    return s;
 }
 
 // What the blocks of a copy-engine kernel need to share planes, held until its launch is queued.
@@ -146,10 +141,9 @@ ScanForward::~ScanForward() = default;
 ScanForward::ScanForward(const Tensor& y, const OptTensor& states, ScanInputs in, const CudaContext& context) {
     const ScanSizes s = check_inputs(in);
     check_image(y, "y", shape_of(in.u), in.u);
-    if (states) check_shape(*states, "states", states_shape(s, in.chunk));
+    if (states) check_states(*states, states_shape(s, in.chunk), in.u);
     const DType dtype = dtype_of(in.u);
     const ScanShape shape = scan_shape(s, in);
-    check_chunk(shape, in.chunk);
     if (s.batch == 0 || s.tokens() == 0) return;
 
     planned_.reset(new Planned{context, dtype, std::move(in)});
@@ -202,10 +196,9 @@ ScanParameterGradients scan_bwd_into(const ScanImageGradients& images, Tensor dy
                                      const CudaContext& context) {
     const ScanSizes s = check_inputs(in);
     check_image(dy, "dy", shape_of(in.u), in.u);
-    check_shape(states, "states", states_shape(s, in.chunk));
+    check_states(states, states_shape(s, in.chunk), in.u);
     ScanBwdArgs args;
     args.shape = scan_shape(s, in);
-    check_chunk(args.shape, in.chunk);
     const DType dtype = dtype_of(in.u);
 
     ScanParameterGradients p;
@@ -223,7 +216,6 @@ ScanParameterGradients scan_bwd_into(const ScanImageGradients& images, Tensor dy
     std::optional<MovableImages> movable;
     prepare_inputs(movable, in, &dy, args.shape, dtype, context);
     if (movable) movable->start();
-    if (!states.is_contiguous()) states = torch::stable::contiguous(states);
     ParamHolder param;
     set_inputs(args, in, param);
     args.dy = image_arg(dy);
