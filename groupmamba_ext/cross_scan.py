@@ -5,13 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from groupmamba_ext import reference
 from groupmamba_ext._checks import Arguments, last_size
 from groupmamba_ext.backend import use_native
-from groupmamba_ext.dispatch import call
+from groupmamba_ext.dispatch import call, may_want_gradient
 from groupmamba_ext.ops import DIRECTIONS, FUSED_CHANNELS, MAX_STATES, _autocast, chunk_tokens, saved_states
 
 
@@ -133,6 +132,6 @@ def cross_selective_scan(
 def _native_cross(u, dt, A, B, C, D, dt_weight, dt_bias, codes, softplus) -> Tensor:
     """With groups: u (batch, H, W, G, D), A (G, K, D, N)."""
     tensors = (u, dt, A, B, C, D, dt_weight, dt_bias)
-    save_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    save_states = may_want_gradient(tensors)
     y, _ = call("cross_selective_scan", *tensors, codes, softplus, saved_chunk(u.shape[-1], u.device.type), save_states)
     return y

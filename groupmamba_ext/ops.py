@@ -12,7 +12,7 @@ from torch import Tensor
 from groupmamba_ext import reference
 from groupmamba_ext._checks import Arguments, last_size
 from groupmamba_ext.backend import use_native
-from groupmamba_ext.dispatch import call
+from groupmamba_ext.dispatch import call, may_want_gradient
 
 DIRECTIONS = reference.DIRECTIONS
 ACTIVATIONS = (None, "silu", "gelu")
@@ -194,7 +194,7 @@ def grouped_selective_scan(
 
 def _native_scan(u, dt, A, B, C, D, dt_weight, dt_bias, z, norm_weight, norm_bias, gate, codes, softplus, norm_eps):
     tensors = (u, dt, A, B, C, D, dt_weight, dt_bias, z, norm_weight, norm_bias, gate)
-    save_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    save_states = may_want_gradient(tensors)
     chunk = chunk_tokens(u.shape[-1], u.device.type)
     y, _ = call("grouped_selective_scan", *tensors, codes, softplus, float(norm_eps), chunk, save_states)
     return y

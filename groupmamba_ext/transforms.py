@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the compiled ops are to autograd, to the transforms of :mod:`torch.func` and to forward-mode differentiation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+
+_library = torch.library.Library("groupmamba", "IMPL")  # kernels live as long as this
+
+
+def transforms_active() -> bool:
+    """True inside ``torch.func.grad``, ``vmap``, ``jvp`` and their like, whose tensors tell nothing of other levels."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def forward_ad_active() -> bool:
+    """True where a tensor may carry a tangent: in ``torch.autograd.forward_ad.dual_level``, ``torch.func.jvp``,
+    ``jacfwd``."""
+    return forward_ad._current_level >= 0
+
+
+def register_transforms(name: str, setup: Callable | None, backward: Callable) -> None:
+    """Gives ``groupmamba::{name}`` a gradient and a rule for ``vmap``.
+
+    :func:`torch.library.register_autograd` would do but for two gaps: its gradients do not work inside the transforms
+    of :mod:`torch.func`, and it loses tangents of forward-mode differentiation without a word.
+
+    Args:
+        setup: ``setup(ctx, inputs, output)`` keeps what ``backward`` needs; None for nothing.
+        backward: ``backward(ctx, *grads)``, the gradients of all inputs as a tuple.
+    """
+    op = getattr(torch.ops.groupmamba, name).default
+    _library.impl(name, _autograd_kernel(op, name, setup, backward), "Autograd", with_keyset=True)
+    torch.library.register_vmap(f"groupmamba::{name}", _one_by_one(op), lib=_library)
+
+
+def _autograd_kernel(op: Callable, name: str, setup: Callable | None, backward: Callable) -> Callable:
+    def below(keyset: Any, args: Sequence[Any]) -> Tensor | tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def forward(ctx, keyset, *args):
+        output = below(keyset, args)
+        if setup is not None:
+            setup(ctx, args, output)
+        return output
+
+    def forward_of_level(ctx, keyset, *args):
+        with forward_ad._set_fwd_grad_enabled(True):  # a function turns it off, for the levels below too
+            return forward(ctx, keyset, *args)
+
+    def backward_of_all(ctx, *grads):
+        return None, *backward(ctx, *grads)
+
+    def function(base: type, forward: Callable) -> type:
+        return type(name, (base,), {"forward": staticmethod(forward), "backward": staticmethod(backward_of_all)})
+
+    plain = function(torch.autograd.Function, forward)
+    # The dispatcher calls the kernel once for each transform, with the tensors of that level.
+    of_level = function(_SingleLevelFunction, forward_of_level)
+
+    def kernel(keyset, *args):
+        if forward_ad_active() and torch._C._is_fwd_grad_enabled():
+            _refuse_tangents(name, args)
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return below(keyset, args)
+        if not transforms_active():
+            return plain.apply(keyset, *args)
+        with enable_single_level_autograd_function():
+            return of_level.apply(keyset, *args)
+
+    return kernel
+
+
+def _refuse_tangents(name: str, args: Sequence[Any]) -> None:
+    if any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in args):
+        raise RuntimeError(
+            f"groupmamba::{name} has no forward-mode derivative; inside `with groupmamba_ext.backend('reference')` the "
+            "functions of groupmamba_ext have one, and with the default backend they choose the reference there"
+        )
+
+
+def _one_by_one(op: Callable) -> Callable:
+    """A rule for ``vmap``: one call a sample, the results stacked. Right whatever is mapped, parameters too."""
+
+    def rule(info, in_dims, *args):
+        def sample(i: int) -> list[Any]:
+            return [t.select(d, i) if isinstance(d, int) else t for t, d in zip(args, in_dims, strict=True)]
+
+        results = [op(*sample(i)) for i in range(info.batch_size)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        stacked = tuple(map(torch.stack, zip(*results, strict=True)))
+        return stacked, (0,) * len(stacked)
+
+    return rule
