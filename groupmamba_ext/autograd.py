@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from groupmamba_ext import layer_ops
-from groupmamba_ext.cross_scan import saved_shape
+from groupmamba_ext.cross_scan import saved_elements
 from groupmamba_ext.dispatch import call_backward, define, define_alone, define_inference
 from groupmamba_ext.ops import saved_states
 
@@ -47,8 +47,8 @@ def _scan_fake(
 ):
     _same_device("grouped_selective_scan", u, dt, A, B, C, D, dt_weight, dt_bias, z, norm_weight, norm_bias, gate)
     batch, height, width, groups, dim = u.shape
-    shape = (batch, groups, saved_states(height, width, dim, u.device.type), A.shape[2], dim) if save else (0,)
-    return _empty_image(u), u.new_empty(shape, dtype=_wide(u.dtype))
+    states = batch * groups * saved_states(height, width, dim, u.device.type) * A.shape[2] * dim if save else 0
+    return _empty_image(u), u.new_empty((states,), dtype=_wide(u.dtype))
 
 
 def _scan_bwd_fake(
@@ -93,8 +93,8 @@ def _scan_backward(ctx, dy, _dstates):
 
 def _cross_fake(u, dt, A, B, C, D, dt_weight, dt_bias, directions, softplus, chunk, save):
     _same_device("cross_selective_scan", u, dt, A, B, C, D, dt_weight, dt_bias)
-    shape = saved_shape(u, len(directions), A.shape[3]) if save else (0,)
-    return _empty_image(u), u.new_empty(shape, dtype=_wide(u.dtype))
+    states = saved_elements(u, len(directions), A.shape[3]) if save else 0
+    return _empty_image(u), u.new_empty((states,), dtype=_wide(u.dtype))
 
 
 def _cross_bwd_fake(dy, u, dt, A, B, C, D, dt_weight, dt_bias, states, directions, softplus, chunk):

@@ -26,14 +26,12 @@ def saved_chunk(dim: int, device_type: str) -> int:
     return chunk_tokens(dim if device_type == "cpu" else _slices(dim)[0], device_type)
 
 
-def saved_shape(u: Tensor, scans: int, states: int) -> tuple[int, ...]:
-    """Shape of the states that a forward saves for its backward."""
+def saved_elements(u: Tensor, scans: int, states: int) -> int:
+    """Elements of the states that a forward saves for its backward."""
     batch, height, width, groups, dim = u.shape
     kind = u.device.type
-    if kind == "cpu":
-        return groups, batch, scans, saved_states(height, width, dim, kind), states, dim
-    elements = (saved_states(height, width, part, kind) * part for part in _slices(dim))
-    return (batch * groups * scans * states * sum(elements),)
+    parts = [dim] if kind == "cpu" else _slices(dim)
+    return batch * groups * scans * states * sum(saved_states(height, width, part, kind) * part for part in parts)
 
 
 def cross_selective_scan(
