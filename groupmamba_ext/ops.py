@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,18 @@ def saved_states(height: int, width: int, dim: int, device_type: str) -> int:
     if device_type == "cpu" or along_path == 0:
         return along_path
     return max(along_path, _column_slabs(height, width, dim, chunk))
+
+
+def elements_of(image: Tensor, count: Callable[[], int]) -> int:
+    """``count()``, a number of elements by `saved_states`, for an op's fake kernel.
+
+    The slabs of CUDA have no closed form: for an image of symbolic height or width, which a compiler would have to fix
+    for it, a size that only the op itself tells.
+    """
+    symbolic = any(isinstance(size, torch.SymInt) for size in image.shape[1:3])
+    if symbolic and image.device.type != "cpu":
+        return torch.library.get_ctx().new_dynamic_size()
+    return count()
 
 
 def _column_slabs(height: int, width: int, dim: int, chunk: int) -> int:

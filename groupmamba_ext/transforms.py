@@ -53,7 +53,9 @@ def _autograd_kernel(op: Callable, name: str, setup: Callable | None, backward: 
         return output
 
     def forward_of_level(ctx, keyset, *args):
-        with forward_ad._set_fwd_grad_enabled(True):  # a function turns it off, for the levels below too
+        # A function turns both modes off, for the levels below too, which would lose their gradients and tangents.
+        # Where the caller of a transform has gradients turned off, the transform does so again.
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
             return forward(ctx, keyset, *args)
 
     def backward_of_all(ctx, *grads):
@@ -91,13 +93,17 @@ def _one_by_one(op: Callable) -> Callable:
     """A rule for ``vmap``: one call a sample, the results stacked. Right whatever is mapped, parameters too."""
 
     def rule(info, in_dims, *args):
-        def sample(i: int) -> list[Any]:
-            return [t.select(d, i) if isinstance(d, int) else t for t, d in zip(args, in_dims, strict=True)]
+        count = info.batch_size
 
-        results = [op(*sample(i)) for i in range(info.batch_size)]
+        def one(t: Any, dim: Any, i: int) -> Any:
+            if not isinstance(dim, int):  # not mapped; for a list of numbers a list
+                return t
+            return t.select(dim, i) if count else t.sum(dim)  # of no samples zeros, for the shape
+
+        results = [op(*(one(t, dim, i) for t, dim in zip(args, in_dims, strict=True))) for i in range(max(count, 1))]
         if isinstance(results[0], Tensor):
-            return torch.stack(results), 0
-        stacked = tuple(map(torch.stack, zip(*results, strict=True)))
+            return torch.stack(results)[:count], 0
+        stacked = tuple(torch.stack(parts)[:count] for parts in zip(*results, strict=True))
         return stacked, (0,) * len(stacked)
 
     return rule
