@@ -22,6 +22,7 @@ from groupmamba_ext.layer_ops import (
     takes_batch_norm_fold,
     takes_image,
 )
+from groupmamba_ext.transforms import watched
 
 BLOCK_EPS = 1e-6  # block, class-block and stage norms
 CONV_EPS = 1e-5  # norms behind the stem and downsampling convolutions
@@ -93,7 +94,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Statistics that stay and weights that nothing is learnt about: one pass over the image in place of three.
-        fold = not self.training and not torch.is_grad_enabled()
+        fold = not self.training and not torch.is_grad_enabled() and not watched()
         for i in range(0, len(self.conv), 3):
             conv, norm, relu = self.conv[i : i + 3]
             if fold:
