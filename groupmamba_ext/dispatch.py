@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from groupmamba_ext.transforms import forward_ad_active, register_transforms, transforms_active
+from groupmamba_ext.transforms import jit_traces, register_transforms, transforms_active, watched
 
 _ops = torch.ops.groupmamba
 _functions: dict[str, type[torch.autograd.Function]] = {}
@@ -74,24 +74,18 @@ def _below_autograd(op: Callable, args: tuple):
 
 
 def _traced() -> bool:
-    """True where a call must go through the dispatcher: for a compiler, ``torch.jit.trace``, a transform of functions
-    or forward-mode differentiation, which raises there."""
-    return (
-        torch.compiler.is_compiling()
-        or transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or forward_ad_active()
-    )
+    """True where a call must go through the dispatcher: for a compiler, and where it is `watched`."""
+    return torch.compiler.is_compiling() or watched()
 
 
-def _wants_gradient(args: Sequence) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
+def _require_gradient(args: Sequence) -> bool:
+    return any(isinstance(t, Tensor) and t.requires_grad for t in args)
 
 
 def may_want_gradient(args: Sequence) -> bool:
-    """False where no gradient can be asked for of a result of ``args``. Tensors inside the transforms of
-    :mod:`torch.func` tell it of their own level only."""
-    return transforms_active() or _wants_gradient(args)
+    """False where no gradient can be asked for of a result of ``args``, now or, while ``torch.jit.trace`` runs, of what
+    it makes. Tensors inside the transforms of :mod:`torch.func` tell it of their own level only."""
+    return transforms_active() or ((torch.is_grad_enabled() or jit_traces()) and _require_gradient(args))
 
 
 def call(name: str, *args) -> Tensor | tuple[Tensor, ...]:
@@ -118,7 +112,7 @@ def call_alone(name: str, *args) -> Tensor:
 
 def call_inference(name: str, *args) -> Tensor | tuple[Tensor, ...]:
     """``groupmamba::{name}`` on ``args``; what raises on a gradient is in the way only where one could be taken."""
-    if _traced() or _wants_gradient(args):
+    if _traced() or (torch.is_grad_enabled() and _require_gradient(args)):
         return getattr(_ops, name)(*args)
     return _below_autograd(_overloads[name], args)
 

@@ -26,6 +26,19 @@ def forward_ad_active() -> bool:
     return forward_ad._current_level >= 0
 
 
+def jit_traces() -> bool:
+    """True while ``torch.jit.trace`` runs."""
+    return torch._C._get_tracing_state() is not None
+
+
+def watched() -> bool:
+    """True where more looks on than plain autograd: a transform of functions, forward-mode differentiation, a trace.
+
+    A :class:`torch.autograd.Function`, or an op that has neither derivative nor rules, is no shortcut there.
+    """
+    return transforms_active() or forward_ad_active() or jit_traces()
+
+
 def register_transforms(name: str, setup: Callable | None, backward: Callable) -> None:
     """Gives ``groupmamba::{name}`` a gradient and a rule for ``vmap``.
 
