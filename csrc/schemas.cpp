@@ -7,7 +7,9 @@
 //   u, z, y, x, o     (batch, H, W, G, D)      B, C           (batch, H, W, G, N)
 //   dt                (batch, H, W, G, R) with dt_weight (G, D, R), else (batch, H, W, G, D)
 //   A                 (G, D, N)                D, dt_bias, norm_weight, norm_bias     (G, D)
-//   gate              (batch, G, D)            states (batch, G, S, N, D): h before path token s * chunk
+//   gate              (batch, G, D)
+//   states            (batch, G, S, N, D) in one dimension: h before path token s * chunk. A compiler for images of any
+//                     size asks of each dimension whether it is 1, which S may be.
 //   directions        one code a group: 0 lr (row-major), 1 rl (its reverse), 2 tb (column-major), 3 bt (its reverse)
 //   activation        0 none, 1 SiLU, 2 GELU (erf)
 #include <torch/csrc/stable/library.h>
@@ -27,8 +29,8 @@ STABLE_TORCH_LIBRARY(groupmamba, m) {
 
     // u, dy, y (batch, H, W, G, D); K directions, each with its own dt (batch, H, W, G, K, R or D), B and C
     // (batch, H, W, G, K, N), A (G, K, D, N), dt_weight (G, K, D, R), D and dt_bias (G, K, D); y is the sum over K.
-    // states: on the CPU (G, batch, K, S, N, D); on CUDA, one behind the other, (batch, G, K, S, N, .) for each slice
-    // of up to 128 channels
+    // states, in one dimension: on the CPU (G, batch, K, S, N, D); on CUDA (batch, G, K, S, N, .) for each slice of up
+    // to 128 channels, one behind the other
     m.def(
         "cross_selective_scan_fwd(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_weight, "
         "Tensor? dt_bias, int[] directions, bool softplus, int chunk, bool save_states) -> (Tensor y, Tensor states)");

@@ -8,9 +8,13 @@ from torch import Tensor
 
 from groupmamba_ext import layer_ops
 from groupmamba_ext._checks import activation_code, path_arguments, same_device
-from groupmamba_ext.cross_scan import saved_chunk, saved_shape
+from groupmamba_ext.cross_scan import saved_chunk, saved_elements
 from groupmamba_ext.dispatch import call_backward, define, define_alone, define_inference
-from groupmamba_ext.ops import chunk_tokens, saved_states
+from groupmamba_ext.ops import chunk_tokens, elements_of, saved_states
+
+_NO_STATES = (
+    "{}: this forward saved nothing for a backward (save_states=False): it was traced where nothing required a gradient"
+)
 
 
 def _empty_image(like: Tensor) -> Tensor:
@@ -45,8 +49,11 @@ def _scan_fake(
     batch, height, width, groups, dim = u.shape
     kind = u.device.type
     path_arguments(op, directions, chunk, chunk_tokens(dim, kind) if kind == "cuda" else None)
-    shape = (batch, groups, saved_states(height, width, dim, kind, chunk), A.shape[2], dim) if save else (0,)
-    return _empty_image(u), u.new_empty(shape, dtype=_wide(u.dtype))
+
+    def count() -> int:
+        return batch * groups * saved_states(height, width, dim, kind, chunk) * A.shape[2] * dim
+
+    return _empty_image(u), u.new_empty((elements_of(u, count) if save else 0,), dtype=_wide(u.dtype))
 
 
 def _scan_bwd_fake(
@@ -83,7 +90,7 @@ def _scan_backward(ctx, dy, _dstates):
     if dy is None:
         return (None,) * 17
     if not ctx.saved_states:
-        raise RuntimeError("grouped_selective_scan: backward needs a forward run with save_states=True")
+        raise RuntimeError(_NO_STATES.format("grouped_selective_scan"))
     *tensors, states = ctx.saved_tensors
     grads = call_backward("grouped_selective_scan", dy, *tensors, states, *ctx.scalars)
     return (*(g if t is not None else None for g, t in zip(grads, tensors, strict=True)), None, None, None, None, None)
@@ -97,8 +104,11 @@ def _cross_fake(u, dt, A, B, C, D, dt_weight, dt_bias, directions, softplus, chu
     kind = u.device.type
     expected = saved_chunk(u.shape[4], kind) if kind == "cuda" else None
     path_arguments("cross_selective_scan", directions, chunk, expected)
-    shape = saved_shape(u, len(directions), A.shape[3], chunk) if save else (0,)
-    return _empty_image(u), u.new_empty(shape, dtype=_wide(u.dtype))
+
+    def count() -> int:
+        return saved_elements(u, len(directions), A.shape[3], chunk)
+
+    return _empty_image(u), u.new_empty((elements_of(u, count) if save else 0,), dtype=_wide(u.dtype))
 
 
 def _cross_bwd_fake(dy, u, dt, A, B, C, D, dt_weight, dt_bias, states, directions, softplus, chunk):
@@ -124,7 +134,7 @@ def _cross_backward(ctx, dy, _dstates):
     if dy is None:
         return (None,) * 12
     if not ctx.saved_states:
-        raise RuntimeError("cross_selective_scan: backward needs a forward run with save_states=True")
+        raise RuntimeError(_NO_STATES.format("cross_selective_scan"))
     *tensors, states = ctx.saved_tensors
     grads = call_backward("cross_selective_scan", dy, *tensors, states, *ctx.scalars)
     return (*(g if t is not None else None for g, t in zip(grads, tensors, strict=True)), None, None, None, None)

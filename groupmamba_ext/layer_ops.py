@@ -17,7 +17,7 @@ from torch import Tensor
 from groupmamba_ext._checks import path_arguments, same_device
 from groupmamba_ext.backend import use_native
 from groupmamba_ext.dispatch import call, call_alone, call_backward, call_inference
-from groupmamba_ext.ops import DIRECTIONS, FUSED_CHANNELS, chunk_tokens, saved_states
+from groupmamba_ext.ops import DIRECTIONS, FUSED_CHANNELS, chunk_tokens, elements_of, saved_states
 
 _UNIT = 8  # widths are padded to multiples of this, but for _padded_features: csrc/host/tensor.h
 _BATCH_NORM_CHANNELS = 2048  # most of them: csrc/cuda/params.h
@@ -41,9 +41,9 @@ def _padded_image(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:3], _padded(x.shape[3])))[..., : x.shape[3]]
 
 
-def _workspace(x: Tensor, sizes: list[int], dtype: torch.dtype) -> Tensor:
-    """What csrc/host/workspace.h allocates for pieces of these sizes."""
-    return x.new_empty((sum(-(-n // _PIECE) * _PIECE for n in sizes),), dtype=dtype)
+def _workspace_elements(sizes: list[int]) -> int:
+    """Elements that csrc/host/workspace.h allocates for pieces of these sizes."""
+    return sum(-(-n // _PIECE) * _PIECE for n in sizes)
 
 
 def _empty_gradient(t: Tensor) -> Tensor:
@@ -137,11 +137,16 @@ def _layer_fake(x, *args):
         widths.append(dim_pad)
         gate_width = channels // groups
     planes = batch * groups
-    floats = [planes * saved_states(height, width, inner_pad, "cuda", chunk) * states * inner_pad]
-    if fc1_weight is not None:
-        floats += [planes * gate_width, batch * channels, batch * fc1_weight.shape[0]]
-    images = [planes * height * width * n for n in widths]
-    return _padded_image(x), _workspace(x, images, x.dtype), _workspace(x, floats, torch.float32)
+
+    def count() -> int:
+        floats = [planes * saved_states(height, width, inner_pad, "cuda", chunk) * states * inner_pad]
+        if fc1_weight is not None:
+            floats += [planes * gate_width, batch * channels, batch * fc1_weight.shape[0]]
+        return _workspace_elements(floats)
+
+    images = _workspace_elements([planes * height * width * n for n in widths])
+    saved, saved_float = x.new_empty((images,)), x.new_empty((elements_of(x, count),), dtype=torch.float32)
+    return _padded_image(x), saved, saved_float
 
 
 def _layer_bwd_fake(dout, x, *args):
@@ -175,7 +180,7 @@ def _layer_backward(ctx, dout, *_):
 def _feed_forward_fake(x, norm_weight, norm_bias, fc1_weight, *args):
     same_device("feed_forward", (x, norm_weight, norm_bias, fc1_weight, *args))
     tokens = x.shape[0] * x.shape[1] * x.shape[2]
-    return _padded_image(x), _workspace(x, [tokens * _padded(fc1_weight.shape[0])], x.dtype)
+    return _padded_image(x), x.new_empty((_workspace_elements([tokens * _padded(fc1_weight.shape[0])]),))
 
 
 def _feed_forward_bwd_fake(dout, x, *args):

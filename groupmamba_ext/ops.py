@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor
 from groupmamba_ext import reference
 from groupmamba_ext._checks import Arguments, choice, last_size
 from groupmamba_ext.backend import use_native
-from groupmamba_ext.dispatch import call
+from groupmamba_ext.dispatch import call, may_want_gradient
 
 DIRECTIONS = reference.DIRECTIONS
 ACTIVATIONS = (None, "silu", "gelu")
@@ -61,6 +61,18 @@ def saved_states(height: int, width: int, dim: int, device_type: str, chunk: int
     if device_type == "cpu" or along_path == 0:
         return along_path
     return max(along_path, _column_slabs(height, width, dim, chunk))
+
+
+def elements_of(image: Tensor, count: Callable[[], int]) -> int:
+    """``count()``, a number of elements by `saved_states`, for an op's fake kernel.
+
+    The slabs of CUDA have no closed form: for an image of symbolic height or width, which a compiler would have to fix
+    for it, a size that only the op itself tells.
+    """
+    symbolic = any(isinstance(size, torch.SymInt) for size in image.shape[1:3])
+    if symbolic and image.device.type != "cpu":
+        return torch.library.get_ctx().new_dynamic_size()
+    return count()
 
 
 def _column_slabs(height: int, width: int, dim: int, chunk: int) -> int:
@@ -195,7 +207,7 @@ def grouped_selective_scan(
 
 def _native_scan(u, dt, A, B, C, D, dt_weight, dt_bias, z, norm_weight, norm_bias, gate, codes, softplus, norm_eps):
     tensors = (u, dt, A, B, C, D, dt_weight, dt_bias, z, norm_weight, norm_bias, gate)
-    save_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    save_states = may_want_gradient(tensors)
     chunk = chunk_tokens(u.shape[-1], u.device.type)
     y, _ = call("grouped_selective_scan", *tensors, codes, softplus, float(norm_eps), chunk, save_states)
     return y

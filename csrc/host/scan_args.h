@@ -95,7 +95,7 @@ inline CrossSizes check_cross_scan(const Tensor& u, const Tensor& dt, const Tens
 }
 
 inline Shape cross_states_shape(const CrossSizes& s, int64_t chunk) {
-    return {s.groups, s.batch, s.scans, (s.tokens() + chunk - 1) / chunk, s.states, s.dim};
+    return {s.groups * s.batch * s.scans * ((s.tokens() + chunk - 1) / chunk) * s.states * s.dim};
 }
 
 }  // namespace gm

@@ -143,7 +143,7 @@ LayerImages layer_images(const LayerSizes& s, const LayerPlaces& p, bool save, c
         images.pooled = workspace.get(p.pooled, {s.batch, s.channels});
         images.hidden = workspace.get(p.hidden, {s.batch, s.hidden});
     }
-    if (save) images.states = workspace.get(p.states, {s.batch, s.groups, s.saved_states, s.states, s.inner_pad});
+    if (save) images.states = workspace.get(p.states, {s.batch * s.groups * s.saved_states * s.states * s.inner_pad});
     return images;
 }
 

@@ -9,7 +9,7 @@ namespace gm {
 namespace {
 
 Shape states_shape(const ScanSizes& s, int64_t chunk) {
-    return {s.batch, s.groups, (s.tokens() + chunk - 1) / chunk, s.states, s.dim};
+    return {s.batch * s.groups * ((s.tokens() + chunk - 1) / chunk) * s.states * s.dim};
 }
 
 // Canonical image inputs and parameter rows, alive as long as the params that point into them.

@@ -34,8 +34,10 @@ ScanShape scan_shape(const ScanSizes& s, const ScanInputs& in) {
     return shape;
 }
 
+int64_t saved_states(const ScanSizes& s, int64_t chunk) { return scan_saved_states(s.height, s.width, s.dim, chunk); }
+
 Shape states_shape(const ScanSizes& s, int64_t chunk) {
-    return {s.batch, s.groups, scan_saved_states(s.height, s.width, s.dim, chunk), s.states, s.dim};
+    return {s.batch * s.groups * saved_states(s, chunk) * s.states * s.dim};
 }
 
 // Scratch for the carries of N > 1 states.
@@ -155,7 +157,7 @@ ScanForward::ScanForward(const Tensor& y, const OptTensor& states, ScanInputs in
     args.y = p.movable ? p.movable->write(y, *p.in.z) : image_arg(y);
     if (states) {
         args.states = static_cast<float*>(states->data_ptr());
-        args.num_chunks = states->size(2);
+        args.num_chunks = saved_states(s, p.in.chunk);
     } else if (s.states > 1) {
         p.carry = carry_scratch(s, p.in.u);
         args.carry = static_cast<float*>(p.carry.data_ptr());
@@ -223,7 +225,7 @@ ScanParameterGradients scan_bwd_into(const ScanImageGradients& images, Tensor dy
     args.ddt = image_arg(images.ddt), args.dB = image_arg(images.dB), args.dC = image_arg(images.dC);
     if (in.z) args.dz = movable ? movable->write(*images.dz, *in.z) : image_arg(*images.dz);
     args.states = static_cast<const float*>(states.data_ptr());
-    args.num_chunks = states.size(2);
+    args.num_chunks = saved_states(s, in.chunk);
     Tensor scratch;
     if (s.states > 1) {
         scratch = carry_scratch(s, in.u);
