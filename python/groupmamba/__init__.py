@@ -3,5 +3,13 @@
 
 from groupmamba.checkpoints import convert_released_state_dict
 from groupmamba.layers import ChannelAffinity, GroupedMamba2d, VSSSBlock, why_not_fused
+from groupmamba_ext._version import __version__
 
-__all__ = ["ChannelAffinity", "GroupedMamba2d", "VSSSBlock", "convert_released_state_dict", "why_not_fused"]
+__all__ = [
+    "ChannelAffinity",
+    "GroupedMamba2d",
+    "VSSSBlock",
+    "__version__",
+    "convert_released_state_dict",
+    "why_not_fused",
+]
