@@ -117,7 +117,7 @@ def grouped_selective_scan(
 
     Args:
         u: input, (batch, H, W, G, D); any strides, no copy where channels are adjacent and rows follow one another.
-            (16-bit images on sm_90 and newer with N = 1, ``z`` and a norm are copied too where D or the strides of
+            (16-bit images on sm_90 with N = 1, ``z`` and a norm are copied too where D or the strides of
             pixels, groups or images are no multiples of 8, and so are ``z``, the result and their gradients.)
         dt: low-rank step features (batch, H, W, G, R) with ``dt_weight``, else the step before bias and softplus,
             (batch, H, W, G, D).

@@ -2,7 +2,7 @@
 """GroupMamba: the modulated group Mamba layer and its parts. Needs torch alone; extras are named where needed."""
 
 from groupmamba.checkpoints import convert_released_state_dict
-from groupmamba.layers import ChannelAffinity, GroupedMamba2d, VSSSBlock, why_not_fused
+from groupmamba.layers import ChannelAffinity, GroupedMamba2d, VSSSBlock, no_weight_decay, why_not_fused
 from groupmamba_ext._version import __version__
 
 __all__ = [
@@ -11,5 +11,6 @@ __all__ = [
     "VSSSBlock",
     "__version__",
     "convert_released_state_dict",
+    "no_weight_decay",
     "why_not_fused",
 ]

@@ -60,9 +60,9 @@ class ChannelAffinity(Leaf, nn.Module):
         return why_called(self._modules, self._parts)
 
     def reset_parameters(self) -> None:
-        """Weights from a normal distribution of deviation 0.02 cut at +-2, biases 0."""
+        """Weights from a normal distribution of deviation 0.02, biases 0."""
         for layer in (self.fc1, self.fc2):
-            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
     def from_pooled(self, pooled: Tensor) -> Tensor:

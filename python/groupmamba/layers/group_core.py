@@ -113,7 +113,7 @@ class GroupCore(Leaf, nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """The released initialisation: steps log-uniform in [1e-3, 0.1], A = -(1..N), D = 1."""
-        nn.init.trunc_normal_(self.in_proj_weight, std=0.02)
+        nn.init.normal_(self.in_proj_weight, std=0.02)
         if self.conv_weight is not None:
             nn.init.normal_(self.conv_weight, std=math.sqrt(2 / 9))  # fan_out of a depthwise 3x3 kernel: 9
             nn.init.zeros_(self.conv_bias)
@@ -130,7 +130,7 @@ class GroupCore(Leaf, nn.Module):
             nn.init.ones_(weight)
         nn.init.zeros_(self.out_norm_bias)
         if self.out_proj_weight is not None:
-            nn.init.trunc_normal_(self.out_proj_weight, std=0.02)
+            nn.init.normal_(self.out_proj_weight, std=0.02)
         for weight in (self.dt_bias, self.A_log, self.D):
             weight._no_weight_decay = True
 

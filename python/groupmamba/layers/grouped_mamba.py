@@ -146,7 +146,7 @@ class GroupedMamba2d(Leaf, nn.Module):
         if self.variant == "paper":
             return
         self.norm.reset_parameters()
-        nn.init.trunc_normal_(self.proj.weight, std=0.02)
+        nn.init.normal_(self.proj.weight, std=0.02)
         nn.init.zeros_(self.proj.bias)
         if self.skip_scale is not None:
             nn.init.ones_(self.skip_scale)
@@ -220,7 +220,7 @@ class GroupedMamba2d(Leaf, nn.Module):
             norm=affine(norm),
             affinity=affinity,
             core=mamba.core_parameters(),
-            out_proj_weight=mamba._parameters["out_proj_weight"],
+            out_proj_weight=mamba._parameters.get("out_proj_weight"),
             skip_scale=self.skip_scale,
             proj=affine(modules["proj"]),
             codes=codes,

@@ -98,7 +98,7 @@ class GroupedVSSS(Leaf, nn.Module):
         for weight in (self.norm1_weight, self.norm2_weight):
             nn.init.ones_(weight)
         for weight in (self.fc1_weight, self.fc2_weight):
-            nn.init.trunc_normal_(weight, std=0.02)
+            nn.init.normal_(weight, std=0.02)
         for bias in (self.norm1_bias, self.norm2_bias, self.fc1_bias, self.fc2_bias):
             nn.init.zeros_(bias)
 
