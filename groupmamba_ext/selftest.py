@@ -108,10 +108,10 @@ def _row(device: str, dtype: torch.dtype, name: str, inputs: dict[str, Tensor], 
         return f"{type(error).__name__}: {one_line(error)}", False
     figures, passed = [], True
     for got, own, expected in zip(results, plain, truth, strict=True):
-        limits = [max(2 * error, FLOOR[dtype]) for error in _errors(own, expected)]
-        error, limit = max(zip(_errors(got, expected), limits, strict=True), key=lambda pair: pair[0] / pair[1])
-        figures.append(f"{error:7.1e} | {limit:7.1e}")
-        passed = passed and error <= limit
+        limits = [max(2 * e, FLOOR[dtype]) for e in _errors(own, expected)]
+        worst, limit = max(zip(_errors(got, expected), limits, strict=True), key=lambda pair: pair[0] / pair[1])
+        figures.append(f"{worst:7.1e} | {limit:7.1e}")
+        passed = passed and worst <= limit
     return " | ".join(figures), passed
 
 

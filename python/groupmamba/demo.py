@@ -136,11 +136,12 @@ def random_layer() -> GroupedMamba2d:
     """
     torch.manual_seed(0)
     layer = GroupedMamba2d(DIM, d_state=8)
-    core = layer.mamba
+    core, affinity = layer.mamba, layer.affinity
+    assert affinity is not None and core.out_proj_weight is not None
     with torch.no_grad():
-        for weight in (core.in_proj_weight, core.out_proj_weight, layer.proj.weight, layer.affinity.fc2.weight):
+        for weight in (core.in_proj_weight, core.out_proj_weight, layer.proj.weight, affinity.fc2.weight):
             weight.mul_(weight.shape[-1] ** -0.5 / 0.02)
-        layer.affinity.fc1.weight.mul_(100)
+        affinity.fc1.weight.mul_(100)
         core.x_proj_weight.mul_(3)
         core.dt_weight.mul_(0.3)
         core.dt_bias.sub_(1.5)
@@ -170,7 +171,7 @@ def check(layer: GroupedMamba2d, crop: Tensor) -> tuple[str, float]:
         if name != "skip_scale":
             error = ((value.cpu().double() - expected[name]).norm() / expected[name].norm().clamp_min(1e-12)).item()
             errors[name] = error if math.isfinite(error) else math.inf
-    worst = max(errors, key=errors.get)
+    worst = max(errors, key=errors.__getitem__)
     return worst, errors[worst]
 
 
@@ -208,9 +209,11 @@ def principal_colours(features: Tensor) -> Tensor:
 def inspect(layer: GroupedMamba2d, x: Tensor, photo: Tensor, notes: list[str]) -> Picture:
     """The layer's inner values on the image, and how strongly each input token reaches one output token."""
     tokens = x.permute(0, 2, 3, 1)
+    affinity = layer.affinity
+    assert affinity is not None
     with torch.no_grad():
         xn, pooled = ext.layer_norm_pool(tokens, layer.norm.weight, layer.norm.bias, layer.norm.eps)
-        gates = layer.affinity.from_pooled(pooled)[0]
+        gates = affinity.from_pooled(pooled)[0]
         output = layer(x)[0].permute(1, 2, 0)
     height, width = xn.shape[1:3]
     marked = (int(0.55 * height), int(0.5 * width))

@@ -41,7 +41,7 @@ def _build() -> tuple[str, str, bool]:
 
 
 def _torch() -> str:
-    parts = [torch.__version__]
+    parts = [str(torch.__version__)]
     if torch.version.cuda is not None:
         parts.append(f"built with CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")
     else:

@@ -167,7 +167,7 @@ def main(args: argparse.Namespace) -> int:
     if not half:
         _check_memory(model, batch, size)
     model.to(device)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(memory_format=torch.channels_last)
     try:
         count = multiply_adds(model, size)
     except Exception as error:  # models of timm refuse a size with exceptions of any kind
