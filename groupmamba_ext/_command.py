@@ -8,6 +8,7 @@ traceback.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -47,6 +48,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def run_command(name: str, command: Callable[[], int]) -> int:
     """The exit status of ``command``; what cannot be done is one line on stderr that begins with ``name``."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are no text, as stderr has it
     try:
         status = command()
         if sys.stdout is not None:

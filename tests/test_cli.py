@@ -249,3 +249,13 @@ def test_a_closed_pipe_and_ctrl_c(command):
         _, message = process.communicate(timeout=60)
         assert process.returncode == 130
         assert message.endswith("selftest: interrupted\n") and message.count("\n") == 1
+
+
+def test_names_that_are_no_text(tmp_path):
+    pytest.importorskip("sklearn")
+    out = os.fsencode(tmp_path) + b"/\xff.png"
+    command = [*COMMAND, "demo", "--size", "64", "--device", "cpu", "--out", out]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert os.path.exists(out) and done.stdout.endswith("\\udcff.png\n")

@@ -75,12 +75,13 @@ def refused(argv, capsys):
 
 
 @pytest.mark.parametrize(
-    "out", ["no/such/folder/a.png", ".", "folder.png", "file/a.png", "/proc/a.png", "a" * 300 + ".png"]
+    "out", ["no/such/folder/a.png", ".", "folder.png", "pipe.png", "file/a.png", "/proc/a.png", "a" * 300 + ".png"]
 )
 def test_places_that_cannot_be_written(out, no_work, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe.png")
     line = refused(["--out", out], capsys)
     assert "--out" in line or "name too long" in line
     assert out in line
@@ -152,12 +153,13 @@ def test_files_that_are_no_photograph(name, no_work, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("name", ["missing.jpg", "folder"])
+@pytest.mark.parametrize("name", ["missing.jpg", "folder", "pipe"])
 def test_no_file(name, no_work, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     line = refused([name], capsys)
-    assert "IMAGE must be a" in line and name in line
+    assert "IMAGE must be an existing file" in line and name in line
 
 
 def pixels_of(path, size=96):
@@ -233,7 +235,7 @@ def test_the_first_of_several_images(tmp_path):
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     photo = pixels_of(tmp_path / "a.gif")
     assert photo.pixels[0, 0].tolist() == [1, 0, 0]
-    assert photo.notes == ["the first of 3 images in a.gif"]
+    assert photo.notes == ["the first of 3 images in the file"]
 
 
 @pytest.mark.parametrize(

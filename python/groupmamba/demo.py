@@ -92,8 +92,8 @@ def require_extras() -> None:
 
 def check_out(out: Path) -> None:
     """CommandError where the picture cannot be written to ``out``, before any work."""
-    if out.is_dir():
-        raise CommandError(f"--out must be a file, got the folder {out}")
+    if out.exists() and not out.is_file():
+        raise CommandError(f"--out must be a file, got {'the folder ' if out.is_dir() else ''}{out}")
     if out.suffix.lower() != ".png":
         raise UsageError(f"--out must end in .png, as the picture is a PNG file, got {out}")
     if not out.parent.is_dir():

@@ -41,17 +41,15 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _read(path: Path, notes: list[str]) -> Image.Image:
-    if path.is_dir():
-        raise CommandError(f"IMAGE must be a file, got the folder {path}")
-    if not path.exists():
-        raise CommandError(f"IMAGE must be an existing file, got {path}")
+    if not path.is_file():
+        raise CommandError(f"IMAGE must be an existing file, got {'the folder ' if path.is_dir() else ''}{path}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 frames = getattr(image, "n_frames", 1)
                 if frames > 1:
-                    notes.append(f"the first of {frames:,} images in {path.name}")
+                    notes.append(f"the first of {frames:,} images in the file")
                 return _rgb(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise CommandError(
