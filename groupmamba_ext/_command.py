@@ -93,7 +93,7 @@ def gpu_problem(*, ops: bool = True) -> str | None:
 def gpu_usable(*, ops: bool = True) -> bool:
     """Whether `gpu_problem` finds none; for a GPU that is there and cannot be used it says why on stderr."""
     problem = gpu_problem(ops=ops)
-    if problem is not None and torch.cuda.is_available():
+    if problem is not None and torch.cuda.device_count() > 0:
         print(f"without the GPU: {problem}", file=sys.stderr)
     return problem is None
 

@@ -110,6 +110,15 @@ def test_a_gpu_that_cannot_be_used(argv, no_gpu, tmp_path, monkeypatch, capsys):
     assert "--device cuda: " in line and no_gpu in line
 
 
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_gpu_that_is_passed_over(count, no_gpu, monkeypatch, capsys):
+    """By default the CPU does the work; a GPU that is there is not left out in silence."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    assert demo.devices(None) == [torch.device("cpu")]
+    message = capsys.readouterr().err
+    assert message.startswith("without the GPU: ") and no_gpu in message if count else message == ""
+
+
 def test_info_says_why_there_is_no_gpu(no_gpu, monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert cli.main(["info"]) == 0
