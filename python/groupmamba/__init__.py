@@ -3,10 +3,12 @@
 
 from groupmamba.checkpoints import convert_released_state_dict
 from groupmamba.layers import ChannelAffinity, GroupedMamba2d, VSSSBlock, no_weight_decay, why_not_fused
+from groupmamba.training.distillation import DistillationLoss
 from groupmamba_ext._version import __version__
 
 __all__ = [
     "ChannelAffinity",
+    "DistillationLoss",
     "GroupedMamba2d",
     "VSSSBlock",
     "__version__",
