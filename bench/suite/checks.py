@@ -9,6 +9,7 @@ the storage dtype, which is their choice and no error.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -80,7 +81,13 @@ def compare(
         limits = max(FACTOR * plain[0], floor), max(WORST_FACTOR * plain[1], WORST_FLOORS * floor)
         for error, limit, measure in zip(errors, limits, ("relative", "worst element's"), strict=True):
             checks.append(Check(error <= slack * limit, name, error, slack * limit, measure))
-    return max(checks, key=lambda c: c.error / c.allowed)
+    return max(checks, key=_severity)
+
+
+def _severity(check: Check) -> tuple[bool, float]:
+    """For the worst check: a failed one before any that passed, NaN (of a truth that is not finite) before figures."""
+    ratio = check.error / check.allowed
+    return not check.passed, float("inf") if math.isnan(ratio) else ratio
 
 
 def _gradients(function: Callable, tensors: dict[str, Tensor], dys: tuple[Tensor, ...]) -> dict[str, Tensor]:
