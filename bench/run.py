@@ -199,8 +199,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark.
 
     Returns:
-        0; 1 if a result of this project was wrong or is missing, 130 after Ctrl-C. What a peer does, changes nothing,
-        unless it leaves the device unusable, so that this project's rows cannot be measured.
+        0; 1 if a result of this project was wrong or is missing, or could not be written; 130 after Ctrl-C. What a peer
+        does changes nothing, unless it leaves the device unusable, so that this project's rows cannot be measured.
     """
     args = parse(argv)
     device = torch.device(args.device)
@@ -217,9 +217,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         models.compare_rows(rows)
         run.update(seconds=time.perf_counter() - started, rows=rows, geometric_means=report.means(rows))
         if args.json is not None and "gemm_tflops" in run:
-            report.write_json(args.json, [*earlier, run])
+            try:
+                report.write_json(args.json, [*earlier, run])
+            except OSError as error:  # the disk is full: the tables are still to be had
+                unwritten.append(f"argument --json: '{args.json}' could not be written: {error.strerror}")
 
-    cut = None
+    cut, unwritten = None, []
     try:
         for row in measured(args, device, run):
             rows.append(row)
@@ -231,6 +234,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep()
     wrong = verdict.failures(rows)
     show(run, rows, wrong, args)
+    for line in dict.fromkeys(unwritten):
+        print(f"bench/run.py: error: {line}", file=sys.stderr)
     count = f"{len(rows)} rows in {run['seconds']:.0f} s"
     if cut is not None:
         print(f"{cut}: {len(rows)} of {planned(args)} rows measured, which are above", file=sys.stderr)
@@ -241,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{count}; RED: {verdict.failed_rows(rows)} of this project's rows failed{lost}")
         return 1
     print(f"{count}; this project's results are right")
-    return 0
+    return 1 if unwritten else 0
 
 
 def show(run: dict, rows: Sequence[dict], wrong: Sequence[str], args: argparse.Namespace) -> None:

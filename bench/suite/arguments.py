@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import argparse
-import os
+import tempfile
 from pathlib import Path
 from typing import NoReturn
 
@@ -30,6 +30,8 @@ def writable(text: str) -> Path:
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"must be a file, got the folder {text!r}")
     folder = next(p for p in path.absolute().parents if p.exists())
-    if not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be written")
-    return path
+    try:
+        with open(path, "r+b") if path.exists() else tempfile.TemporaryFile(dir=folder):
+            return path
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: {error.strerror}") from None

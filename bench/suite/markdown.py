@@ -147,7 +147,7 @@ def _short_line(name: str, plain: model_table.Kinds, compiled: model_table.Kinds
         if found:
             figure, mark = better(found)
             return number(figure, 4 if kind != "latency" else 3) + mark
-        return model_table.figure(plain or compiled, kind, value)
+        return model_table.figure(plain if kind in plain else compiled, kind, value)
 
     images, milliseconds = model_table.images, model_table.milliseconds
     shown = SHORT_NAMES.get(name, name)

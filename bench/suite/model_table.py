@@ -9,6 +9,7 @@ from suite import accuracy
 from suite.report import UNMEASURED, number
 from suite.verdict import own
 
+FAILED = ("RED", "failed")  # this project's, a peer's
 Kinds = dict[str, dict]  # the rows of one model by what they measure
 
 
@@ -33,7 +34,7 @@ def figure(kinds: Kinds, kind: str, value: Callable[[dict], float | None]) -> st
     if row is None:
         return UNMEASURED
     if row["us"] is None:
-        return "RED" if own(row) else "failed"
+        return FAILED[0] if own(row) else FAILED[1]
     return number(value(row), 4)
 
 
@@ -81,15 +82,23 @@ COLUMNS: dict[str, Callable[[str, Kinds], str]] = {
 
 
 def lines(rows: Sequence[dict]) -> list[list[str]]:
-    """The header and one line for each model, batch, image size and dtype; columns without any figure are left out."""
+    """The header and one line for each model, batch, image size and dtype.
+
+    Columns without any figure are left out, but for those of calls that failed, as called.
+    """
     models = grouped(rows)
     several = len({key[1:] for key in models}) > 1
     body = []
     for (label, batch, shape, dtype), kinds in models.items():
         name = f"{label} ({batch} x {shape}, {dtype})" if several else label
         body.append([name, *(cell(label, kinds) for cell in COLUMNS.values())])
-    shown = [i for i in range(len(COLUMNS) + 1) if i == 0 or any(line[i] != UNMEASURED for line in body)]
     header = ["model", *COLUMNS]
+
+    def wanted(i: int) -> bool:
+        none = (UNMEASURED,) if "eager" in header[i] else (UNMEASURED, *FAILED)
+        return any(line[i] not in none for line in body)
+
+    shown = [i for i in range(len(header)) if wanted(i)]
     return [[line[i] for i in shown] for line in (header, *body)] if models else []
 
 

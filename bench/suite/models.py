@@ -38,12 +38,16 @@ def _gradient(function: Callable, model: nn.Module, x: Tensor, dtype: torch.dtyp
     """Of all parameters in one vector.
 
     Raises:
-        RuntimeError: one of them gets none.
+        ValueError: one of them gets none.
     """
     model.train()
     with autocast(x.device, dtype):
         loss = loss_of(function(x), labels_of(x))
-    gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    without = [name for name, g in zip(parameters, gradients, strict=True) if g is None]
+    if without:
+        raise ValueError(f"{len(without)} parameters get no gradient, {without[0]!r} first")
     return torch.cat([g.flatten() for g in gradients])
 
 
