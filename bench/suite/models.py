@@ -92,14 +92,14 @@ def check_compiled(call: ModelCall, model: nn.Module, kind: str) -> Check:
     Its own error sets the tolerance: that of the model under autocast, not compiled.
     """
     x, dtype, exact = call.x, call.dtype, torch.float32
-    slack = PEER_SLACK if dtype == exact else 1.0  # in float32 nothing but the order of sums is different
+    alike = dtype == exact  # then nothing but the order of sums is different, and there is no error of its own
     if kind in TRAINS:
         functions = (call.function, dtype), (model, exact), (model, dtype)
         got, truth, own = ({"gradient": _gradient(f, model, x, d)} for f, d in functions)
     else:
         got = {"logits": call(0)[:COMPARED_IMAGES].float()}
         truth, own = ({"logits": _logits(model, x[:COMPARED_IMAGES], d).float()} for d in (exact, dtype))
-    return compare(got, truth, own, dtype, slack)
+    return compare(got, truth, own, dtype, PEER_SLACK if alike else 1.0, worst=not alike)
 
 
 def _comparable(entry: Entry, kind: str) -> bool:
