@@ -168,7 +168,10 @@ def test_append_keeps_earlier_runs_and_the_table_takes_the_latest(result, tmp_pa
     first, second = report.read_json(path)
     rows = markdown.latest([first, second])
     assert len(rows) == len(first["rows"])
-    assert sum(row in second["rows"] for row in rows) == len(second["rows"]) > 0
+    figures = [row["us"] for row in rows]
+    assert all(row["us"] in figures for row in second["rows"]) and len(second["rows"]) == 4
+    assert not any(row["peers"] for row in second["rows"])
+    assert all("pytorch" in row["peers"] for row in rows if row["series"] == "stages")  # of the first run
 
     docs, picture = tmp_path / "docs.md", tmp_path / "picture.png"
     assert table.main([str(path), "--docs", str(docs), "--plot", str(picture)]) == 0

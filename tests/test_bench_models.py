@@ -25,7 +25,7 @@ def test_models_side_by_side(monkeypatch, capsys, tmp_path):
     assert quick(*MODELS, "--json", path) == 0
     out = capsys.readouterr().out
     for kind in ("eval", "train", "latency", "step"):
-        assert f"groupmamba_tiny, {kind} (batch 1): " in out
+        assert f"groupmamba_tiny, {kind} (batch 1, float32): " in out
     rows = {(row["label"], row["pass"]): row for row in report.read_json(path)[0]["rows"]}
     assert set(rows) == {(m, k) for m in ("groupmamba_tiny", "test_convnext") for k in models.KINDS}
     for kind in models.KINDS:

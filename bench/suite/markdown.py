@@ -12,10 +12,15 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
 def latest(runs: Sequence[dict]) -> list[dict]:
-    """The rows of all runs in order; of rows that appear in several, the last."""
+    """The rows of all runs in order; of rows that appear in several, the last.
+
+    Its peers of the earlier runs stay beside it: each ratio is of one run.
+    """
     rows: dict[tuple, dict] = {}
     for run in runs:
-        rows |= {key(row): row for row in run["rows"]}
+        for row in run["rows"]:
+            earlier = rows.get(key(row), {"peers": {}})
+            rows[key(row)] = row | {"peers": earlier["peers"] | row["peers"]}
     return list(rows.values())
 
 

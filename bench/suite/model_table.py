@@ -123,5 +123,5 @@ def ratios(rows: Sequence[dict]) -> list[str]:
     for row in rows:
         shown = [f"{number(p['ratio'])}x {name}" for name, p in row["peers"].items() if p["ratio"] is not None]
         if row["op"] == "model" and shown:
-            found.append(f"{row['label']}, {row['pass']} (batch {row['batch']}): " + ", ".join(shown))
+            found.append(f"{row['label']}, {row['pass']} (batch {row['batch']}, {row['dtype']}): " + ", ".join(shown))
     return found
