@@ -15,10 +15,10 @@ if str(ROOT / "bench") not in sys.path:
 
 import run as bench  # noqa: E402
 import table  # noqa: E402, F401
-from suite import model_entries  # noqa: E402
-from suite.runner import blank_row  # noqa: E402, F401
+from suite import measure, model_entries  # noqa: E402
 
 CPU = torch.device("cpu")
+measure.CALIBRATION_BYTES["cpu"], measure.GEMM_SIDE["cpu"] = 1 << 20, 64  # of every run: seconds on a busy machine
 
 
 def quick(*arguments):

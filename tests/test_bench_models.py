@@ -85,7 +85,7 @@ class Failing(torch.nn.Linear):
 def test_failing_peers_are_named_and_turn_nothing_red(monkeypatch, capsys):
     tiny_models(monkeypatch)
     monkeypatch.setattr(model_entries, "_timm", lambda name: Failing("raises"))
-    assert quick(*MODELS) == 0
+    assert quick(*MODELS, "--kinds", "train", "step") == 0
     out = capsys.readouterr().out
     assert "RED" not in out and out.count("failed") == 2
     assert "peer test_convnext: ValueError: no training (test_convnext, train and 1 more)" in out
@@ -308,6 +308,8 @@ def test_tables_are_of_one_tree(results, versions, tmp_path, capsys):
     assert "must hold runs that say one tree, device and torch" in capsys.readouterr().err
     assert readme.read_text() == before and not docs.exists()
     assert table.main([str(results)]) == 0  # to be read, with a head that names both
+    report.write_json(results, [run_of([model_row("groupmamba_tiny", "eval", 1.0, 2.0, "ours")], sources=None)])
+    assert table.main([str(results), "--docs", str(docs)]) == 1 and "trees: ['None']" in capsys.readouterr().err
 
 
 def test_tables_of_files_without_what_they_need(results, tmp_path, capsys):

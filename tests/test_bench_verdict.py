@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import groupmamba
 import groupmamba_ext as ext
 from groupmamba_ext.backend import current_backend
 
@@ -265,7 +266,7 @@ def command():
     """The command in a process of its own, away from the checkout's root."""
 
     def start(*arguments, **environment):
-        paths = [str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]
+        paths = [str(Path(package.__file__).parents[1]) for package in (ext, groupmamba)]  # what this process tests
         return subprocess.Popen(
             [sys.executable, str(ROOT / "bench" / "run.py"), *map(str, arguments)],
             stdout=subprocess.PIPE,
