@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of a file that bench/run.py wrote, so that the figures of README and documentation have one place."""
+"""Tables of what bench/run.py wrote, so that the figures of README and documentation have one place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from suite import markdown, plot  # noqa: E402
 from suite.arguments import OneLineParser, writable  # noqa: E402
-from suite.report import read_json  # noqa: E402
+from suite.report import read_json, write_json  # noqa: E402
 
 NEW_PAGE = f"# Benchmarks\n\n{markdown.BEGIN}\n{markdown.END}\n"
 
@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, or 1 where a file has no markers or the results are not from one tree: then nothing is written.
     """
     parser = OneLineParser(prog="bench/table.py", description=__doc__)
-    parser.add_argument("results", type=Path, help="a file that bench/run.py --json wrote")
+    parser.add_argument("results", type=Path, nargs="+", help="files that bench/run.py --json wrote, the latest last")
+    parser.add_argument("--json", type=writable, metavar="FILE", help="write all runs into one file")
     parser.add_argument("--op", nargs="+", metavar="NAME", help="these ops only, of the tables that are printed")
     parser.add_argument("--stages", action="store_true", help="the four stage shapes alone")
     parser.add_argument("--readme", type=writable, metavar="FILE", help="put the short table between its bench markers")
@@ -32,10 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--plot", type=writable, metavar="FILE", help="draw the roofline as a PNG (needs matplotlib)")
     args = parser.parse_args(argv)
     try:
-        runs = read_json(args.results)
+        runs = [run for path in args.results for run in read_json(path)]
     except (OSError, ValueError) as error:
         parser.error(f"argument results: {error}")
-    if args.readme is None and args.docs is None and args.plot is None:
+    if args.readme is args.docs is args.plot is args.json is None:
         print(markdown.tables(runs, args.op, args.stages))
         return 0
     pages: list[tuple[Path, str]] = []
@@ -48,8 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.plot is not None:
             plot.draw(_merged(runs), args.plot)
     except (ModuleNotFoundError, OSError, ValueError) as error:
-        print(f"bench/table.py: {args.results}: {error}", file=sys.stderr)
+        print(f"bench/table.py: {', '.join(map(str, args.results))}: {error}", file=sys.stderr)
         return 1
+    if args.json is not None:
+        write_json(args.json, runs)
     for path, text in pages:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)

@@ -237,7 +237,7 @@ def test_every_peer_of_the_comparison_has_a_published_accuracy():
     assert accuracy.figures("released/groupmamba_base") == accuracy.figures("groupmamba_base")
     assert accuracy.cell("convnext_tiny, compiled") == "82.1; 84.2†" and accuracy.cell("groupmamba_tiny, no CAM") == ""
     (line,) = accuracy.sources(["hgnetv2_b4", "hgnetv2_b4", "test_vit"])
-    assert line == "hgnetv2_b4: 83.7 with ssld_stage2_ft_in1k† (timm, results-imagenet.csv)"
+    assert line == "hgnetv2_b4: 83.7 with ssld_stage2_ft_in1k† (timm, results-imagenet.csv, commit aa4b5850)"
     assert accuracy.sources(["fastvit_sa36"])[0].endswith(", at 256 x 256)")
 
 
@@ -294,8 +294,16 @@ def test_readme_and_documentation_from_one_file(results, tmp_path):
     assert len(text.splitlines()) < 25
     pages = docs.read_text()
     assert pages.startswith("# Benchmarks\n") and "| groupmamba_tiny, no CAM |" in pages
-    assert "convnext_tiny: 82.066 with fb_in1k, 84.192 with in12k_ft_in1k† (timm, results-imagenet.csv)" in pages
+    assert (
+        "convnext_tiny: 82.066 with fb_in1k, 84.192 with in12k_ft_in1k† (timm, results-imagenet.csv, commit aa4b5850)"
+        in pages
+    )
     assert table.main([str(results), "--docs", str(docs)]) == 0 and docs.read_text() == pages
+    parts = [tmp_path / "ours.json", tmp_path / "theirs.json"]
+    for path, run in zip(parts, report.read_json(results), strict=True):
+        report.write_json(path, [run])
+    again = tmp_path / "again.json"
+    assert table.main([*map(str, parts), "--json", str(again)]) == 0 and again.read_text() == results.read_text()
 
 
 @pytest.mark.parametrize("versions", [{"sources": "def"}, {"sources": None}, {"torch": "2.14"}])

@@ -2,7 +2,7 @@
 """Published top-1 accuracies on ImageNet-1K of the models that are compared; nothing here is measured by this project.
 
 Each figure belongs to named weights. Those of timm's models are timm's own measurement of the weights that it serves,
-``results/results-imagenet.csv`` at commit aa4b5850 (2026-08-08), at the image size that the benchmark uses unless
+``results/results-imagenet.csv``, at the image size that the benchmark uses unless
 another is named.
 """
 
@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-TIMM = "timm, results-imagenet.csv"
+from suite.model_entries import COMPILED, RELEASED
+
+TIMM = "timm, results-imagenet.csv, commit aa4b5850"
 AUTHORS = "the README of GroupMamba, commit c1800ed2"
 VMAMBA = "VMamba's README, commit 2ed52ead"
 
@@ -62,8 +64,6 @@ FURTHER = "†"
 
 def figures(name: str) -> list[Top1]:
     """Those of a model of the benchmark, compiled or the authors' own code; none where none is published for it."""
-    from suite.models import COMPILED, RELEASED
-
     return TOP1.get(name.removesuffix(COMPILED).removeprefix(RELEASED), [])
 
 

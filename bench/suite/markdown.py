@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from suite import accuracy, model_table, verdict
+from suite.model_entries import COMPILED, RELEASED
 from suite.report import THROUGHPUT, key, number
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -94,7 +95,8 @@ def _models(rows: Sequence[dict]) -> list[str]:
 
 
 def _accuracies(rows: Sequence[dict]) -> list[str]:
-    names = [row["label"].removesuffix(", compiled") for row in rows if row["op"] == "model"]
+    labels = [row["label"] for row in rows if row["op"] == "model"]
+    names = [label.removesuffix(COMPILED).removeprefix(RELEASED) for label in labels]
     lines = accuracy.sources(names)
     if lines:
         lines[0] = f"Top-1 on ImageNet-1K as published, {accuracy.FURTHER} with further images. {lines[0]}"
@@ -129,7 +131,7 @@ def short(runs: Sequence[dict]) -> str:
     body = [SHORT_HEAD]
     for name in names:
         plain = models.get((name, *place), {})
-        compiled = models.get((f"{name}, compiled", *place), {})
+        compiled = models.get((name + COMPILED, *place), {})
         if plain or compiled:
             body.append(_short_line(name, plain, compiled))
     batch, shape, dtype = place
