@@ -23,6 +23,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT / "build_backend"))
+from build_progress import run_with_progress, user_terminal  # noqa: E402
 from groupmamba_build import TORCH_REQUIREMENT, find_torch  # noqa: E402
 
 GIGABYTES_PER_JOB = 2  # what nvcc may take for one kernel file
@@ -58,12 +59,12 @@ class CMakeBuild(build_ext):
             configure = ["cmake", "-S", str(ROOT), "-B", folder, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
             configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DGM_TORCH_ROOT={torch_root}"]
             configure += shlex.split(environment.pop("CMAKE_ARGS", ""))
-            for command in (
-                configure,
-                ["cmake", "--build", folder, "--parallel", str(jobs())],
-                ["cmake", "--install", folder, "--prefix", str(package.parent)],
-            ):
-                subprocess.run(command, check=True, env=environment)
+            subprocess.run(configure, check=True, env=environment)
+            build = ["cmake", "--build", folder, "--parallel", str(jobs())]
+            with user_terminal() as terminal:
+                run_with_progress(build, environment, terminal)
+            install = ["cmake", "--install", folder, "--prefix", str(package.parent)]
+            subprocess.run(install, check=True, env=environment)
 
     def _beside(self, extension_file: str) -> list[str]:
         return [str(Path(extension_file).parent / name) for name in self.BESIDE]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Which GPU architectures to build for, in the notation of TORCH_CUDA_ARCH_LIST: "9.0", "8.0;9.0+PTX", "9.0a", "Hopper".
 
-# Without TORCH_CUDA_ARCH_LIST and without a visible GPU: those of this list that nvcc knows, and PTX of the last.
-set(GM_DEFAULT_ARCHITECTURES 7.5 8.0 8.6 8.9 9.0 10.0 12.0)
+# Without TORCH_CUDA_ARCH_LIST and without a visible GPU: those of this list that nvcc knows, and PTX of the last. Code for
+# 8.0 runs on 8.6 and 8.9 too: shared memory is asked for by what the device has, which no machine code fixes.
+set(GM_DEFAULT_ARCHITECTURES 7.5 8.0 9.0 10.0 12.0)
 
 # Sets `out` to the compute capabilities of the GPUs that nvidia-smi shows, an empty list where there is none.
 function(gm_visible_architectures out)

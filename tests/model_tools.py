@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
 
 from groupmamba.models import GroupMamba, groupmamba_base, groupmamba_small, groupmamba_tiny
@@ -35,3 +36,8 @@ def small(**options):
     """A quick model, in evaluation mode."""
     torch.manual_seed(0)
     return GroupMamba(**{"num_classes": 10, **SMALL, **options}).eval()
+
+
+def tiny(**options):
+    """A quick model, by its name in timm."""
+    return timm.create_model("groupmamba_tiny", **{**SMALL, **options})

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import io
 import json
 import os
 import re
@@ -283,3 +284,18 @@ def test_build_hook_takes_only_a_recent_torch(tmp_path):
         assert hook._torch_in([str(tmp_path)]) == expected, version
     assert hook._torch_in([str(tmp_path / "none")]) is None
     assert hook.find_torch() == Path(torch.__file__).parent
+
+
+def test_build_says_how_far_it_is(monkeypatch, capfd):
+    """On the terminal, every few seconds; the whole output goes where it went."""
+    progress = _import_file(ROOT / "build_backend" / "build_progress.py")
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    terminal = io.StringIO()
+    script = "echo '[1/3] compiles a'; echo 'a note'; echo '[2/3] compiles b'"
+    progress.run_with_progress(["sh", "-c", script], dict(os.environ), terminal)
+    assert terminal.getvalue().split("\r")[1:] == [
+        f"groupmamba: {i} of 3 build steps done after 0 min 00 s\n" for i in (1, 2)
+    ]
+    assert capfd.readouterr().out == "[1/3] compiles a\na note\n[2/3] compiles b\n"
+    with pytest.raises(subprocess.CalledProcessError):
+        progress.run_with_progress(["false"], dict(os.environ), None)

@@ -82,6 +82,35 @@ def test_dtypes_are_kept(dtype):
     assert {value.dtype for value in convert_released_state_dict(released(dtype=dtype)).values()} == {dtype}
 
 
+def test_layers_without_entries_of_their_groups():
+    """Gradients of a model whose first block has a frozen Mamba: the rest of its layer is renamed all the same."""
+    sd = {
+        **released("block1.1.attn."),
+        "block1.0.attn.fc1.weight": torch.ones(1, 16),
+        "block1.0.attn.skip_scale": torch.ones(1),
+    }
+    out = convert_released_state_dict(sd)
+    assert torch.equal(out["stages.0.blocks.0.attn.affinity.fc1.weight"], torch.ones(1, 16))
+    assert "stages.0.blocks.0.attn.skip_scale" in out and len(out) == len(convert_released_state_dict(released())) + 2
+
+
+def test_layers_inside_others():
+    """Whatever the order of names, an entry belongs to the innermost layer that it can belong to."""
+    out = convert_released_state_dict({**released(), **released("inner.")})
+    assert set(out) == {
+        prefix + name for prefix in ("", "inner.") for name in GroupedMamba2d(16, d_state=2).state_dict()
+    }
+
+
+def test_names_that_only_look_released_stay():
+    sd = {
+        **released("block1.0.attn."),
+        "block0.0.norm2.weight": torch.zeros(1),
+        "patch_embed5.proj.weight": torch.ones(1),
+    }
+    assert {"block0.0.norm2.weight", "patch_embed5.proj.weight"} <= set(convert_released_state_dict(sd))
+
+
 def test_partial_dictionaries():
     """Gradients of a layer with a frozen convolution: a missing entry is missing in the result."""
     sd = {name: value for name, value in released().items() if "conv2d" not in name and "fc" not in name}
@@ -104,6 +133,22 @@ def without(*names):
         (without("mamba_g1.Ds", "mamba_g2.Ds"), ValueError, ("mamba_g1.Ds", "mamba_g2.Ds")),
         ({**released(), "mamba_g1.gamma": torch.zeros(4)}, ValueError, ("mamba_g1.gamma",)),
         ({**released(), "mamba_g5.Ds": torch.zeros(4)}, ValueError, ("mamba_g5.Ds",)),
+        ({**released(), "mamba_g01.Ds": torch.zeros(4)}, ValueError, ("mamba_g01.Ds",)),
+        ({**released(), "mamba_g\u0661.Ds": torch.zeros(4)}, ValueError, ("mamba_g\u0661.Ds",)),
+        ({"mamba_g01.Ds": torch.zeros(4), **released()}, ValueError, ("mamba_g01.Ds",)),
+        (
+            {"stages.0.blocks.0.attn.mamba.D": torch.zeros(4, 4), **released("block1.0.attn.")},
+            ValueError,
+            ("block1.0.attn.mamba_g1.Ds", "stages.0.blocks.0.attn.mamba.D"),
+        ),
+        (
+            {**released("block1.0.attn."), "stages.0.blocks.0.attn.mamba.D": torch.zeros(4, 4)},
+            ValueError,
+            ("both become", "stages.0.blocks.0.attn.mamba.D"),
+        ),
+        ({**released("block1.0.attn."), "block1.1.attn.gamma": torch.zeros(4)}, ValueError, ("block1.1.attn.gamma",)),
+        ({**released(), 3: torch.zeros(4)}, TypeError, ("the name 3",)),
+        ({**released(), "mamba_g2.Ds": torch.zeros(4, device="meta")}, ValueError, ("mamba_g2.Ds", "meta", "cpu")),
         ({**released(), "gamma": torch.zeros(4)}, ValueError, ("'gamma'",)),
         ({**released(), "mamba_g2.Ds": torch.zeros(5)}, ValueError, ("mamba_g2.Ds", "(5,)", "(4,)")),
         ({**released(), "mamba_g2.Ds": torch.zeros(4).double()}, TypeError, ("mamba_g2.Ds", "float64")),
@@ -118,7 +163,7 @@ def without(*names):
         (GroupedMamba2d(16).state_dict(), ValueError, ("mamba_g1",)),
         ([1], TypeError, ("list",)),
     ],
-    ids=range(13),
+    ids=range(21),
 )
 def test_errors(sd, error, words):
     with pytest.raises(error) as caught:

@@ -204,7 +204,8 @@ def test_pruned_to_intermediates():
     assert model.prune_intermediate_layers([1]) == [1]
     model.reset_classifier(0)
     x = torch.randn(1, 3, 32, 32)
-    assert model(x).shape == (1, 24) and len(model.forward_intermediates(x, intermediates_only=True)) == 2
+    maps = model.forward_intermediates(x, intermediates_only=True)
+    assert len(maps) == 2 and torch.equal(model(x), maps[1])
 
 
 def test_timm_entry_points(tmp_path):
@@ -239,6 +240,12 @@ def test_features():
     assert normed.mean(-1).abs().max() < 1e-4  # weight 1, bias 0
     with pytest.raises(ValueError, match="output_fmt .* got 'NLC'"):
         model.forward_intermediates(x, output_fmt="NLC")
+    for call in (model.forward_intermediates, lambda _x, i: model.prune_intermediate_layers(i)):
+        for indices in (0, 5, [4], [-5], []):
+            with pytest.raises(
+                ValueError, match=rf"indices must choose some of 4 stages, got {re.escape(repr(indices))}"
+            ):
+                call(x, indices)
 
 
 @pytest.mark.parametrize("kind, paper", [("tiny", 4.5e9), ("small", 7.0e9), ("base", 14e9)])

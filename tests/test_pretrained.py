@@ -72,7 +72,8 @@ def test_pretrained(hub, released):
 
 def test_pretrained_with_other_heads_and_channels(hub, released):
     expected = convert_released_state_dict(released)
-    model = timm.create_model("groupmamba_tiny", pretrained=True, num_classes=5, in_chans=1)
+    with pytest.warns(UserWarning, match="1000 in place of 5"):
+        model = timm.create_model("groupmamba_tiny", pretrained=True, num_classes=5, in_chans=1)
     assert model.head.weight.shape == model.dist_head.weight.shape == (5, 448)
     gray = expected["stem.conv.0.weight"].sum(1, keepdim=True)
     assert torch.allclose(model.stem.conv[0].weight, gray, atol=1e-6)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""grouped_selective_scan on sm_90 and newer where blocks share planes: at batch 1 or 2 they do, given several slabs,
+"""grouped_selective_scan on sm_90 where blocks share planes: at batch 1 or 2 they do, given several slabs,
 and where the groups of a token interleave and have 16 channels.
 
 Slabs of a plane along rows and columns, forward / backward, stand behind the shapes; a segment has 32.

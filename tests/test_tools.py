@@ -137,7 +137,8 @@ def test_dynamic_quantization():
     assert not torch.equal(y, expected) and relative_error(y, expected) < 0.2
 
 
-def test_offloading(device):
+def test_offloading(monkeypatch, device):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     accelerate = pytest.importorskip("accelerate", reason="needs the extra 'tools'")
     net = filled()
     x = torch.randn(1, 3, 64, 64)

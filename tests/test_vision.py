@@ -7,8 +7,13 @@ import torch
 for _module in ("timm", "torchvision", "segmentation_models_pytorch"):
     pytest.importorskip(_module, reason="needs the extra 'vision'")
 
+import segmentation_models_pytorch  # noqa: E402
+import timm  # noqa: E402
+from timm.models import adapt_input_conv  # noqa: E402
+
 from groupmamba import vision  # noqa: E402
 from groupmamba.models import groupmamba_tiny  # noqa: E402
+from model_tools import SMALL, small  # noqa: E402
 
 
 def _sizes(device):
@@ -66,6 +71,85 @@ def test_backbone_weights(tmp_path):
     segmenter = vision.upernet(weights=path, decoder_channels=16)
     assert torch.equal(detector.backbone.body.model.stages[2].blocks[4].mlp.fc1.weight, expected)
     assert torch.equal(segmenter.encoder.model.model.stages[2].blocks[4].mlp.fc1.weight, expected)
+
+
+@pytest.mark.parametrize("options", [{"variant": "paper"}, {"variant": "fused", "scan": "cross"}, {"d_state": 2}])
+def test_options_of_the_backbone(options):
+    options = {**SMALL, **options}
+    expected = timm.create_model("groupmamba_tiny", features_only=True, **options).state_dict().keys()
+    detector = vision.mask_rcnn(num_classes=3, backbone_options=options)
+    segmenter = vision.upernet(num_classes=3, decoder_channels=16, backbone_options=options)
+    for body in (
+        detector.backbone.body,
+        segmenter.encoder.model,
+        vision.PyramidBackbone("groupmamba_tiny", **options).body,
+    ):
+        assert body.state_dict().keys() == expected
+    x = torch.randn(2, 3, 64, 64)
+    segmenter.train()(x).square().sum().backward()
+    _all_have_gradients(segmenter)
+
+
+@pytest.fixture(scope="module")
+def quick_weights(tmp_path_factory):
+    torch.manual_seed(3)
+    state = {k: torch.rand_like(v) / 8 if v.is_floating_point() else v for k, v in small().state_dict().items()}
+    path = tmp_path_factory.mktemp("weights") / "quick.pth"
+    torch.save(state, path)
+    return path, state
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("depth", [3, 4, 5])
+def test_upernet_weights_fit_any_channels_and_depth(quick_weights, tmp_path, channels, depth):
+    path, state = quick_weights
+    options = {"in_channels": channels, "encoder_depth": depth, "decoder_channels": 16, "num_classes": 2}
+    model = vision.upernet(weights=path, backbone_options=SMALL, **options)
+    body = model.encoder.model.model
+    assert len(body.stages) == depth - 1
+    expected = {**state, "stem.conv.0.weight": adapt_input_conv(channels, state["stem.conv.0.weight"])}
+    assert all(torch.equal(value, expected[name]) for name, value in body.state_dict().items())
+    x = torch.randn(2, channels, 64, 64)
+    model.train()(x).square().sum().backward()
+    _all_have_gradients(model)
+    model.eval().save_pretrained(tmp_path)  # needs no other file to load again
+    assert "quick.pth" not in (tmp_path / "config.json").read_text()
+    again = segmentation_models_pytorch.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2, 6])
+def test_upernet_depths(depth):
+    with pytest.raises(ValueError, match=f"encoder_depth must be 3, 4 or 5, got {depth}"):
+        vision.upernet(encoder_depth=depth, backbone_options=SMALL)
+
+
+def test_other_segmenters_of_the_library(quick_weights):
+    smp = segmentation_models_pytorch
+    for depth in (2, 3, 4, 5):
+        options = {"encoder_depth": depth, "decoder_channels": (16,) * depth}
+        model = smp.Unet("tu-groupmamba_tiny", encoder_weights=None, **options, **SMALL)
+        model.train()(torch.randn(2, 3, 64, 64)).sum().backward()
+        _all_have_gradients(model)
+    with pytest.raises(ValueError, match="output_stride must be 32, .* got 8"):
+        smp.DeepLabV3("tu-groupmamba_tiny", encoder_weights=None)
+    with pytest.raises(ValueError, match=r"out_indices must .* got \(\)"):
+        smp.Unet("tu-groupmamba_tiny", encoder_weights=None, encoder_depth=1, decoder_channels=(16,))
+
+
+def test_backbones_out_of_whole_models(quick_weights, tmp_path):
+    """A detector's or segmenter's file fills a backbone, and a warning says what of it is left out."""
+    weights, state = quick_weights
+    for model, left_out in (
+        (vision.mask_rcnn(weights=weights, backbone_options=SMALL, num_classes=3), "backbone.fpn., rpn., roi_heads."),
+        (vision.upernet(weights=weights, backbone_options=SMALL, decoder_channels=16), "decoder., segmentation_head."),
+    ):
+        torch.save({"model": model.state_dict()}, tmp_path / "whole.pth")
+        with pytest.warns(UserWarning, match=f"Only the backbone of the checkpoint is loaded, without {left_out}"):
+            backbone = timm.create_model("groupmamba_tiny", features_only=True, weights=tmp_path / "whole.pth", **SMALL)
+        assert all(torch.equal(value, state[name]) for name, value in backbone.model.state_dict().items())
+        with pytest.raises(RuntimeError, match="Missing keys: class_block"), pytest.warns(UserWarning):
+            timm.create_model("groupmamba_tiny", weights=tmp_path / "whole.pth", **SMALL)
 
 
 @pytest.mark.parametrize("build", [vision.mask_rcnn, vision.upernet])

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Backward of the grouped selective scan for sm_90 and newer, 16-bit storage, one state: the maths of
+// Backward of the grouped selective scan for sm_90, 16-bit storage, one state: the maths of
 // grouped_scan_bwd.cu with slabs moved by the tensor copy engine, from the last slab of the path to the first. A block
 // holds one slab (96 or 128 threads x 7 tokens x 4 channels) of u, z and dy in each of two stages; du overwrites u and
 // dz overwrites z in shared memory and leave from there. Steps and their gradients are in units of ln 2.
@@ -49,7 +49,7 @@ template <class T, class Block>
 __global__ void __launch_bounds__(Block::kThreads, kResident)
     grouped_scan_bwd_sm90_kernel(const __grid_constant__ ScanBwdSm90Args args) {
     let_next_come();
-#if __CUDA_ARCH__ >= 900
+#if __CUDA_ARCH__ == 900
     constexpr int kTokens = kFwdTokens;
     extern __shared__ __align__(128) unsigned char shared[];
     const ScanShape& s = args.scan.shape;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward of the grouped selective scan for sm_90 and newer, 16-bit storage, one state: the maths of
+// Forward of the grouped selective scan for sm_90, 16-bit storage, one state: the maths of
 // grouped_scan_fwd.cu with slabs moved by the tensor copy engine. A block's slab is 96, 128 or 256 threads x 7 tokens x
 // 4 channels; 4 or 2 blocks an SM, so that others compute while one waits at a barrier. The result overwrites z in
 // shared memory and leaves from there: u, free after the first half of a step, is then loaded one and a half steps
@@ -34,7 +34,7 @@ template <class T, class Block>
 __global__ void __launch_bounds__(Block::kThreads, kResident<Block>)
     grouped_scan_fwd_sm90_kernel(const __grid_constant__ ScanFwdSm90Args args) {
     let_next_come();
-#if __CUDA_ARCH__ >= 900
+#if __CUDA_ARCH__ == 900
     constexpr int kTokens = kFwdTokens;
     extern __shared__ __align__(128) unsigned char shared[];
     const ScanShape& s = args.scan.shape;

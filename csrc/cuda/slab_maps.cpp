@@ -44,7 +44,7 @@ bool takes_grouped_scan_sm90(const ScanShape& s, bool has_z, bool has_norm, DTyp
     const bool shape = dtype != DType::kFloat && s.states == 1 && s.rank > 0 && s.softplus && s.lanes >= 4 &&
                        s.rank + 2 <= sm90_features(s.lanes) && s.param_dim == s.dim && has_z && has_norm;
     if (!shape || !has_tensor_maps()) return false;
-    return capability_of_device() >= 90 && grouped_scan_sm90_built();
+    return capability_of_device() == 90 && grouped_scan_sm90_built();
 }
 
 bool prepare_grouped_scan_fwd_sm90(DType dtype, ScanFwdSm90Args& args) {

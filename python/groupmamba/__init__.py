@@ -2,6 +2,15 @@
 """GroupMamba: the modulated group Mamba layer and its parts. Needs torch alone; extras are named where needed."""
 
 from groupmamba.checkpoints import convert_released_state_dict
-from groupmamba.layers import ChannelAffinity, GroupedMamba2d, VSSSBlock, why_not_fused
+from groupmamba.layers import ChannelAffinity, GroupedMamba2d, VSSSBlock, no_weight_decay, why_not_fused
+from groupmamba.training.distillation import DistillationLoss
 
-__all__ = ["ChannelAffinity", "GroupedMamba2d", "VSSSBlock", "convert_released_state_dict", "why_not_fused"]
+__all__ = [
+    "ChannelAffinity",
+    "DistillationLoss",
+    "GroupedMamba2d",
+    "VSSSBlock",
+    "convert_released_state_dict",
+    "no_weight_decay",
+    "why_not_fused",
+]

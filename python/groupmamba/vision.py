@@ -23,6 +23,7 @@ except ImportError as error:
     raise ImportError(f"groupmamba.vision needs {error.name}: pip install 'groupmamba[vision]'") from error
 
 import groupmamba.models as models
+from groupmamba.models.pretrained import weights_file
 
 if TYPE_CHECKING:
     from segmentation_models_pytorch.base import SegmentationModel
@@ -102,30 +103,29 @@ def upernet(
         num_classes: classes of a pixel.
         pretrained, weights, backbone_options: as for :func:`mask_rcnn`.
         decoder_channels: of the decoder, 512 as in the paper's comparison.
-        options: of :class:`segmentation_models_pytorch.UPerNet`.
+        options: of :class:`segmentation_models_pytorch.UPerNet`: ``in_channels``, ``encoder_depth`` (3 to 5), ...
 
     Returns:
-        The library's model: (batch, 3, H, W) to logits (batch, num_classes, H, W).
+        The library's model: (batch, in_channels, H, W) to logits (batch, num_classes, H, W).
 
     Raises:
-        ValueError: an unknown ``model``.
+        ValueError: an unknown ``model``, an ``encoder_depth`` that the decoder does not take.
     """
+    encoder_options = dict(backbone_options or {})
+    if weights is not None:  # by timm's name for it, since `weights` is an argument of the library's too
+        overlay = encoder_options.get("pretrained_cfg_overlay") or {}
+        encoder_options["pretrained_cfg_overlay"] = {**overlay, "file": weights_file(weights)}
+    if not 3 <= options.get("encoder_depth", 5) <= 5:  # the decoder begins at stride 4, and needs two maps
+        raise ValueError(f"encoder_depth must be 3, 4 or 5, got {options['encoder_depth']!r}")
     net = smp.UPerNet(
         f"tu-{_known(model)}",
-        encoder_weights=None,
+        encoder_weights=True if pretrained or weights is not None else None,
         decoder_channels=decoder_channels,
         classes=num_classes,
         **options,
-        **(backbone_options or {}),
+        **encoder_options,
     )
-    if pretrained or weights is not None:
-        source = timm.create_model(
-            model,
-            features_only=True,
-            out_indices=tuple(range(4)),
-            pretrained=pretrained,
-            weights=weights,
-            **(backbone_options or {}),
-        )
-        net.encoder.model.load_state_dict(source.state_dict())
+    # What save_pretrained keeps of these arguments: the weights that it writes are the ones to load.
+    net.config["encoder_weights"] = None
+    net.config.pop("pretrained_cfg_overlay", None)
     return net

@@ -5,5 +5,6 @@ from groupmamba.layers.channel_affinity import ChannelAffinity
 from groupmamba.layers.grouped_mamba import GroupedMamba2d
 from groupmamba.layers.plain import why_not_fused
 from groupmamba.layers.vsss import VSSSBlock
+from groupmamba.layers.weight_decay import no_weight_decay
 
-__all__ = ["ChannelAffinity", "GroupedMamba2d", "VSSSBlock", "why_not_fused"]
+__all__ = ["ChannelAffinity", "GroupedMamba2d", "VSSSBlock", "no_weight_decay", "why_not_fused"]

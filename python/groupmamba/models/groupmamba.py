@@ -3,24 +3,31 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from timm.models import register_model
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from torch.fx import Proxy
 
+from groupmamba.layers import GroupedMamba2d
 from groupmamba.layers._checks import positive_int
+from groupmamba.layers.plain import Plain, why_called
 from groupmamba.layers.token_norm import TokenNorm
+from groupmamba.layers.weight_decay import no_weight_decay
 from groupmamba.models.blocks import BLOCK_EPS, ClassBlock, Stage, Stem
-from groupmamba.models.pretrained import build, default_cfgs  # noqa: F401  timm's registry looks for default_cfgs here
+from groupmamba.models.build import build, chosen_stages
+from groupmamba.models.hub import HubModel
+from groupmamba.models.pretrained import SIZES, default_cfgs  # noqa: F401  timm's registry looks for default_cfgs here
+
+_MAP = Plain(nn.Identity)
 
 
 class GroupMamba(
     nn.Module,
-    PyTorchModelHubMixin,
+    HubModel,
     library_name="groupmamba",
     paper_url="https://arxiv.org/abs/2407.13772",
     pipeline_tag="image-classification",
@@ -31,7 +38,8 @@ class GroupMamba(
     Args:
         in_chans: channels of the image.
         num_classes: outputs of the head; 0 for none.
-        global_pool: ``"avg"``, or ``""`` for the map of the last stage in place of pooled features (no head then).
+        global_pool: ``"avg"``, or ``""`` for the map of the last stage in place of pooled features. Class block, last
+            norm and heads are not there then, and ``num_classes`` becomes 0.
         stem_dim, dims, depths, mlp_ratios: sizes, one of each a stage.
         variant, scan, affinity, d_state, directions: of every :class:`~groupmamba.GroupedMamba2d`. With
             ``variant="paper"`` stem and blocks are the paper's too, see :mod:`groupmamba.models.blocks`.
@@ -49,7 +57,10 @@ class GroupMamba(
     State: weights of the authors' code become this model's by :func:`groupmamba.convert_released_state_dict`.
 
     ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` are those of the Hugging Face hub (safetensors and the
-    arguments above as config.json).
+    arguments above as config.json, in which timm finds what it needs too).
+
+    The maps of the stages pass ``stage_maps``, modules that do nothing, for hooks and for timm's feature extractors;
+    calls that nobody can see are left out.
 
     Raises:
         ValueError: sizes that are not one a stage, an unknown ``global_pool``, or what the layer refuses.
@@ -80,6 +91,8 @@ class GroupMamba(
         for name, sizes in (("depths", depths), ("mlp_ratios", mlp_ratios)):
             if len(sizes) != len(dims):
                 raise ValueError(f"{name} must have one entry a stage ({len(dims)}), got {tuple(sizes)}")
+        for depth in depths:
+            positive_int("depths", depth)
         options = {
             "variant": variant,
             "scan": scan,
@@ -88,44 +101,59 @@ class GroupMamba(
             "directions": directions,
         }
         self.in_chans = in_chans
-        self.num_classes = _class_count(num_classes)
         self.num_features = self.head_hidden_size = dims[-1]
         self.distillation = distillation
         self.distilled_training = False
         self.grad_checkpointing = False
 
         self.stem = Stem(in_chans, stem_dim, dims[0], paper=variant == "paper")
-        rates = torch.linspace(0, drop_path_rate, sum(depths)).split(list(depths))
+        blocks = sum(depths)
+        rates = [drop_path_rate * i / max(blocks - 1, 1) for i in range(blocks)]
+        ends = list(itertools.accumulate(depths, initial=0))
         self.stages = nn.ModuleList(
-            Stage(dims[max(i - 1, 0)], dim, depths[i], mlp_ratios[i], rates[i].tolist(), i > 0, **options)
+            Stage(dims[max(i - 1, 0)], dim, depths[i], mlp_ratios[i], rates[ends[i] : ends[i + 1]], i > 0, **options)
             for i, dim in enumerate(dims)
         )
         # Behind all stages but the last, and in front of the next one's downsampling.
         self.stage_norms = nn.ModuleList(TokenNorm(dim, eps=BLOCK_EPS) for dim in dims[:-1])
-        self.class_block = ClassBlock(dims[-1], mlp_ratios[-1], **options)
-        self.norm = nn.LayerNorm(dims[-1], eps=BLOCK_EPS)
+        self.stage_maps = nn.ModuleList(nn.Identity() for _ in dims)
+        self.class_block = self.norm = nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
         self.feature_info = [
-            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
+            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stage_maps.{i}"} for i, dim in enumerate(dims)
         ]
-        self._set_pool(global_pool)
-        self._set_heads()
-        self.init_weights()
+        self._class_options = {"mlp_ratio": mlp_ratios[-1], **options}
+        self._set_outputs(_class_count(num_classes), _pool(global_pool))
+        self.apply(_init_weights)
 
-    def _set_pool(self, global_pool: str) -> None:
-        if global_pool not in ("avg", ""):
-            raise ValueError(f"global_pool must be 'avg' or '', got {global_pool!r}")
-        self.global_pool = global_pool
+    def _set_outputs(self, num_classes: int, global_pool: str) -> list[nn.Module]:
+        """What stands behind the last stage: a class block and norm where there is none yet, and new heads; or nothing.
 
-    def _set_heads(self) -> None:
+        Returns the new modules.
+        """
+        pools = global_pool == "avg"
+        self.global_pool, self.num_classes = global_pool, num_classes if pools else 0
+        new: list[nn.Module] = []
+        if not pools:
+            self.class_block = self.norm = nn.Identity()
+        elif isinstance(self.class_block, nn.Identity):
+            self.class_block = ClassBlock(self.num_features, **self._class_options)
+            self.norm = nn.LayerNorm(self.num_features, eps=BLOCK_EPS)
+            new += [self.class_block, self.norm]
+
         def head() -> nn.Module:
             return nn.Linear(self.num_features, self.num_classes) if self.num_classes > 0 else nn.Identity()
 
         self.head = head()
         self.dist_head = head() if self.distillation else None
+        return [*new, self.head, *([self.dist_head] if self.distillation else [])]
 
     def init_weights(self) -> None:
-        """The released initialisation of products and convolutions; the layers have their own."""
+        """The released initialisation of everything; also gives a model made on the meta device its values after
+        ``to_empty``."""
+        for module in self.modules():
+            if isinstance(module, (GroupedMamba2d, nn.LayerNorm, nn.BatchNorm2d)):
+                module.reset_parameters()
         self.apply(_init_weights)
 
     def no_weight_decay(self) -> set[str]:
@@ -133,12 +161,7 @@ class GroupMamba(
 
         The latter have two dimensions, so that the usual rule (vectors are not decayed) does not find them.
         """
-        return {
-            name
-            for name, p in self.named_parameters()
-            if getattr(p, "_no_weight_decay", False)
-            or name.endswith(("_bias", "norm_weight", "norm1_weight", "norm2_weight"))
-        }
+        return no_weight_decay(self)
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Groups of parameters for layer-wise learning rates: the stem, each block, the heads.
@@ -156,6 +179,7 @@ class GroupMamba(
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass in place of keeping what it computed."""
+        self.grad_checkpointing = enable
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
@@ -173,17 +197,27 @@ class GroupMamba(
         return self.head if self.dist_head is None else (self.head, self.dist_head)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """New heads for ``num_classes`` (0 for none), and another ``global_pool`` if given."""
-        self.num_classes = _class_count(num_classes)
-        if global_pool is not None:
-            self._set_pool(global_pool)
-        # What save_pretrained writes to config.json.
-        self._hub_mixin_config.update(num_classes=self.num_classes, global_pool=self.global_pool)
+        """New heads for ``num_classes`` (0 for none), and another ``global_pool`` if given.
+
+        ``global_pool=""`` takes class block and norm away; ``"avg"`` after that makes new ones.
+
+        Raises:
+            ValueError: a negative ``num_classes``, an unknown ``global_pool``, or classes without pooling.
+        """
+        num_classes = _class_count(num_classes)
+        global_pool = self.global_pool if global_pool is None else _pool(global_pool)
+        if num_classes > 0 and global_pool == "":
+            raise ValueError(f"num_classes must be 0 with global_pool='', which has no heads, got {num_classes}")
         like = self.stem.proj.weight
-        self._set_heads()
-        for head in (self.head, self.dist_head):
-            if head is not None:
-                head.apply(_init_weights).to(like.device, like.dtype)
+        with torch.device(like.device):
+            new = self._set_outputs(num_classes, global_pool)
+        for module in new:
+            module.apply(_init_weights).to(like.dtype).train(self.training)
+        self._note_outputs()
+
+    def _note_outputs(self) -> None:
+        """What save_pretrained writes to config.json."""
+        self.init_arguments.update(num_classes=self.num_classes, global_pool=self.global_pool)
 
     def forward_intermediates(
         self,
@@ -208,21 +242,21 @@ class GroupMamba(
             The maps, or the final map and the maps.
 
         Raises:
-            ValueError: an unknown ``output_fmt``.
+            ValueError: an unknown ``output_fmt``, or ``indices`` of stages that aren't there.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
-        take, last = feature_take_indices(len(self.stages), indices)
+        take = chosen_stages("indices", indices, len(self.stages))
+        last = max(take)
 
         def out(t: Tensor) -> Tensor:
             return t.permute(0, 3, 1, 2) if output_fmt == "NCHW" else t
 
         intermediates = []
+        watched = self._maps_are_watched(x)
         x = self.stem(x)
         for i, stage in enumerate(self.stages):
-            x = stage(x)
-            if i < len(self.stage_norms):
-                x = self.stage_norms[i](x)
+            x = self._map(i, stage(x), watched)
             if i in take:
                 intermediates.append(out(x))
             if stop_early and i == last:
@@ -232,27 +266,42 @@ class GroupMamba(
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what the chosen intermediates do not need; returns their indices."""
-        take, last = feature_take_indices(len(self.stages), indices)
+        """Drop what the chosen intermediates do not need; returns their indices.
+
+        Without the head, or the last stage, ``global_pool`` is ``""`` from then on: the model's own output is the last
+        map that is left.
+        """
+        take = chosen_stages("indices", indices, len(self.stages))
+        last = max(take)
         shorter = last + 1 < len(self.stages)
         self.stages = self.stages[: last + 1]
         self.stage_norms = self.stage_norms[: last + 1]
-        if prune_norm or shorter:
-            self.norm = nn.Identity()
+        self.stage_maps = self.stage_maps[: last + 1]
+        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
         if prune_head or shorter:
-            self.class_block = nn.Identity()
-            self.num_classes = 0
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-            self._set_heads()
-        return take
+            self._set_outputs(0, "")
+            self._note_outputs()
+        elif prune_norm:
+            self.norm = nn.Identity()
+        return list(take)
+
+    def _maps_are_watched(self, x: Tensor) -> bool:
+        """True where a call of ``stage_maps`` can be seen: by a hook, or by torch.fx while it traces."""
+        maps = self.stage_maps._modules
+        return isinstance(x, Proxy) or why_called(maps, [(name, _MAP) for name in maps]) is not None
+
+    def _map(self, i: int, x: Tensor, watched: bool) -> Tensor:
+        """The output of stage i, normed but for the last stage's; in and out (batch, H, W, C)."""
+        if i < len(self.stage_norms):
+            x = self.stage_norms[i](x)
+        return self.stage_maps[i](x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if watched else x
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(batch, in_chans, H, W) to the last map, (batch, C, H / 32, W / 32)."""
+        watched = self._maps_are_watched(x)
         x = self.stem(x)
         for i, stage in enumerate(self.stages):
-            x = stage(x)
-            if i < len(self.stage_norms):
-                x = self.stage_norms[i](x)
+            x = self._map(i, stage(x), watched)
         return x.permute(0, 3, 1, 2)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
@@ -279,9 +328,18 @@ def _class_count(value: int) -> int:
     return value
 
 
+def _pool(value: str) -> str:
+    if value not in ("avg", ""):
+        raise ValueError(
+            f"global_pool must be 'avg' or '', got {value!r}: the class block is made for the mean of the last map"
+        )
+    return value
+
+
 def _init_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        # The authors' code cuts the distribution at +-2, a hundred deviations.
+        nn.init.normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Conv2d):
@@ -291,15 +349,8 @@ def _init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-SIZES = {
-    "groupmamba_tiny": {"stem_dim": 32, "dims": (64, 128, 348, 448), "depths": (3, 4, 9, 3)},
-    "groupmamba_small": {"stem_dim": 64, "dims": (64, 128, 348, 512), "depths": (3, 4, 16, 3)},
-    "groupmamba_base": {"stem_dim": 64, "dims": (96, 192, 424, 512), "depths": (3, 6, 21, 3)},
-}
-
-
 def _create(name: str, pretrained: bool, **kwargs) -> GroupMamba:
-    return build(GroupMamba, name, pretrained, **SIZES[name], **kwargs)
+    return build(GroupMamba, name, pretrained, **{**SIZES[name], **kwargs})
 
 
 @register_model
@@ -309,12 +360,17 @@ def groupmamba_tiny(pretrained: bool = False, **kwargs) -> GroupMamba:
     Args:
         pretrained: load the authors' ImageNet weights from the Hugging Face hub.
         kwargs: ``weights``, the path of a checkpoint to load instead, of this project or of the authors' code (in a
-            training checkpoint the averaged weights are preferred); the others go to :class:`GroupMamba` and to
-            timm's builder: ``features_only``, ``out_indices``, ``pretrained_cfg_overlay``, ...
+            training checkpoint the averaged weights are preferred), or of a folder that ``save_pretrained`` or timm's
+            ``save_for_hf`` wrote; the others go to :class:`GroupMamba` and to timm's builder: ``features_only``,
+            ``out_indices``, ``feature_cls`` (``"getter"``, ``"hook"`` or ``"fx"``), ``pretrained_cfg_overlay``, ...
+
+    Every entry of a checkpoint has to fit, but for heads where ``num_classes`` differs, which are left out with a
+    warning, and the first convolution where ``in_chans`` is not 3, which timm adapts.
 
     Raises:
-        FileNotFoundError: ``weights`` is no file.
+        FileNotFoundError: ``weights`` is no file, and no folder with a checkpoint.
         RuntimeError: the weights can't be had, can't be read safely, or do not fit.
+        ValueError: an option that these models do not have: other ``global_pool``, ``output_stride``, ``img_size``.
     """
     return _create("groupmamba_tiny", pretrained, **kwargs)
 

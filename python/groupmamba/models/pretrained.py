@@ -1,24 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the models' weights come from, and how timm builds and fills them."""
+"""The models' sizes, where their weights come from, and how a checkpoint is read."""
 
 from __future__ import annotations
 
+import argparse
 import os
-import pickle
 from collections import OrderedDict
-from collections.abc import Callable
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs
-from torch import Tensor, nn
+from timm.models import PretrainedCfg, generate_default_cfgs, load_state_dict_from_hf
 
-from groupmamba.checkpoints import convert_released_state_dict, is_released_state_dict, unwrap_checkpoint
+SIZES = {
+    "groupmamba_tiny": {"stem_dim": 32, "dims": (64, 128, 348, 448), "depths": (3, 4, 9, 3)},
+    "groupmamba_small": {"stem_dim": 64, "dims": (64, 128, 348, 512), "depths": (3, 4, 16, 3)},
+    "groupmamba_base": {"stem_dim": 64, "dims": (96, 192, 424, 512), "depths": (3, 6, 21, 3)},
+}
 
-# Training checkpoints of the authors' code hold their configuration; this lets torch read it, without the package that
-# defines it, as the dictionary that it is. Nothing of the file is executed.
-SAFE_TYPES = [(OrderedDict, "yacs.config.CfgNode")]
+# Training checkpoints of timm and of the authors' code hold their configuration; this lets torch read it, the latter
+# without the package that defines it, as the dictionary that it is. Nothing of the file is executed.
+SAFE_TYPES = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
+
+# What save_pretrained and timm's save_for_hf write, in the order of preference.
+FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth", "pytorch_model.pth")
 
 
 def _cfg(size: str) -> dict:
@@ -27,6 +31,7 @@ def _cfg(size: str) -> dict:
         "hf_hub_filename": f"groupmamba_{size}_ema.pth",  # a dictionary of tensors, read with weights_only=True
         "num_classes": 1000,
         "input_size": (3, 224, 224),
+        "min_input_size": (3, 32, 32),
         "pool_size": (7, 7),
         "crop_pct": 0.875,
         "interpolation": "bicubic",
@@ -44,59 +49,78 @@ def _cfg(size: str) -> dict:
 default_cfgs = generate_default_cfgs({f"groupmamba_{size}.in1k": _cfg(size) for size in ("tiny", "small", "base")})
 
 
-def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
-    """What timm loads: this project's names, from a checkpoint of this project or of the authors' code."""
-    state_dict = unwrap_checkpoint(state_dict)
-    if is_released_state_dict(state_dict):
-        state_dict = convert_released_state_dict(state_dict)
-    if not model.distillation:
-        state_dict = {name: value for name, value in state_dict.items() if not name.startswith("dist_head.")}
-    return state_dict
-
-
-def build(
-    model_class: Callable[..., nn.Module],
-    name: str,
-    pretrained: bool,
-    *,
-    weights: str | os.PathLike | None = None,
-    pretrained_cfg_overlay: dict | None = None,
-    **kwargs,
-) -> nn.Module:
-    """timm's builder with errors that say which file is missing or wrong.
-
-    Args:
-        model_class, name, pretrained, pretrained_cfg_overlay, kwargs: as for :func:`timm.models.build_model_with_cfg`.
-        weights: path of a checkpoint to load.
+def weights_file(path: str | os.PathLike) -> str:
+    """The checkpoint at ``path``: the file itself, or that of a folder of ``save_pretrained`` or ``save_for_hf``.
 
     Raises:
-        FileNotFoundError: ``weights`` is no file.
-        RuntimeError: the weights can't be had, can't be read safely, or do not fit.
+        TypeError: ``path`` is no path.
+        FileNotFoundError: there is no such file, or none in the folder.
     """
-    if weights is not None:
-        weights = os.fspath(weights)
-        if not os.path.isfile(weights):
-            raise FileNotFoundError(f"weights must be the path of a checkpoint, got {weights!r}")
-        pretrained, pretrained_cfg_overlay = True, {**(pretrained_cfg_overlay or {}), "file": weights}
-    arguments = {
-        "pretrained_cfg_overlay": pretrained_cfg_overlay,
-        "pretrained_filter_fn": checkpoint_filter_fn,
-        "feature_cfg": {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **kwargs,
-    }
-    if not pretrained:
-        return build_model_with_cfg(model_class, name, False, **arguments)
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"weights must be a path, got {type(path).__name__}")
+    path = os.fspath(path)
+    if os.path.isfile(path):
+        return path
+    for name in FOLDER_FILES:
+        if os.path.isfile(os.path.join(path, name)):
+            return os.path.join(path, name)
+    names = ", ".join(FOLDER_FILES)
+    raise FileNotFoundError(
+        f"weights must be the path of a checkpoint, or of a folder with one of {names}, got {path!r}"
+    )
+
+
+def read_checkpoint(path: str) -> object:
+    """What the file holds, on the CPU: safetensors by its name, or anything that torch reads without executing it.
+
+    Raises:
+        RuntimeError: the file can't be read so.
+    """
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(path, device="cpu")
+        with torch.serialization.safe_globals(SAFE_TYPES):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what torch raises on bytes that are no checkpoint has any type
+        raise RuntimeError(f"no checkpoint that can be read safely ({type(error).__name__}: {error})") from error
+
+
+def find_checkpoint(cfg: PretrainedCfg, cache_dir: str | os.PathLike | None = None) -> tuple[object, str]:
+    """The checkpoint that timm's configuration names, and in words where it is.
+
+    Raises:
+        RuntimeError: it can't be had, or can't be read safely.
+    """
+    if cfg.source != "hf-hub":
+        if cfg.state_dict:
+            return cfg.state_dict, "the state_dict of pretrained_cfg"
+        if cfg.file:
+            try:
+                path = weights_file(cfg.file)
+                return read_checkpoint(path), f"weights={path!r}"
+            except (FileNotFoundError, RuntimeError) as error:
+                raise RuntimeError(f"weights={cfg.file!r} could not be loaded: {error}") from error
+    if cfg.hf_hub_id:
+        return _from_hub(cfg, cache_dir)
+    if cfg.url:
+        with torch.serialization.safe_globals(SAFE_TYPES):
+            options = {"map_location": "cpu", "weights_only": True, "model_dir": cache_dir, "progress": False}
+            return torch.hub.load_state_dict_from_url(cfg.url, **options), cfg.url
+    raise RuntimeError("pretrained_cfg names no weights (file, state_dict, hf_hub_id or url)")
+
+
+def _from_hub(cfg: PretrainedCfg, cache_dir: str | os.PathLike | None) -> tuple[object, str]:
+    name = cfg.hf_hub_filename
+    where = f"the file {name} of huggingface.co/{cfg.hf_hub_id}" if name else f"huggingface.co/{cfg.hf_hub_id}"
     try:
         with torch.serialization.safe_globals(SAFE_TYPES):
-            return build_model_with_cfg(model_class, name, True, **arguments)
-    except (OSError, HfHubHTTPError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        if weights is not None:
-            raise RuntimeError(f"{name}: weights={weights!r} could not be loaded: {error}") from error
-        if isinstance(error, RuntimeError) and not isinstance(error, HfHubHTTPError):
-            raise
-        cfg = default_cfgs[name].default
+            filename = {"filename": name} if name else {}
+            return load_state_dict_from_hf(cfg.hf_hub_id, cache_dir=cache_dir, **filename), where
+    except Exception as error:  # as in read_checkpoint, and whatever a network does
         raise RuntimeError(
-            f"{name}: the weights could not be loaded ({type(error).__name__}). With pretrained=True they are the file "
-            f"{cfg.hf_hub_filename} of huggingface.co/{cfg.hf_hub_id}; without a network give that file, or another "
-            f"checkpoint of the authors' code or of this project: {name}(weights='path/to/{cfg.hf_hub_filename}')"
+            f"the weights could not be loaded ({type(error).__name__}). With pretrained=True they are {where}; without "
+            f"a network give that file, or another checkpoint of the authors' code or of this project: "
+            f"{cfg.architecture}(weights='path/to/{name or FOLDER_FILES[0]}')"
         ) from error

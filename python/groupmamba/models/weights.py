@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Puts a checkpoint into a model: every entry that the model has, and no other, or an error that names them."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+
+import torch
+from timm.models import adapt_input_conv
+from torch import Tensor, nn
+
+from groupmamba.checkpoints import convert_released_state_dict, is_released_state_dict, unwrap_checkpoint
+from groupmamba.models.pretrained import SIZES
+
+FIRST_CONV = "stem.conv.0.weight"
+HEADS = ("head", "dist_head")
+NAMES_SHOWN = 8
+_BLOCK = re.compile(r"stages\.(\d+)\.blocks\.(\d+)\.norm2\.weight")
+
+
+def load_strictly(model: nn.Module, checkpoint: object) -> None:
+    """Loads ``checkpoint``, of this project or of the authors' code, into a :class:`groupmamba.models.GroupMamba`.
+
+    - The first convolution of a checkpoint for 3 channels is adapted to the model's number of channels by timm.
+    - Heads for another number of classes are left out, with a warning that names the entries.
+    - What the built model leaves away on purpose (heads, class block, stages behind the last one that is needed) may be
+      in the checkpoint and is left out.
+
+    Raises:
+        RuntimeError: the checkpoint is no mapping of names to tensors, or an entry is missing, is none of the model's
+            or has another shape.
+    """
+    try:
+        state = dict(unwrap_checkpoint(checkpoint))
+        if is_released_state_dict(state):
+            state = convert_released_state_dict(state)
+    except (TypeError, ValueError) as error:
+        raise RuntimeError(str(error)) from error
+    expected = model.state_dict()
+    heads = _other_heads(state, expected)
+    dropped = {name: state.pop(name) for name in list(state) if name in expected and name.startswith(heads)}
+    first = state.get(FIRST_CONV)
+    if first is not None and first.dim() == 4 and first.shape[1] == 3:
+        state[FIRST_CONV] = adapt_input_conv(model.in_chans, first)
+    missing = [name for name in expected if name not in state and not name.startswith(heads)]
+    others = [name for name in state if name not in expected]
+    if others:
+        complete = _complete_names(model)
+        others = [name for name in others if name not in complete]
+    wrong = [
+        f"{name} {tuple(state[name].shape)} in place of {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    if missing or others or wrong:
+        problems = (("Missing keys", missing), ("Unexpected keys", others), ("Wrong shapes", wrong))
+        text = "; ".join(f"{title}: {_listed(names)}" for title, names in problems if names)
+        raise RuntimeError(f"it does not fit the model. {_other_sizes(state, expected)}{text}")
+    if dropped:
+        theirs, ours = (len(values[next(iter(dropped))]) for values in (dropped, expected))
+        warnings.warn(
+            f"The checkpoint is for another number of classes ({theirs} in place of {ours}): {', '.join(dropped)} are "
+            f"not loaded and keep their initial values",
+            stacklevel=2,
+        )
+    model.load_state_dict({name: state.get(name, value) for name, value in expected.items()}, strict=True)
+
+
+def _other_heads(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Starts of the names of heads that are for another number of classes."""
+    other = []
+    for head in HEADS:
+        theirs, ours = state.get(f"{head}.weight"), expected.get(f"{head}.weight")
+        if theirs is None or ours is None or theirs.dim() != 2:
+            continue
+        if theirs.shape[1] == ours.shape[1] and theirs.shape[0] != ours.shape[0]:
+            other.append(f"{head}.")
+    return tuple(other)
+
+
+def _complete_names(model: nn.Module) -> set[str]:
+    """The entries of such a model with nothing left away."""
+    whole = {"num_classes": 1, "global_pool": "avg", "distillation": True}
+    with torch.device("meta"):
+        return set(type(model)(**{**model.init_arguments, **whole}).state_dict())
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _sizes(state: Mapping[str, Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(dims, depths) of the stages that ``state`` holds."""
+    dims: dict[int, int] = {}
+    depths: dict[int, int] = {}
+    for name, value in state.items():
+        if match := _BLOCK.fullmatch(name):
+            stage, block = int(match[1]), int(match[2])
+            dims[stage] = value.shape[0] if value.dim() else 0
+            depths[stage] = max(depths.get(stage, 0), block + 1)
+    return tuple(dims[i] for i in sorted(dims)), tuple(depths[i] for i in sorted(depths))
+
+
+def _other_sizes(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """A sentence where the checkpoint is of another size."""
+    theirs, ours = _sizes(state), _sizes(expected)
+    stages = len(ours[0])
+    if not theirs[0] or all(a[:stages] == b for a, b in zip(theirs, ours, strict=True)):
+        return ""
+    known = [name for name, size in SIZES.items() if (size["dims"], size["depths"]) == theirs]
+    is_one = f" ({known[0]})" if known else ""
+    return (
+        f"It is of another size: dims {theirs[0]} and depths {theirs[1]}{is_one} in place of dims {ours[0]} and depths "
+        f"{ours[1]}. "
+    )
