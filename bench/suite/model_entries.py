@@ -65,9 +65,9 @@ def require() -> None:
 
 def ours(label: str, **options) -> nn.Module:
     """One of :data:`OURS` or :data:`VARIED`; ``options`` override the latter's."""
-    from groupmamba.models.groupmamba import SIZES, GroupMamba
+    from groupmamba import models
 
-    return GroupMamba(**SIZES[label.split(",")[0]], **(VARIED.get(label, {}) | options))
+    return getattr(models, label.split(",")[0])(**(VARIED.get(label, {}) | options))
 
 
 def _timm(name: str) -> nn.Module:
