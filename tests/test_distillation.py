@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The distillation loss against its definition, the released formulas, and timm's task."""
 
+import copy
 import math
 
 import pytest
@@ -69,13 +70,17 @@ def test_none_asks_no_teacher():
     assert teacher.calls == []
 
 
-def test_state_is_the_criterions():
+def test_the_teacher_is_no_submodule():
     criterion = nn.BatchNorm1d(3)
-    loss = DistillationLoss(criterion, Teacher())
-    assert set(loss.state_dict()) == {f"base_criterion.{name}" for name in criterion.state_dict()}
-    assert set(nn.ModuleDict({"loss": loss}).state_dict()) == {
-        f"loss.base_criterion.{name}" for name in criterion.state_dict()
-    }
+    loss = DistillationLoss(criterion, Teacher()).train().double()
+    names = {f"base_criterion.{name}" for name in criterion.state_dict()}
+    assert set(loss.state_dict()) == names and set(loss.parameters()) == set(criterion.parameters())
+    assert not loss.teacher.training and loss.teacher.linear.weight.dtype == torch.float64
+    loss.load_state_dict(loss.state_dict())
+    holder = nn.ModuleDict({"loss": loss})
+    holder.load_state_dict(holder.state_dict())
+    assert set(holder.state_dict()) == {f"loss.{name}" for name in names}
+    assert copy.deepcopy(loss).teacher is not loss.teacher
 
 
 def test_equals_timms_task():

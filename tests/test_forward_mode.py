@@ -161,3 +161,28 @@ def test_layer(device, variant, scan):
 def test_model(monkeypatch, device):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     check_module(small(num_classes=3).to(device), image(2, 3, 32, 40, device=device, dtype=torch.float32))
+
+
+def check_gradient_of_a_tangent(module, x):
+    """In float64 against the difference of two gradients of the compiled ops."""
+    dx = image(*x.shape, seed=7)
+    weights = image(*module(x).shape, seed=8)
+
+    def gradient(x):
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad((module(x) * weights).sum(), x)[0]
+
+    step = 1e-6 / dx.abs().max()
+    expected = (gradient(x + step * dx) - gradient(x - step * dx)) / (2 * step)
+    actual = torch.func.grad(lambda x: (jvp(module, (x,), (dx,))[1] * weights).sum())(x)
+    assert (actual - expected).norm() <= 1e-5 * expected.norm() and expected.norm() > 0
+
+
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradient_of_a_layers_tangent(variant, scan):
+    check_gradient_of_a_tangent(make(16, variant=variant, scan=scan).double(), image(1, 16, 3, 4))
+
+
+def test_gradient_of_a_models_tangent():
+    check_gradient_of_a_tangent(small(num_classes=3).double(), image(1, 3, 32, 40))

@@ -341,6 +341,8 @@ def test_compiles_as_one_graph_under_autocast(device, training):
         ({"variant": "new"}, "variant .* got 'new'"),
         ({"num_classes": -1}, "num_classes .* got -1"),
         ({"in_chans": 0}, "in_chans .* got 0"),
+        ({"stem_dim": 0}, "stem_dim .* got 0"),
+        ({"mlp_ratios": (1, 1, 1, float("inf"))}, "mlp_ratios .* got inf"),
         ({"drop_path_rate": 1.5}, "drop_path_rate .* got 1.5"),
         ({"dims": (16, 24, 32, 42)}, "dim must be a multiple of 4, got 42"),
     ],

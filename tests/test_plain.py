@@ -91,10 +91,8 @@ def test_a_hook_changes_the_output(device, name):
     before = net(x)
     handle = block.get_submodule(name).register_forward_hook(lambda module, args, out: torch.zeros_like(out))
     assert (net(x) - before).norm() > 1e-6 * before.norm()
-    owner = {"attn": "", "norm2": "mlp", "mlp": "", "drop_path": ""}.get(name, name.rpartition(".")[0])
-    if name != "norm2":  # the feed-forward network is given it, and asks then
-        path = "stages.1.blocks.0" + ("." + owner if owner else "")
-        assert why_not_fused(net)[path] == f"{name.removeprefix(owner).strip('.')} has hooks"
+    owner, _, own_name = name.rpartition(".")
+    assert why_not_fused(net)["stages.1.blocks.0" + ("." + owner if owner else "")] == f"{own_name} has hooks"
     handle.remove()
     assert why_not_fused(net) == {} and torch.equal(net(x), before)
 
@@ -180,7 +178,9 @@ def test_convolutions_of_another_kind_are_called(device):
         hidden = conv(mlp.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         assert_close(changed(x), mlp.fc2(nn.functional.gelu(hidden)))
         assert why_not_fused(changed)[""].startswith("dwconv.padding")
-    del mlp.dwconv.bias
+    mlp.fc1.register_parameter("scale", nn.Parameter(torch.ones(1, device=device)))
+    assert why_not_fused(mlp)[""] == "fc1 has a parameter scale, with which it was not built"
+    del mlp.fc1.scale, mlp.dwconv.bias
     mlp.dwconv.bias = None
     assert why_not_fused(mlp)[""] == "dwconv.bias is no parameter of its own any more (pruned, parametrized or sharded)"
 
@@ -195,6 +195,64 @@ def test_tensor_subclasses_are_not_read():
     assert why_not_fused(layer) == {"": f"proj.weight is {Marked.__module__}.Marked, a subclass of torch.Tensor"}
     with pytest.raises(TypeError, match="module must be a torch.nn.Module, got int"):
         why_not_fused(3)
+
+
+def test_backward_hooks_of_every_leaf(device):
+    net = model(device, drop_path_rate=0.0).train()
+    x = torch.randn(2, 3, 32, 32, device=device)
+    expected = torch.autograd.grad(net(x).square().sum(), list(net.parameters()))
+    seen = set()
+    for name, module in leaves(net).items():
+        module.register_full_backward_hook(lambda *_, name=name: seen.add(name))
+    net(x).square().sum().backward()
+    assert seen == set(leaves(net))
+    for (name, p), g in zip(net.named_parameters(), expected, strict=True):
+        assert (p.grad - g).norm() <= 1e-3 * max(g.norm().item(), 1e-2), name
+
+
+def change_bias(net):
+    net.stem.conv[0].bias = nn.Parameter(torch.randn(8))
+
+
+CHANGED_STEMS = {
+    "a bias": (change_bias, "conv.0 has a parameter bias, with which it was not built"),
+    "one more": (lambda net: net.stem.conv.append(nn.Tanh()), "conv holds other modules than it was built with"),
+    "between": (lambda net: net.stem.conv.insert(3, nn.Tanh()), "conv holds other modules than it was built with"),
+    "fewer": (
+        lambda net: setattr(net.stem, "conv", net.stem.conv[:6]),
+        "conv holds other modules than it was built with",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED_STEMS)
+def test_changed_stems(device, change):
+    net = model("cpu").eval()
+    x = torch.randn(1, 3, 32, 32)
+    before = net.stem(x)
+    apply, reason = CHANGED_STEMS[change]
+    apply(net)
+    assert why_not_fused(net)["stem"] == reason
+    stem = net.stem
+    expected = stem.norm(stem.proj(stem.conv(x)).permute(0, 2, 3, 1))
+    assert relative_error(before, expected) > 1e-3
+    net.to(device)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            assert_close(net.stem(x.to(device)), expected)
+
+
+def test_changed_core(device):
+    """Directions given anew are heeded by every path."""
+    layer = make(16).to(device)
+    x = torch.randn(1, 16, 5, 6, device=device)
+    layer.mamba.directions = ("lr",) * 4
+    truth = make(16, directions=("lr",) * 4).to(device)
+    assert "mamba.directions is ('lr', 'lr', 'lr', 'lr')" in why_not_fused(layer)[""]
+    assert_close(layer(x), truth(x))
+    layer = make(16)
+    layer.skip_scale = nn.Parameter(layer.skip_scale.detach().as_subclass(Marked))
+    assert why_not_fused(layer)[""] == "skip_scale is Marked, a subclass of torch.Tensor"
 
 
 def test_pruning(device):
@@ -312,6 +370,33 @@ def test_parameters_of_another_dtype(device):
         assert layer(x).dtype == torch.bfloat16
     watch(layer)
     assert layer(x).dtype == torch.bfloat16
+    mlp = ConvFeedForward(16, 32).to(device, torch.bfloat16)
+    mlp.dwconv.float()
+    watch(mlp)
+    assert mlp(x.permute(0, 2, 3, 1)).dtype == torch.bfloat16
+
+
+class Quantized(nn.Module):
+    """A product with its weight in 8 bits and a scale in float32, which takes what comes."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.scale = nn.Parameter(linear.weight.detach().float().abs().amax(1, keepdim=True) / 127)
+        self.register_buffer("weight", (linear.weight.detach() / self.scale).round().to(torch.int8))
+        self.bias = linear.bias
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(x.dtype)
+        return nn.functional.linear(x, (self.weight * self.scale).to(x.dtype), self.bias)
+
+
+def test_quantized_modules_are_given_the_layers_dtype(device):
+    layer = make(16).to(device, torch.bfloat16)
+    for owner, name in ((layer, "proj"), (layer.affinity, "fc1"), (layer.affinity, "fc2")):
+        setattr(owner, name, Quantized(getattr(owner, name)))
+    assert layer(torch.randn(1, 16, 5, 6, device=device, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert layer.proj.seen == layer.affinity.fc1.seen == layer.affinity.fc2.seen == [torch.bfloat16]
 
 
 @pytest.mark.parametrize("shape", [(2, 16, 0, 5), (0, 16, 4, 4), (2, 16, 1, 1)])

@@ -165,7 +165,8 @@ def test_another_size_is_named(tmp_path):
 PREFIXES = (
     *("model.", "backbone.", "module.", "_orig_mod.", "encoder."),
     *("module.model.", "_orig_mod.module.", "module._orig_mod.", "model.backbone._orig_mod."),
-    *("backbone.body.model.", "encoder.model.model."),
+    *("backbone.body.model.", "encoder.model.model.", "_forward_module.", "ema_model.", "student.module."),
+    *("module._fsdp_wrapped_module.", "_fsdp_wrapped_module.module.", "model._checkpoint_wrapped_module."),
 )
 
 
@@ -176,6 +177,18 @@ def test_prefixes(state, tmp_path, prefix, outer):
     if outer is not None:
         content = {outer: content, "epoch": 3, "optimizer": {"state": {}}, "args": {"lr": 0.1}}
     agree(tiny(num_classes=10, weights=saved(content, tmp_path)), state)
+
+
+def test_dtypes_of_another_kind_are_named(state, tmp_path):
+    content = {**state, "head.weight": (100 * state["head.weight"]).to(torch.int8)}
+    with pytest.raises(RuntimeError, match="Wrong dtypes: head.weight torch.int8 in place of torch.float32"):
+        tiny(num_classes=10, weights=saved(content, tmp_path))
+
+
+def test_an_address_without_an_answer():
+    overlay = {"hf_hub_id": None, "url": "http://127.0.0.1:9/none.pth"}
+    with pytest.raises(RuntimeError, match="the weights of http://127.0.0.1:9/none.pth could not be loaded"):
+        timm.create_model("groupmamba_tiny", pretrained=True, pretrained_cfg_overlay=overlay)
 
 
 class _Around(nn.Module):

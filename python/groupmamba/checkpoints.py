@@ -55,7 +55,9 @@ _GROUP_NUMBERS = tuple(str(group) for group in range(1, GROUPS + 1))
 _WEIGHTS_KEYS = ("model_ema", "state_dict_ema", "model", "state_dict", "module")
 # What wrappers put in front of a model's names: of parallel training, averages, compilation; of trainers; of detectors
 # and segmenters around a backbone, timm's feature extractors among them.
-_WRAPPERS = re.compile(r"(?:(?:module|_orig_mod|model|backbone|encoder|body|graph_module)\.)*")
+_WRAPPERS = re.compile(
+    r"(?:(?:module|_orig_mod|_forward_module|model|ema_model|student|backbone|encoder|body|graph_module)\.)*"
+)
 # Wrappers of single modules, anywhere in a name.
 _INNER_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # What stands beside a backbone in the models of groupmamba.vision.
@@ -96,7 +98,13 @@ def unwrap_checkpoint(checkpoint: Mapping) -> dict[str, Tensor]:
         if not isinstance(name, str) or not isinstance(value, Tensor):
             what = f"{type(value).__name__} at {name!r}"
             raise TypeError(f"checkpoint must be a mapping of names to tensors, got {what}")
-    names = [name for name, value in checkpoint.items() if not (_is_counter(name) and value.numel() == 1)]
+    tensors: dict[str, Tensor] = {}
+    for name, value in checkpoint.items():
+        new = _INNER_WRAPPERS.sub("", name)
+        if new in tensors:
+            raise ValueError(f"checkpoint[{name!r}] and another entry both become {new!r}")
+        tensors[new] = value
+    names = [name for name, value in tensors.items() if not (_is_counter(name) and value.numel() == 1)]
     prefix = _model_prefix(names)
     beside = _beside_backbone(names, prefix)
     if beside:
@@ -105,10 +113,10 @@ def unwrap_checkpoint(checkpoint: Mapping) -> dict[str, Tensor]:
     for name in names:
         if name.startswith(beside):
             continue
-        new = _INNER_WRAPPERS.sub("", name.removeprefix(prefix))
+        new = name.removeprefix(prefix)
         if new in out:
             raise ValueError(f"checkpoint[{name!r}] and another entry both become {new!r}")
-        out[new] = checkpoint[name]
+        out[new] = tensors[name]
     return out
 
 

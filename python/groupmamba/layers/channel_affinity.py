@@ -86,10 +86,9 @@ class ChannelAffinity(Leaf, nn.Module):
         if isinstance(x, Proxy):
             return fx_call(self, x)
         image_input(x, self.dim, None)
-        if not x.is_floating_point():
-            raise TypeError(f"x must be of a floating-point dtype, got {x.dtype}")
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         pooled = x.sum((-2, -1), dtype=wide) / max(x.shape[-2] * x.shape[-1], 1)
         if self._why_called() is None:
             return self.from_pooled(pooled)
-        return torch.sigmoid(call_on_rows(self.fc2, F.relu(call_on_rows(self.fc1, pooled))).to(wide))
+        hidden = F.relu(call_on_rows(self.fc1, pooled, x.dtype))
+        return torch.sigmoid(call_on_rows(self.fc2, hidden, x.dtype).to(wide))

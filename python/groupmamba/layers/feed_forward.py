@@ -10,7 +10,7 @@ from torch.fx import Proxy
 
 import groupmamba_ext as ext
 from groupmamba.layers._checks import parameter_dtype, positive_int
-from groupmamba.layers.plain import affine, call_on_rows, convolution, layer_norm, linear, why_called
+from groupmamba.layers.plain import affine, call_in_own_dtype, call_on_rows, convolution, layer_norm, linear, why_called
 from groupmamba.layers.stochastic_depth import KeptImages, add
 from groupmamba.layers.token_linear import token_linear
 from groupmamba.layers.token_norm import TokenNorm
@@ -106,7 +106,8 @@ class ConvFeedForward(Leaf, nn.Module):
             y = _linear(hidden, self.fc2)
         else:
             hidden = call_on_rows(self.fc1, y).permute(0, 3, 1, 2)
-            hidden = F.gelu(self.dwconv(hidden)) if hidden.numel() else hidden  # torch convolves no empty image
+            if hidden.numel():  # torch convolves no empty image
+                hidden = F.gelu(call_in_own_dtype(self.dwconv, hidden))
             y = call_on_rows(self.fc2, hidden.permute(0, 2, 3, 1))
         return add(x, y, residual, kept)
 

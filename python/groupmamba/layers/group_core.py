@@ -17,6 +17,7 @@ from groupmamba.layers.token_linear import token_linear
 from groupmamba.layers.tracing import Leaf, fx_call
 from groupmamba_ext._checks import boolean, choice
 from groupmamba_ext.ops import MAX_STATES
+from groupmamba_ext.transforms import layer_norm
 
 SCANS = ("grouped", "cross")
 NORM_EPS = 1e-5
@@ -45,7 +46,8 @@ class GroupCore(Leaf, nn.Module):
     (G, R + 2N, E), ``dt_weight`` (G, E, R), ``dt_bias`` (G, E), ``A_log`` (G, E, N), ``D`` (G, E), ``out_norm_weight``
     and ``out_norm_bias`` (G, E), ``out_proj_weight`` (G, D, E). With ``scan="cross"``, ``x_proj_weight``,
     ``dt_weight``, ``dt_bias``, ``A_log`` and ``D`` have K as a second dimension: (G, K, R + 2N, E) and so on.
-    ``dt_bias``, ``A_log`` and ``D`` carry ``_no_weight_decay = True``.
+    ``dt_bias``, ``A_log`` and ``D`` carry ``_no_weight_decay = True`` for training scripts that look for it, as Mamba's do;
+    :func:`groupmamba.no_weight_decay` goes by names.
 
     Args:
         groups, dim: G and D.
@@ -139,7 +141,9 @@ class GroupCore(Leaf, nn.Module):
 
     def plain(self) -> Plain:
         """What this module is where a layer may read it and not call it."""
-        return Plain(type(self), tuple(name for name, p in self._parameters.items() if p is not None))
+        names = tuple(name for name, p in self._parameters.items() if p is not None)
+        fixed = ("groups", "dim", "inner_dim", "d_state", "d_conv", "dt_rank", "scan", "directions")
+        return Plain(type(self), names, config=tuple((name, getattr(self, name)) for name in fixed))
 
     def core_parameters(self) -> list[Tensor]:
         """All but out_proj, in the order of :func:`groupmamba_ext.layer_ops.grouped_mamba_layer`."""
@@ -197,9 +201,7 @@ class GroupCore(Leaf, nn.Module):
     def _norm_and_gates(self, y: Tensor, z: Tensor, gate: Tensor | None) -> Tensor:
         """What the grouped scan does in its own pass."""
         dtype = y.dtype
-        y = torch.addcmul(
-            self.out_norm_bias, nn.functional.layer_norm(y, y.shape[-1:], eps=NORM_EPS), self.out_norm_weight
-        )
+        y = torch.addcmul(self.out_norm_bias, layer_norm(y, None, None, NORM_EPS), self.out_norm_weight)
         y = y * nn.functional.silu(z)
         return (y if gate is None else y * gate[:, None, None]).to(dtype)
 

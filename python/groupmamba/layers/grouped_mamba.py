@@ -13,7 +13,16 @@ import groupmamba_ext as ext
 from groupmamba.layers._checks import direction_names, image_input, parameter_dtype, positive_int
 from groupmamba.layers.channel_affinity import ChannelAffinity
 from groupmamba.layers.group_core import SCANS, GroupCore
-from groupmamba.layers.plain import Plain, affine, call_on_rows, floating_parameter, layer_norm, linear, why_called
+from groupmamba.layers.plain import (
+    Plain,
+    affine,
+    are_plain,
+    call_on_rows,
+    floating_parameter,
+    layer_norm,
+    linear,
+    why_called,
+)
 from groupmamba.layers.stochastic_depth import KeptImages, add
 from groupmamba.layers.token_linear import token_linear
 from groupmamba.layers.tracing import Leaf, fx_call
@@ -142,7 +151,12 @@ class GroupedMamba2d(Leaf, nn.Module):
 
     def _why_called(self) -> str | None:
         """Why the layer calls its submodules one by one, None where it reads them: :func:`groupmamba.why_not_fused`."""
-        return None if self.variant == "paper" else why_called(self._modules, self._parts)
+        if self.variant == "paper":
+            return None
+        skip_scale = self._parameters.get("skip_scale")
+        if skip_scale is not None and not are_plain(skip_scale):
+            return f"skip_scale is {type(skip_scale).__qualname__}, a subclass of torch.Tensor"
+        return why_called(self._modules, self._parts)
 
     def _reset_own_parameters(self) -> None:
         if self.variant == "paper":
@@ -255,7 +269,9 @@ class GroupedMamba2d(Leaf, nn.Module):
         if self.variant == "fused":
             mixed = self.mamba(groups, None if gate is None else gate.unflatten(-1, (GROUPS, -1))).flatten(-2)
         else:
-            product = self.mamba(groups).flatten(-2) * self.skip_scale * xn
+            # Not in 16 bits, where a product of what the norm brings back to its size may be infinite.
+            wide = torch.promote_types(xn.dtype, torch.float32)
+            product = self.mamba(groups).flatten(-2).to(wide) * self.skip_scale * xn
             if gate is not None:
                 product = product * gate[:, None, None]
             mixed = self.norm(product.to(xn.dtype))

@@ -28,7 +28,7 @@ class Plain(NamedTuple):
     """What a submodule is where a fused path may read it."""
 
     cls: type[nn.Module]  # exactly, no subclass
-    parameters: Sequence[str] = ()  # plain tensors under these names, none missing
+    parameters: Sequence[str] | None = ()  # plain tensors under these names, none missing, no others; None: any
     parts: Sequence[tuple[str, Plain]] = ()  # its own submodules that are read with it
     config: Sequence[tuple[str, object]] = ()  # attributes that the fused path takes for granted
 
@@ -91,44 +91,62 @@ def _first_reason(modules: dict[str, nn.Module | None], parts: Sequence[tuple[st
             or "forward" in own
         ):
             return f"{name} has a forward of its own" if "forward" in own else f"{name} has hooks"
-        held = own["_parameters"]
-        for key in parameters:
-            if type(held.get(key)) not in _PLAIN_TENSORS:
-                return _parameter_reason(name, key, held)
-        for key, value in config:
-            if own[key] != value:
-                return f"{name}.{key} is {own[key]!r}, not {value!r}"
+        if parameters is not None:
+            held, count = own["_parameters"], 0
+            for key, value in held.items():
+                if value is not None:
+                    if type(value) not in _PLAIN_TENSORS or key not in parameters:
+                        return _parameter_reason(name, key, value, parameters)
+                    count += 1
+            if count != len(parameters):
+                return _missing_reason(name, held, parameters)
+        for key, expected in config:
+            if own.get(key) != expected:
+                return f"{name}.{key} is {own.get(key)!r}, not {expected!r}"
         if inner and (reason := _first_reason(own["_modules"], inner)) is not None:
             return f"{name}.{reason}"
     return None
 
 
-def _parameter_reason(name: str, key: str, held: dict[str, Tensor | None]) -> str:
-    if key not in held:
-        return f"{name}.{key} is no parameter of its own any more (pruned, parametrized or sharded)"
-    if held[key] is None:
+def _parameter_reason(name: str, key: str, value: Tensor, parameters: Sequence[str]) -> str:
+    if key not in parameters:
+        return f"{name} has a parameter {key}, with which it was not built"
+    return f"{name}.{key} is {_class_name(type(value))}, a subclass of torch.Tensor"
+
+
+def _missing_reason(name: str, held: dict[str, Tensor | None], parameters: Sequence[str]) -> str:
+    key = next(key for key in parameters if held.get(key) is None)
+    if key in held:
         return f"{name}.{key} is None"
-    return f"{name}.{key} is {_class_name(type(held[key]))}, a subclass of torch.Tensor"
+    return f"{name}.{key} is no parameter of its own any more (pruned, parametrized or sharded)"
 
 
 def _class_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def call_on_rows(layer: nn.Module, x: Tensor) -> Tensor:
+def call_on_rows(layer: nn.Module, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """``layer``, an ``nn.Linear`` or what took its place, on the tokens of (..., C) as rows (tokens, C).
 
     Tools that count operations of an ``nn.Linear`` from its output's shape take the first size for all of them.
-    A layer that holds another floating dtype than ``x`` outside autocast, which the fused ops allow, is called in its
-    own.
+
+    Args:
+        dtype: what a layer that is no ``nn.Linear`` is given outside autocast, the dtype of ``x`` by default.
     """
-    rows = x.flatten(0, -2)
-    weight = floating_parameter(layer)
-    if weight is not None and weight.dtype != x.dtype and not _autocast(x):
-        y = layer(rows.to(weight.dtype)).to(x.dtype)
-    else:
-        y = layer(rows)
+    y = call_in_own_dtype(layer, x.flatten(0, -2), dtype)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def call_in_own_dtype(layer: nn.Module, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``layer(x)``; outside autocast an ``nn.Linear`` or ``nn.Conv2d`` of another dtype, which the fused ops allow, in
+    its own."""
+    if _autocast(x):
+        return layer(x)
+    inside = x.dtype if dtype is None else dtype
+    if type(layer) in (nn.Linear, nn.Conv2d):
+        own = layer._parameters.get("weight")
+        inside = inside if own is None else own.dtype
+    return layer(x.to(inside)).to(x.dtype)
 
 
 def floating_parameter(module: nn.Module, name: str = "weight") -> Tensor | None:
@@ -148,14 +166,15 @@ def why_not_fused(module: nn.Module) -> dict[str, str]:
 
     The layers of this package compute in few ops what their submodules compute one by one, as long as these submodules
     are exactly what the layer built, without hooks, a ``forward`` of their own, or parameters that are not plain
-    tensors. Otherwise they call each of them: the same values, more slowly.
+    tensors. Otherwise they call each of them: the same values, more slowly. (How few the ops are depends on more: on
+    the device, and whether the layer has ``scan="cross"``, ``d_conv=1``, or groups wider than a kernel takes.)
 
     Args:
         module: a layer of this package or a model of any kind around such layers.
 
     Returns:
         For each layer in ``module`` that calls its submodules, its name in ``module.named_modules()`` (``""`` for
-        ``module`` itself) and the first reason; empty where all layers take their fused path.
+        ``module`` itself) and the first reason; empty where no submodule stands in the way.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
 from groupmamba.layers.plain import AFFINE, are_plain
 from groupmamba.layers.tracing import Leaf, fx_call
 from groupmamba_ext.layer_ops import BIASED_CHANNELS, takes_image, token_norm
+from groupmamba_ext.transforms import layer_norm
 
 
 class TokenNorm(Leaf, nn.LayerNorm):
@@ -30,4 +30,11 @@ class TokenNorm(Leaf, nn.LayerNorm):
             x, x_bias = x + x_bias.to(x.dtype), None
         if native:
             return token_norm(x, weight, bias, self.eps, x_bias)
-        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)
+        return layer_norm(x, self.weight, self.bias, self.eps).to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's over one dimension, with derivatives that are right in every mode: `transforms.layer_norm`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return layer_norm(input, self.weight, self.bias, self.eps)

@@ -16,13 +16,14 @@ from groupmamba.layers.plain import floating_parameter
 from groupmamba.layers.tracing import Leaf, fx_call
 from groupmamba_ext._checks import choice
 from groupmamba_ext.reference import DIRECTIONS
+from groupmamba_ext.transforms import layer_norm
 
 NORM_EPS = 1e-6
 
 
 def _grouped_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """LayerNorm over the D channels of each group: x (batch, H, W, G, D), weight and bias (G, D)."""
-    return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), weight)
+    return torch.addcmul(bias, layer_norm(x, None, None, NORM_EPS), weight)
 
 
 class GroupedVSSS(Leaf, nn.Module):

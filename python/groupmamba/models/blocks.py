@@ -13,10 +13,11 @@ from torch.fx import Proxy
 from torch.utils.checkpoint import checkpoint
 
 from groupmamba.layers import GroupedMamba2d
+from groupmamba.layers._checks import scaled_width
 from groupmamba.layers.feed_forward import ConvFeedForward
 from groupmamba.layers.plain import AFFINE, Plain, convolution, layer_norm, why_called
 from groupmamba.layers.stochastic_depth import KeptImages
-from groupmamba.layers.token_norm import TokenNorm
+from groupmamba.layers.token_norm import LayerNorm, TokenNorm
 from groupmamba.layers.tracing import Leaf, fx_call
 from groupmamba.models.entry_conv import conv_on_blocks, pixel_blocks, taps_to_channels
 from groupmamba_ext.layer_ops import (
@@ -33,7 +34,7 @@ BLOCK_EPS = 1e-6  # block, class-block and stage norms
 CONV_EPS = 1e-5  # norms behind the stem and downsampling convolutions
 
 _BATCH_NORM = Plain(nn.BatchNorm2d, AFFINE, config=(("track_running_stats", True),))
-_PLAIN_SEQUENCE = (("conv", Plain(nn.Sequential)),)
+_SEQUENCE = Plain(nn.Sequential)
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -78,7 +79,7 @@ def _conv_norm_relu(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, relu: nn.R
     several = x.dim() == 4 and x.numel() > x.shape[1]  # torch raises otherwise
     usual = norm.training and norm.momentum is not None
     if not (several and usual and takes_batch_norm(x, norm.weight, norm.bias)):
-        return relu(norm(x))
+        return nn.functional.relu_(norm(x))
     y, stats = batch_norm_relu(x, norm.weight, norm.bias, norm.eps)
     with torch.no_grad():
         norm.num_batches_tracked.add_(1)
@@ -126,7 +127,7 @@ class Stem(Leaf, nn.Module):
         shapes = [(in_chans, 3, 2)] if paper else [(in_chans, 7, 2), (stem_dim, 3, 1), (stem_dim, 3, 1)]
         for channels, kernel, stride in shapes:
             conv = nn.Conv2d(channels, stem_dim, kernel, stride, kernel // 2, bias=False)
-            layers += [conv, nn.BatchNorm2d(stem_dim), nn.ReLU(inplace=True)]
+            layers += [conv, nn.BatchNorm2d(stem_dim), nn.ReLU()]
             parts += [convolution(kernel, stride, 1, bias=False), _BATCH_NORM, Plain(nn.ReLU)]
         self.conv = nn.Sequential(*layers)
         self.proj = nn.Conv2d(stem_dim, dim, 3, 2, 1)
@@ -135,15 +136,23 @@ class Stem(Leaf, nn.Module):
         self._triples = tuple(tuple(named[i : i + 3]) for i in range(0, len(named), 3))
         self._parts = _conv_norm_parts(dim)
 
+    def _why_sequence_called(self) -> str | None:
+        names = tuple(name for triple in self._triples for name, _ in triple)
+        if (reason := why_called(self._modules, (("conv", _SEQUENCE),))) is not None:
+            return reason
+        return None if tuple(self.conv._modules) == names else "conv holds other modules than it was built with"
+
     def _why_called(self) -> str | None:
+        if (reason := self._why_sequence_called()) is not None:
+            return reason
         triples = (why_called(self.conv._modules, triple) for triple in self._triples)
         inner = next((f"conv.{reason}" for reason in triples if reason is not None), None)
-        return why_called(self._modules, _PLAIN_SEQUENCE) or inner or why_called(self._modules, self._parts)
+        return inner or why_called(self._modules, self._parts)
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, Proxy):
             return fx_call(self, x)
-        if why_called(self._modules, _PLAIN_SEQUENCE) is None:
+        if self._why_sequence_called() is None:
             for triple in self._triples:
                 conv, norm, relu = (self.conv._modules[name] for name, _ in triple)
                 if why_called(self.conv._modules, triple) is None:
@@ -183,11 +192,12 @@ class GroupMambaBlock(nn.Module):
         super().__init__()
         self.attn = GroupedMamba2d(dim, **layer_options)
         self.norm2 = TokenNorm(dim, eps=BLOCK_EPS)
-        self.mlp = ConvFeedForward(dim, int(dim * mlp_ratio))
+        self.mlp = ConvFeedForward(dim, scaled_width("mlp_ratios", mlp_ratio, dim))
         self.drop_path = timm.layers.DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.paper = self.attn.variant == "paper"
-        branches = (("attn", Plain(GroupedMamba2d)), ("mlp", Plain(ConvFeedForward)))
-        self._parts = (*branches[self.paper :], ("drop_path", Plain(type(self.drop_path))))
+        second = (("norm2", layer_norm(TokenNorm, dim)), ("mlp", Plain(ConvFeedForward)))
+        first = () if self.paper else (("attn", Plain(GroupedMamba2d, None)),)
+        self._parts = (*first, *second, ("drop_path", Plain(type(self.drop_path))))
 
     def _why_called(self) -> str | None:
         return why_called(self._modules, self._parts)
@@ -246,10 +256,10 @@ class ClassBlock(nn.Module):
 
     def __init__(self, dim: int, mlp_ratio: float, **layer_options: Any):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=BLOCK_EPS)
-        self.norm2 = nn.LayerNorm(dim, eps=BLOCK_EPS)
+        self.norm1 = LayerNorm(dim, eps=BLOCK_EPS)
+        self.norm2 = LayerNorm(dim, eps=BLOCK_EPS)
         self.attn = GroupedMamba2d(dim, **layer_options)
-        self.mlp = timm.layers.Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = timm.layers.Mlp(dim, scaled_width("mlp_ratios", mlp_ratio, dim))
 
     def forward(self, t: Tensor) -> Tensor:
         mixed = self.attn(t[:, None, None], tokens=True)[:, 0, 0]

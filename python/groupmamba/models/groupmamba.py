@@ -16,13 +16,14 @@ from torch.fx import Proxy
 from groupmamba.layers import GroupedMamba2d
 from groupmamba.layers._checks import positive_int
 from groupmamba.layers.plain import Plain, why_called
-from groupmamba.layers.token_norm import TokenNorm
+from groupmamba.layers.token_norm import LayerNorm, TokenNorm
 from groupmamba.layers.tracing import any_size
 from groupmamba.layers.weight_decay import no_weight_decay
 from groupmamba.models.blocks import BLOCK_EPS, ClassBlock, Stage, Stem
 from groupmamba.models.build import build, chosen_stages
 from groupmamba.models.hub import HubModel
 from groupmamba.models.pretrained import SIZES, default_cfgs  # noqa: F401  timm's registry looks for default_cfgs here
+from groupmamba_ext._checks import boolean
 
 _MAP = Plain(nn.Identity)
 
@@ -88,6 +89,8 @@ class GroupMamba(
     ):
         super().__init__()
         positive_int("in_chans", in_chans)
+        positive_int("stem_dim", stem_dim)
+        boolean("", "distillation", distillation)
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f"drop_path_rate must be from 0 up to but not 1, got {drop_path_rate!r}")
         for name, sizes in (("depths", depths), ("mlp_ratios", mlp_ratios)):
@@ -140,7 +143,7 @@ class GroupMamba(
             self.class_block = self.norm = nn.Identity()
         elif isinstance(self.class_block, nn.Identity):
             self.class_block = ClassBlock(self.num_features, **self._class_options)
-            self.norm = nn.LayerNorm(self.num_features, eps=BLOCK_EPS)
+            self.norm = LayerNorm(self.num_features, eps=BLOCK_EPS)
             new += [self.class_block, self.norm]
 
         def head() -> nn.Module:

@@ -105,9 +105,12 @@ def find_checkpoint(cfg: PretrainedCfg, cache_dir: str | os.PathLike | None = No
     if cfg.hf_hub_id:
         return _from_hub(cfg, cache_dir)
     if cfg.url:
-        with torch.serialization.safe_globals(SAFE_TYPES):
-            options = {"map_location": "cpu", "weights_only": True, "model_dir": cache_dir, "progress": False}
-            return torch.hub.load_state_dict_from_url(cfg.url, **options), cfg.url
+        options = {"map_location": "cpu", "weights_only": True, "model_dir": cache_dir, "progress": False}
+        try:
+            with torch.serialization.safe_globals(SAFE_TYPES):
+                return torch.hub.load_state_dict_from_url(cfg.url, **options), cfg.url
+        except Exception as error:  # whatever a network and an unpickler do
+            raise RuntimeError(f"the weights of {cfg.url} could not be loaded ({type(error).__name__})") from error
     raise RuntimeError("pretrained_cfg names no weights (file, state_dict, hf_hub_id or url)")
 
 

@@ -54,8 +54,15 @@ def load_strictly(model: nn.Module, checkpoint: object) -> None:
         for name, value in expected.items()
         if name in state and state[name].shape != value.shape
     ]
-    if missing or others or wrong:
-        problems = (("Missing keys", missing), ("Unexpected keys", others), ("Wrong shapes", wrong))
+    types = [
+        f"{name} {state[name].dtype} in place of {value.dtype}"
+        for name, value in expected.items()
+        if name in state and state[name].is_floating_point() != value.is_floating_point()
+    ]
+    if missing or others or wrong or types:
+        problems = (
+            ("Missing keys", missing), ("Unexpected keys", others), ("Wrong shapes", wrong), ("Wrong dtypes", types)
+        )  # fmt: skip
         text = "; ".join(f"{title}: {_listed(names)}" for title, names in problems if names)
         raise RuntimeError(f"it does not fit the model. {_other_sizes(state, expected)}{text}")
     if dropped:

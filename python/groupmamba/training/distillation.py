@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +22,8 @@ class DistillationLoss(nn.Module):
         "soft"   distance = tau^2 * KL(softmax(teacher / tau) || softmax(dist_head / tau)), the mean over all numbers
         "none"   loss = base_criterion(head, labels), without a teacher
 
-    The teacher sees the images that the model sees, mixed or not. It stays in evaluation mode, gets no gradient, and is
-    no part of ``state_dict``.
+    The teacher sees the images that the model sees, mixed or not. It is put into evaluation mode, gets no gradient,
+    moves along with ``to``, and is no submodule: not in ``parameters()``, ``train()`` or ``state_dict()``.
 
     Args:
         base_criterion: (batch, classes) logits and labels to a scalar, such as ``nn.CrossEntropyLoss()`` or timm's
@@ -61,23 +60,17 @@ class DistillationLoss(nn.Module):
             if isinstance(value, bool) or not fits:
                 raise ValueError(f"{name} must be {'0 to 1' if name == 'alpha' else 'greater than 0'}, got {value!r}")
         self.base_criterion = base_criterion
-        self.teacher = None if kind == "none" or teacher is None else teacher.eval()
+        # No submodule: its parameters are nobody's to train, decay or save.
+        self.__dict__["teacher"] = None if kind == "none" or teacher is None else teacher.eval()
         self.kind, self.alpha, self.tau = kind, float(alpha), float(tau)
 
-    def train(self, mode: bool = True) -> DistillationLoss:
-        """Training mode of the base criterion; the teacher stays in evaluation mode."""
-        super().train(mode)
-        if self.teacher is not None:
-            self.teacher.eval()
-        return self
+    teacher: nn.Module | None
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict:
-        """Of the base criterion: the teacher is not trained."""
-        state = super().state_dict(*args, **kwargs)
-        prefix = kwargs.get("prefix", "") + "teacher."
-        for name in [name for name in state if name.startswith(prefix)]:
-            del state[name]
-        return state
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DistillationLoss:
+        """The teacher moves along with ``to``, ``cuda`` and their like."""
+        if self.teacher is not None:
+            self.teacher._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     def forward(self, images: Tensor, outputs: Tensor | tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
         """The loss, a scalar.
