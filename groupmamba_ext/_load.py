@@ -37,6 +37,7 @@ def _module_path(folder: Path) -> Path | None:
 
 def _import_module(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location("groupmamba_ext._C", path)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -149,6 +150,7 @@ def runs_on(architectures: list[str], major: int, minor: int) -> bool:
     """
     for entry in architectures:
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
+        assert match is not None, entry
         built, suffix, ptx = (int(match[1]), int(match[2])), match[3], match[4]
         if suffix == "a":
             if built == (major, minor):

@@ -11,7 +11,6 @@ timm = pytest.importorskip("timm", reason="needs the extra 'models'")
 
 from common import relative_error  # noqa: E402
 from groupmamba import convert_released_state_dict  # noqa: E402
-from groupmamba.cli import main  # noqa: E402
 from groupmamba.model_info import multiply_adds  # noqa: E402
 from groupmamba.models import blocks  # noqa: E402
 from model_tools import GOLDEN, MODELS, released_state_dict, small, weights  # noqa: E402
@@ -251,19 +250,6 @@ def test_features():
 @pytest.mark.parametrize("kind, paper", [("tiny", 4.5e9), ("small", 7.0e9), ("base", 14e9)])
 def test_multiply_adds_agree_with_the_paper(kind, paper):
     assert multiply_adds(MODELS[kind](), 224) == pytest.approx(paper, rel=0.05)
-
-
-def test_info_command(capsys, monkeypatch):
-    monkeypatch.setattr("groupmamba.model_info.SECONDS", 0.0)
-    assert main(["info", "groupmamba_tiny", "--batch", "1", "--size", "64", "--device", "cpu"]) == 0
-    text = capsys.readouterr().out
-    assert "23.36 M" in text
-    assert re.search(r"inference +[\d.,]+ images/s, float32, batch 1, cpu", text)
-    assert main(["info", "groupmamba_huge"]) == 1
-    assert "got 'groupmamba_huge'" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        main(["info", "groupmamba_tiny", "--batch", "0"])
-    assert "got '0'" in capsys.readouterr().err
 
 
 def test_gradient_checkpointing():

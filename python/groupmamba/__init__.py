@@ -4,12 +4,14 @@
 from groupmamba.checkpoints import convert_released_state_dict
 from groupmamba.layers import ChannelAffinity, GroupedMamba2d, VSSSBlock, no_weight_decay, why_not_fused
 from groupmamba.training.distillation import DistillationLoss
+from groupmamba_ext._version import __version__
 
 __all__ = [
     "ChannelAffinity",
     "DistillationLoss",
     "GroupedMamba2d",
     "VSSSBlock",
+    "__version__",
     "convert_released_state_dict",
     "no_weight_decay",
     "why_not_fused",

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ _LAYER_ENTRIES = {
     "proj.bias": "proj.bias",
 }
 # Entries of a whole released model: pattern and replacement, the first that matches.
-_MODEL_ENTRIES = [
+_MODEL_ENTRIES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"patch_embed1\.(.+)"), r"stem.\1"),
     (re.compile(r"patch_embed([234])\.(.+)"), lambda m: f"stages.{int(m[1]) - 1}.downsample.{m[2]}"),
     (re.compile(r"block([1234])\.([0-9]+)\.mlp\.dwconv\.dwconv\.(.+)"), lambda m: f"{_block(m)}.mlp.dwconv.{m[3]}"),
@@ -130,7 +130,8 @@ def _model_prefix(names: Sequence[str]) -> str:
     """What stands in front of all names of the model, or "" where no model is found."""
     prefixes = set()
     for name in names:
-        prefix = _WRAPPERS.match(name)[0]
+        match = _WRAPPERS.match(name)
+        prefix = match[0] if match else ""
         if name.startswith(_MODEL_STARTS, len(prefix)):
             prefixes.add(prefix)
     if len(prefixes) > 1:

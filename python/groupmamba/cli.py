@@ -1,83 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The console command ``groupmamba``."""
+"""The console command ``groupmamba``, also ``python -m groupmamba``.
+
+Exit status: 0, or 1 where something cannot be done or a check failed, or 2 for wrong arguments.
+"""
 
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
-import torch
-
-import groupmamba_ext as ext
-from groupmamba import demo
-from groupmamba_ext._load import check_device_supported
-
-
-def info() -> int:
-    """Prints versions, what the ops were built for, and the devices present; 1 if something of that cannot be used."""
-    print(f"groupmamba {ext.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
-    try:
-        built = ext.build_info()
-    except RuntimeError as error:
-        print(error)
-        return 1
-    width = max(map(len, built)) + 2
-    for key, value in built.items():
-        text = " ".join(value) if isinstance(value, list) else value
-        print(f"  {key:<{width}}{text}")
-    print(f"cpu: {torch.get_num_threads()} threads")
-    usable = True
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        print(
-            f"cuda:{index}: {properties.name}, compute capability {properties.major}.{properties.minor}, "
-            f"{properties.total_memory / 2**30:.0f} GiB"
-        )
-        try:
-            check_device_supported(index)
-        except RuntimeError as error:
-            print(f"  {error}")
-            usable = False
-    return 0 if usable else 1
+from groupmamba import demo, environment, model_info
+from groupmamba_ext import selftest
+from groupmamba_ext._command import run_command
+from groupmamba_ext._version import __version__
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
-    return int(text)
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage in front of it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="groupmamba", description="Grouped selective-scan vision layers for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"groupmamba {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo|info|selftest")
+
+    def add(name: str, help: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+        command.set_defaults(run=run, parser=command)
+        return command
+
+    demo.add_arguments(add("demo", "run the layer on a photograph and draw what it does", demo.main))
+    about = add("info", "versions, the build and the devices, for a bug report; with MODEL, facts on a model", _info)
+    model_info.add_arguments(about)
+    add("selftest", "check every op against its reference on the devices present", lambda args: selftest.main())
+    return parser
+
+
+def _info(args: argparse.Namespace) -> int:
+    return environment.main() if args.model is None else model_info.main(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status."""
-    parser = argparse.ArgumentParser(prog="groupmamba", description="Grouped selective-scan vision layers for PyTorch.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    demo.add_arguments(commands.add_parser("demo", help="run the layer on a photograph and draw what it does"))
-    about = commands.add_parser("info", help="what was built and the devices present; or facts on a model")
-    about.add_argument("model", nargs="?", help="such as groupmamba_tiny: parameters, multiply-adds, speed, memory")
-    about.add_argument("--batch", type=_positive, help="images at a time (default: 128 on a GPU, 8 on the CPU)")
-    about.add_argument("--size", type=_positive, default=224, help="pixels of a side (default: %(default)s)")
-    about.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
-    commands.add_parser("selftest", help="check every op against its reference on the devices present")
-    args = parser.parse_args(argv)
+    """Runs a command and returns its exit status.
+
+    Raises:
+        SystemExit: with status 2 for wrong arguments, 0 after ``--help`` and ``--version``, as argparse does.
+    """
+    args = _parser().parse_args(argv)
     if args.command == "info":
-        if args.model is None:
-            return info()
-        from groupmamba.model_info import describe
-
-        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return describe(args.model, args.batch or (128 if device == "cuda" else 8), args.size, device)
-    if args.command == "selftest":
-        from groupmamba_ext import selftest
-
-        return selftest.main()
-    try:
-        photo, places = demo.prepare(args)
-    except (ModuleNotFoundError, OSError, RuntimeError, ValueError) as error:
-        print(f"groupmamba demo: {error}", file=sys.stderr)
-        return 1
-    return demo.run(photo, places, args.out)
+        model_info.check_arguments(args)
+    return run_command(f"groupmamba {args.command}", lambda: args.run(args))
 
 
 if __name__ == "__main__":

@@ -7,12 +7,11 @@ import argparse
 import copy
 import importlib
 import math
-import statistics
-import sys
-import time
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +19,21 @@ from torch import Tensor
 
 import groupmamba_ext as ext
 from groupmamba.layers import GroupedMamba2d
-from groupmamba_ext._load import check_device_supported
+from groupmamba.model_info import median_seconds, whole_number
+from groupmamba_ext._command import CommandError, UsageError, gpu_usable, one_line, require_gpu
+from groupmamba_ext._load import load_error
+
+if TYPE_CHECKING:
+    from groupmamba.demo_photo import Photo
 
 DIM = 64
 STRIDE = 4
 WINDOW = 8
 CROP = (12, 16)
 TOLERANCE = 1e-4  # float32 against the float64 reference, relative
+LARGEST_SIZE = 2048  # 512 x 512 tokens: a demo of 2 GB; an image in the picture has 352 pixels
+BAR = "{desc}{bar:24} {n_fmt}/{total_fmt} {elapsed}"
+SECONDS = 0.2  # of measuring for each row of the table
 MODULES = ("matplotlib", "PIL", "sklearn", "tqdm")
 
 
@@ -57,41 +64,48 @@ class Picture:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``groupmamba demo``."""
-    parser.add_argument("image", nargs="?", type=Path, help="a photograph (default: scikit-learn's china.jpg)")
+    parser.add_argument(
+        "image", nargs="?", type=Path, metavar="IMAGE", help="a photograph (default: scikit-learn's china.jpg)"
+    )
     parser.add_argument("--out", type=Path, default=Path("groupmamba_demo.png"), help="the PNG (default: %(default)s)")
-    parser.add_argument("--device", help="cpu or cuda (default: the CPU, and the GPU if there is one)")
-    parser.add_argument("--size", type=int, default=512, help="longer side of the image in pixels (default: 512)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the CPU, and the GPU where one can be used")
+    parser.add_argument(
+        "--size",
+        type=whole_number(STRIDE * max(CROP), LARGEST_SIZE, " (which takes 2 GB)"),
+        default=512,
+        help=f"longer side of the image in pixels, up to {LARGEST_SIZE} (default: %(default)s)",
+    )
 
 
 def require_extras() -> None:
-    """ModuleNotFoundError that names the cure where a package of the demo is missing."""
+    """CommandError that names the cure where a package of the demo is missing or cannot be imported."""
     for name in MODULES:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                f"groupmamba demo needs {error.name}, which is not installed: pip install 'groupmamba[demo]'",
-                name=error.name,
+            raise CommandError(
+                f"it needs {error.name}, which is not installed: pip install 'groupmamba[demo]'"
             ) from error
+        except ImportError as error:
+            raise CommandError(f"{name} cannot be imported: {one_line(error)}") from error
 
 
-def load_photo(path: Path | None, size: int) -> Tensor:
-    """The photograph, (rows, columns, 3) in [0, 1], its longer side about ``size`` and both multiples of the stride."""
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    if size < STRIDE * max(CROP):
-        raise ValueError(f"--size must be at least {STRIDE * max(CROP)} pixels, got {size}")
-    if path is None:
-        from sklearn.datasets import load_sample_image
-
-        photo = Image.fromarray(load_sample_image("china.jpg"))
-    else:
-        photo = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    scale = size / max(photo.size)
-    width, height = (max(round(side * scale / STRIDE), 1) * STRIDE for side in photo.size)
-    pixels = np.asarray(photo.resize((width, height), Image.Resampling.LANCZOS), dtype=np.float32)
-    return torch.from_numpy(pixels / 255)
+def check_out(out: Path) -> None:
+    """CommandError where the picture cannot be written to ``out``, before any work."""
+    if out.exists() and not out.is_file():
+        raise CommandError(f"--out must be a file, got {'the folder ' if out.is_dir() else ''}{out}")
+    if out.suffix.lower() != ".png":
+        raise UsageError(f"--out must end in .png, as the picture is a PNG file, got {out}")
+    if not out.parent.is_dir():
+        raise CommandError(f"--out must be in an existing folder, got {out}")
+    try:
+        if out.exists():
+            with out.open("ab"):  # changes nothing
+                return
+        with tempfile.TemporaryFile(dir=out.parent):
+            return
+    except OSError as error:
+        raise CommandError(f"--out cannot be written: {out}: {error.strerror}") from error
 
 
 def embed(photo: Tensor) -> Tensor:
@@ -122,11 +136,12 @@ def random_layer() -> GroupedMamba2d:
     """
     torch.manual_seed(0)
     layer = GroupedMamba2d(DIM, d_state=8)
-    core = layer.mamba
+    core, affinity = layer.mamba, layer.affinity
+    assert affinity is not None and core.out_proj_weight is not None
     with torch.no_grad():
-        for weight in (core.in_proj_weight, core.out_proj_weight, layer.proj.weight, layer.affinity.fc2.weight):
+        for weight in (core.in_proj_weight, core.out_proj_weight, layer.proj.weight, affinity.fc2.weight):
             weight.mul_(weight.shape[-1] ** -0.5 / 0.02)
-        layer.affinity.fc1.weight.mul_(100)
+        affinity.fc1.weight.mul_(100)
         core.x_proj_weight.mul_(3)
         core.dt_weight.mul_(0.3)
         core.dt_bias.sub_(1.5)
@@ -156,20 +171,8 @@ def check(layer: GroupedMamba2d, crop: Tensor) -> tuple[str, float]:
         if name != "skip_scale":
             error = ((value.cpu().double() - expected[name]).norm() / expected[name].norm().clamp_min(1e-12)).item()
             errors[name] = error if math.isfinite(error) else math.inf
-    worst = max(errors, key=errors.get)
+    worst = max(errors, key=errors.__getitem__)
     return worst, errors[worst]
-
-
-def stopwatch(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median milliseconds of ``run``, after one run to warm up."""
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times[1:])
 
 
 def measure(layer: GroupedMamba2d, x: Tensor, crop: Tensor, step: Callable[[str], None]) -> list[Timing]:
@@ -177,17 +180,17 @@ def measure(layer: GroupedMamba2d, x: Tensor, crop: Tensor, step: Callable[[str]
     device = x.device.type
     rows = []
 
-    def add(what: str, image: Tensor, run: Callable[[], object], repeats: int) -> None:
+    def add(what: str, image: Tensor, run: Callable[[], object]) -> None:
         step(f"{device}: {what}")
         size = " x ".join(map(str, image.shape[1:]))
-        rows.append(Timing(what, device, size, stopwatch(run, image.device, repeats), image is x))
+        rows.append(Timing(what, device, size, 1e3 * median_seconds(run, SECONDS), image is x))
 
     with torch.no_grad():
-        add("forward", x, lambda: layer(x), 5)
-    add("forward + backward", x, lambda: forward_backward(layer, x), 5)
-    add("forward + backward, crop", crop, lambda: forward_backward(layer, crop), 5)
+        add("forward", x, lambda: layer(x))
+    add("forward + backward", x, lambda: forward_backward(layer, x))
+    add("forward + backward, crop", crop, lambda: forward_backward(layer, crop))
     with ext.backend("reference"):
-        add("the crop in plain PyTorch", crop, lambda: forward_backward(layer, crop), 1)
+        add("the crop in plain PyTorch", crop, lambda: forward_backward(layer, crop))
     return rows
 
 
@@ -206,9 +209,11 @@ def principal_colours(features: Tensor) -> Tensor:
 def inspect(layer: GroupedMamba2d, x: Tensor, photo: Tensor, notes: list[str]) -> Picture:
     """The layer's inner values on the image, and how strongly each input token reaches one output token."""
     tokens = x.permute(0, 2, 3, 1)
+    affinity = layer.affinity
+    assert affinity is not None
     with torch.no_grad():
         xn, pooled = ext.layer_norm_pool(tokens, layer.norm.weight, layer.norm.bias, layer.norm.eps)
-        gates = layer.affinity.from_pooled(pooled)[0]
+        gates = affinity.from_pooled(pooled)[0]
         output = layer(x)[0].permute(1, 2, 0)
     height, width = xn.shape[1:3]
     marked = (int(0.55 * height), int(0.5 * width))
@@ -230,25 +235,16 @@ def inspect(layer: GroupedMamba2d, x: Tensor, photo: Tensor, notes: list[str]) -
 
 
 def devices(name: str | None) -> list[torch.device]:
-    """The devices to run on. ValueError for one that is not there, RuntimeError for one that the build has no code for.
+    """The devices to run on; without a name the CPU, and the GPU if there is one that the build can use.
 
-    Without a name: the CPU, and the GPU if the build can use it.
+    Raises:
+        CommandError: a GPU was asked for and cannot be used.
     """
-    gpu = torch.cuda.is_available()
-    if name is None:
-        places = [torch.device("cpu")]
-        if gpu:
-            try:
-                check_device_supported(torch.cuda.current_device())
-                places.append(torch.device("cuda"))
-            except RuntimeError as error:
-                print(f"without the GPU: {error}", file=sys.stderr)
-        return places
-    if name != "cpu" and not (name == "cuda" and gpu):
-        raise ValueError(f"--device must be cpu, or cuda on a machine with a GPU, got {name!r}")
     if name == "cuda":
-        check_device_supported(torch.cuda.current_device())
-    return [torch.device(name)]
+        require_gpu()
+    if name is not None:
+        return [torch.device(name)]
+    return [torch.device("cpu"), *([torch.device("cuda")] if gpu_usable() else [])]
 
 
 def print_table(rows: list[Timing]) -> None:
@@ -258,38 +254,22 @@ def print_table(rows: list[Timing]) -> None:
         print(f"{row.what:<28}{row.device:<8}{row.size:<18}{row.milliseconds:>9.2f} ms")
 
 
-def prepare(args: argparse.Namespace) -> tuple[Tensor, list[torch.device]]:
-    """The photograph and the devices: everything that can be wrong with what the user gave or installed.
-
-    Raises:
-        ModuleNotFoundError: an extra is missing.
-        OSError: the image cannot be read.
-        RuntimeError: the compiled ops are missing, or not for this GPU.
-        ValueError: an argument has a wrong value.
-    """
-    require_extras()
-    ext.build_info()
-    if not args.out.parent.is_dir():
-        raise ValueError(f"--out must be in an existing folder, got {args.out}")
-    places = devices(args.device)
-    return load_photo(args.image, args.size), places
-
-
-def run(photo: Tensor, places: list[torch.device], out: Path) -> int:
+def run(photo: Photo, places: list[torch.device], out: Path) -> int:
     """Runs the demo; 0 if the compiled ops agree with the reference, else 1."""
     from tqdm import tqdm
 
     from groupmamba.demo_picture import draw
 
+    for note in photo.notes:
+        print(note)
     timings, checks, worst = [], [], 0.0
-    layout = "{desc}{bar:24} {n_fmt}/{total_fmt} {elapsed}"
-    with ext.backend("native"), tqdm(total=5 * len(places) + 2, bar_format=layout) as bar:
+    with ext.backend("native"), tqdm(total=5 * len(places) + 2, bar_format=BAR, disable=None) as bar:
 
         def step(text: str) -> None:
             bar.set_description_str(f"{text:<34}")
             bar.update()
 
-        features = embed(photo)
+        features = embed(photo.pixels)
         for device in places:
             layer, x = random_layer().to(device), features.to(device)
             crop = x[:, :, : CROP[0], : CROP[1]].contiguous(memory_format=torch.channels_last)
@@ -301,12 +281,33 @@ def run(photo: Tensor, places: list[torch.device], out: Path) -> int:
             checks.append(f"{device.type}: relative error {error:.0e}, {name}")
         step("look inside the layer")
         notes = [f"{row.device}: {row.what} {row.milliseconds:.1f} ms" for row in timings if row.whole_image]
-        picture = inspect(layer, x, photo, notes + checks)
+        picture = inspect(layer, x, photo.pixels, photo.notes + notes + checks)
         step("draw")
         draw(picture, out)
     print_table(timings)
-    print("against the reference in float64, on the crop:", *checks, f"picture: {out}", sep="\n")
+    print(f"against the reference in float64, on the crop (tolerance {TOLERANCE:.0e}):", *checks, sep="\n")
+    print(f"picture: {out}")
     if worst >= TOLERANCE:
-        print(f"FAILED: the compiled ops differ from the reference by more than {TOLERANCE:.0e}")
+        print("FAILED: the compiled ops differ from the reference by more than the tolerance; groupmamba selftest says")
+        print("which; please report it with the output of groupmamba info")
         return 1
     return 0
+
+
+def main(args: argparse.Namespace) -> int:
+    """Checks all that can be wrong with what the user gave or installed, then runs the demo.
+
+    Raises:
+        UsageError: an argument has a wrong value.
+        CommandError: an extra or the compiled ops are missing, the GPU cannot be used, the image cannot be read, or
+            the picture could not be written.
+    """
+    check_out(args.out)
+    require_extras()
+    problem = load_error()
+    if problem is not None:
+        raise CommandError(problem)
+    places = devices(args.device)
+    from groupmamba.demo_photo import load_photo
+
+    return run(load_photo(args.image, args.size, STRIDE), places, args.out)

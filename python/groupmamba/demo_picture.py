@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -27,16 +27,16 @@ NAMES = {
     "bt": "columns, bottom to top",
 }
 LINES = 9  # rows or columns of the scan path that are drawn
+NOTES_SIZE, NOTES_SPACING = 8.5, 1.5  # points, lines
 DECADES = 5  # range of the gradient norms that is shown
 
 
 def _path(direction: str, height: int, width: int) -> np.ndarray:
     """Ends of the drawn rows or columns in scan order, (2 * LINES, 2) points (x, y)."""
     across, along = (height, width) if direction in ("lr", "rl") else (width, height)
-    points = []
-    for position in (np.arange(LINES) + 0.5) * across / LINES:
-        points += [(0.03 * along, position), (0.97 * along, position)]
-    points = np.array(points)
+    positions = (np.arange(LINES) + 0.5) * across / LINES
+    ends = np.tile([0.03 * along, 0.97 * along], LINES)
+    points = np.stack([ends, positions.repeat(2)], 1)
     if direction in ("tb", "bt"):
         points = points[:, ::-1]
     return points[::-1] if direction in ("rl", "bt") else points
@@ -68,15 +68,24 @@ def _draw_path(axes: Axes, direction: str, height: int, width: int, colour: str)
     axes.plot(*points[-1], "s", color=colour, markersize=6, markeredgecolor="white", markeredgewidth=1)
 
 
-def _write_notes(axes: Axes, notes: list[str]) -> None:
+def _notes_text(notes: list[str]) -> str:
     legend = [
         "Paths run from the circle to the square.",
         "Responses and output: their three main components as red, green and blue.",
         f"Reach: gradient of the marked token with respect to every input token, {DECADES} decades.",
     ]
-    text = "\n".join(textwrap.fill(line, 44) for line in (*legend, "", *notes))
+    return "\n".join(textwrap.fill(line, 44) for line in (*legend, "", *notes))
+
+
+def _notes_height(notes: list[str]) -> float:
+    """In inches."""
+    return (_notes_text(notes).count("\n") + 1) * NOTES_SIZE * 1.2 * NOTES_SPACING / 72
+
+
+def _write_notes(axes: Axes, notes: list[str]) -> None:
     axes.set_axis_off()
-    axes.text(0, 1, text, color=FAINT, fontsize=8.5, va="top", linespacing=1.5, transform=axes.transAxes)
+    style: dict[str, Any] = {"fontsize": NOTES_SIZE, "va": "top", "linespacing": NOTES_SPACING}
+    axes.text(0, 1, _notes_text(notes), color=FAINT, transform=axes.transAxes, **style)
 
 
 def _reach_image(reach: np.ndarray, photo: np.ndarray, colour: str) -> np.ndarray:
@@ -116,26 +125,28 @@ def draw(picture: Picture, out: Path) -> None:
     height, width = picture.reach.shape[:2]
     groups = len(picture.directions)
 
-    # Sizes in inches.
+    # Sizes in inches. An image lies at its own aspect within a cell, whose height is bounded.
     cell, gap, header, footer, gates = 3.2, 0.36, 1.15, 0.45, 1.0
-    image_height = cell * rows / columns
+    image_height = min(cell * rows / columns, 1.5 * cell)
+    notes_height = _notes_height(picture.notes)
+    heights = [image_height, image_height, max(image_height, notes_height), gates]
     total_width = (cell + 0.1) * (groups + 1) + 0.7
-    total_height = header + 3 * (image_height + gap) + gates + footer
+    total_height = header + sum(heights) + 3 * gap + footer
     figure = Figure(figsize=(total_width, total_height), facecolor=BACKGROUND)
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(
         4,
         groups + 1,
-        height_ratios=[image_height] * 3 + [gates],
+        height_ratios=heights,
         left=0.5 / total_width,
         right=1 - 0.2 / total_width,
         top=1 - header / total_height,
         bottom=footer / total_height,
-        hspace=gap / (image_height * 0.75 + gates * 0.25),
+        hspace=gap / (sum(heights) / len(heights)),
         wspace=0.1 / cell,
     )
 
-    def headline(text: str, depth: float, **style: object) -> None:
+    def headline(text: str, depth: float, **style: Any) -> None:
         figure.text(0.5 / total_width, 1 - depth / total_height, text, va="center", **style)
 
     headline("GroupMamba on a photograph", 0.36, color=TEXT, fontsize=19, fontweight="bold")
@@ -147,21 +158,23 @@ def draw(picture: Picture, out: Path) -> None:
         fontsize=10.5,
     )
 
-    def image(row: int, column: int, pixels: np.ndarray, colour: str, title: str, **style: object) -> Axes:
+    def image(row: int, column: int, pixels: np.ndarray, colour: str, title: str, **style: Any) -> Axes:
         axes = figure.add_subplot(grid[row, column])
         axes.imshow(pixels, aspect="auto", **style)
+        axes.set_box_aspect(rows / columns)
+        axes.set_anchor("N")
         axes.set(xticks=[], yticks=[])
         for spine in axes.spines.values():
             spine.set(color=colour, linewidth=1.4)
         axes.set_title(title, color=colour, fontsize=10, pad=5)
         return axes
 
-    tokens = {"interpolation": "bicubic"}
+    tokens: dict[str, Any] = {"interpolation": "bicubic"}
     image(0, 0, photo, TEXT, f"the photograph, {columns} x {rows} pixels")
     image(1, 0, picture.output.numpy(), TEXT, f"the layer's output, {width} x {height} tokens", **tokens)
     for g, direction in enumerate(picture.directions):
         colour = COLOURS[g]
-        dim = {"extent": (0, columns, rows, 0)}
+        dim: dict[str, Any] = {"extent": (0, columns, rows, 0)}
         axes = image(0, g + 1, photo * 0.42, colour, f"group {g + 1}: {NAMES[direction]}", **dim)
         _draw_path(axes, direction, rows, columns, colour)
         image(1, g + 1, picture.responses[:, :, g].numpy(), colour, f"response of group {g + 1}", **tokens)

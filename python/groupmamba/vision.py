@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -41,7 +41,7 @@ class PyramidBackbone(nn.Module):
     Shape: (batch, 3, H, W) to five maps of 256 channels at strides 4 to 64, named "0", "1", "2", "3", "pool".
     """
 
-    def __init__(self, model: str, **options):
+    def __init__(self, model: str, **options: Any):
         super().__init__()
         self.body = timm.create_model(_known(model), features_only=True, **options)
         self.fpn = FeaturePyramidNetwork(self.body.feature_info.channels(), FPN_CHANNELS, LastLevelMaxPool())
@@ -65,7 +65,7 @@ def mask_rcnn(
     pretrained: bool = False,
     weights: str | os.PathLike | None = None,
     backbone_options: dict | None = None,
-    **options,
+    **options: Any,
 ) -> MaskRCNN:
     """Mask R-CNN (He et al., ICCV 2017) with a feature pyramid on a GroupMamba backbone.
 
@@ -94,7 +94,7 @@ def upernet(
     weights: str | os.PathLike | None = None,
     backbone_options: dict | None = None,
     decoder_channels: int = 512,
-    **options,
+    **options: Any,
 ) -> SegmentationModel:
     """UPerNet (Xiao et al., ECCV 2018) on a GroupMamba backbone.
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NoReturn
+
 from torch import nn
 from torch.fx import Proxy
 
@@ -13,14 +15,14 @@ class Leaf:
     ``torch.compile``, ``torch.export`` and ``torch.jit.trace``, which know these, go through ``forward`` as it is.
     """
 
-    def __prepare_scriptable__(self):
+    def __prepare_scriptable__(self) -> NoReturn:
         raise RuntimeError(
             f"torch.jit.script can't compile {type(self).__name__}: its kernels are chosen in Python. "
             "torch.jit.trace, torch.export.export and torch.compile take it."
         )
 
 
-def fx_call(module: nn.Module, x: Proxy, *args, **kwargs) -> Proxy:
+def fx_call(module: nn.Module, x: Proxy, *args: Any, **kwargs: Any) -> Proxy:
     """The call of ``module`` as a node of the graph that torch.fx traces.
 
     Raises:

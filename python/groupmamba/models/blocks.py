@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import timm.layers
 import torch
 from timm.models import register_notrace_module
@@ -173,7 +175,7 @@ class GroupMambaBlock(nn.Module):
     The paper's variant has one branch: ``x = x + mlp(norm2(attn(x)))``.
     """
 
-    def __init__(self, dim: int, mlp_ratio: float, drop_path: float, **layer_options):
+    def __init__(self, dim: int, mlp_ratio: float, drop_path: float, **layer_options: Any):
         super().__init__()
         self.attn = GroupedMamba2d(dim, **layer_options)
         self.norm2 = TokenNorm(dim, eps=BLOCK_EPS)
@@ -209,7 +211,14 @@ class Stage(nn.Module):
     """Downsampling (but in the first) and blocks."""
 
     def __init__(
-        self, in_dim: int, dim: int, depth: int, mlp_ratio: float, drop_path: list[float], downsample: bool, **options
+        self,
+        in_dim: int,
+        dim: int,
+        depth: int,
+        mlp_ratio: float,
+        drop_path: list[float],
+        downsample: bool,
+        **options: Any,
     ):
         super().__init__()
         self.grad_checkpointing = False
@@ -231,7 +240,7 @@ class ClassBlock(nn.Module):
     Shape: (batch, dim) in and out.
     """
 
-    def __init__(self, dim: int, mlp_ratio: float, **layer_options):
+    def __init__(self, dim: int, mlp_ratio: float, **layer_options: Any):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=BLOCK_EPS)
         self.norm2 = nn.LayerNorm(dim, eps=BLOCK_EPS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_cfg
 from timm.models._features import FeatureDictNet, feature_take_indices
@@ -52,7 +53,7 @@ def build(
     feature_cfg: dict | None = None,
     output_stride: int = 32,
     img_size: int | Sequence[int] | None = None,
-    **options,
+    **options: Any,
 ) -> nn.Module:
     """timm's builder for this project's models. The options of the model never meet the names of timm's own, and
     weights are loaded strictly, see :func:`groupmamba.models.weights.load_strictly`.
@@ -85,7 +86,7 @@ def build(
         _check_feature_cls(features["feature_cls"], features.get("output_fmt", "NCHW"))
         features["out_indices"] = chosen_stages("out_indices", features["out_indices"], len(options["dims"]))
 
-    def make(**from_cfg) -> nn.Module:
+    def make(**from_cfg: Any) -> nn.Module:
         if features_only:
             from_cfg["num_classes"] = 0
             if from_cfg.get("global_pool", "avg") == "avg":

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from timm.models import register_model
@@ -349,12 +350,12 @@ def _init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def _create(name: str, pretrained: bool, **kwargs) -> GroupMamba:
+def _create(name: str, pretrained: bool, **kwargs: Any) -> GroupMamba:
     return build(GroupMamba, name, pretrained, **{**SIZES[name], **kwargs})
 
 
 @register_model
-def groupmamba_tiny(pretrained: bool = False, **kwargs) -> GroupMamba:
+def groupmamba_tiny(pretrained: bool = False, **kwargs: Any) -> GroupMamba:
     """GroupMamba-T: 23.4 M parameters with both heads, 4.66 G multiply-adds at 224 x 224 (the paper: 4.5 G).
 
     Args:
@@ -376,12 +377,12 @@ def groupmamba_tiny(pretrained: bool = False, **kwargs) -> GroupMamba:
 
 
 @register_model
-def groupmamba_small(pretrained: bool = False, **kwargs) -> GroupMamba:
+def groupmamba_small(pretrained: bool = False, **kwargs: Any) -> GroupMamba:
     """GroupMamba-S: 34.8 M parameters, 7.22 G multiply-adds (the paper: 7.0 G). See :func:`groupmamba_tiny`."""
     return _create("groupmamba_small", pretrained, **kwargs)
 
 
 @register_model
-def groupmamba_base(pretrained: bool = False, **kwargs) -> GroupMamba:
+def groupmamba_base(pretrained: bool = False, **kwargs: Any) -> GroupMamba:
     """GroupMamba-B: 57.2 M parameters, 14.1 G multiply-adds (the paper: 14 G). See :func:`groupmamba_tiny`."""
     return _create("groupmamba_base", pretrained, **kwargs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import PyTorchModelHubMixin
 from timm.models import filter_pretrained_cfg
@@ -37,7 +38,7 @@ class HubModel(PyTorchModelHubMixin):
     def _model_args(self, value: dict) -> None:
         pass
 
-    def save_pretrained(self, save_directory: str | Path, *, config: dict | None = None, **options) -> str | None:
+    def save_pretrained(self, save_directory: str | Path, *, config: dict | None = None, **options: Any) -> str | None:
         """As the hub's own, with timm's entries in config.json.
 
         Raises:
@@ -72,7 +73,7 @@ class HubModel(PyTorchModelHubMixin):
         config: dict | None = None,
         map_location: str = "cpu",
         strict: bool = True,
-        **options,
+        **options: Any,
     ) -> HubModel:
         config = config or {}
         hub = {name: options.pop(name) for name in _HUB_ARGUMENTS if name in options}
