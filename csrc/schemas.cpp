@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // Every op's schema, and nothing else. Image tensors are channels-last with the group as the last dimension but one;
-// any strides are accepted. An absent optional input has a gradient of shape (0,).
+// any strides are accepted. An absent optional input has a gradient of shape (0,). A gradient has the dtype of its
+// input; a backward takes some inputs, such as the bias of a norm, for their dtype alone.
 //
 //   G groups, D channels a group, N states, R low-rank step features, S = ceil(H * W / chunk)
 //   u, z, y, x, o     (batch, H, W, G, D)      B, C           (batch, H, W, G, N)
 //   dt                (batch, H, W, G, R) with dt_weight (G, D, R), else (batch, H, W, G, D)
 //   A                 (G, D, N)                D, dt_bias, norm_weight, norm_bias     (G, D)
-//   gate              (batch, G, D)            states (batch, G, S, N, D): h before path token s * chunk
+//   gate              (batch, G, D)
+//   states            (batch, G, S, N, D) in one dimension: h before path token s * chunk. A compiler for images of any
+//                     size asks of each dimension whether it is 1, which S may be.
 //   directions        one code a group: 0 lr (row-major), 1 rl (its reverse), 2 tb (column-major), 3 bt (its reverse)
 //   activation        0 none, 1 SiLU, 2 GELU (erf)
 #include <torch/csrc/stable/library.h>
@@ -26,8 +29,8 @@ STABLE_TORCH_LIBRARY(groupmamba, m) {
 
     // u, dy, y (batch, H, W, G, D); K directions, each with its own dt (batch, H, W, G, K, R or D), B and C
     // (batch, H, W, G, K, N), A (G, K, D, N), dt_weight (G, K, D, R), D and dt_bias (G, K, D); y is the sum over K.
-    // states: on the CPU (G, batch, K, S, N, D); on CUDA, one behind the other, (batch, G, K, S, N, .) for each slice
-    // of up to 128 channels
+    // states, in one dimension: on the CPU (G, batch, K, S, N, D); on CUDA (batch, G, K, S, N, .) for each slice of up
+    // to 128 channels, one behind the other
     m.def(
         "cross_selective_scan_fwd(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_weight, "
         "Tensor? dt_bias, int[] directions, bool softplus, int chunk, bool save_states) -> (Tensor y, Tensor states)");
@@ -45,7 +48,7 @@ STABLE_TORCH_LIBRARY(groupmamba, m) {
     // x, xn (batch, H, W, C); weight, bias (C,); pooled (batch, C): mean of xn over H and W, float32 or wider
     m.def("layer_norm_pool_fwd(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor xn, Tensor pooled)");
     m.def(
-        "layer_norm_pool_bwd(Tensor dxn, Tensor dpooled, Tensor x, Tensor weight, float eps) "
+        "layer_norm_pool_bwd(Tensor dxn, Tensor dpooled, Tensor x, Tensor weight, Tensor bias, float eps) "
         "-> (Tensor dx, Tensor dweight, Tensor dbias)");
 
     // LayerNorm over all G * D channels of o * scale * x * gate; x, y (batch, H, W, G * D); scale (1,);
@@ -55,12 +58,12 @@ STABLE_TORCH_LIBRARY(groupmamba, m) {
         "float eps) -> Tensor");
     m.def(
         "modulated_layer_norm_bwd(Tensor dy, Tensor o, Tensor x, Tensor scale, Tensor? gate, Tensor weight, "
-        "float eps) -> (Tensor do, Tensor dx, Tensor dscale, Tensor dgate, Tensor dweight, Tensor dbias)");
+        "Tensor bias, float eps) -> (Tensor do, Tensor dx, Tensor dscale, Tensor dgate, Tensor dweight, Tensor dbias)");
 
     // LayerNorm alone, of x + x_bias, on CUDA
     m.def("token_norm_fwd(Tensor x, Tensor? x_bias, Tensor weight, Tensor bias, float eps) -> Tensor");
     m.def(
-        "token_norm_bwd(Tensor dy, Tensor x, Tensor? x_bias, Tensor weight, float eps) "
+        "token_norm_bwd(Tensor dy, Tensor x, Tensor? x_bias, Tensor weight, Tensor bias, float eps) "
         "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dx_bias)");
 
     // relu(BatchNorm(x)) with the statistics of the batch, on CUDA; x (batch, H, W, C), C a multiple of 8; stats (3,

@@ -1,20 +1,71 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Argument checks shared by the public functions: each error names the argument and what came."""
+"""Argument checks shared by the public functions and the fake kernels: each error names the argument and what came."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 IMAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+MAX_INT = 2**31 - 1  # of a width, and of the tokens between two saved states: csrc/host/scan_args.h
+_STRIDED, _FLOAT32 = torch.strided, torch.float32
+_MAX_FLOAT = sys.float_info.max
 
 
-def _tensor(op: str, name: str, value: object) -> Tensor:
+def shown(value: object) -> str:
+    """``repr(value)`` for a message; Python writes no int of thousands of digits."""
+    try:
+        return repr(value)
+    except ValueError:
+        return f"{type(value).__name__} too long to be shown"
+
+
+# Every call of an op makes some of these checks a dozen times: a message is put together where it is needed. ``owner``
+# names whose argument it is, as "op: ", or is empty.
+
+
+def dense_tensor(owner: str, name: str, value: object) -> Tensor:
+    """``value`` if it is a tensor with strides."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
+        raise TypeError(f"{owner}{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout is not _STRIDED or value.is_nested:
+        layout = f"a nested tensor of layout {value.layout}" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{owner}{name} must be a dense tensor of layout torch.strided, got {layout}")
     return value
+
+
+def boolean(owner: str, name: str, value: object) -> None:
+    """Checks a flag: ``True`` or ``False``, nothing that merely counts as one."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{owner}{name} must be a bool, got {shown(value)}")
+
+
+def choice(owner: str, name: str, value: object, choices: Sequence[str | None]) -> None:
+    """Checks a name, or None, against those that there are."""
+    if not (isinstance(value, str) or value is None):
+        raise TypeError(f"{owner}{name} must be one of {tuple(choices)}, got {shown(value)}")
+    if value not in choices:
+        raise ValueError(f"{owner}{name} must be one of {tuple(choices)}, got {value!r}")
+
+
+def direction_codes(owner: str, value: object, choices: Sequence[str], count: int | None) -> tuple[int, ...]:
+    """Direction names to their codes, one for each of ``count`` groups, or with None any number from 1 on."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"{owner}directions must be a sequence of names from {tuple(choices)}, got {shown(value)}")
+    codes = []
+    for item in value:
+        if not isinstance(item, str):
+            raise TypeError(f"{owner}directions must hold names from {tuple(choices)}, got {shown(item)}")
+        if item not in choices:
+            raise ValueError(f"{owner}directions must be from {tuple(choices)}, got {item!r} in {shown(tuple(value))}")
+        codes.append(choices.index(item))
+    if not codes if count is None else len(codes) != count:
+        wanted = "at least one direction" if count is None else f"one direction a group ({count})"
+        raise ValueError(f"{owner}directions must name {wanted}, got {tuple(value)!r}")
+    return tuple(codes)
 
 
 class Arguments:
@@ -25,24 +76,30 @@ class Arguments:
 
     def __init__(self, op: str, name: str, image: object, dims: Sequence[int], layout: str):
         self.op = op
+        self.owner = f"{op}: "
         self.first = name
-        self.image = _tensor(op, name, image)
+        self.image = dense_tensor(self.owner, name, image)
+        self.device = self.image.device
         if self.image.dtype not in IMAGE_DTYPES:
             raise TypeError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {self.image.dtype}")
         if self.image.dim() not in dims:
             raise ValueError(f"{op}: {name} must be {layout}, got shape {tuple(self.image.shape)}")
 
+    def tensor(self, name: str, value: object) -> Tensor:
+        """A dense tensor of any dtype, shape and device."""
+        return dense_tensor(self.owner, name, value)
+
     def _place(self, name: str, tensor: Tensor, shape: Sequence[int], layout: str) -> None:
         if tuple(tensor.shape) != tuple(shape):
             raise ValueError(f"{self.op}: {name} must be {layout} = {tuple(shape)}, got shape {tuple(tensor.shape)}")
-        if tensor.device != self.image.device:
+        if tensor.device != self.device:
             raise ValueError(
-                f"{self.op}: {name} must be on {self.image.device} like {self.first}, got device {tensor.device}"
+                f"{self.op}: {name} must be on {self.device} like {self.first}, got device {tensor.device}"
             )
 
     def like_image(self, name: str, value: object, shape: Sequence[int], layout: str) -> None:
         """An image-sized tensor: exactly the image's dtype."""
-        tensor = _tensor(self.op, name, value)
+        tensor = dense_tensor(self.owner, name, value)
         if tensor.dtype != self.image.dtype:
             raise TypeError(
                 f"{self.op}: {name} must have the dtype of {self.first} ({self.image.dtype}), got {tensor.dtype}"
@@ -53,39 +110,59 @@ class Arguments:
         """A parameter: the image's dtype or float32."""
         if value is None and optional:
             return
-        tensor = _tensor(self.op, name, value)
-        if tensor.dtype not in (self.image.dtype, torch.float32):
-            allowed = "float32" if self.image.dtype == torch.float32 else f"{self.image.dtype} or torch.float32"
+        tensor = dense_tensor(self.owner, name, value)
+        if tensor.dtype not in (self.image.dtype, _FLOAT32):
+            allowed = "float32" if self.image.dtype == _FLOAT32 else f"{self.image.dtype} or torch.float32"
             raise TypeError(f"{self.op}: {name} must be {allowed}, got {tensor.dtype}")
         self._place(name, tensor, shape, layout)
 
     def boolean(self, name: str, value: object) -> None:
-        if not isinstance(value, bool):
-            raise TypeError(f"{self.op}: {name} must be a bool, got {value!r}")
+        boolean(self.owner, name, value)
 
     def eps(self, name: str, value: object) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{self.op}: {name} must be a float, got {value!r}")
+            raise TypeError(f"{self.op}: {name} must be a float, got {shown(value)}")
         if not value >= 0:
             raise ValueError(f"{self.op}: {name} must be at least 0, got {value!r}")
+        if value > _MAX_FLOAT:
+            raise ValueError(f"{self.op}: {name} must be a finite float, got {shown(value)}")
 
     def directions(self, value: object, count: int | None, choices: Sequence[str]) -> tuple[int, ...]:
         """Direction names to their codes, one a group, or with ``count`` None any number from 1 on."""
-        if isinstance(value, str) or not isinstance(value, Sequence):
-            raise TypeError(f"{self.op}: directions must be a sequence of names from {tuple(choices)}, got {value!r}")
-        if count is None and len(value) < 1:
-            raise ValueError(f"{self.op}: directions must name at least one direction, got {tuple(value)!r}")
-        if count is not None and len(value) != count:
-            raise ValueError(f"{self.op}: directions must name one direction a group ({count}), got {tuple(value)!r}")
-        for name in value:
-            if name not in choices:
-                raise ValueError(f"{self.op}: directions must be from {tuple(choices)}, got {name!r}")
-        return tuple(choices.index(name) for name in value)
+        return direction_codes(self.owner, value, choices, count)
 
 
 def last_size(op: str, name: str, value: object, dims: int, layout: str) -> int:
     """The last size of ``value`` after a check of its number of dimensions."""
-    tensor = _tensor(op, name, value)
+    tensor = dense_tensor(f"{op}: ", name, value)
     if tensor.dim() != dims:
         raise ValueError(f"{op}: {name} must be {layout}, got shape {tuple(tensor.shape)}")
     return tensor.shape[-1]
+
+
+# What the fake kernels ask of the compiled ops' arguments. They also answer a call of an op with a tensor on the meta
+# device among others, and what they allocate would pass for a result.
+
+
+def same_device(op: str, tensors: Iterable[object]) -> None:
+    """Raises where those of ``tensors`` that are tensors are on several devices."""
+    devices = {t.device for t in tensors if isinstance(t, Tensor)}
+    if len(devices) > 1:
+        raise ValueError(f"{op}: all tensors must be on one device, got {sorted(map(str, devices))}")
+
+
+def path_arguments(op: str, directions: Sequence[int], chunk: int, expected: int | None) -> None:
+    """The codes of directions, and the tokens between two saved states, of which CUDA kernels take ``expected``."""
+    if not 1 <= chunk <= MAX_INT:
+        raise ValueError(f"{op}: chunk must be 1 to {MAX_INT}, got {chunk}")
+    if expected is not None and chunk != expected:
+        raise ValueError(f"{op}: chunk must be {expected} for this many channels on CUDA, got {chunk}")
+    for code in directions:
+        if not 0 <= code <= 3:
+            raise ValueError(f"{op}: a direction must be 0 to 3, got {code}")
+
+
+def activation_code(op: str, activation: int) -> None:
+    """The code of a convolution's activation."""
+    if not 0 <= activation <= 2:
+        raise ValueError(f"{op}: activation must be 0, 1 or 2, got {activation}")

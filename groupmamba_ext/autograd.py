@@ -7,9 +7,14 @@ import torch
 from torch import Tensor
 
 from groupmamba_ext import layer_ops
-from groupmamba_ext.cross_scan import saved_shape
+from groupmamba_ext._checks import activation_code, path_arguments, same_device
+from groupmamba_ext.cross_scan import saved_chunk, saved_elements
 from groupmamba_ext.dispatch import call_backward, define, define_alone, define_inference
-from groupmamba_ext.ops import saved_states
+from groupmamba_ext.ops import chunk_tokens, elements_of, saved_states
+
+_NO_STATES = (
+    "{}: this forward saved nothing for a backward (save_states=False): it was traced where nothing required a gradient"
+)
 
 
 def _empty_image(like: Tensor) -> Tensor:
@@ -33,29 +38,32 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _same_device(op: str, *tensors: Tensor | None) -> None:
-    devices = {t.device for t in tensors if t is not None}
-    if len(devices) > 1:
-        raise ValueError(f"{op}: all tensors must be on one device, got {sorted(map(str, devices))}")
-
-
 # grouped_selective_scan --------------------------------------------------------------------
 
 
 def _scan_fake(
     u, dt, A, B, C, D, dt_weight, dt_bias, z, norm_weight, norm_bias, gate, directions, softplus, norm_eps, chunk, save
 ):
-    _same_device("grouped_selective_scan", u, dt, A, B, C, D, dt_weight, dt_bias, z, norm_weight, norm_bias, gate)
+    op = "grouped_selective_scan"
+    same_device(op, (u, dt, A, B, C, D, dt_weight, dt_bias, z, norm_weight, norm_bias, gate))
     batch, height, width, groups, dim = u.shape
-    shape = (batch, groups, saved_states(height, width, dim, u.device.type), A.shape[2], dim) if save else (0,)
-    return _empty_image(u), u.new_empty(shape, dtype=_wide(u.dtype))
+    kind = u.device.type
+    path_arguments(op, directions, chunk, chunk_tokens(dim, kind) if kind == "cuda" else None)
+
+    def count() -> int:
+        return batch * groups * saved_states(height, width, dim, kind, chunk) * A.shape[2] * dim
+
+    return _empty_image(u), u.new_empty((elements_of(u, count) if save else 0,), dtype=_wide(u.dtype))
 
 
 def _scan_bwd_fake(
     dy, u, dt, A, B, C, D, dt_weight, dt_bias, z, norm_weight, norm_bias, gate, states, directions, softplus, norm_eps,
     chunk,
 ):  # fmt: skip
-    _same_device("grouped_selective_scan", dy, u, dt, A, B, C, D, dt_weight, dt_bias, z, norm_weight, norm_bias, gate)
+    op = "grouped_selective_scan"
+    same_device(op, (dy, u, dt, A, B, C, D, dt_weight, dt_bias, z, norm_weight, norm_bias, gate, states))
+    kind = u.device.type
+    path_arguments(op, directions, chunk, chunk_tokens(u.shape[4], kind) if kind == "cuda" else None)
 
     def image(t):
         return u.new_empty((0,)) if t is None else _empty_image(t)
@@ -82,7 +90,7 @@ def _scan_backward(ctx, dy, _dstates):
     if dy is None:
         return (None,) * 17
     if not ctx.saved_states:
-        raise RuntimeError("grouped_selective_scan: backward needs a forward run with save_states=True")
+        raise RuntimeError(_NO_STATES.format("grouped_selective_scan"))
     *tensors, states = ctx.saved_tensors
     grads = call_backward("grouped_selective_scan", dy, *tensors, states, *ctx.scalars)
     return (*(g if t is not None else None for g, t in zip(grads, tensors, strict=True)), None, None, None, None, None)
@@ -92,13 +100,22 @@ def _scan_backward(ctx, dy, _dstates):
 
 
 def _cross_fake(u, dt, A, B, C, D, dt_weight, dt_bias, directions, softplus, chunk, save):
-    _same_device("cross_selective_scan", u, dt, A, B, C, D, dt_weight, dt_bias)
-    shape = saved_shape(u, len(directions), A.shape[3]) if save else (0,)
-    return _empty_image(u), u.new_empty(shape, dtype=_wide(u.dtype))
+    same_device("cross_selective_scan", (u, dt, A, B, C, D, dt_weight, dt_bias))
+    kind = u.device.type
+    expected = saved_chunk(u.shape[4], kind) if kind == "cuda" else None
+    path_arguments("cross_selective_scan", directions, chunk, expected)
+
+    def count() -> int:
+        return saved_elements(u, len(directions), A.shape[3], chunk)
+
+    return _empty_image(u), u.new_empty((elements_of(u, count) if save else 0,), dtype=_wide(u.dtype))
 
 
 def _cross_bwd_fake(dy, u, dt, A, B, C, D, dt_weight, dt_bias, states, directions, softplus, chunk):
-    _same_device("cross_selective_scan", dy, u, dt, A, B, C, D, dt_weight, dt_bias, states)
+    same_device("cross_selective_scan", (dy, u, dt, A, B, C, D, dt_weight, dt_bias, states))
+    kind = u.device.type
+    expected = saved_chunk(u.shape[4], kind) if kind == "cuda" else None
+    path_arguments("cross_selective_scan", directions, chunk, expected)
     absent = u.new_empty((0,))
     parameters = (absent.clone() if t is None else _empty(t) for t in (D, dt_weight, dt_bias))
     return _empty_image(u), _empty(dt), _empty(A), _empty(B), _empty(C), *parameters
@@ -117,7 +134,7 @@ def _cross_backward(ctx, dy, _dstates):
     if dy is None:
         return (None,) * 12
     if not ctx.saved_states:
-        raise RuntimeError("cross_selective_scan: backward needs a forward run with save_states=True")
+        raise RuntimeError(_NO_STATES.format("cross_selective_scan"))
     *tensors, states = ctx.saved_tensors
     grads = call_backward("cross_selective_scan", dy, *tensors, states, *ctx.scalars)
     return (*(g if t is not None else None for g, t in zip(grads, tensors, strict=True)), None, None, None, None)
@@ -127,12 +144,14 @@ def _cross_backward(ctx, dy, _dstates):
 
 
 def _conv_fake(x, weight, bias, activation):
-    _same_device("depthwise_conv3x3", x, weight, bias)
+    same_device("depthwise_conv3x3", (x, weight, bias))
+    activation_code("depthwise_conv3x3", activation)
     return _empty_image(x)
 
 
 def _conv_bwd_fake(dy, x, weight, bias, activation):
-    _same_device("depthwise_conv3x3", dy, x, weight, bias)
+    same_device("depthwise_conv3x3", (dy, x, weight, bias))
+    activation_code("depthwise_conv3x3", activation)
     return _empty_image(x), _empty(weight), x.new_empty((0,)) if bias is None else _empty(bias)
 
 
@@ -151,53 +170,47 @@ def _conv_backward(ctx, dy):
 
 
 def _pool_fake(x, weight, bias, eps):
-    _same_device("layer_norm_pool", x, weight, bias)
+    same_device("layer_norm_pool", (x, weight, bias))
     return _empty(x), x.new_empty((x.shape[0], x.shape[3]), dtype=_wide(x.dtype))
 
 
-def _pool_bwd_fake(dxn, dpooled, x, weight, eps):
-    _same_device("layer_norm_pool", dxn, dpooled, x, weight)
-    return _empty(x), _empty(weight), _empty(weight)
+def _pool_bwd_fake(dxn, dpooled, x, weight, bias, eps):
+    same_device("layer_norm_pool", (dxn, dpooled, x, weight, bias))
+    return _empty(x), _empty(weight), _empty(bias)
 
 
 def _pool_setup(ctx, inputs, output):
     x, weight, bias, ctx.eps = inputs
-    ctx.save_for_backward(x, weight)
-    ctx.bias_dtype = bias.dtype
+    ctx.save_for_backward(x, weight, bias)
 
 
 def _pool_backward(ctx, dxn, dpooled):
-    x, weight = ctx.saved_tensors
-    dx, dweight, dbias = call_backward("layer_norm_pool", dxn, dpooled, x, weight, ctx.eps)
-    return dx, dweight, dbias.to(ctx.bias_dtype), None
+    return (*call_backward("layer_norm_pool", dxn, dpooled, *ctx.saved_tensors, ctx.eps), None)
 
 
 # modulated_layer_norm ----------------------------------------------------------------------
 
 
 def _modulated_fake(o, x, scale, gate, weight, bias, eps):
-    _same_device("modulated_layer_norm", o, x, scale, gate, weight, bias)
+    same_device("modulated_layer_norm", (o, x, scale, gate, weight, bias))
     return _empty(x)
 
 
-def _modulated_bwd_fake(dy, o, x, scale, gate, weight, eps):
-    _same_device("modulated_layer_norm", dy, o, x, scale, gate, weight)
+def _modulated_bwd_fake(dy, o, x, scale, gate, weight, bias, eps):
+    same_device("modulated_layer_norm", (dy, o, x, scale, gate, weight, bias))
     dgate = x.new_empty((0,)) if gate is None else _empty(gate)
-    return _empty_image(o), _empty(x), _empty(scale), dgate, _empty(weight), _empty(weight)
+    return _empty_image(o), _empty(x), _empty(scale), dgate, _empty(weight), _empty(bias)
 
 
 def _modulated_setup(ctx, inputs, output):
     o, x, scale, gate, weight, bias, ctx.eps = inputs
-    ctx.save_for_backward(o, x, scale, gate, weight)
-    ctx.bias_dtype = bias.dtype
+    ctx.save_for_backward(o, x, scale, gate, weight, bias)
 
 
 def _modulated_backward(ctx, dy):
-    o, x, scale, gate, weight = ctx.saved_tensors
-    do, dx, dscale, dgate, dweight, dbias = call_backward(
-        "modulated_layer_norm", dy, o, x, scale, gate, weight, ctx.eps
-    )
-    return do, dx, dscale, None if gate is None else dgate, dweight, dbias.to(ctx.bias_dtype), None
+    saved = ctx.saved_tensors
+    grads = call_backward("modulated_layer_norm", dy, *saved, ctx.eps)
+    return (*(g if t is not None else None for g, t in zip(grads, saved, strict=True)), None)
 
 
 # registration ------------------------------------------------------------------------------

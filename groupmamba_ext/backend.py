@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 
 import torch
 
 from groupmamba_ext import _load
+from groupmamba_ext.transforms import forward_ad_active
 
 CHOICES = ("auto", "native", "reference")
 
@@ -22,9 +25,21 @@ def _default() -> str:
     return name
 
 
-# One for the process, a plain global: torch.compile guards on it.
-_current = _default()
+_DEFAULT = _default()
+_current = contextvars.ContextVar("groupmamba_ext.backend", default=_DEFAULT)
+# torch.compile guards on a context variable from torch 2.14 on; it sets none.
+_GUARDS_CONTEXT = torch.__version__ >= (2, 14)
 _warned: set[str] = set()
+
+
+class _Traced(threading.local):
+    """What torch.compile reads, guards on and sets in place of the context variable; None for no block."""
+
+    def __init__(self):
+        self.choice: str | None = None
+
+
+_traced = _Traced()
 
 
 @contextlib.contextmanager
@@ -32,26 +47,46 @@ def backend(name: str) -> Iterator[None]:
     """Choose the implementation inside a ``with`` block.
 
     ``"native"``: the compiled ops, an error where they cannot run. ``"reference"``: plain PyTorch (slow: it walks the
-    tokens one by one). ``"auto"``, the default: the compiled ops; float64 on CUDA goes through the reference after one
-    warning. The environment variable ``GROUPMAMBA_BACKEND`` sets the choice outside any block. The choice holds for all
-    threads of the process.
+    tokens one by one). ``"auto"``, the default: the compiled ops; float64 on CUDA and forward-mode differentiation
+    (:func:`torch.func.jvp`, ``jacfwd``, :mod:`torch.autograd.forward_ad`), which have none, go through the reference
+    after one warning. The environment variable ``GROUPMAMBA_BACKEND`` sets the choice outside any block.
+
+    The choice is a context variable: other threads and asyncio tasks keep their own. Compiled functions follow it (with
+    torch before 2.14 that of the thread). A gradient is computed by what computed the result; what
+    :func:`torch.utils.checkpoint.checkpoint` computes again, by the choice around the backward, on CUDA by the default.
 
     Raises:
         ValueError: if ``name`` is none of these.
     """
     if name not in CHOICES:
         raise ValueError(f"backend must be one of {CHOICES}, got {name!r}")
-    global _current
-    before, _current = _current, name
+    if torch.compiler.is_compiling():
+        before, _traced.choice = _traced.choice, name
+        try:
+            yield
+        finally:
+            _traced.choice = before
+        return
+    token = _current.set(name)
+    if not _GUARDS_CONTEXT:
+        _traced.choice = name
     try:
         yield
     finally:
-        _current = before
+        _current.reset(token)
+        if not _GUARDS_CONTEXT:
+            _traced.choice = _current.get()
 
 
 def current_backend() -> str:
     """The name of the backend in force."""
-    return _current
+    if torch.compiler.is_compiling():
+        choice = _traced.choice
+        if choice is not None:
+            return choice
+        if not _GUARDS_CONTEXT:
+            return _DEFAULT
+    return _current.get()
 
 
 def _warn_once(key: str, text: str) -> None:
@@ -62,8 +97,17 @@ def _warn_once(key: str, text: str) -> None:
 
 def use_native(image: torch.Tensor, op: str) -> bool:
     """True where ``op`` on ``image`` goes to the compiled library; loads it, or raises what to do about it."""
-    choice = _current
+    choice = current_backend()
     if choice == "reference":
+        return False
+    if forward_ad_active():
+        if choice == "native":
+            raise RuntimeError(
+                f"{op}: the compiled ops have no forward-mode derivative; the reference has one, use "
+                "`with groupmamba_ext.backend('reference')`"
+            )
+        if not torch.compiler.is_compiling():
+            _warn_once("forward-mode", f"{op}: forward-mode AD runs through the plain PyTorch reference, which is slow")
         return False
     kind = image.device.type
     if kind == "cuda" and image.dtype == torch.float64:

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from groupmamba_ext import reference
 from groupmamba_ext._checks import Arguments, last_size
 from groupmamba_ext.backend import use_native
-from groupmamba_ext.dispatch import call
+from groupmamba_ext.dispatch import call, may_want_gradient
 from groupmamba_ext.ops import DIRECTIONS, FUSED_CHANNELS, MAX_STATES, _autocast, chunk_tokens, saved_states
 
 
@@ -27,14 +26,16 @@ def saved_chunk(dim: int, device_type: str) -> int:
     return chunk_tokens(dim if device_type == "cpu" else _slices(dim)[0], device_type)
 
 
-def saved_shape(u: Tensor, scans: int, states: int) -> tuple[int, ...]:
-    """Shape of the states that a forward saves for its backward."""
+def saved_elements(u: Tensor, scans: int, states: int, chunk: int) -> int:
+    """Elements of the states that a forward saves for its backward, ``chunk`` tokens apart; on CUDA in the first
+    slice."""
     batch, height, width, groups, dim = u.shape
     kind = u.device.type
     if kind == "cpu":
-        return groups, batch, scans, saved_states(height, width, dim, kind), states, dim
-    elements = (saved_states(height, width, part, kind) * part for part in _slices(dim))
-    return (batch * groups * scans * states * sum(elements),)
+        elements = saved_states(height, width, dim, kind, chunk) * dim
+    else:
+        elements = sum(saved_states(height, width, p, kind, chunk_tokens(p, kind)) * p for p in _slices(dim))
+    return batch * groups * scans * states * elements
 
 
 def cross_selective_scan(
@@ -85,7 +86,7 @@ def cross_selective_scan(
     its gradient of ``u``, is rounded to that dtype before the sum, which is in float32.
 
     Raises:
-        TypeError: an argument is no tensor or has the wrong dtype.
+        TypeError: an argument is no dense tensor, or has the wrong type or dtype.
         ValueError: a shape, device or value is wrong.
         RuntimeError: on a second derivative, or where the compiled library is missing.
     """
@@ -133,6 +134,6 @@ def cross_selective_scan(
 def _native_cross(u, dt, A, B, C, D, dt_weight, dt_bias, codes, softplus) -> Tensor:
     """With groups: u (batch, H, W, G, D), A (G, K, D, N)."""
     tensors = (u, dt, A, B, C, D, dt_weight, dt_bias)
-    save_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    save_states = may_want_gradient(tensors)
     y, _ = call("cross_selective_scan", *tensors, codes, softplus, saved_chunk(u.shape[-1], u.device.type), save_states)
     return y

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from groupmamba_ext.transforms import jit_traces, register_transforms, transforms_active, watched
 
 _ops = torch.ops.groupmamba
 _functions: dict[str, type[torch.autograd.Function]] = {}
@@ -19,13 +20,13 @@ def define(name: str, fake: Callable, setup: Callable, backward: Callable, backw
 
     Args:
         fake, backward_fake: what :func:`torch.library.register_fake` takes.
-        setup, backward: what :func:`torch.library.register_autograd` takes; ``backward`` calls :func:`call_backward`.
+        setup, backward: what `register_transforms` takes; ``backward`` calls :func:`call_backward`.
     """
     forward_op, backward_op = f"groupmamba::{name}_fwd", f"groupmamba::{name}_bwd"
     torch.library.register_fake(forward_op, fake)
     torch.library.register_fake(backward_op, backward_fake)
-    torch.library.register_autograd(forward_op, backward, setup_context=setup)
-    torch.library.register_autograd(backward_op, _no_double_backward(name))
+    register_transforms(f"{name}_fwd", setup, backward)
+    register_transforms(f"{name}_bwd", None, _no_double_backward(name))
     _overloads[f"{name}_fwd"] = op = getattr(_ops, f"{name}_fwd").default
     _overloads[f"{name}_bwd"] = getattr(_ops, f"{name}_bwd").default
 
@@ -41,7 +42,7 @@ def define(name: str, fake: Callable, setup: Callable, backward: Callable, backw
 def define_inference(name: str, fake: Callable, hint: str = "") -> None:
     """Gives ``groupmamba::{name}`` a fake kernel, and a gradient that raises, with a ``hint`` behind the message."""
     torch.library.register_fake(f"groupmamba::{name}", fake)
-    torch.library.register_autograd(f"groupmamba::{name}", _no_backward(name, hint))
+    register_transforms(name, None, _no_backward(name, hint))
     _overloads[name] = getattr(_ops, name).default
 
 
@@ -73,18 +74,25 @@ def _below_autograd(op: Callable, args: tuple):
 
 
 def _traced() -> bool:
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """True where a call must go through the dispatcher: for a compiler, and where it is `watched`."""
+    return torch.compiler.is_compiling() or watched()
 
 
-def _wants_gradient(args: tuple) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
+def _require_gradient(args: Sequence) -> bool:
+    return any(isinstance(t, Tensor) and t.requires_grad for t in args)
+
+
+def may_want_gradient(args: Sequence) -> bool:
+    """False where no gradient can be asked for of a result of ``args``, now or, while ``torch.jit.trace`` runs, of what
+    it makes. Tensors inside the transforms of :mod:`torch.func` tell it of their own level only."""
+    return transforms_active() or ((torch.is_grad_enabled() or jit_traces()) and _require_gradient(args))
 
 
 def call(name: str, *args) -> Tensor | tuple[Tensor, ...]:
     """``groupmamba::{name}_fwd`` on ``args``, with its gradient.
 
-    A registered gradient costs a call with twenty arguments 0.2 ms on a slow host, as long as a GPU takes for a small
-    layer: only tracers, which need it, go through it. Others get the same formulas as a plain autograd function.
+    The dispatcher's gradient costs a call with twenty arguments 0.2 ms on a slow host, as long as a GPU takes for a
+    small layer: only tracers, which need it, go through it. Others get the same formulas as a plain autograd function.
     """
     if _traced():
         return getattr(_ops, f"{name}_fwd")(*args)
@@ -96,19 +104,15 @@ def call(name: str, *args) -> Tensor | tuple[Tensor, ...]:
 def call_alone(name: str, *args) -> Tensor:
     """The first result of ``groupmamba::{name}_fwd`` on ``args``, with its gradient, or, where no gradient can be asked
     for, ``groupmamba::{name}``, which keeps nothing for one."""
+    wanted = may_want_gradient(args)
     if _traced():
-        # Tensors tell a compiler whether they require a gradient; those that a transform of functions wraps do not.
-        wanted = not torch.compiler.is_compiling() or _wants_gradient(args)
         return getattr(_ops, f"{name}_fwd")(*args)[0] if wanted else getattr(_ops, name)(*args)
-    # Tangents, which no op here takes, are refused by the function in place of being lost.
-    if _wants_gradient(args) or forward_ad._current_level >= 0:
-        return _functions[name].apply(*args)[0]
-    return _below_autograd(_overloads[name], args)
+    return _functions[name].apply(*args)[0] if wanted else _below_autograd(_overloads[name], args)
 
 
 def call_inference(name: str, *args) -> Tensor | tuple[Tensor, ...]:
     """``groupmamba::{name}`` on ``args``; what raises on a gradient is in the way only where one could be taken."""
-    if _traced() or _wants_gradient(args) or forward_ad._current_level >= 0:
+    if _traced() or (torch.is_grad_enabled() and _require_gradient(args)):
         return getattr(_ops, name)(*args)
     return _below_autograd(_overloads[name], args)
 

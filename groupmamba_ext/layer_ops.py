@@ -14,9 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from groupmamba_ext._checks import path_arguments, same_device
 from groupmamba_ext.backend import use_native
 from groupmamba_ext.dispatch import call, call_alone, call_backward, call_inference
-from groupmamba_ext.ops import DIRECTIONS, FUSED_CHANNELS, chunk_tokens, saved_states
+from groupmamba_ext.ops import DIRECTIONS, FUSED_CHANNELS, chunk_tokens, elements_of, saved_states
 
 _UNIT = 8  # widths are padded to multiples of this, but for _padded_features: csrc/host/tensor.h
 _BATCH_NORM_CHANNELS = 2048  # most of them: csrc/cuda/params.h
@@ -40,9 +41,9 @@ def _padded_image(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:3], _padded(x.shape[3])))[..., : x.shape[3]]
 
 
-def _workspace(x: Tensor, sizes: list[int], dtype: torch.dtype) -> Tensor:
-    """What csrc/host/workspace.h allocates for pieces of these sizes."""
-    return x.new_empty((sum(-(-n // _PIECE) * _PIECE for n in sizes),), dtype=dtype)
+def _workspace_elements(sizes: list[int]) -> int:
+    """Elements that csrc/host/workspace.h allocates for pieces of these sizes."""
+    return sum(-(-n // _PIECE) * _PIECE for n in sizes)
 
 
 def _empty_gradient(t: Tensor) -> Tensor:
@@ -60,34 +61,37 @@ def _empty_or_absent(x: Tensor, t: Tensor | None) -> Tensor:
 
 
 def _norm_fake(x, x_bias, weight, bias, eps):
+    same_device("token_norm", (x, x_bias, weight, bias))
     return x.new_empty(x.shape)
 
 
-def _norm_bwd_fake(dy, x, x_bias, weight, eps):
+def _norm_bwd_fake(dy, x, x_bias, weight, bias, eps):
+    same_device("token_norm", (dy, x, x_bias, weight, bias))
     dx_bias = x.new_empty((0,)) if x_bias is None else x_bias.new_empty(x_bias.shape)
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape), dx_bias
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape), dx_bias
 
 
 def _norm_setup(ctx, inputs, output):
     x, x_bias, weight, bias, ctx.eps = inputs
-    ctx.save_for_backward(x, x_bias, weight)
-    ctx.bias_dtype = bias.dtype
+    ctx.save_for_backward(x, x_bias, weight, bias)
 
 
 def _norm_backward(ctx, dy):
-    x, x_bias, weight = ctx.saved_tensors
-    dx, dweight, dbias, dx_bias = call_backward("token_norm", dy, x, x_bias, weight, ctx.eps)
-    return dx, None if x_bias is None else dx_bias, dweight, dbias.to(ctx.bias_dtype), None
+    x, x_bias, weight, bias = ctx.saved_tensors
+    dx, dweight, dbias, dx_bias = call_backward("token_norm", dy, x, x_bias, weight, bias, ctx.eps)
+    return dx, None if x_bias is None else dx_bias, dweight, dbias, None
 
 
 # batch_norm_relu ---------------------------------------------------------------------------
 
 
 def _batch_norm_fake(x, weight, bias, eps):
+    same_device("batch_norm_relu", (x, weight, bias))
     return x.new_empty(x.shape), x.new_empty((3, x.shape[3]), dtype=torch.float32)
 
 
 def _batch_norm_bwd_fake(dy, x, weight, bias, stats, eps):
+    same_device("batch_norm_relu", (dy, x, weight, bias, stats))
     return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
@@ -108,6 +112,7 @@ def _batch_norm_backward(ctx, dy, _dstats):
 
 
 def _fold_fake(image, weight, norm_weight, norm_bias, mean, variance, eps, blocks):
+    same_device("batch_norm_fold", (image, weight, norm_weight, norm_bias, mean, variance))
     out, channels, taps, _ = weight.shape
     if blocks:
         channels, taps = 4 * (channels + channels % 2), (taps + 1) // 2
@@ -119,25 +124,35 @@ def _fold_fake(image, weight, norm_weight, norm_bias, mean, variance, eps, block
 
 
 def _layer_fake(x, *args):
-    *parameters, _codes, _eps, _norm_eps, _chunk, _residual, _kept, _kept_scale = args
+    *parameters, codes, _eps, _norm_eps, chunk, _residual, _kept, _kept_scale = args
+    same_device("grouped_mamba_layer", (x, *args))
     fc1_weight, x_proj_weight, A_log, out_proj_weight = (parameters[i] for i in (2, 9, 12, 16))
     batch, height, width, channels = x.shape
     groups, inner, states = A_log.shape
     inner_pad, dim_pad = _padded(inner), _padded(channels // groups)
+    path_arguments("grouped_mamba_layer", codes, chunk, chunk_tokens(inner_pad, "cuda"))
     widths = [_padded_features(x_proj_weight.shape[1], inner_pad), dim_pad, inner_pad, inner_pad, 2 * inner_pad]
     gate_width = inner_pad
     if out_proj_weight is not None:
         widths.append(dim_pad)
         gate_width = channels // groups
     planes = batch * groups
-    floats = [planes * saved_states(height, width, inner_pad, "cuda") * states * inner_pad]
-    if fc1_weight is not None:
-        floats += [planes * gate_width, batch * channels, batch * fc1_weight.shape[0]]
-    images = [planes * height * width * n for n in widths]
-    return _padded_image(x), _workspace(x, images, x.dtype), _workspace(x, floats, torch.float32)
+
+    def count() -> int:
+        floats = [planes * saved_states(height, width, inner_pad, "cuda", chunk) * states * inner_pad]
+        if fc1_weight is not None:
+            floats += [planes * gate_width, batch * channels, batch * fc1_weight.shape[0]]
+        return _workspace_elements(floats)
+
+    images = _workspace_elements([planes * height * width * n for n in widths])
+    saved, saved_float = x.new_empty((images,)), x.new_empty((elements_of(x, count),), dtype=torch.float32)
+    return _padded_image(x), saved, saved_float
 
 
 def _layer_bwd_fake(dout, x, *args):
+    same_device("grouped_mamba_layer", (dout, x, *args))
+    chunk = chunk_tokens(_padded(args[12].shape[1]), "cuda")  # of A_log
+    path_arguments("grouped_mamba_layer", args[-7], args[-4], chunk)
     return _padded_image(x), *(_empty_or_absent(x, t) for t in args[:_LAYER_PARAMETERS])
 
 
@@ -163,11 +178,13 @@ def _layer_backward(ctx, dout, *_):
 
 
 def _feed_forward_fake(x, norm_weight, norm_bias, fc1_weight, *args):
+    same_device("feed_forward", (x, norm_weight, norm_bias, fc1_weight, *args))
     tokens = x.shape[0] * x.shape[1] * x.shape[2]
-    return _padded_image(x), _workspace(x, [tokens * _padded(fc1_weight.shape[0])], x.dtype)
+    return _padded_image(x), x.new_empty((_workspace_elements([tokens * _padded(fc1_weight.shape[0])]),))
 
 
 def _feed_forward_bwd_fake(dout, x, *args):
+    same_device("feed_forward", (dout, x, *args))
     return _padded_image(x), *map(_empty_gradient, args[:_FEED_FORWARD_PARAMETERS])
 
 

@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from groupmamba_ext import reference
-from groupmamba_ext._checks import Arguments, last_size
+from groupmamba_ext._checks import Arguments, choice, last_size
 from groupmamba_ext.backend import use_native
-from groupmamba_ext.dispatch import call
+from groupmamba_ext.dispatch import call, may_want_gradient
 
 DIRECTIONS = reference.DIRECTIONS
 ACTIVATIONS = (None, "silu", "gelu")
@@ -21,17 +21,19 @@ MAX_STATES = 256
 FUSED_CHANNELS = 128
 
 _IMAGE = "(batch, H, W, G, D)"
+_CAST_BY_AUTOCAST = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Casts image tensors to the autocast dtype where autocast is on; float64 is left alone, as torch does."""
+    """Casts image tensors to the autocast dtype where autocast is on; float64 is left alone, as torch does, and so is
+    what the checks behind this refuse."""
     first = tensors[0]
     kind = first.device.type if isinstance(first, Tensor) else "cpu"
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return tensors
     low = torch.get_autocast_dtype(kind)
     return tuple(
-        t.to(low) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        t.to(low) if isinstance(t, Tensor) and t.dtype in _CAST_BY_AUTOCAST and t.layout is torch.strided else t
         for t in tensors
     )
 
@@ -49,17 +51,28 @@ def chunk_tokens(dim: int, device_type: str) -> int:
     return 7 * 128 // lanes
 
 
-def saved_states(height: int, width: int, dim: int, device_type: str) -> int:
-    """States that a forward saves of each plane for its backward.
+def saved_states(height: int, width: int, dim: int, device_type: str, chunk: int) -> int:
+    """States that a forward saves of each plane for its backward, ``chunk`` tokens apart.
 
     On the CPU one a chunk of the path; on CUDA the larger of that and of the slabs along columns, see
     csrc/cuda/scan_plan.h.
     """
-    chunk = chunk_tokens(dim, device_type)
     along_path = -(-height * width // chunk)
     if device_type == "cpu" or along_path == 0:
         return along_path
     return max(along_path, _column_slabs(height, width, dim, chunk))
+
+
+def elements_of(image: Tensor, count: Callable[[], int]) -> int:
+    """``count()``, a number of elements by `saved_states`, for an op's fake kernel.
+
+    The slabs of CUDA have no closed form: for an image of symbolic height or width, which a compiler would have to fix
+    for it, a size that only the op itself tells.
+    """
+    symbolic = any(isinstance(size, torch.SymInt) for size in image.shape[1:3])
+    if symbolic and image.device.type != "cpu":
+        return torch.library.get_ctx().new_dynamic_size()
+    return count()
 
 
 def _column_slabs(height: int, width: int, dim: int, chunk: int) -> int:
@@ -141,7 +154,7 @@ def grouped_selective_scan(
     (float64 for float64). Gradients have their input's dtype; results are bitwise repeatable.
 
     Raises:
-        TypeError: an argument is no tensor or has the wrong dtype.
+        TypeError: an argument is no dense tensor, or has the wrong type or dtype.
         ValueError: a shape, device or value is wrong.
         RuntimeError: on a second derivative, or where the compiled library is missing.
     """
@@ -194,7 +207,7 @@ def grouped_selective_scan(
 
 def _native_scan(u, dt, A, B, C, D, dt_weight, dt_bias, z, norm_weight, norm_bias, gate, codes, softplus, norm_eps):
     tensors = (u, dt, A, B, C, D, dt_weight, dt_bias, z, norm_weight, norm_bias, gate)
-    save_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    save_states = may_want_gradient(tensors)
     chunk = chunk_tokens(u.shape[-1], u.device.type)
     y, _ = call("grouped_selective_scan", *tensors, codes, softplus, float(norm_eps), chunk, save_states)
     return y
@@ -212,11 +225,15 @@ def _tiled_scan(
     tile = -(-dim // tiles)
     pad = tiles * tile - dim
 
-    def split(t: Tensor | None, value: float = 0.0) -> Tensor | None:  # (..., G, D) -> (..., G * tiles, tile)
-        return None if t is None else F.pad(t, (0, pad), value=value).reshape(*t.shape[:-2], groups * tiles, tile)
+    def split(t: Tensor | None) -> Tensor | None:  # (..., G, D) -> (..., G * tiles, tile)
+        return None if t is None else F.pad(t, (0, pad)).reshape(*t.shape[:-2], groups * tiles, tile)
 
-    def split_rows(t: Tensor, value: float = 0.0) -> Tensor:  # (G, D, K) -> (G * tiles, tile, K)
-        return F.pad(t, (0, 0, 0, pad), value=value).reshape(groups * tiles, tile, t.shape[-1])
+    def split_rows(t: Tensor) -> Tensor:  # (G, D, K) -> (G * tiles, tile, K)
+        # Channels that do not exist take the rows of the last one: their steps are finite where its steps are. A
+        # dt_weight of 0 would make NaN of a feature of -inf, which masks a token.
+        if pad > 0:
+            t = torch.cat([t, t[:, -1:].detach().expand(groups, pad, t.shape[-1])], 1)
+        return t.reshape(groups * tiles, tile, t.shape[-1])
 
     def repeat(t: Tensor) -> Tensor:  # (batch, H, W, G, K) -> (batch, H, W, G * tiles, K)
         t = t.float().unsqueeze(4).expand(*t.shape[:4], tiles, t.shape[4])
@@ -224,7 +241,7 @@ def _tiled_scan(
 
     wide = u.float()
     y = _native_scan(
-        split(wide), split(dt.float()) if dt_weight is None else repeat(dt), split_rows(A.float(), -1.0), repeat(B),
+        split(wide), split(dt.float()) if dt_weight is None else repeat(dt), split_rows(A.float()), repeat(B),
         repeat(C), split(D), None if dt_weight is None else split_rows(dt_weight.float()), split(dt_bias), None, None,
         None, None, tuple(code for code in codes for _ in range(tiles)), softplus, norm_eps,
     )  # fmt: skip
@@ -256,15 +273,14 @@ def depthwise_conv3x3(
         ``groups=C, padding=1``.
 
     Raises:
-        TypeError: an argument is no tensor or has the wrong dtype.
+        TypeError: an argument is no dense tensor, or has the wrong type or dtype.
         ValueError: a shape, device or value is wrong.
     """
     op = "depthwise_conv3x3"
     args = Arguments(op, "x", x, (4, 5), "(batch, H, W, C) or (batch, H, W, G, D)")
     (x,) = _autocast(x)
     args.image = x
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{op}: activation must be one of {ACTIVATIONS}, got {activation!r}")
+    choice(args.owner, "activation", activation, ACTIVATIONS)
     if x.dim() == 5:
         groups, dim = x.shape[3:]
         args.parameter("weight", weight, (groups, dim, 3, 3), "(G, D, 3, 3)")
@@ -302,7 +318,7 @@ def layer_norm_pool(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) 
         before rounding to the dtype of ``x``.
 
     Raises:
-        TypeError: an argument is no tensor or has the wrong dtype.
+        TypeError: an argument is no dense tensor, or has the wrong type or dtype.
         ValueError: a shape, device or value is wrong.
     """
     op = "layer_norm_pool"
@@ -342,13 +358,12 @@ def modulated_layer_norm(
         Like ``x``.
 
     Raises:
-        TypeError: an argument is no tensor or has the wrong dtype.
+        TypeError: an argument is no dense tensor, or has the wrong type or dtype.
         ValueError: a shape, device or value is wrong.
     """
     op = "modulated_layer_norm"
     args = Arguments(op, "x", x, (4,), "(batch, H, W, C)")
-    if not isinstance(o, Tensor):
-        raise TypeError(f"{op}: o must be a torch.Tensor, got {type(o).__name__}")
+    args.tensor("o", o)
     x, o = _autocast(x, o)
     args.image = x
     channels = x.shape[-1]

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from groupmamba_ext.transforms import forward_ad_active
+
 DIRECTIONS = ("lr", "rl", "tb", "bt")
 
 
@@ -144,9 +146,20 @@ def depthwise_conv3x3(
     return y.permute(0, 2, 3, 1).reshape(x.shape)
 
 
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """:func:`torch.nn.functional.layer_norm` in the dtype of ``x``, of which torch gets the gradient of a forward-mode
+    derivative wrong (2.10 to 2.14): there written out."""
+    if not forward_ad_active():
+        return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    centred = x.to(wide) - x.to(wide).mean(-1, keepdim=True)
+    scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    return (centred * scale * weight.to(wide) + bias.to(wide)).to(x.dtype)
+
+
 def layer_norm_pool(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
     """See :func:`groupmamba_ext.layer_norm_pool`."""
-    xn = F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
+    xn = _layer_norm(x, weight, bias, eps)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     pooled = xn.to(wide).sum((1, 2)) / max(x.shape[1] * x.shape[2], 1)
     return xn, pooled
@@ -166,4 +179,4 @@ def modulated_layer_norm(
     product = o.reshape(x.shape) * scale.to(x.dtype) * x
     if gate is not None:
         product = product * gate.to(x.dtype)[:, None, None]
-    return F.layer_norm(product, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
+    return _layer_norm(product, weight, bias, eps)

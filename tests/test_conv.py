@@ -48,6 +48,14 @@ def test_sizes(device, dtype, h, w):
     compare(inputs(device, dtype, h=h, w=w))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_several_channel_tiles(device, dtype, activation):
+    """The backward on the CPU takes 80 channels of a tile 16 rows high and 40 columns wide: the second has its own
+    weights and its own bias."""
+    compare(inputs(device, dtype, batch=1, h=17, w=40, channels=200), activation)
+
+
 @pytest.mark.parametrize("groups, channels", [(1, 5), (2, 16), (4, 16), (4, 24), (3, 87), (5, 6)])
 @pytest.mark.parametrize("layout", [None, group_major], ids=["token-major", "group-major"])
 def test_groups(device, groups, channels, layout):
@@ -73,7 +81,10 @@ def test_without_bias(device, activation):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_float32_parameters(device, dtype):
-    compare(inputs(device, dtype, param=torch.float32))
+    tensors = inputs(device, dtype, param=torch.float32)
+    compare(tensors)
+    compare({**tensors, "bias": tensors["bias"].to(dtype)})
+    compare({**tensors, "weight": tensors["weight"].to(dtype)})
 
 
 @pytest.mark.parametrize("channels", [16, 17])

@@ -11,6 +11,7 @@ from groupmamba.layers import feed_forward as layers_feed_forward
 from groupmamba.layers import token_norm as layers_token_norm
 from groupmamba.layers.feed_forward import ConvFeedForward
 from groupmamba.layers.token_norm import TokenNorm
+from groupmamba_ext import layer_ops
 from layer_tools import check_stochastic_depth, check_training_op
 
 pytestmark = pytest.mark.cuda
@@ -95,6 +96,18 @@ def test_token_norm_of_a_biased_image(dtype, dim, shape):
     for name, expected in truth.items():
         error = relative_error(found[name], expected)
         assert error <= 4 * FLOOR[dtype], f"{name}: {error:.2e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_token_norm_sums_that_a_16_bit_gradient_cannot_hold(dtype):
+    """The gradient of a float32 bias beside a 16-bit weight: the sum over 160,000 pixels, as exact as float32."""
+    x, weight = torch.ones(1, 400, 400, 8, dtype=dtype, device="cuda"), torch.ones(8, dtype=dtype, device="cuda")
+    bias, x_bias = (torch.zeros(8, device="cuda", requires_grad=True) for _ in range(2))
+    for more in (None, x_bias):
+        bias.grad = None
+        y = layer_ops.token_norm(x, weight, bias, 1e-5, more)
+        y.backward(torch.ones_like(y))
+        assert torch.equal(bias.grad, torch.full_like(bias, 160_000))
 
 
 def kernels_of(function) -> list[str]:

@@ -8,9 +8,7 @@ import torch
 
 from common import FLOOR, relative_error
 from groupmamba.layers import grouped_mamba
-from groupmamba_ext import layer_ops
-from groupmamba_ext.ops import DIRECTIONS, chunk_tokens
-from layer_tools import check_stochastic_depth, check_training_op, image, make, run
+from layer_tools import check_stochastic_depth, check_training_op, image, layer_arguments, make, run
 
 pytestmark = pytest.mark.cuda
 
@@ -92,19 +90,6 @@ def test_many_images_are_as_each_half_of_them(dtype, dim, residual):
             assert error <= 2 * FLOOR[dtype], f"d{name}: {error:.2e}"
 
 
-def arguments(layer, x, residual=False):
-    """Of grouped_mamba_layer and grouped_mamba_layer_fwd, for a released or fused layer."""
-    affinity, mamba = layer.affinity, layer.mamba
-    fc = (affinity.fc1.weight, affinity.fc1.bias, affinity.fc2.weight, affinity.fc2.bias) if affinity else (None,) * 4
-    codes = [DIRECTIONS.index(d) for d in layer.directions]
-    chunk = chunk_tokens(layer_ops._padded(mamba.inner_dim), "cuda")
-    tokens = x.permute(0, 2, 3, 1).contiguous().detach().requires_grad_()
-    norm, proj = (layer.norm.weight, layer.norm.bias), (layer.proj.weight, layer.proj.bias)
-    kept = torch.tensor([1.0, 0.0], device=x.device) if residual and layer.variant == "released" else None
-    scalars = (codes, layer.norm.eps, 1e-5, chunk, residual, kept, 1.0 if kept is None else 1.5)
-    return tokens, *norm, *fc, *mamba.core_parameters(), mamba.out_proj_weight, layer.skip_scale, *proj, *scalars
-
-
 @pytest.mark.parametrize("variant", ["released", "fused"])
 @pytest.mark.parametrize(
     "dim, shape, options", [(64, (56, 56), {}), (348, (21, 40), {}), (1280, (30, 30), {"expand": 0.25})]
@@ -135,7 +120,7 @@ def test_planes_shared_in_memory_used_before(monkeypatch, variant, dim, shape, o
 @pytest.mark.parametrize("dim, affinity, residual", [(32, True, True), (44, True, False), (44, False, True)])
 def test_opcheck(variant, dim, affinity, residual):
     layer = make(dim, variant=variant, affinity=affinity).to("cuda")
-    inputs = arguments(layer, image(2, dim, 5, 6, device="cuda", dtype=torch.float32), residual)
+    inputs = layer_arguments(layer, image(2, dim, 5, 6, device="cuda", dtype=torch.float32), residual)
     check_training_op(torch.ops.groupmamba.grouped_mamba_layer_fwd, inputs)
     detached = [t.detach() if isinstance(t, torch.Tensor) else t for t in inputs]
     torch.library.opcheck(torch.ops.groupmamba.grouped_mamba_layer, detached)
@@ -290,7 +275,7 @@ def test_double_backward_raises():
 
 def test_wrong_parameters_are_named():
     layer = make(32).to("cuda")
-    inputs = list(arguments(layer, image(1, 32, 4, 4, device="cuda", dtype=torch.float32)))
+    inputs = list(layer_arguments(layer, image(1, 32, 4, 4, device="cuda", dtype=torch.float32)))
     inputs[8] = inputs[8][..., :2]
     with pytest.raises(RuntimeError, match="conv_weight"):
         torch.ops.groupmamba.grouped_mamba_layer_fwd(*inputs)

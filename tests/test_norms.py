@@ -92,8 +92,37 @@ def test_without_gate(device):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_float32_parameters(device, dtype):
-    compare_pool(pool_inputs(device, dtype, param=torch.float32))
-    compare_modulated(modulated_inputs(device, dtype, param=torch.float32))
+    """All of them, and one of them beside others of the image's dtype: a gradient has its parameter's."""
+    for make, compare in ((pool_inputs, compare_pool), (modulated_inputs, compare_modulated)):
+        wide, low = make(device, dtype, param=torch.float32), make(device, dtype)
+        compare(wide)
+        for name in wide.keys() - {"x", "o"}:
+            compare({**low, name: wide[name]})
+            compare({**wide, name: low[name]})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("op", ["pool", "modulated"])
+def test_sums_that_a_16_bit_gradient_cannot_hold(device, dtype, op):
+    """The gradient of a float32 bias beside a 16-bit weight: the sum over 160,000 pixels, as exact as float32."""
+    x = torch.ones(1, 400, 400, 4, dtype=dtype, device=device)
+    weight = torch.ones(4, dtype=dtype, device=device)
+    bias = torch.zeros(4, device=device, requires_grad=True)
+    if op == "pool":
+        y = ext.layer_norm_pool(x, weight, bias)[0]
+    else:
+        y = ext.modulated_layer_norm(x.unflatten(-1, (2, 2)), x, torch.ones(1, device=device), weight, bias)
+    y.backward(torch.ones_like(y))
+    assert bias.grad.dtype == torch.float32
+    assert torch.equal(bias.grad, torch.full_like(bias, 160_000))
+    weight, bias = torch.ones(4, device=device, requires_grad=True), bias.detach().to(dtype).requires_grad_()
+    if op == "pool":
+        y = ext.layer_norm_pool(x, weight, bias)[0]
+    else:
+        y = ext.modulated_layer_norm(x.unflatten(-1, (2, 2)), x, torch.ones(1, device=device), weight, bias)
+    y.backward(torch.full_like(y, 0.125))
+    assert bias.grad.dtype == dtype and weight.grad.dtype == torch.float32
+    assert torch.equal(bias.grad, torch.full_like(bias, 20_000))
 
 
 @pytest.mark.parametrize("dim", [16, 17])
@@ -217,7 +246,7 @@ def test_opcheck(device):
     xn, pooled = ext.layer_norm_pool(*(v.detach() for v in pool))
     torch.library.opcheck(
         torch.ops.groupmamba.layer_norm_pool_bwd,
-        (xn, pooled, pool[0].detach(), pool[1].detach(), 1e-5),
+        (xn, pooled, *(v.detach() for v in pool), 1e-5),
         test_utils=("test_schema", "test_faketensor"),
     )
     t = {k: v.requires_grad_() for k, v in modulated_inputs(device).items()}
@@ -228,7 +257,7 @@ def test_opcheck(device):
     d = {k: v.detach() for k, v in t.items()}
     torch.library.opcheck(
         torch.ops.groupmamba.modulated_layer_norm_bwd,
-        (torch.randn_like(d["x"]), o.detach(), d["x"], d["scale"], d["gate"], d["weight"], 1e-5),
+        (torch.randn_like(d["x"]), o.detach(), d["x"], d["scale"], d["gate"], d["weight"], d["bias"], 1e-5),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -249,6 +278,9 @@ BAD_POOL = {
     "weight": ({"weight": torch.ones(63)}, ValueError, r"weight must be \(C,\) = \(64,\), got shape \(63,\)"),
     "bias": ({"bias": None}, TypeError, r"bias must be a torch.Tensor, got NoneType"),
     "eps": ({"eps": "small"}, TypeError, r"eps must be a float, got 'small'"),
+    "eps NaN": ({"eps": float("nan")}, ValueError, r"eps must be at least 0, got nan"),
+    "eps inf": ({"eps": float("inf")}, ValueError, r"eps must be a finite float, got inf"),
+    "eps huge": ({"eps": 10**400}, ValueError, r"eps must be a finite float, got 10+"),
 }
 BAD_MODULATED = {
     "o type": ({"o": 3}, TypeError, r"o must be a torch.Tensor, got int"),
@@ -257,6 +289,9 @@ BAD_MODULATED = {
     "scale": ({"scale": torch.ones(())}, ValueError, r"scale must be \(1,\) = \(1,\), got shape \(\)"),
     "gate": ({"gate": torch.ones(64)}, ValueError, r"gate must be \(batch, C\) = \(2, 64\), got shape \(64,\)"),
     "eps": ({"eps": -1}, ValueError, r"eps must be at least 0, got -1"),
+    "eps NaN": ({"eps": float("nan")}, ValueError, r"eps must be at least 0, got nan"),
+    "eps tensor": ({"eps": torch.tensor(1e-5)}, TypeError, r"eps must be a float, got tensor"),
+    "eps of digits": ({"eps": 10**5000}, ValueError, r"eps must be a finite float, got int too long to be shown"),
 }
 
 

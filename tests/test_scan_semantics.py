@@ -247,6 +247,9 @@ BAD = {
     "directions type": ({"directions": "lr"}, TypeError, r"directions must be a sequence .* got 'lr'"),
     "softplus": ({"softplus": 1}, TypeError, r"softplus must be a bool, got 1"),
     "norm_eps": ({"norm_eps": -1.0}, ValueError, r"norm_eps must be at least 0, got -1.0"),
+    "norm_eps NaN": ({"norm_eps": float("nan")}, ValueError, r"norm_eps must be at least 0, got nan"),
+    "norm_eps huge": ({"norm_eps": 10**400}, ValueError, r"norm_eps must be a finite float, got 10+"),
+    "norm_eps bool": ({"norm_eps": True}, TypeError, r"norm_eps must be a float, got True"),
 }  # fmt: skip
 
 

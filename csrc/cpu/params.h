@@ -8,7 +8,8 @@ namespace gm::cpu {
 
 enum class DType { kFloat, kDouble, kHalf, kBFloat16 };
 
-// Rows of parameters and scratch are padded with zeros to a multiple of this, so that vectors of any width fit.
+// Rows of parameters and scratch are padded with zeros (those of dt_weight with the last channel's value) to a multiple
+// of this, so that vectors of any width fit.
 constexpr int64_t kRowUnit = 16;
 
 // An image tensor (batch, token, group, channel) with adjacent channels; tokens in row-major order. Null: absent.

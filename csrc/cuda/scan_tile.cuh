@@ -196,38 +196,43 @@ __device__ __forceinline__ void block_scan(const Tile& tile, ScanExchange& share
 }
 
 // dt_weight / kStepUnit of the block's channels, as [rank][kMaxScanDim] floats in shared memory; ranks beyond
-// kMaxStagedRank are read in place.
+// kMaxStagedRank are read in place. Channels that do not exist take the weights of the last one, so that their steps
+// are finite where its steps are: 0 would make NaN of a feature of -inf, which masks a token, and reach the token's
+// sums.
 template <class T>
 struct StepWeight {
     const float* staged;
+    const ScanShape& s;
     ParamArg weight;
     int64_t row;  // of the thread's first channel
-    int rank, channel, valid;
+    int channel;
 
-    __device__ StepWeight(const ScanShape& s, const ParamArg& w, const Tile& tile, float* shared)
+    __device__ StepWeight(const ScanShape& shape, const ParamArg& w, const Tile& tile, float* shared)
         : staged(shared),
+          s(shape),
           weight(w),
           row((static_cast<int64_t>(tile.group) * s.param_dim + tile.channel) * s.rank),
-          rank(s.rank),
-          channel(tile.channel),
-          valid(tile.valid) {
-        if (rank == 0 || rank > kMaxStagedRank) return;
-        for (int i = threadIdx.x; i < rank * kMaxScanDim; i += blockDim.x) {
-            const int r = i / kMaxScanDim, c = i % kMaxScanDim;
-            const int64_t at = (static_cast<int64_t>(tile.group) * s.param_dim + c) * rank + r;
-            shared[i] = c < s.dim ? load_param<T>(w, at) / Math<T>::kStepUnit : 0.f;
+          channel(tile.channel) {
+        if (s.rank == 0 || s.rank > kMaxStagedRank) return;
+        for (int i = threadIdx.x; i < s.rank * kMaxScanDim; i += blockDim.x) {
+            const int r = i / kMaxScanDim, c = min(i % kMaxScanDim, s.norm_dim - 1);
+            const int64_t at = (static_cast<int64_t>(tile.group) * s.param_dim + c) * s.rank + r;
+            shared[i] = load_param<T>(w, at) / Math<T>::kStepUnit;
         }
         // the caller's __syncthreads makes it visible
     }
     __device__ __forceinline__ void get(int r, float (&w)[kVec]) const {
-        if (rank <= kMaxStagedRank) {
+        if (s.rank <= kMaxStagedRank) {
             const float4 v = *reinterpret_cast<const float4*>(staged + r * kMaxScanDim + channel);
             w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
         } else {
+            const int more = s.norm_dim - 1 - channel;  // below 0 where the thread has no channel
+            int64_t at = row + static_cast<int64_t>(min(0, more)) * s.rank + r;
 #pragma unroll
-            for (int j = 0; j < kVec; ++j)
-                w[j] = j < valid ? load_param<T>(weight, row + static_cast<int64_t>(j) * rank + r) / Math<T>::kStepUnit
-                                 : 0.f;
+            for (int j = 0; j < kVec; ++j) {
+                w[j] = load_param<T>(weight, at) / Math<T>::kStepUnit;
+                if (j < more) at += s.rank;
+            }
         }
     }
 };

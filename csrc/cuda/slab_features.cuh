@@ -192,7 +192,8 @@ __device__ __forceinline__ void put_gated_rows(const Args& args, float* table, i
 
 // All rows, those of the first image among them. A thread fills a column, or every kRows-th weight of it; all of its
 // loads are under way before it waits for one. Lanes without channels: a step of 0 and no skip keep them at 0 and out
-// of all sums.
+// of all sums. They take the step weights of the last channel that counts: 0 would make NaN of a feature of -inf, which
+// masks a token.
 template <class T, class Block, class Args>
 __device__ __forceinline__ void put_rows(const Args& args, float* table, int batch, int group) {
     constexpr int kRows = Block::kThreads / Block::kWidth, kLoads = (Block::kFeatures - 2 + kRows - 1) / kRows;
@@ -201,6 +202,7 @@ __device__ __forceinline__ void put_rows(const Args& args, float* table, int bat
     const int dim = Block::real_dim(s);
     const bool in = first < kRows && c < dim;
     const int64_t channel = static_cast<int64_t>(group) * dim + c;
+    const int64_t weights = (static_cast<int64_t>(group) * dim + min(c, s.norm_dim - 1)) * s.rank;
     const auto bits_of = [&](const ParamArg& p, bool wanted, int64_t i) {
         return wanted && p.ptr != nullptr ? load_param_bits(p, i) : 0u;
     };
@@ -214,7 +216,7 @@ __device__ __forceinline__ void put_rows(const Args& args, float* table, int bat
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
         const int r = first + i * kRows;
-        weight[i] = bits_of(args.dt_weight, in && r < s.rank, channel * s.rank + r);
+        weight[i] = bits_of(args.dt_weight, first < kRows && r < s.rank, weights + r);
     }
     if (first >= kRows) return;
 #pragma unroll

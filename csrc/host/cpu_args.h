@@ -83,15 +83,20 @@ private:
     void* data_;
 };
 
-// Parameters as rows that vectors of any width can read: float (double for double images), zeros after the last
-// channel.
+// What a row of a parameter holds after its last channel: zeros, or that channel's value once more. A zero there makes
+// NaN of an infinity that all channels of a real row take well: steps of -inf, which mask a token, times dt_weight.
+enum class RowPad { kZero, kLastChannel };
+
+// Parameters as rows that vectors of any width can read: float (double for double images).
 class ParameterRows {
 public:
     explicit ParameterRows(const Tensor& image) : wide_(dtype_of(image) == DType::kDouble) {}
 
     // (groups, channels, rows) -> (groups, rows, padded_row(channels)).
-    const void* operator()(const Tensor& t, int64_t groups, int64_t channels, int64_t rows) {
-        return wide_ ? transpose<double>(t, groups, channels, rows) : transpose<float>(t, groups, channels, rows);
+    const void* operator()(const Tensor& t, int64_t groups, int64_t channels, int64_t rows,
+                           RowPad pad = RowPad::kZero) {
+        return wide_ ? transpose<double>(t, groups, channels, rows, pad)
+                     : transpose<float>(t, groups, channels, rows, pad);
     }
     // The same of an absent parameter: every channel has `value`.
     const void* operator()(const OptTensor& t, int64_t groups, int64_t channels, double value) {
@@ -109,7 +114,7 @@ private:
     }
 
     template <class A>
-    const void* transpose(const Tensor& t, int64_t groups, int64_t channels, int64_t rows) {
+    const void* transpose(const Tensor& t, int64_t groups, int64_t channels, int64_t rows, RowPad pad) {
         const int64_t padded = padded_row(channels);
         A* out = rows_of_zeros<A>(groups * rows * padded);
         const Tensor in = t.is_contiguous() ? t : torch::stable::contiguous(t);
@@ -120,6 +125,7 @@ private:
                     A* row = out + (g * rows + r) * padded;
                     const auto* column = from + g * channels * rows + r;
                     for (int64_t c = 0; c < channels; ++c) row[c] = static_cast<A>(column[c * rows]);
+                    if (pad == RowPad::kLastChannel) std::fill(row + channels, row + padded, row[channels - 1]);
                 }
             }
         });

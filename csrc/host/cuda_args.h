@@ -19,6 +19,13 @@ inline DType dtype_of(const Tensor& t) {
     return DType::kFloat;
 }
 
+// Of a scan of `dim` channels a group: the kernels save states that many tokens apart.
+inline void check_cuda_chunk(int64_t dim, int64_t chunk) {
+    GM_CHECK(dim <= kMaxScanDim, "the CUDA scan takes up to ", kMaxScanDim, " channels a group, got ", dim);
+    const int expected = kBwdSlab / scan_lanes(static_cast<int>(dim));
+    GM_CHECK(chunk == expected, "on CUDA chunk must be ", expected, " for ", dim, " channels, got ", chunk);
+}
+
 // `t` must be canonical (see canonical_image).
 inline ImageArg image_arg(const Tensor& t) {
     const ImageStrides s = image_strides(t);

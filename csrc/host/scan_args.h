@@ -7,6 +7,20 @@
 
 namespace gm {
 
+// What both scans ask of the codes of directions and of the tokens between two saved states.
+inline void check_path(const std::vector<int64_t>& directions, int64_t chunk) {
+    GM_CHECK(chunk >= 1 && chunk <= INT32_MAX, "chunk must be 1 to 2^31 - 1, got ", chunk);
+    for (const int64_t code : directions) GM_CHECK(code >= 0 && code <= 3, "a direction must be 0 to 3, got ", code);
+}
+
+// States that a forward on `u` saved.
+inline void check_states(const Tensor& states, const Shape& expected, const Tensor& u) {
+    check_shape(states, "states", expected);
+    GM_CHECK(states.scalar_type() == accumulate_type(u.scalar_type()) && states.is_contiguous(),
+             "states must be what the forward saved");
+    GM_CHECK(same_device(states, u), "states is on another device");
+}
+
 struct ScanSizes {
     int64_t batch, height, width, groups, dim, states, rank;  // rank 0: dt holds the step itself
     int64_t tokens() const { return height * width; }
@@ -25,10 +39,9 @@ inline ScanSizes check_scan(const Tensor& u, const Tensor& dt, const Tensor& A, 
     GM_CHECK(s.groups >= 1 && s.dim >= 1, "u must have at least one group and one channel, got ", show(shape_of(u)));
     GM_CHECK(!dt_weight || s.rank >= 1, "dt_weight must have a rank of at least 1");
     GM_CHECK(s.tokens() <= INT32_MAX, "H * W must be below 2^31, got ", s.tokens());
-    GM_CHECK(chunk >= 1, "chunk must be positive, got ", chunk);
+    check_path(directions, chunk);
     GM_CHECK(static_cast<int64_t>(directions.size()) == s.groups, "directions must name one direction a group (",
              s.groups, "), got ", directions.size());
-    for (const int64_t code : directions) GM_CHECK(code >= 0 && code <= 3, "a direction must be 0 to 3, got ", code);
     const Shape per_channel{s.groups, s.dim}, image = shape_of(u);
     Shape tokens(image.begin(), image.end() - 1);
     const auto with = [&](int64_t last) {
@@ -68,9 +81,8 @@ inline CrossSizes check_cross_scan(const Tensor& u, const Tensor& dt, const Tens
     GM_CHECK(s.groups >= 1 && s.dim >= 1, "u must have at least one group and one channel, got ", show(shape_of(u)));
     GM_CHECK(!dt_weight || s.rank >= 1, "dt_weight must have a rank of at least 1");
     GM_CHECK(s.tokens() <= INT32_MAX, "H * W must be below 2^31, got ", s.tokens());
-    GM_CHECK(chunk >= 1, "chunk must be positive, got ", chunk);
+    check_path(directions, chunk);
     GM_CHECK(s.scans >= 1, "directions must name at least one direction");
-    for (const int64_t code : directions) GM_CHECK(code >= 0 && code <= 3, "a direction must be 0 to 3, got ", code);
     const auto tokens = [&](int64_t last) { return Shape{s.batch, s.height, s.width, s.groups, s.scans, last}; };
     check_image(dt, "dt", tokens(dt_weight ? s.rank : s.dim), u);
     check_image(B, "B", tokens(s.states), u);
@@ -83,7 +95,7 @@ inline CrossSizes check_cross_scan(const Tensor& u, const Tensor& dt, const Tens
 }
 
 inline Shape cross_states_shape(const CrossSizes& s, int64_t chunk) {
-    return {s.groups, s.batch, s.scans, (s.tokens() + chunk - 1) / chunk, s.states, s.dim};
+    return {s.groups * s.batch * s.scans * ((s.tokens() + chunk - 1) / chunk) * s.states * s.dim};
 }
 
 }  // namespace gm

@@ -16,7 +16,7 @@ namespace gm {
 // Makes the tensor's device current for its lifetime and holds torch's current stream on it.
 class CudaContext {
 public:
-    explicit CudaContext(const Tensor& t) : guard_(t.get_device_index()) {
+    explicit CudaContext(const Tensor& t) : guard_(device_of(t)) {
         GM_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch is a CPU build and has no CUDA streams");
         // A thread that has not met the driver yet, such as autograd's at its first backward, has no context, which
         // tensor maps and cuBLAS need: setting the device gives it that of the device.
@@ -33,6 +33,14 @@ public:
     cudaStream_t stream() const { return stream_; }
 
 private:
+    // Any one tensor on CUDA brings a call to these entries.
+    static int32_t device_of(const Tensor& t) {
+        int32_t type = 0;
+        GM_TORCH_CALL(aoti_torch_get_device_type(t.get(), &type));
+        GM_CHECK(type == aoti_torch_device_type_cuda(), "all tensors must be on one CUDA device");
+        return t.get_device_index();
+    }
+
     torch::stable::accelerator::DeviceGuard guard_;
     cudaStream_t stream_ = nullptr;
 };

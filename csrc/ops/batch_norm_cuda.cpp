@@ -55,7 +55,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_bwd(Tensor dy, Tensor x, Tens
     check_parameter(bias, "bias", {x.size(3)}, x);
     check_image(dy, "dy", shape_of(x), x);
     check_shape(stats, "stats", {3, x.size(3)});
-    GM_CHECK(is_float(stats) && stats.is_contiguous() && same_device(stats, x), "stats is not what the forward made");
+    GM_CHECK(is_float(stats) && stats.is_contiguous() && same_device(stats, x),
+             "stats must be contiguous, float32 and on the device of x");
     x = dense_image(x), dy = dense_image(dy);
     const Tensor dx = empty(shape_of(x), x.scalar_type(), x);
     const Tensor dweight = empty_like_or_absent(weight, x), dbias = empty_like_or_absent(bias, x);

@@ -46,7 +46,7 @@ struct CrossInputs {
         const int64_t all = s.groups * s.scans, padded = cpu::padded_row(s.dim);
         const int64_t wide = accumulate_type(u.scalar_type()) == ScalarType::Double ? 8 : 4;
         const void* A_rows = rows(A, all, s.dim, s.states);
-        const void* weight_rows = dt_weight ? rows(*dt_weight, all, s.dim, s.rank) : nullptr;
+        const void* weight_rows = dt_weight ? rows(*dt_weight, all, s.dim, s.rank, cpu::RowPad::kLastChannel) : nullptr;
         const void* D_rows = rows(D, all, s.dim, 0.0);
         const void* bias_rows = rows(dt_bias, all, s.dim, 0.0);
         const void* no_norm_bias = rows(std::nullopt, s.scans, s.dim, 0.0);
@@ -113,9 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross
     Tensor states, std::vector<int64_t> directions, bool softplus, int64_t chunk) {
     const CrossSizes s = check_cross_scan(u, dt, A, B, C, D, dt_weight, dt_bias, directions, chunk);
     check_image(dy, "dy", shape_of(u), u);
-    check_shape(states, "states", cross_states_shape(s, chunk));
-    GM_CHECK(states.scalar_type() == accumulate_type(u.scalar_type()) && states.is_contiguous(),
-             "states must be what the forward saved");
+    check_states(states, cross_states_shape(s, chunk), u);
 
     Tensor du = empty_image_like(u), ddt = empty_image_like(dt), dB = empty_image_like(B), dC = empty_image_like(C);
     Tensor dA = empty_like_or_absent(A, u), dD = empty_like_or_absent(D, u);

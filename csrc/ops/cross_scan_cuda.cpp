@@ -172,7 +172,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross
     const CrossSizes s = check_inputs(in);
     const std::vector<Slice> slices = slices_of(s);
     check_image(dy, "dy", shape_of(u), u);
-    check_shape(states, "states", {saved_elements(s, slices)});
+    check_states(states, {saved_elements(s, slices)}, u);
     const DType dtype = dtype_of(u);
     const CudaContext context(u);
 
@@ -188,7 +188,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross
 
     for (Tensor* t : {&in.u, &in.dt, &in.B, &in.C}) *t = canonical_image(*t);
     dy = canonical_image(dy);
-    if (!states.is_contiguous()) states = torch::stable::contiguous(states);
     const int64_t size = static_cast<int64_t>(u.element_size()), all = s.groups * s.scans;
     const int64_t count = static_cast<int64_t>(slices.size());
     const Parts du_parts(du, s.scans), dB_parts(dB, count), dC_parts(dC, count);

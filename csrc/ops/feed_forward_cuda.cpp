@@ -29,7 +29,8 @@ struct FeedForwardSizes {
 
 FeedForwardSizes feed_forward_sizes(const Tensor& x, const FeedForwardParameters& p) {
     GM_CHECK(x.dim() == 4 && x.numel() > 0, "x must be (batch, H, W, C) with elements, got ", show(shape_of(x)));
-    GM_CHECK(p.fc1_weight.dim() == 2, "fc1_weight must be (hidden, C), got ", show(shape_of(p.fc1_weight)));
+    GM_CHECK(p.fc1_weight.dim() == 2 && p.fc1_weight.size(0) >= 1, "fc1_weight must be (hidden, C), got ",
+             show(shape_of(p.fc1_weight)));
     FeedForwardSizes s{x.size(0), x.size(1), x.size(2), x.size(3), 0, p.fc1_weight.size(0), 0};
     s.channels_pad = round_up(s.channels, kPixelUnit), s.hidden_pad = round_up(s.hidden, kPixelUnit);
     check_parameter(p.fc1_weight, "fc1_weight", {s.hidden, s.channels}, x);

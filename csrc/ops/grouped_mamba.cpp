@@ -19,17 +19,21 @@ int64_t padded_features(int64_t features, int64_t inner_pad) {
 LayerSizes layer_sizes(const Tensor& x, const LayerParameters& p, int64_t chunk) {
     GM_CHECK(x.dim() == 4 && x.numel() > 0, "x must be (batch, H, W, C) with elements, got ", show(shape_of(x)));
     GM_CHECK(p.in_proj_weight.dim() == 3 && p.A_log.dim() == 3 && p.dt_weight.dim() == 3, "weights must be (G, ., .)");
-    GM_CHECK(chunk >= 1, "chunk must be positive, got ", chunk);
     LayerSizes s{};
     s.batch = x.size(0), s.height = x.size(1), s.width = x.size(2);
     s.groups = p.A_log.size(0), s.inner = p.A_log.size(1), s.states = p.A_log.size(2), s.rank = p.dt_weight.size(2);
     GM_CHECK(s.groups >= 1 && x.size(3) % s.groups == 0, "C must be a multiple of ", s.groups, ", got ", x.size(3));
+    GM_CHECK(s.inner >= 1 && s.rank >= 1,
+             "A_log must be (G, E, N) and dt_weight (G, E, R) with E and R of at least 1, got ",
+             show(shape_of(p.A_log)), " and ", show(shape_of(p.dt_weight)));
+    GM_CHECK(s.states >= 1 && s.states <= kMaxStates, "A_log must have 1 to ", kMaxStates, " states, got ", s.states);
     s.channels = x.size(3), s.channels_pad = round_up(s.channels, kPixelUnit);
     s.dim = s.channels / s.groups;
     s.dim_pad = round_up(s.dim, kPixelUnit), s.inner_pad = round_up(s.inner, kPixelUnit);
     s.features = s.rank + 2 * s.states, s.features_pad = padded_features(s.features, s.inner_pad);
     s.merges = p.out_proj_weight.has_value();
     s.mixed = s.groups * (s.merges ? s.dim_pad : s.inner_pad);
+    check_cuda_chunk(s.inner_pad, chunk);
     s.saved_states = scan_saved_states(s.height, s.width, s.inner_pad, chunk);
     check_parameter(p.norm_weight, "norm_weight", {s.channels}, x);
     check_parameter(p.norm_bias, "norm_bias", {s.channels}, x);
@@ -139,7 +143,7 @@ LayerImages layer_images(const LayerSizes& s, const LayerPlaces& p, bool save, c
         images.pooled = workspace.get(p.pooled, {s.batch, s.channels});
         images.hidden = workspace.get(p.hidden, {s.batch, s.hidden});
     }
-    if (save) images.states = workspace.get(p.states, {s.batch, s.groups, s.saved_states, s.states, s.inner_pad});
+    if (save) images.states = workspace.get(p.states, {s.batch * s.groups * s.saved_states * s.states * s.inner_pad});
     return images;
 }
 

@@ -9,7 +9,7 @@ namespace gm {
 namespace {
 
 Shape states_shape(const ScanSizes& s, int64_t chunk) {
-    return {s.batch, s.groups, (s.tokens() + chunk - 1) / chunk, s.states, s.dim};
+    return {s.batch * s.groups * ((s.tokens() + chunk - 1) / chunk) * s.states * s.dim};
 }
 
 // Canonical image inputs and parameter rows, alive as long as the params that point into them.
@@ -41,7 +41,7 @@ struct ScanInputs {
         p.u = cpu::const_image(u), p.dt = cpu::const_image(dt), p.B = cpu::const_image(B), p.C = cpu::const_image(C);
         if (z) p.z = cpu::const_image(*z);
         p.A = rows(A, s.groups, s.dim, s.states);
-        if (dt_weight) p.dt_weight = rows(*dt_weight, s.groups, s.dim, s.rank);
+        if (dt_weight) p.dt_weight = rows(*dt_weight, s.groups, s.dim, s.rank, cpu::RowPad::kLastChannel);
         p.D = rows(D, s.groups, s.dim, 0.0);
         p.dt_bias = rows(dt_bias, s.groups, s.dim, 0.0);
         if (norm_weight) p.norm_weight = rows(norm_weight, s.groups, s.dim, 1.0);
@@ -87,9 +87,7 @@ grouped_selective_scan_bwd(Tensor dy, Tensor u, Tensor dt, Tensor A, Tensor B, T
     const ScanSizes s =
         check_scan(u, dt, A, B, C, D, dt_weight, dt_bias, z, norm_weight, norm_bias, gate, directions, chunk);
     check_image(dy, "dy", shape_of(u), u);
-    check_shape(states, "states", states_shape(s, chunk));
-    GM_CHECK(states.scalar_type() == accumulate_type(u.scalar_type()) && states.is_contiguous(),
-             "states must be what the forward saved");
+    check_states(states, states_shape(s, chunk), u);
 
     Tensor du = empty_image_like(u), ddt = empty_image_like(dt), dB = empty_image_like(B), dC = empty_image_like(C);
     Tensor dz = z ? empty_image_like(*z) : empty_absent(u.scalar_type(), u);

@@ -15,7 +15,6 @@ namespace gm {
 namespace {
 
 ScanShape scan_shape(const ScanSizes& s, const ScanInputs& in) {
-    GM_CHECK(s.dim <= kMaxScanDim, "the CUDA scan takes up to ", kMaxScanDim, " channels a group, got ", s.dim);
     GM_CHECK(s.groups <= kMaxGroups, "the CUDA scan takes up to ", kMaxGroups, " groups, got ", s.groups);
     ScanShape shape{};
     shape.batch = s.batch;
@@ -35,8 +34,10 @@ ScanShape scan_shape(const ScanSizes& s, const ScanInputs& in) {
     return shape;
 }
 
+int64_t saved_states(const ScanSizes& s, int64_t chunk) { return scan_saved_states(s.height, s.width, s.dim, chunk); }
+
 Shape states_shape(const ScanSizes& s, int64_t chunk) {
-    return {s.batch, s.groups, scan_saved_states(s.height, s.width, s.dim, chunk), s.states, s.dim};
+    return {s.batch * s.groups * saved_states(s, chunk) * s.states * s.dim};
 }
 
 // Scratch for the carries of N > 1 states.
@@ -44,16 +45,12 @@ Tensor carry_scratch(const ScanSizes& s, const Tensor& device_of) {
     return empty({s.batch, s.groups, 2, s.states, s.dim}, ScalarType::Float, device_of);
 }
 
-void check_chunk(const ScanShape& shape, int64_t chunk) {
-    GM_CHECK(chunk == kBwdSlab / shape.lanes, "on CUDA chunk must be ", kBwdSlab / shape.lanes, " for ", shape.dim,
-             " channels, got ", chunk);
-}
-
 ScanSizes check_inputs(const ScanInputs& in) {
-    GM_CHECK(in.norm_dim >= 0 && in.norm_dim <= in.u.size(4), "norm_dim must be 0 to ", in.u.size(4), ", got ",
-             in.norm_dim);
-    return check_scan(in.u, in.dt, in.A, in.B, in.C, in.D, in.dt_weight, in.dt_bias, in.z, in.norm_weight, in.norm_bias,
-                      in.gate, in.directions, in.chunk);
+    const ScanSizes s = check_scan(in.u, in.dt, in.A, in.B, in.C, in.D, in.dt_weight, in.dt_bias, in.z, in.norm_weight,
+                                   in.norm_bias, in.gate, in.directions, in.chunk);
+    GM_CHECK(in.norm_dim >= 0 && in.norm_dim <= s.dim, "norm_dim must be 0 to ", s.dim, ", got ", in.norm_dim);
+    check_cuda_chunk(s.dim, in.chunk);
+    return s;
 }
 
 // What the blocks of a copy-engine kernel need to share planes, held until its launch is queued.
@@ -146,10 +143,9 @@ ScanForward::~ScanForward() = default;
 ScanForward::ScanForward(const Tensor& y, const OptTensor& states, ScanInputs in, const CudaContext& context) {
     const ScanSizes s = check_inputs(in);
     check_image(y, "y", shape_of(in.u), in.u);
-    if (states) check_shape(*states, "states", states_shape(s, in.chunk));
+    if (states) check_states(*states, states_shape(s, in.chunk), in.u);
     const DType dtype = dtype_of(in.u);
     const ScanShape shape = scan_shape(s, in);
-    check_chunk(shape, in.chunk);
     if (s.batch == 0 || s.tokens() == 0) return;
 
     planned_.reset(new Planned{context, dtype, std::move(in)});
@@ -161,7 +157,7 @@ ScanForward::ScanForward(const Tensor& y, const OptTensor& states, ScanInputs in
     args.y = p.movable ? p.movable->write(y, *p.in.z) : image_arg(y);
     if (states) {
         args.states = static_cast<float*>(states->data_ptr());
-        args.num_chunks = states->size(2);
+        args.num_chunks = saved_states(s, p.in.chunk);
     } else if (s.states > 1) {
         p.carry = carry_scratch(s, p.in.u);
         args.carry = static_cast<float*>(p.carry.data_ptr());
@@ -202,10 +198,9 @@ ScanParameterGradients scan_bwd_into(const ScanImageGradients& images, Tensor dy
                                      const CudaContext& context) {
     const ScanSizes s = check_inputs(in);
     check_image(dy, "dy", shape_of(in.u), in.u);
-    check_shape(states, "states", states_shape(s, in.chunk));
+    check_states(states, states_shape(s, in.chunk), in.u);
     ScanBwdArgs args;
     args.shape = scan_shape(s, in);
-    check_chunk(args.shape, in.chunk);
     const DType dtype = dtype_of(in.u);
 
     ScanParameterGradients p;
@@ -223,7 +218,6 @@ ScanParameterGradients scan_bwd_into(const ScanImageGradients& images, Tensor dy
     std::optional<MovableImages> movable;
     prepare_inputs(movable, in, &dy, args.shape, dtype, context);
     if (movable) movable->start();
-    if (!states.is_contiguous()) states = torch::stable::contiguous(states);
     ParamHolder param;
     set_inputs(args, in, param);
     args.dy = image_arg(dy);
@@ -231,7 +225,7 @@ ScanParameterGradients scan_bwd_into(const ScanImageGradients& images, Tensor dy
     args.ddt = image_arg(images.ddt), args.dB = image_arg(images.dB), args.dC = image_arg(images.dC);
     if (in.z) args.dz = movable ? movable->write(*images.dz, *in.z) : image_arg(*images.dz);
     args.states = static_cast<const float*>(states.data_ptr());
-    args.num_chunks = states.size(2);
+    args.num_chunks = saved_states(s, in.chunk);
     Tensor scratch;
     if (s.states > 1) {
         scratch = carry_scratch(s, in.u);

@@ -23,7 +23,7 @@ cpu::NormPoolParams pool_params(const Tensor& x, const Tensor& weight, const Opt
     return p;
 }
 
-void check_norm(const Tensor& x, const Tensor& weight, const OptTensor& bias) {
+void check_norm(const Tensor& x, const Tensor& weight, const Tensor& bias) {
     GM_CHECK(x.dim() == 4, "x must be (batch, H, W, C), got ", show(shape_of(x)));
     check_parameter(weight, "weight", {x.size(3)}, x);
     check_parameter(bias, "bias", {x.size(3)}, x);
@@ -51,14 +51,15 @@ std::tuple<Tensor, Tensor> layer_norm_pool_fwd(Tensor x, Tensor weight, Tensor b
     return {xn, pooled};
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_pool_bwd(Tensor dxn, Tensor dpooled, Tensor x, Tensor weight,
+std::tuple<Tensor, Tensor, Tensor> layer_norm_pool_bwd(Tensor dxn, Tensor dpooled, Tensor x, Tensor weight, Tensor bias,
                                                        double eps) {
-    check_norm(x, weight, std::nullopt);
+    check_norm(x, weight, bias);
     check_image(dxn, "dxn", shape_of(x), x);
     check_shape(dpooled, "dpooled", {x.size(0), x.size(3)});
     GM_CHECK(dpooled.scalar_type() == accumulate_type(x.scalar_type()),
              "dpooled must be float32 (float64 for float64)");
-    Tensor dx = empty_image_like(x), dweight = empty_like_or_absent(weight, x), dbias = empty_like_or_absent(weight, x);
+    GM_CHECK(same_device(dpooled, x), "dpooled is on another device");
+    Tensor dx = empty_image_like(x), dweight = empty_like_or_absent(weight, x), dbias = empty_like_or_absent(bias, x);
     x = canonical_image(x), dxn = canonical_image(dxn);
     cpu::ParameterRows rows(x);
     const cpu::NormPoolParams p = pool_params(x, weight, std::nullopt, eps, rows);
@@ -76,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_pool_bwd(Tensor dxn, Tensor dpoole
 }
 
 void check_modulated(const Tensor& o, const Tensor& x, const Tensor& scale, const OptTensor& gate, const Tensor& weight,
-                     const OptTensor& bias) {
+                     const Tensor& bias) {
     check_norm(x, weight, bias);
     GM_CHECK(o.dim() == 5 && o.size(3) * o.size(4) == x.size(3),
              "o must be (batch, H, W, G, D) with G * D = ", x.size(3), ", got ", show(shape_of(o)));
@@ -126,12 +127,17 @@ Tensor modulated_layer_norm_fwd(Tensor o, Tensor x, Tensor scale, OptTensor gate
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> modulated_layer_norm_bwd(Tensor dy, Tensor o, Tensor x,
                                                                                     Tensor scale, OptTensor gate,
-                                                                                    Tensor weight, double eps) {
-    check_modulated(o, x, scale, gate, weight, std::nullopt);
+                                                                                    Tensor weight, Tensor bias,
+                                                                                    double eps) {
+    check_modulated(o, x, scale, gate, weight, bias);
     check_image(dy, "dy", shape_of(x), x);
     Tensor d_o = empty_image_like(o), dx = empty_image_like(x);
     Tensor dscale = empty_like_or_absent(scale, x), dgate = empty_like_or_absent(gate, x);
-    Tensor dweight = empty_like_or_absent(weight, x), dbias = empty_like_or_absent(weight, x);
+    Tensor dweight = empty_like_or_absent(weight, x), dbias = empty_like_or_absent(bias, x);
+    if (x.size(3) == 0) {  // the sums have no row for dscale then
+        torch::stable::zero_(dscale);
+        return {d_o, dx, dscale, dgate, dweight, dbias};
+    }
     dy = canonical_image(dy), o = canonical_image(o), x = canonical_image(x);
     cpu::ParameterRows rows(x);
     const cpu::ModulatedNormParams p = modulated_params(o, x, scale, gate, weight, std::nullopt, eps,

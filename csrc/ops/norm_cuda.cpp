@@ -12,7 +12,7 @@ namespace {
 // An image (batch, H, W, C), or (batch, H, W, G, width) with D channels a group and zeros behind them.
 struct NormSizes {
     int64_t batch, height, width, channels, groups;
-    int64_t group_dim() const { return channels / groups; }
+    int64_t group_dim() const { return groups > 0 ? channels / groups : 0; }
 };
 
 NormSizes norm_sizes(const Tensor& image, const char* name, const Tensor& weight, int64_t groups) {
@@ -20,8 +20,8 @@ NormSizes norm_sizes(const Tensor& image, const char* name, const Tensor& weight
     const NormSizes s{image.size(0), image.size(1), image.size(2), weight.size(0), groups};
     GM_CHECK(s.height * s.width <= INT32_MAX, "H * W must be below 2^31, got ", s.height * s.width);
     GM_CHECK(s.channels <= INT32_MAX / 8, "C must be below 2^28, got ", s.channels);
-    GM_CHECK(groups >= 1 && s.channels % groups == 0, name, " has ", groups, " groups, which do not divide ",
-             s.channels, " channels");
+    GM_CHECK(groups > 0 ? s.channels % groups == 0 : s.channels == 0, name, " has ", groups,
+             " groups, which do not divide ", s.channels, " channels");
     return s;
 }
 
@@ -276,18 +276,20 @@ std::tuple<Tensor, Tensor> pool_fwd(Tensor x, Tensor weight, Tensor bias, double
     return {xn, pooled};
 }
 
-std::tuple<Tensor, Tensor, Tensor> summed(const NormPoolResult& result, const Tensor& weight,
+std::tuple<Tensor, Tensor, Tensor> summed(const NormPoolResult& result, const Tensor& weight, const Tensor& bias,
                                           const CudaContext& context, std::vector<Tensor> more = {}) {
-    const Tensor dweight = empty_like_or_absent(weight, weight), dbias = empty_like_or_absent(weight, weight);
+    check_parameter(bias, "bias", shape_of(weight), result.dx);
+    const Tensor dweight = empty_like_or_absent(weight, weight), dbias = empty_like_or_absent(bias, weight);
     more.insert(more.begin(), {dweight, dbias});
     reduce_rows(result.sums, 0, 1, more, dtype_of(result.dx), context);
     return {result.dx, dweight, dbias};
 }
 
-std::tuple<Tensor, Tensor, Tensor> pool_bwd(Tensor dxn, Tensor dpooled, Tensor x, Tensor weight, double eps) {
+std::tuple<Tensor, Tensor, Tensor> pool_bwd(Tensor dxn, Tensor dpooled, Tensor x, Tensor weight, Tensor bias,
+                                            double eps) {
     GM_CHECK(dxn.dim() == 4, "dxn must be (batch, H, W, C), got ", show(shape_of(dxn)));
     const CudaContext context(x);
-    return summed(layer_norm_pool_bwd({dxn, std::nullopt, dpooled}, x, weight, eps, context), weight, context);
+    return summed(layer_norm_pool_bwd({dxn, std::nullopt, dpooled}, x, weight, eps, context), weight, bias, context);
 }
 
 Tensor token_norm_fwd(Tensor x, OptTensor x_bias, Tensor weight, Tensor bias, double eps) {
@@ -300,7 +302,7 @@ Tensor token_norm_fwd(Tensor x, OptTensor x_bias, Tensor weight, Tensor bias, do
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> token_norm_bwd(Tensor dy, Tensor x, OptTensor x_bias, Tensor weight,
-                                                          double eps) {
+                                                          Tensor bias, double eps) {
     GM_CHECK(dy.dim() == 4, "dy must be (batch, H, W, C), got ", show(shape_of(dy)));
     const CudaContext context(x);
     NormPoolGradients gradients{dy};
@@ -309,7 +311,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_norm_bwd(Tensor dy, Tensor x, O
     const Tensor dx_bias = empty_like_or_absent(x_bias, x);
     std::vector<Tensor> more;
     if (x_bias) more.push_back(dx_bias);
-    const auto [dx, dweight, dbias] = summed(result, weight, context, more);
+    const auto [dx, dweight, dbias] = summed(result, weight, bias, context, more);
     return {dx, dweight, dbias, dx_bias};
 }
 
@@ -322,11 +324,13 @@ Tensor modulated_fwd(Tensor o, Tensor x, Tensor scale, OptTensor gate, Tensor we
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> modulated_bwd(Tensor dy, Tensor o, Tensor x, Tensor scale,
-                                                                         OptTensor gate, Tensor weight, double eps) {
+                                                                         OptTensor gate, Tensor weight, Tensor bias,
+                                                                         double eps) {
     const CudaContext context(x);
+    check_parameter(bias, "bias", shape_of(weight), x);
     const ModulatedGradients g = modulated_layer_norm_bwd(dy, o, x, scale, gate, weight, eps, context);
     const DType dtype = dtype_of(x);
-    const Tensor dweight = empty_like_or_absent(weight, x), dbias = empty_like_or_absent(weight, x);
+    const Tensor dweight = empty_like_or_absent(weight, x), dbias = empty_like_or_absent(bias, x);
     const Tensor dscale = empty_like_or_absent(scale, x), dgate = empty_like_or_absent(gate, x);
     reduce_rows(g.sums, 0, 1, {dweight, dbias, dscale}, dtype, context);
     if (gate) reduce_rows(g.sums, 2 * weight.numel() + 1, x.size(0), {dgate}, dtype, context);

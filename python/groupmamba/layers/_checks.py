@@ -8,45 +8,53 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from groupmamba_ext._checks import IMAGE_DTYPES, MAX_INT, dense_tensor, direction_codes, shown
 from groupmamba_ext.reference import DIRECTIONS
 
 
-def positive_int(name: str, value: object) -> int:
-    """``value`` if it is an int of at least 1."""
+def positive_int(name: str, value: object, most: int = MAX_INT) -> int:
+    """``value`` if it is an int from 1 to ``most``."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
+        raise TypeError(f"{name} must be an int, got {shown(value)}")
     if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+        raise ValueError(f"{name} must be at least 1, got {shown(value)}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, got {shown(value)}")
     return value
 
 
 def scaled_width(name: str, ratio: object, width: int) -> int:
     """``int(ratio * width)`` if that is at least 1."""
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
-        raise TypeError(f"{name} must be a number, got {ratio!r}")
-    scaled = int(ratio * width)
+        raise TypeError(f"{name} must be a number, got {shown(ratio)}")
+    scaled = ratio * width
+    if not -MAX_INT <= scaled <= MAX_INT:  # NaN, infinities, and what no tensor has
+        raise ValueError(f"{name} must be finite and make at most {MAX_INT} channels of {width}, got {shown(ratio)}")
     if scaled < 1:
-        raise ValueError(f"{name} must make at least one channel out of {width}, got {ratio!r}")
-    return scaled
+        raise ValueError(f"{name} must make at least one channel out of {width}, got {shown(ratio)}")
+    return int(scaled)
 
 
 def direction_names(value: Sequence[str], count: int | None) -> tuple[str, ...]:
     """``value`` as a tuple of ``count`` direction names, of any number from 1 on with ``count`` None."""
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise TypeError(f"directions must be a sequence of names from {DIRECTIONS}, got {value!r}")
-    right = len(value) >= 1 if count is None else len(value) == count
-    if not right or any(name not in DIRECTIONS for name in value):
-        raise ValueError(
-            f"directions must be {'some' if count is None else count} names from {DIRECTIONS}, got {tuple(value)!r}"
-        )
+    direction_codes("", value, DIRECTIONS, count)
     return tuple(value)
+
+
+def parameter_dtype(dtype: object) -> None:
+    """Checks the dtype of a module's parameters, None for torch's default."""
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, got {shown(dtype)}")
+    if dtype is not None and dtype not in IMAGE_DTYPES:
+        raise TypeError(f"dtype must be float32, float16, bfloat16 or float64, got {dtype}")
 
 
 def image_input(x: Tensor, dim: int, parameter: Tensor | None, *, tokens: bool = False) -> None:
     """Checks a module's input (batch, dim, H, W) or (dim, H, W), with ``tokens`` (batch, H, W, dim), against its width
     and the dtype of a parameter, or of none where the module holds no floating-point one."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    dense_tensor("", "x", x)
+    if x.dtype not in IMAGE_DTYPES:
+        raise TypeError(f"x must be float32, float16, bfloat16 or float64, got {x.dtype}")
     if tokens:
         if x.dim() != 4 or x.shape[-1] != dim:
             raise ValueError(f"x must be (batch, H, W, {dim}), got shape {tuple(x.shape)}")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from groupmamba.layers._checks import image_input, positive_int
+from groupmamba.layers._checks import image_input, parameter_dtype, positive_int
 from groupmamba.layers.plain import Plain, call_on_rows, linear, why_called
 from groupmamba.layers.tracing import Leaf, fx_call
 
@@ -32,6 +32,7 @@ class ChannelAffinity(Leaf, nn.Module):
 
     Raises:
         TypeError, ValueError: ``dim``, ``reduction`` or ``out_dim`` is not a positive int.
+        TypeError: ``dtype`` is none that the ops take.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class ChannelAffinity(Leaf, nn.Module):
     ):
         super().__init__()
         self.dim = positive_int("dim", dim)
+        parameter_dtype(dtype)
         self.out_dim = dim if out_dim is None else positive_int("out_dim", out_dim)
         hidden = max(dim // positive_int("reduction", reduction), 1)
         self.fc1 = nn.Linear(dim, hidden, device=device, dtype=dtype)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 import groupmamba_ext as ext
-from groupmamba.layers._checks import positive_int
+from groupmamba.layers._checks import parameter_dtype, positive_int
 from groupmamba.layers.plain import affine, call_on_rows, convolution, layer_norm, linear, why_called
 from groupmamba.layers.stochastic_depth import KeptImages, add
 from groupmamba.layers.token_linear import token_linear
@@ -37,6 +37,7 @@ class ConvFeedForward(Leaf, nn.Module):
 
     Raises:
         TypeError, ValueError: ``dim`` or ``hidden_dim`` is not a positive int.
+        TypeError: ``dtype`` is none that the ops take.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class ConvFeedForward(Leaf, nn.Module):
     ):
         super().__init__()
         dim, hidden_dim = positive_int("dim", dim), positive_int("hidden_dim", hidden_dim)
+        parameter_dtype(dtype)
         place = {"device": device, "dtype": dtype}
         self.fc1 = nn.Linear(dim, hidden_dim, **place)
         self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, **place)

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 import groupmamba_ext as ext
-from groupmamba.layers._checks import direction_names, positive_int, scaled_width
+from groupmamba.layers._checks import direction_names, parameter_dtype, positive_int, scaled_width
 from groupmamba.layers.plain import Plain
 from groupmamba.layers.token_linear import token_linear
 from groupmamba.layers.tracing import Leaf, fx_call
+from groupmamba_ext._checks import boolean, choice
+from groupmamba_ext.ops import MAX_STATES
 
 SCANS = ("grouped", "cross")
 NORM_EPS = 1e-5
@@ -50,7 +52,7 @@ class GroupCore(Leaf, nn.Module):
         directions: one of ``"lr"``, ``"rl"``, ``"tb"``, ``"bt"`` for each group; with ``scan="cross"`` the K directions
             of every group.
         scan: ``"grouped"`` or ``"cross"``.
-        d_state: N.
+        d_state: N, up to 256.
         d_conv: 3, or 1 for no convolution (``u = silu(u)``, as released).
         expand: E / D.
         dt_rank: R, or ``"auto"``.
@@ -79,18 +81,19 @@ class GroupCore(Leaf, nn.Module):
         super().__init__()
         self.groups = positive_int("groups", groups)
         self.dim = positive_int("dim", dim)
-        if scan not in SCANS:
-            raise ValueError(f"scan must be one of {SCANS}, got {scan!r}")
+        choice("", "scan", scan, SCANS)
+        boolean("", "out_proj", out_proj)
+        parameter_dtype(dtype)
         self.scan = scan
         self.directions = direction_names(directions, None if scan == "cross" else groups)
-        self.d_state = positive_int("d_state", d_state)
-        if d_conv not in (1, 3):
+        self.d_state = positive_int("d_state", d_state, MAX_STATES)
+        if positive_int("d_conv", d_conv) not in (1, 3):
             raise ValueError(f"d_conv must be 1 or 3, got {d_conv!r}")
         self.d_conv = d_conv
         self.inner_dim = scaled_width("expand", expand, dim)
         if isinstance(dt_rank, str) and dt_rank != "auto":
             raise ValueError(f'dt_rank must be a positive int or "auto", got {dt_rank!r}')
-        self.dt_rank = math.ceil(dim / 16) if dt_rank == "auto" else positive_int("dt_rank", dt_rank)
+        self.dt_rank = math.ceil(dim / 16) if isinstance(dt_rank, str) else positive_int("dt_rank", dt_rank)
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(groups, *shape, device=device, dtype=dtype))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 import groupmamba_ext as ext
-from groupmamba.layers._checks import direction_names, image_input, positive_int
+from groupmamba.layers._checks import direction_names, image_input, parameter_dtype, positive_int
 from groupmamba.layers.channel_affinity import ChannelAffinity
 from groupmamba.layers.group_core import SCANS, GroupCore
 from groupmamba.layers.plain import Plain, affine, call_on_rows, floating_parameter, layer_norm, linear, why_called
@@ -18,6 +18,7 @@ from groupmamba.layers.stochastic_depth import KeptImages, add
 from groupmamba.layers.token_linear import token_linear
 from groupmamba.layers.tracing import Leaf, fx_call
 from groupmamba.layers.vsss import GroupedVSSS
+from groupmamba_ext._checks import boolean, choice
 from groupmamba_ext.layer_ops import can_fuse, grouped_mamba_layer, scan_constants
 
 GROUPS = 4
@@ -49,7 +50,7 @@ class GroupedMamba2d(Leaf, nn.Module):
         scan: ``"grouped"``: one direction a group. ``"cross"``: every group along all directions, each with its own
             parameters, and the results added (4-D scanning, the paper's ablation).
         affinity: False drops the channel affinity (the paper's ablation).
-        d_state: states a channel.
+        d_state: states a channel, up to 256.
         d_conv: 3, or 1 for no depthwise convolution before the scan.
         expand: scanned channels over channels.
         dt_rank: step features a group, ``"auto"`` for ceil(dim / 64).
@@ -96,10 +97,11 @@ class GroupedMamba2d(Leaf, nn.Module):
         super().__init__()
         if positive_int("dim", dim) % GROUPS:
             raise ValueError(f"dim must be a multiple of {GROUPS}, got {dim}")
-        if variant not in VARIANT_DIRECTIONS:
-            raise ValueError(f"variant must be one of {tuple(VARIANT_DIRECTIONS)}, got {variant!r}")
-        if scan not in SCANS:
-            raise ValueError(f"scan must be one of {SCANS}, got {scan!r}")
+        choice("", "variant", variant, tuple(VARIANT_DIRECTIONS))
+        choice("", "scan", scan, SCANS)
+        boolean("", "affinity", affinity)
+        positive_int("reduction", reduction)
+        parameter_dtype(dtype)
         self.dim = dim
         self.variant = variant
         self.scan = scan

@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from groupmamba.layers._checks import image_input, positive_int, scaled_width
+from groupmamba.layers._checks import image_input, parameter_dtype, positive_int, scaled_width
 from groupmamba.layers.group_core import GroupCore
 from groupmamba.layers.plain import floating_parameter
 from groupmamba.layers.tracing import Leaf, fx_call
+from groupmamba_ext._checks import choice
+from groupmamba_ext.reference import DIRECTIONS
 
 NORM_EPS = 1e-6
 
@@ -68,6 +70,7 @@ class GroupedVSSS(Leaf, nn.Module):
         self.groups = positive_int("groups", groups)
         self.dim = positive_int("dim", dim)
         hidden = scaled_width("mlp_ratio", mlp_ratio, dim)
+        parameter_dtype(dtype)
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(groups, *shape, device=device, dtype=dtype))
@@ -162,6 +165,7 @@ class VSSSBlock(GroupedVSSS):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
+        choice("", "direction", direction, DIRECTIONS)
         super().__init__(
             1,
             dim,

@@ -27,6 +27,7 @@ from groupmamba_ext.layer_ops import (
     takes_batch_norm_fold,
     takes_image,
 )
+from groupmamba_ext.transforms import watched
 
 BLOCK_EPS = 1e-6  # block, class-block and stage norms
 CONV_EPS = 1e-5  # norms behind the stem and downsampling convolutions
@@ -68,7 +69,7 @@ def _conv_norm_relu(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, relu: nn.R
     if held["running_mean"] is None or held["running_var"] is None:
         return relu(norm(conv(x)))
     blocks = pixel_blocks(x, conv) if conv.stride == (2, 2) else None
-    if not norm.training and not torch.is_grad_enabled():
+    if not (norm.training or torch.is_grad_enabled() or watched()):
         return _folded(x, blocks, conv, norm)
     x = conv(x) if blocks is None else conv_on_blocks(blocks, conv.weight)
     several = x.dim() == 4 and x.numel() > x.shape[1]  # torch raises otherwise
