@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from groupmamba.training.card import Card
 from groupmamba.training.seeds import seed_of, seeded
 from groupmamba_ext._command import CommandError, one_line
 
@@ -251,13 +252,13 @@ def training_transform(args: argparse.Namespace, mean: Sequence[float], std: Seq
     )
 
 
-def validation_transform(
-    size: int, crop_pct: float, interpolation: str, mean: Sequence[float], std: Sequence[float]
-) -> Any:
-    """timm's transform for validation: the centre of the image, ``crop_pct`` of its shorter side."""
+def validation_transform(size: int, card: Card) -> Any:
+    """timm's transform for validation: the centre of the image, ``card.crop_pct`` of its shorter side."""
     from timm.data import create_transform
 
-    return create_transform(size, crop_pct=crop_pct, interpolation=interpolation, mean=tuple(mean), std=tuple(std))
+    return create_transform(
+        size, crop_pct=card.crop_pct, interpolation=card.interpolation, mean=tuple(card.mean), std=tuple(card.std)
+    )
 
 
 def loader(images: Images, order: Sampler, workers: int, *, pin: bool, keep: bool = False) -> DataLoader:

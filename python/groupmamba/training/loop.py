@@ -270,8 +270,7 @@ class Training:
         shown = ", ".join(map(str, indices[:SHOWN_INDICES])) + (", ..." if len(indices) > SHOWN_INDICES else "")
         good = f"the last good checkpoint is {found[0]}" if found else "there is no checkpoint yet"
         raise NotFinite(
-            f"the loss is {loss} at step {step} (epoch {epoch + 1}), of images {shown} (with their paths in {listing}); "
-            f"{good}"
+            f"the loss is {loss} at step {step} (epoch {epoch + 1}), of images {shown} (paths: {listing}); {good}"
         )
 
     def _save(self) -> Path | None:

@@ -185,7 +185,7 @@ def make_data(
     order = TrainingOrder(len(training), args.batch_size, args.grad_accum_steps, rank, world, args.seed)
     transform = training_transform(args, card.mean, card.std)
     images = Images(training, transform, args.seed, args.max_bad_images, args.img_size)
-    check = validation_transform(args.img_size, card.crop_pct, card.interpolation, card.mean, card.std)
+    check = validation_transform(args.img_size, card)
     held_out = Images(validation, check, args.seed, 0, args.img_size)
     batch = args.validation_batch_size or args.batch_size
     return Data(

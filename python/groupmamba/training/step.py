@@ -141,10 +141,7 @@ class Step:
     def __call__(self, step: int, pieces: Pieces) -> Tensor:
         """Takes step number ``step``; its loss, a scalar on the device that the next step may overwrite."""
         seed_device(self.device, self.seed, "step", step, self.rank)
-        if self.graph is not None and len(pieces) == 1:
-            loss = self.graph(*pieces[0])
-        else:
-            loss = self.body(pieces)
+        loss = self.graph(*pieces[0]) if self.graph is not None and len(pieces) == 1 else self.body(pieces)
         if self.ema is not None and self.ema_by_step:
             self.ema.update(self.raw, step=step + 1)
         return loss

@@ -52,6 +52,8 @@ def main(args: argparse.Namespace) -> int:
         UsageError, CommandError: what was asked for can't be done.
     """
     check_packages()
+    import torch
+
     from groupmamba.training.card import model_of
     from groupmamba.training.data import (
         VALIDATION_NAMES,
@@ -84,9 +86,7 @@ def main(args: argparse.Namespace) -> int:
     kind = choose_device(args.device, card.model)
     device = Processes().device(kind)
     size = args.img_size or card.img_size
-    images = Images(
-        folder, validation_transform(size, card.crop_pct, card.interpolation, card.mean, card.std), 0, 0, size
-    )
+    images = Images(folder, validation_transform(size, card), 0, 0, size)
     batches = loader(images, ValidationOrder(len(images), args.batch_size), args.workers, pin=kind == "cuda")
     bad = BadImages(folder, args.max_bad_images, lambda text: print(text, flush=True))
     amp = amp_dtype(device, None, None)
