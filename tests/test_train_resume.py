@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+
 from train_tools import KWARGS, SMALL, command, environment, losses, make_pictures, rows, train
 
 pytest.importorskip("timm")

@@ -48,6 +48,14 @@ class Processes(NamedTuple):
             dist.all_reduce(values)
         return values
 
+    def union(self, values: set[int]) -> set[int]:
+        """The members of the processes' sets."""
+        if self.world == 1:
+            return values
+        found: list[set[int]] = [set() for _ in range(self.world)]
+        dist.all_gather_object(found, values)
+        return set().union(*found)
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()

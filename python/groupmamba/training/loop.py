@@ -157,6 +157,7 @@ class Training:
 
     def fit(self) -> int:
         """Trains to the end; 0."""
+        self.screen.release()
         if self.no_graph is None:
             self.screen.say("each step is one CUDA graph")
         elif self.device.type == "cuda":
@@ -300,6 +301,7 @@ class Training:
         step, args = self.step, self.args
         if self.processes.world > 1:
             distribute_bn(step.raw, self.processes.world, reduce=True)
+        self.data.bad.found = self.processes.union(self.data.bad.found)
         row: dict[str, Any] = dict.fromkeys(SUMMARY_COLUMNS, "")
         row.update(epoch=epoch, step=self.position["step"], train_loss=self.loss_sum / self.steps)
         row.update(lr=self.schedule.groups[-1]["lr"], images_per_s=self.screen.speed)

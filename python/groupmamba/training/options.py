@@ -184,23 +184,24 @@ FREE = frozenset((
 SHORT_HELP = f"""\
 usage: groupmamba train DATA [options]          (--help-all lists every option)
 
-Train a model on DATA/train/CLASS/IMAGE, checked on DATA/validation (or val), by the released recipe.
+Train a model on DATA/train/CLASS/IMAGE, checked on DATA/validation (or val), by
+the recipe of the paper's released code.
 
-  --model NAME            groupmamba_tiny, _small or _base, or a model of timm [{DEFAULTS["model"]}]
-  --weights FILE          start from a checkpoint, for fine-tuning
-  --img-size N            pixels of a side [{DEFAULTS["img_size"]}]
-  --epochs N              passes over the training images [{DEFAULTS["epochs"]}]
-  -b N, --batch-size N    images a step of each GPU [{DEFAULTS["batch_size"]}]
-  --lr RATE               highest learning rate [{DEFAULTS["lr_base"]:g} x total batch / {DEFAULTS["lr_base_size"]}]
-  -j N, --workers N       processes that load images [4]
-  --no-kd                 without a teacher ({TEACHER} for 1,000 classes)
-  --kd-model-name NAME    another teacher; --kd-model-path FILE its checkpoint
-  --output FOLDER         the run's own folder; a run found there goes on [output/MODEL]
-  --resume PATH|none      go on from another run, or begin anew
-  --config FILE           options of a run: its args.yaml
-  --seed N                of everything random [42]
+  --model NAME          one of this project or timm [{DEFAULTS["model"]}]
+  --weights FILE        start from a checkpoint, for fine-tuning
+  --img-size N          pixels of a side [{DEFAULTS["img_size"]}]
+  --epochs N            passes over the training images [{DEFAULTS["epochs"]}]
+  -b, --batch-size N    images a step of each GPU [{DEFAULTS["batch_size"]}]
+  --lr RATE             highest learning rate [{DEFAULTS["lr_base"]:g} x images a step / {DEFAULTS["lr_base_size"]}]
+  -j, --workers N       processes that load images [4]
+  --no-kd               no teacher ({TEACHER} for 1,000 classes)
+  --kd-model-name NAME  another teacher; --kd-model-path FILE: its checkpoint
+  --output FOLDER       the run's own; a run found there goes on [output/MODEL]
+  --resume PATH         go on from another run; none: begin anew
+  --config FILE         options of a run: its args.yaml
+  --seed N              of everything random [42]
 
-Many GPUs: torchrun --nproc-per-node N -m groupmamba train DATA ...
+Many GPUs: torchrun --nproc-per-node N -m groupmamba train DATA [options]
 """
 
 

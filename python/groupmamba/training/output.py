@@ -105,6 +105,7 @@ class Screen:
     def __init__(self, speaks: bool):
         self.speaks = speaks
         self.bar: Any = None
+        self.held: list[str] | None = []  # until the run begins: an error before that is the only line
         self.began = time.monotonic()
         self.images = 0
 
@@ -112,10 +113,18 @@ class Screen:
         """One line, in any process's name by the first one."""
         if not self.speaks:
             return
-        if self.bar is not None:
+        if self.held is not None:
+            self.held.append(text)
+        elif self.bar is not None:
             self.bar.write(text, file=sys.stderr)
         else:
             print(text, file=sys.stderr, flush=True)
+
+    def release(self) -> None:
+        """Says what was held back, and holds back nothing from now on."""
+        held, self.held = self.held or [], None
+        for text in held:
+            self.say(text)
 
     def begin_epoch(self, epoch: int, epochs: int, steps: int, done: int) -> None:
         self.began, self.images = time.monotonic(), 0

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import argparse
+import inspect
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -232,15 +234,20 @@ def distribute(model: nn.Module, args: argparse.Namespace, processes: Processes,
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if processes.world == 1:
         return model
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its name from 2.14 on
+    options: dict[str, Any] = {name: False}
+    # Of depthwise weights, whose strides say channels-last and not at once: their gradients are copied, nothing more.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     if device.type == "cuda":
         # Capture in a CUDA graph needs all of DistributedDataParallel on one side stream from its beginning.
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            wrapped: nn.Module = DistributedDataParallel(model, device_ids=[device.index], broadcast_buffers=False)
+            wrapped: nn.Module = DistributedDataParallel(model, device_ids=[device.index], **options)
         torch.cuda.current_stream(device).wait_stream(stream)
         return wrapped
-    return DistributedDataParallel(model, broadcast_buffers=False)
+    return DistributedDataParallel(model, **options)
 
 
 def run_rates(args: argparse.Namespace, total_batch: int) -> Any:

@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``groupmamba train`` and ``groupmamba validate`` on small folders of pictures."""
+
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from train_tools import PLAIN, command, losses, make_pictures, rows, train
+
+pytest.importorskip("timm")
+
+import timm
+from timm.utils import ModelEmaV3
+
+import groupmamba.models
+from groupmamba import DistillationLoss
+from groupmamba.training import graph, loop, options, setup, step, teacher
+from groupmamba.training.card import Card, model_of, read_card
+from groupmamba.training.recipe import rates
+
+LEARN = [*PLAIN, "--lr", "1e-2", "--model-ema-decay", "0.5"]
+SIZES = {"depths": (1, 1, 1, 1), "dims": (16, 16, 32, 32), "stem_dim": 8, "mlp_ratios": (2, 2, 2, 2)}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def learned(data, tmp_path_factory):
+    run = tmp_path_factory.mktemp("learned") / "run"
+    assert train(data, run, "--epochs", "4", *LEARN) == 0
+    return run
+
+
+def lines_of(capsys):
+    return capsys.readouterr().err.splitlines()
+
+
+def test_it_learns_and_leaves_what_it_says(learned):
+    summary = rows(learned / "summary.csv")
+    assert [row["epoch"] for row in summary] == ["0", "1", "2", "3"]
+    assert float(summary[-1]["train_loss"]) < 0.5 * float(summary[0]["train_loss"])
+    assert float(summary[-1]["eval_top1"]) > 90 and float(summary[-1]["ema_top1"]) > 90
+    mean = sum(float(loss) for loss in losses(learned)[-5:]) / 5
+    assert float(summary[-1]["train_loss"]) == pytest.approx(mean, rel=1e-6)
+    names = {path.name for path in learned.iterdir()}
+    assert names >= {"args.yaml", "summary.csv", "steps.csv", "curves.png", "checkpoints", "best.safetensors"}
+    assert (learned / "curves.png").read_bytes().startswith(b"\x89PNG")
+    card = read_card(learned / "best.safetensors")
+    assert card == Card("groupmamba_tiny", 3, {k: list(v) if isinstance(v, tuple) else v for k, v in SIZES.items()},
+                        ["blue", "green", "red"], img_size=32)  # fmt: skip
+
+
+def test_validate_follows_the_checkpoint(data, learned, capsys):
+    last = rows(learned / "summary.csv")[-1]
+    assert command("validate", str(data), "--weights", str(learned), "--device", "cpu", "-j", "0") == 0
+    text = capsys.readouterr().out
+    found = {title.strip(): top1 for title, top1 in re.findall(r"^  (\w[\w, ]+?) +top-1 ([\d.]+)%", text, re.M)}
+    assert set(found) == {"best", "last", "last, moving average"}
+    assert float(found["last"]) == pytest.approx(float(last["eval_top1"]), abs=1e-3)
+    assert float(found["last, moving average"]) == pytest.approx(float(last["ema_top1"]), abs=1e-3)
+    assert "15 images" in text and "32 x 32" in text
+    # The folder of the classes itself, by another batch size; and fewer classes, by their names.
+    folder = str(data / "validation")
+    argv = ["validate", folder, "--weights", str(learned / "last.safetensors"), "--device", "cpu", "-j", "1", "-b", "4"]
+    assert command(*argv) == 0
+    assert float(re.search(r"top-1 ([\d.]+)%", capsys.readouterr().out)[1]) == float(found["last"])
+
+
+def test_validate_names_classes_rightly(data, learned, tmp_path, capsys):
+    shutil.copytree(data / "validation", tmp_path / "validation")
+    shutil.rmtree(tmp_path / "validation" / "blue")  # green and red would be 0 and 1 by themselves
+    argv = ["validate", str(tmp_path), "--weights", str(learned / "last.safetensors"), "--device", "cpu", "-j", "0"]
+    assert command(*argv) == 0
+    assert float(re.search(r"top-1 ([\d.]+)%", capsys.readouterr().out)[1]) > 90
+    (tmp_path / "validation" / "red").rename(tmp_path / "validation" / "violet")
+    assert command(*argv) == 1
+    assert "violet" in capsys.readouterr().err
+    torch.save(load_file(learned / "last.safetensors"), tmp_path / "bare.pth")
+    argv[3] = str(tmp_path / "bare.pth")
+    assert command(*argv) == 2
+    assert "--model" in capsys.readouterr().err
+
+
+def test_validate_of_a_file_without_a_card_is_by_the_released_crop(tmp_path, data, capsys):
+    model = timm.create_model("groupmamba_tiny", num_classes=3)
+    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    argv = ["validate", str(data), "--weights", str(tmp_path / "bare.pth"), "--model", "groupmamba_tiny"]
+    assert command(*argv, "--device", "cpu", "-j", "0") == 0
+    assert "224 x 224" in capsys.readouterr().out
+    _, card = model_of(tmp_path / "bare.pth", "groupmamba_tiny")
+    assert (card.img_size, card.crop_pct, card.interpolation, card.num_classes) == (224, 0.875, "bicubic", 3)
+
+
+def test_fine_tuning_starts_from_the_weights(data, learned, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert (
+        train(data, run, "--epochs", "1", *PLAIN, "--lr", "1e-6", "--weights", str(learned / "last.safetensors")) == 0
+    )
+    assert float(losses(run)[0]) < 0.3
+    others = make_pictures(tmp_path / "two", names=("a", "b", "c"))
+    shutil.rmtree(others / "train" / "c")
+    shutil.rmtree(others / "validation" / "c")
+    capsys.readouterr()
+    assert train(others, tmp_path / "other", "--epochs", "1", *PLAIN, "--weights", str(learned)) == 0
+    assert "another number of classes (3 in place of 2): dist_head.bias" in capsys.readouterr().err
+
+
+def test_distillation_from_a_teacher_of_the_same_script(data, learned, tmp_path, capsys):
+    run = tmp_path / "run"
+    more = ["--epochs", "2", *LEARN, "--kd-model-path", str(learned / "best.safetensors"), "--task-loss-weight", "0"]
+    assert train(data, run, *more) == 0
+    assert not any("without distillation" in line for line in lines_of(capsys))
+    assert float(losses(run)[-1]) < 0.7 * float(losses(run)[0])
+    # With no weight on the labels, head learns nothing but by decay, dist_head learns.
+    weights = load_file(run / "last.safetensors")
+    torch.manual_seed(42)
+    before = timm.create_model("groupmamba_tiny", num_classes=3, **SIZES).state_dict()
+    moved = {name: (weights[f"{name}.weight"] - before[f"{name}.weight"]).abs().max() for name in ("head", "dist_head")}
+    assert moved["head"] < 1e-3 < 1e-2 < moved["dist_head"]
+
+
+def test_another_architecture_as_a_teacher(data, tmp_path, capsys):
+    assert train_other(data, tmp_path / "teacher", "test_resnet") == 0
+    assert "without distillation: test_resnet has no distillation head" in capsys.readouterr().err
+    path = str(tmp_path / "teacher" / "last.safetensors")
+    assert train(data, tmp_path / "run", "--epochs", "1", *PLAIN, "--kd-model-path", path) == 0
+    others = make_pictures(tmp_path / "others", names=("a", "b", "c"))
+    assert train(others, tmp_path / "no", "--epochs", "1", "--kd-model-path", path) == 1
+    assert "knows other classes than the student: blue" in lines_of(capsys)[-1]
+    assert train(data, tmp_path / "no", "--kd-model-path", path, "--kd-model-name", "resnet18") == 2
+    assert "--model resnet18 is not the test_resnet" in lines_of(capsys)[-1]
+
+
+def train_other(data, run, model):
+    argv = ["train", str(data), "--output", str(run), "--model", model, "--device", "cpu", "--img-size", "32"]
+    return command(*argv, "-b", "8", "-j", "0", "--epochs", "1", "--drop-path", "0")
+
+
+def test_a_teacher_keeps_its_own_classes(data, tmp_path, capsys):
+    torch.save(timm.create_model("test_resnet", num_classes=7).state_dict(), tmp_path / "seven.pth")
+    more = ["--kd-model-name", "test_resnet", "--kd-model-path", str(tmp_path / "seven.pth")]
+    assert train(data, tmp_path / "run", *more) == 1
+    assert lines_of(capsys) == ["groupmamba train: the teacher test_resnet knows 7 classes and the student 3"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_sees_images_normalised_its_own_way():
+    torch.manual_seed(0)
+    model = torch.nn.Identity()
+    image = torch.rand(2, 3, 4, 4)
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.1)
+    own_mean, own_std = (0.1, 0.2, 0.3), (0.5, 0.5, 0.5)
+
+    def normal(mean, std):
+        return (image - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
+
+    knows = teacher.Teacher(model, mean, std, own_mean, own_std)
+    torch.testing.assert_close(knows(normal(mean, std)), normal(own_mean, own_std))
+    same = teacher.Teacher(model, mean, std, mean, std)
+    assert same(image) is image
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, capsys, monkeypatch):
+    original, run = step.Step.body, tmp_path / "run"
+
+    def spoiled(self, pieces):
+        loss = original(self, pieces)
+        spoiled.calls += 1
+        return loss * float("nan") if spoiled.calls == 4 else loss
+
+    spoiled.calls = 0
+    monkeypatch.setattr(step.Step, "body", spoiled)
+    assert train(data, run, "--epochs", "1", "--checkpoint-steps", "2", "--log-interval", "50") == 1
+    last = lines_of(capsys)[-1]
+    assert "the loss is nan at step 3 (epoch 1)" in last and str(run / "checkpoints" / "step-00000002") in last
+    listed = (run / "not_finite.txt").read_text().splitlines()
+    assert len(listed) == 8 and all("/train/" in line for line in listed)
+    assert listed[0].split("\t")[0] in last
+    assert len(losses(run)) == 2
+    monkeypatch.setattr(step.Step, "body", original)
+    assert train(data, run, "--epochs", "1", "--checkpoint-steps", "2") == 0
+    assert len(losses(run)) == 5
+
+
+def test_weights_that_are_not_finite_are_no_checkpoint(data, tmp_path, capsys, monkeypatch):
+    original = step.Step.body
+
+    def spoiled(self, pieces):
+        loss = original(self, pieces)
+        with torch.no_grad():
+            self.raw.head.weight[0, 0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(step.Step, "body", spoiled)
+    assert train(data, tmp_path / "run", "--epochs", "1", "--checkpoint-steps", "1") == 1
+    assert "weights are not finite after step 1 (head.weight)" in lines_of(capsys)[-1]
+    assert not any((tmp_path / "run").glob("checkpoints/step*"))
+
+
+def test_accumulated_steps_see_what_one_step_sees(data, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    more = ["--epochs", "1", *PLAIN, "--freeze-bn", "--clip-grad", "0"]
+    assert train(data, one, *more) == 0
+    assert train(data, two, *more, "-b", "4", "--grad-accum-steps", "2") == 0
+    assert [float(x) for x in losses(one)] == pytest.approx([float(x) for x in losses(two)], abs=1e-5)
+
+
+def test_rates_of_a_run(data, tmp_path):
+    run = tmp_path / "run"
+    assert train(data, run, "--epochs", "4", "--warmup-epochs", "2", *PLAIN, "--lr-base-size", "4") == 0
+    found = [float(row["lr"]) for row in rows(run / "steps.csv")]
+    high, first, last = rates(8, lr_base_size=4)
+    assert len(found) == 20 and found[0] == first and found[10] == high
+    assert found[:10] == pytest.approx([first + (high - first) * i / 10 for i in range(10)], rel=1e-9)
+    cosine = [last + (high - last) * (1 + torch.cos(torch.tensor(torch.pi * i / 10)).item()) / 2 for i in range(10)]
+    assert found[10:] == pytest.approx(cosine, rel=1e-5)
+
+
+def test_what_is_decayed():
+    model = timm.create_model("groupmamba_tiny", num_classes=3, **SIZES)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def decayed(*argv):
+        args = options.complete({"data": "", **argv[0]} if argv else {"data": ""})
+        optimizer = step.make_optimizer(model, args, 1e-3)
+        groups = [group for group in optimizer.param_groups if group["weight_decay"] > 0]
+        assert {group["weight_decay"] for group in groups} == {0.05}
+        return {names[id(parameter)] for group in groups for parameter in group["params"]}
+
+    ours, released = decayed(), decayed({"decay_all": True})
+    assert not any(name.endswith(("bias", "A_log", ".D", "norm_weight")) for name in ours)
+    assert {name.rpartition(".")[2] for name in released - ours} == {"A_log", "dt_bias"}
+    assert "head.weight" in ours and "stem.conv.0.weight" in ours and ours < released
+    assert len(decayed({"layer_decay": 0.9})) == len(ours)
+
+
+def test_a_step_is_what_its_parts_are():
+    """A step by hand, from the parts of torch and timm, is the step."""
+    torch.manual_seed(0)
+    model = timm.create_model("groupmamba_tiny", num_classes=3, **SIZES).train()
+    twin = timm.create_model("groupmamba_tiny", num_classes=3, **SIZES).train()
+    twin.load_state_dict(model.state_dict())
+    args = options.complete({"data": ""})
+    images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
+    criterion = DistillationLoss(torch.nn.CrossEntropyLoss(), None, kind="none")
+    ours = step.Step(model, criterion, step.make_optimizer(model, args, 1e-2), ema=ModelEmaV3(model, 0.5), clip=0.1)
+    optimizer, average = step.make_optimizer(twin, args, 1e-2), ModelEmaV3(twin, 0.5)
+    for i in range(3):
+        loss = ours(i, [(images, labels)])
+        optimizer.zero_grad()
+        expected = torch.nn.functional.cross_entropy(twin(images), labels)
+        expected.backward()
+        torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.1)
+        optimizer.step()
+        average.update(twin)
+        assert loss.item() == expected.item()
+    for (name, a), b in zip(ours.ema.module.state_dict().items(), average.module.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_why_there_is_no_graph(data):
+    model = timm.create_model("groupmamba_tiny", num_classes=3, **SIZES)
+    args = options.complete({"data": ""})
+    criterion = DistillationLoss(torch.nn.CrossEntropyLoss(), None, kind="none")
+    ours = step.Step(model, criterion, step.make_optimizer(model, args, 1e-2))
+    assert graph.why_not(ours, "adamw", 1, False) == "--no-cuda-graph"
+    assert graph.why_not(ours, "adamw", 1, True) == "there is no GPU"
+    ours.device = torch.device("cuda", 0)
+    assert graph.why_not(ours, "adamw", 1, True) is None
+    assert "--opt lion" in graph.why_not(ours, "lion", 1, True)
+    assert "--grad-accum-steps 2" in graph.why_not(ours, "adamw", 2, True)
+
+
+@pytest.mark.cuda
+def test_a_graph_computes_what_single_launches_compute(data, tmp_path):
+    """50 steps across the end of the warm-up, with drop path, mixup, a moving average and a teacher, bit for bit."""
+    model_path = tmp_path / "teacher"
+    base = ["--device", "cuda", "--img-size", "64"]
+    assert train(data, model_path, "--epochs", "1", "--lr", "1e-3", *base) == 0
+    more = ["--epochs", "10", "--warmup-epochs", "5", "--lr", "1e-3", "--drop-path", "0.2", *base]
+    more += ["--kd-model-path", str(model_path / "last.safetensors")]
+    assert train(data, tmp_path / "graph", *more) == 0
+    assert train(data, tmp_path / "eager", *more, "--no-cuda-graph") == 0
+    assert len(losses(tmp_path / "graph")) == 50
+    assert losses(tmp_path / "graph") == losses(tmp_path / "eager")
+    for name in ("last.safetensors", "checkpoints/step-00000050/ema.safetensors"):
+        ours, theirs = (load_file(tmp_path / run / name) for run in ("graph", "eager"))
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.cuda
+def test_capture_leaves_everything_as_it_was():
+    torch.manual_seed(0)
+    model = timm.create_model("groupmamba_tiny", num_classes=3, drop_path_rate=0.2, **SIZES).train().cuda()
+    args = options.complete({"data": ""})
+    criterion = DistillationLoss(torch.nn.CrossEntropyLoss(), None, kind="none")
+    optimizer = step.make_optimizer(model, args, 1e-2)
+    ours = step.Step(model, criterion, optimizer, ema=ModelEmaV3(model, 0.5), clip=0.1, amp=torch.bfloat16)
+    images, labels = torch.randn(4, 3, 32, 32, device="cuda"), torch.tensor([0, 1, 2, 0], device="cuda")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    generator = torch.cuda.get_rng_state()
+    assert graph.capture(ours, images, labels) is None
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(torch.equal(before[name], value) for name, value in ours.ema.module.state_dict().items())
+    assert all(not value.any() for state in optimizer.state.values() for value in state.values())
+    assert torch.equal(generator, torch.cuda.get_rng_state())
+    first = ours(0, [(images, labels)]).item()
+    assert all(state["step"].item() == 1 for state in optimizer.state.values())
+    shorter = ours(1, [(images[:3], labels[:3])]).item()  # of another shape: without the graph
+    assert first == first and shorter == shorter
+
+
+assert groupmamba.models and loop and setup
