@@ -10,11 +10,29 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from suite import ablation, layer_cases, measure, model_table, models, op_cases, peers, plot, report  # noqa: E402
+try:
+    import torch
+
+    import groupmamba  # noqa: F401
+except ImportError as problem:
+    sys.exit(f"bench/run.py: needs this project installed: pip install '.[bench]' ({problem})")
+
+from suite import (  # noqa: E402
+    ablation,
+    layer_cases,
+    measure,
+    model_entries,
+    model_table,
+    models,
+    op_cases,
+    peers,
+    plot,
+    report,
+    verdict,
+)
+from suite.arguments import OneLineParser, positive, writable  # noqa: E402
 from suite.problem import PASSES  # noqa: E402
 from suite.progress import Bar  # noqa: E402
 from suite.runner import Runner, on_stream  # noqa: E402
@@ -32,18 +50,12 @@ CASES = {
 }
 OPS = (*CASES, "model")
 SIDE, CPU_QUICK_SIDE = 224, 64  # of the images of whole models
-
-
-def positive(text: str) -> int:
-    """An argparse type."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
-    return int(text)
+INTERRUPTED = 130  # the exit status that shells give a process after Ctrl-C
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; ends the process with status 2 and the argument's name where it is wrong."""
-    parser = argparse.ArgumentParser(prog="bench/run.py", description=__doc__)
+    """The command line; ends the process with status 2 and one line that names the argument where it is wrong."""
+    parser = OneLineParser(prog="bench/run.py", description=__doc__)
     every = {"nargs": "+", "action": "extend", "metavar": "NAME"}
     parser.add_argument("--op", choices=OPS, help=f"of {', '.join(OPS)} (default: scan layer)", **every)
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
@@ -53,13 +65,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--peers", choices=(*peers.NAMES, "none"), help=f"of {', '.join(peers.NAMES)}, none", **every)
     parser.add_argument("--released", type=Path, metavar="PATH", help="a checkout of the released GroupMamba, built")
     parser.add_argument("--vmamba", type=Path, metavar="PATH", help="a checkout of VMamba, built")
-    parser.add_argument("--models", metavar="NAME", nargs="+", help="with --op model: these only (default: all)")
+    parser.add_argument(
+        "--models", metavar="NAME", nargs="+", action="extend", help="with --op model: these only, or any model of timm"
+    )
     parser.add_argument(
         "--kinds", choices=models.KINDS, help=f"with --op model: of {', '.join(models.KINDS)} (default: all)", **every
     )
     parser.add_argument("--quick", action="store_true", help="the stage shapes alone, fewer repetitions")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the roofline as a PNG (needs matplotlib)")
+    parser.add_argument("--json", type=writable, metavar="FILE", help="write the results")
+    parser.add_argument("--plot", type=writable, metavar="FILE", help="draw the roofline as a PNG (needs matplotlib)")
     parser.add_argument("--append", action="store_true", help="keep the runs that the file of --json already holds")
     args = parser.parse_args(argv)
     if args.device is None:
@@ -75,31 +89,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("argument --append: needs --json FILE to append to")
     args.op = list(dict.fromkeys(args.op or ("scan", "layer")))
     args.dtype = list(dict.fromkeys(args.dtype or (("bfloat16",) if args.device == "cuda" else ("float32",))))
+    args.batch = args.batch and list(dict.fromkeys(args.batch))
     args.passes = args.passes or list(PASSES)
+    if "model" not in args.op:
+        for name in ("models", "kinds"):
+            if getattr(args, name) is not None:
+                parser.error(f"argument --{name}: needs --op model")
     args.kinds = [kind for kind in models.KINDS if kind in (args.kinds or models.KINDS)]
-    args.cases = []
-    try:
-        dtypes = [DTYPES[name] for name in args.dtype]
-        for op in args.op:
-            if op == "model":
-                models.require()
-            else:
-                args.cases += CASES[op](args.device, dtypes, args.quick, args.batch)
-    except ValueError as error:
-        parser.error(f"argument --op: {error}")
     if args.peers is None:
         args.peers = peers.default_names(args.released, args.vmamba)
     args.peers = [] if "none" in args.peers else list(dict.fromkeys(args.peers))
+    args.cases, args.entries = [], []
     try:
         peers.require(args.peers, args.released, args.vmamba)
+        args.cases = chosen_cases(args)
+        if "model" in args.op:
+            args.entries = chosen_models(args)
     except ValueError as error:
         parser.error(str(error))
-    args.entries = []
-    if "model" in args.op:
-        try:
-            args.entries = chosen_models(args)
-        except ValueError as error:
-            parser.error(str(error))
     if args.append and args.json.exists():
         try:
             report.read_json(args.json)
@@ -108,25 +115,66 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def chosen_models(args: argparse.Namespace) -> list[models.Entry]:
+def chosen_cases(args: argparse.Namespace) -> list:
+    """The cases of the ops asked for.
+
+    Raises:
+        ValueError: an op cannot run here, or has none of the passes asked for.
+    """
+    found = []
+    dtypes = [DTYPES[name] for name in args.dtype]
+    for op in args.op:
+        if op == "model":
+            continue
+        try:
+            cases = list(CASES[op](args.device, dtypes, args.quick, args.batch))
+        except ValueError as error:
+            raise ValueError(f"argument --op: {error}") from None
+        for case in cases:
+            if not set(case.passes) & set(args.passes):
+                raise ValueError(f"argument --pass: {op!r} has none of {args.passes}, only {list(case.passes)}")
+        found += cases
+    return found
+
+
+def chosen_models(args: argparse.Namespace) -> list[model_entries.Entry]:
     """The models asked for.
 
     Raises:
-        ValueError: there is no model of a name in ``args.models``.
+        ValueError: there is no model of a name in ``args.models``, or models cannot run here.
     """
-    found = models.entries(args.peers, args.released, args.vmamba)
+    try:
+        model_entries.require()
+    except ValueError as error:
+        raise ValueError(f"argument --op: {error}") from None
+    found = model_entries.entries(args.peers, args.released, args.vmamba)
     if args.models is None:
         return found
-    names = list(dict.fromkeys(entry.label.removesuffix(models.COMPILED) for entry in found))
-    for name in args.models:
-        if name not in names and name not in [entry.label for entry in found]:
-            raise ValueError(f"argument --models: invalid choice: {name!r} (choose from {', '.join(names)})")
-    chosen = (entry for entry in found if {entry.label, entry.label.removesuffix(models.COMPILED)} & set(args.models))
-    return list(chosen)
+    try:
+        return model_entries.chosen(args.models, found, args.peers)
+    except ValueError as error:
+        raise ValueError(f"argument --models: {error}") from None
 
 
-def measured(args: argparse.Namespace, device: torch.device, run: dict) -> Iterator[tuple[list[dict], bool]]:
-    """Fills ``run`` with the ceilings, then gives the rows of every case and model, and whether one of them is red."""
+def model_batches(args: argparse.Namespace) -> dict[int, list[str]]:
+    """The batches of whole models, and what is measured at each: the latency of one image only once."""
+    batches = dict.fromkeys(args.batch or [128 if args.device == "cuda" else 1])
+    others = [kind for kind in args.kinds if kind != "latency"]
+    return {batch: others if place else args.kinds for place, batch in enumerate(batches)}
+
+
+def planned(args: argparse.Namespace) -> int:
+    """How many rows the whole run has."""
+    kinds = sum(map(len, model_batches(args).values())) * len(args.dtype)
+    return sum(len(set(case.passes) & set(args.passes)) for case in args.cases) + len(args.entries) * kinds
+
+
+def measured(args: argparse.Namespace, device: torch.device, run: dict) -> Iterator[dict]:
+    """Fills ``run`` with the ceilings, then gives the rows of every case and model; peers join a row after it is given.
+
+    Raises:
+        DeviceLost: a peer left the device unusable.
+    """
     timer = Timer(device, quick=args.quick)
     with on_stream(device), Bar(len(args.cases) + len(args.entries)) as bar:
         compared = peers.Peers(args.peers, released=args.released, vmamba=args.vmamba)
@@ -136,15 +184,14 @@ def measured(args: argparse.Namespace, device: torch.device, run: dict) -> Itera
         bar.say("matrix product")
         run["gemm_tflops"] = measure.gemm_tflops(timer, [DTYPES[name] for name in args.dtype])
         for case in args.cases:
-            yield list(runner.rows(case)), runner.red
+            yield from runner.rows(case)
             bar.advance(case.title)
         side = CPU_QUICK_SIDE if args.device == "cpu" and args.quick else SIDE
         runner = models.ModelRunner(timer, side, bar.say)
-        batches = args.batch or [128 if args.device == "cuda" else 1]
         for entry in args.entries:
-            for batch in batches:
+            for batch, kinds in model_batches(args).items():
                 for dtype in args.dtype:
-                    yield list(runner.rows(entry, batch, DTYPES[dtype], args.kinds)), runner.red
+                    yield from runner.rows(entry, batch, DTYPES[dtype], kinds)
             bar.advance(entry.label)
 
 
@@ -152,33 +199,67 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark.
 
     Returns:
-        0, or 1 if a result was wrong.
+        0; 1 if a result of this project was wrong or is missing, or could not be written; 130 after Ctrl-C. What a peer
+        does changes nothing, unless it leaves the device unusable, so that this project's rows cannot be measured.
     """
     args = parse(argv)
     device = torch.device(args.device)
-    started = time.perf_counter()
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    run = report.environment(device)
-    rows: list[dict] = []
-    red = False
+    started = time.perf_counter()
+    run = report.environment(device) | {"quick": args.quick}
     earlier = report.read_json(args.json) if args.append and args.json.exists() else []
-    for more, wrong in measured(args, device, run):
-        rows += more
-        red |= wrong
+    rows: list[dict] = []
+
+    def keep() -> None:
         ablation.compare(rows)
+        layer_cases.compare_states(rows)
         models.compare_rows(rows)
-        run |= {"seconds": time.perf_counter() - started, "rows": rows, "geometric_means": report.means(rows)}
-        if args.json is not None:  # after every case: a run that is cut short leaves what it has
-            report.write_json(args.json, [*earlier, run])
+        run.update(seconds=time.perf_counter() - started, rows=rows, geometric_means=report.means(rows))
+        if args.json is not None and "gemm_tflops" in run:
+            try:
+                report.write_json(args.json, [*earlier, run])
+            except OSError as error:  # the disk is full: the tables are still to be had
+                unwritten.append(f"argument --json: '{args.json}' could not be written: {error.strerror}")
+
+    cut, unwritten = None, []
+    try:
+        for row in measured(args, device, run):
+            rows.append(row)
+            keep()  # after every row: a run that is cut short leaves what it has
+    except KeyboardInterrupt:
+        cut, status = "interrupted", INTERRUPTED
+    except verdict.DeviceLost as error:
+        cut, status = f"cut short, {error}", 1
+    keep()
+    wrong = verdict.failures(rows)
+    show(run, rows, wrong, args)
+    for line in dict.fromkeys(unwritten):
+        print(f"bench/run.py: error: {line}", file=sys.stderr)
+    count = f"{len(rows)} rows in {run['seconds']:.0f} s"
+    if cut is not None:
+        print(f"{cut}: {len(rows)} of {planned(args)} rows measured, which are above", file=sys.stderr)
+        return status
+    missing = planned(args) - len(rows)
+    if wrong or missing:
+        lost = f"; {missing} rows are missing" if missing else ""
+        print(f"{count}; RED: {verdict.failed_rows(rows)} of this project's rows failed{lost}")
+        return 1
+    print(f"{count}; this project's results are right")
+    return 1 if unwritten else 0
+
+
+def show(run: dict, rows: Sequence[dict], wrong: Sequence[str], args: argparse.Namespace) -> None:
+    """Prints the tables and, below them, what failed; draws the picture if it was asked for."""
     print(report.head(run))
-    print(report.table(rows))
-    if args.entries:
-        print(model_table.text(rows))
-    if args.plot is not None:
+    for text in (report.table(rows), model_table.text(rows)):
+        if text:
+            print(text)
+    print()
+    for line in (*wrong, *verdict.peer_failures(rows)):
+        print(line)
+    if args.plot is not None and any(row["us"] is not None for row in rows):
         plot.draw(run, args.plot)
-    print(f"\n{len(rows)} rows in {run['seconds']:.0f} s", "; RED: results are wrong" if red else "", sep="")
-    return 1 if red else 0
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from torch import Tensor
 from groupmamba_ext import layer_ops
 from groupmamba_ext._checks import activation_code, path_arguments, same_device
 from groupmamba_ext.cross_scan import saved_chunk, saved_elements
-from groupmamba_ext.dispatch import call_backward, define, define_alone, define_inference
+from groupmamba_ext.dispatch import call_backward, define, define_inference
 from groupmamba_ext.ops import chunk_tokens, elements_of, saved_states
 
 _NO_STATES = (
@@ -229,7 +229,7 @@ def register() -> None:
     """Gives every op its fakes and gradients; runs once, after the library is loaded."""
     for name, formulas in (_OPS | layer_ops.OPS).items():
         define(name, *formulas)
-    for name in layer_ops.ALONE:
-        define_alone(name, layer_ops.OPS[name][0])
+    for name, fake in layer_ops.ALONE.items():
+        define_inference(name, fake, f"; groupmamba::{name}_fwd has one")
     for name, fake in layer_ops.INFERENCE.items():
         define_inference(name, fake)

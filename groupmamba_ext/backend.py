@@ -28,14 +28,14 @@ def _default() -> str:
 _DEFAULT = _default()
 _current = contextvars.ContextVar("groupmamba_ext.backend", default=_DEFAULT)
 # torch.compile guards on a context variable from torch 2.14 on; it sets none.
-_GUARDS_CONTEXT = torch.__version__ >= (2, 14)
+_GUARDS_CONTEXT = torch.__version__ >= (2, 14)  # type: ignore[operator]
 _warned: set[str] = set()
 
 
 class _Traced(threading.local):
     """What torch.compile reads, guards on and sets in place of the context variable; None for no block."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.choice: str | None = None
 
 

@@ -46,11 +46,6 @@ def define_inference(name: str, fake: Callable, hint: str = "") -> None:
     _overloads[name] = getattr(_ops, name).default
 
 
-def define_alone(name: str, fake: Callable) -> None:
-    """`define_inference` for the first result of ``groupmamba::{name}_fwd`` alone, by that op's fake kernel."""
-    define_inference(name, lambda *args: fake(*args)[0], f"; groupmamba::{name}_fwd has one")
-
-
 def _no_backward(name: str, hint: str) -> Callable:
     def backward(ctx, *grads):
         raise RuntimeError(f"groupmamba::{name} is an op for inference, which keeps nothing for a backward{hint}")

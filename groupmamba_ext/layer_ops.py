@@ -123,14 +123,20 @@ def _fold_fake(image, weight, norm_weight, norm_bias, mean, variance, eps, block
 # grouped_mamba_layer -----------------------------------------------------------------------
 
 
-def _layer_fake(x, *args):
-    *parameters, codes, _eps, _norm_eps, chunk, _residual, _kept, _kept_scale = args
+def _layer_alone_fake(x, *args):
     same_device("grouped_mamba_layer", (x, *args))
+    chunk = chunk_tokens(_padded(args[12].shape[1]), "cuda")  # of A_log
+    path_arguments("grouped_mamba_layer", args[-7], args[-4], chunk)
+    return _padded_image(x)
+
+
+def _layer_fake(x, *args):
+    out = _layer_alone_fake(x, *args)
+    *parameters, _codes, _eps, _norm_eps, chunk, _residual, _kept, _kept_scale = args
     fc1_weight, x_proj_weight, A_log, out_proj_weight = (parameters[i] for i in (2, 9, 12, 16))
     batch, height, width, channels = x.shape
     groups, inner, states = A_log.shape
     inner_pad, dim_pad = _padded(inner), _padded(channels // groups)
-    path_arguments("grouped_mamba_layer", codes, chunk, chunk_tokens(inner_pad, "cuda"))
     widths = [_padded_features(x_proj_weight.shape[1], inner_pad), dim_pad, inner_pad, inner_pad, 2 * inner_pad]
     gate_width = inner_pad
     if out_proj_weight is not None:
@@ -146,7 +152,7 @@ def _layer_fake(x, *args):
 
     images = _workspace_elements([planes * height * width * n for n in widths])
     saved, saved_float = x.new_empty((images,)), x.new_empty((elements_of(x, count),), dtype=torch.float32)
-    return _padded_image(x), saved, saved_float
+    return out, saved, saved_float
 
 
 def _layer_bwd_fake(dout, x, *args):
@@ -177,10 +183,15 @@ def _layer_backward(ctx, dout, *_):
 # feed_forward ------------------------------------------------------------------------------
 
 
+def _feed_forward_alone_fake(x, *args):
+    same_device("feed_forward", (x, *args))
+    return _padded_image(x)
+
+
 def _feed_forward_fake(x, norm_weight, norm_bias, fc1_weight, *args):
-    same_device("feed_forward", (x, norm_weight, norm_bias, fc1_weight, *args))
+    out = _feed_forward_alone_fake(x, norm_weight, norm_bias, fc1_weight, *args)
     tokens = x.shape[0] * x.shape[1] * x.shape[2]
-    return _padded_image(x), x.new_empty((_workspace_elements([tokens * _padded(fc1_weight.shape[0])]),))
+    return out, x.new_empty((_workspace_elements([tokens * _padded(fc1_weight.shape[0])]),))
 
 
 def _feed_forward_bwd_fake(dout, x, *args):
@@ -211,7 +222,8 @@ OPS = {
     "grouped_mamba_layer": (_layer_fake, _layer_setup, _layer_backward, _layer_bwd_fake),
     "feed_forward": (_feed_forward_fake, _feed_forward_setup, _feed_forward_backward, _feed_forward_bwd_fake),
 }
-ALONE = ("grouped_mamba_layer", "feed_forward")  # those with a form for inference, which returns the image alone
+# Those with a form for inference, which returns the image alone.
+ALONE = {"grouped_mamba_layer": _layer_alone_fake, "feed_forward": _feed_forward_alone_fake}
 INFERENCE = {"batch_norm_fold": _fold_fake}  # ops without a gradient
 
 

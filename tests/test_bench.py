@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark: its ground truth, its refusal of wrong results, its tables and files."""
+"""The benchmark: its ground truth, what it measures, its tables, files and arguments."""
 
 import json
 import sys
@@ -10,25 +10,16 @@ import torch
 
 import groupmamba_ext as ext
 from groupmamba import GroupedMamba2d, convert_released_state_dict
-from groupmamba_ext.backend import current_backend
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "bench"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import run as bench  # noqa: E402
-import table  # noqa: E402
-from suite import ablation, layer_cases, markdown, measure, models, op_cases, peers, report, truth  # noqa: E402
+from bench_tools import CPU, ROOT, bench, quick, table  # noqa: E402
+from suite import ablation, layer_cases, markdown, measure, op_cases, report, truth  # noqa: E402
 from suite.checkouts import copy_weights  # noqa: E402
-from suite.checks import Truth  # noqa: E402
 from suite.problem import Calls, Shape  # noqa: E402
 from suite.timing import Timer  # noqa: E402
 
-CPU = torch.device("cpu")
 SHAPE = Shape(2, 12, 5, 7)
-
-
-def quick(*arguments):
-    return bench.main(["--device", "cpu", "--quick", *map(str, arguments)])
 
 
 @pytest.fixture(scope="module")
@@ -135,63 +126,6 @@ def test_growth_keeps_the_tokens():
     assert [shape.height for shape in layer_cases.growth_shapes()][::4] == [56, 1024]
 
 
-# wrong results ------------------------------------------------------------------------------
-
-
-def test_a_single_wrong_image_is_noticed():
-    problem = op_cases._scan(Shape(40, 16, 4, 4), torch.bfloat16, "group-major", CPU)
-    right = problem.function
-    assert Truth(problem).check().passed
-
-    def wrong(**tensors):
-        y = right(**tensors)
-        return torch.cat([y[:-1], 1.2 * y[-1:]])
-
-    problem.function = wrong
-    check = Truth(problem).check()
-    assert not check.passed and "error" in str(check)
-
-
-def test_a_wrong_gradient_is_noticed():
-    problem = op_cases._modulated(SHAPE, torch.float32, CPU)
-    right = problem.function
-    problem.function = lambda **t: right(**(t | {"gate": t["gate"] + 0.1 * (t["gate"] - t["gate"].detach())}))
-    check = Truth(problem).check()
-    assert not check.passed and check.tensor == "dgate"
-
-
-def test_red_rows_have_no_figures_and_the_status_is_1(monkeypatch, capsys, tmp_path):
-    right = ext.grouped_selective_scan
-    monkeypatch.setattr(ext, "grouped_selective_scan", lambda *a, **k: right(*a, **k) * 1.1)
-    path = tmp_path / "red.json"
-    assert quick("--op", "scan", "norm", "--pass", "forward", "--json", path) == 1
-    out = capsys.readouterr().out
-    scan, norm = out.split("norm: layer_norm_pool")
-    assert "RED" in scan and "relative error" in scan and "x" not in scan.split("RED")[1].split("\n")[0]
-    assert "RED" not in norm.split("\n\n")[0]
-    for row in report.read_json(path)[0]["rows"]:
-        red = row["op"] == "scan"
-        assert (row["us"] is None) == red and (row["error"] is not None) == red and bool(row["peers"]) != red
-    assert "| RED |" in markdown.tables(report.read_json(path))
-
-
-def test_a_wrong_peer_gets_no_ratio(monkeypatch, capsys):
-    right = ext.reference.layer_norm_pool
-
-    def wrong(x, *args, **kwargs):
-        y, pooled = right(x, *args, **kwargs)
-        return y + 0.5 * (current_backend() == "reference"), pooled  # right as the truth, wrong as the peer
-
-    monkeypatch.setattr(ext.reference, "layer_norm_pool", wrong)
-    assert quick("--op", "norm", "--pass", "forward") == 1
-    out = capsys.readouterr().out
-    assert "pytorch: RED, no ratio: output 0" in out
-    wrong_block, right_block = out.split("norm: modulated_layer_norm")
-    rows = [line for line in wrong_block.splitlines() if line.startswith(("64x14x14", "348x7x7"))]
-    assert len(rows) == 2 and all(line.endswith("  RED") for line in rows)
-    assert "RED" not in right_block.split("\n\n")[0]
-
-
 # reports ------------------------------------------------------------------------------------
 
 
@@ -215,6 +149,9 @@ def test_json_holds_what_the_figures_need(result):
         assert row["check"]["passed"] and row["us"] > 0 and row["bytes"] > 0 and row["flops"] > 0
         assert row["gb_s"] == pytest.approx(row["bytes"] / row["us"] * 1e-3)
         assert row["percent_of_copy"] == pytest.approx(100 * row["copy_us"] / row["us"])
+        if row["series"] == "states":
+            assert row["over"]["graph"] is None and row["over"]["eager"] > 0 and not row["peers"]
+            continue
         peer = row["peers"]["pytorch"]
         assert peer["mode"] == "eager" and peer["ratio"] == pytest.approx(peer["eager_us"] / row["eager_us"])
     scan = [row for row in run["rows"] if row["op"] == "scan" and row["pass"] == "forward"]
@@ -223,24 +160,25 @@ def test_json_holds_what_the_figures_need(result):
     assert len(scan) == 2 and mean["ratios"]["pytorch"] == pytest.approx(product**0.5)
 
 
-def test_append_keeps_earlier_runs_and_the_table_takes_the_latest(result, tmp_path, capsys):
+def test_append_keeps_earlier_runs_and_the_table_takes_the_latest(result, tmp_path):
+    pytest.importorskip("matplotlib")
     path = tmp_path / "two.json"
     path.write_text(result.read_text())
     assert quick("--op", "conv", "--pass", "forward", "--peers", "none", "--json", path, "--append") == 0
     first, second = report.read_json(path)
     rows = markdown.latest([first, second])
     assert len(rows) == len(first["rows"])
-    assert sum(row in second["rows"] for row in rows) == len(second["rows"]) > 0
+    figures = [row["us"] for row in rows]
+    assert all(row["us"] in figures for row in second["rows"]) and len(second["rows"]) == 4
+    assert not any(row["peers"] for row in second["rows"])
+    assert all("pytorch" in row["peers"] for row in rows if row["series"] == "stages")  # of the first run
 
-    readme = tmp_path / "README.md"
-    readme.write_text(f"above\n{markdown.BEGIN}\nold\n{markdown.END}\nbelow\n")
-    assert table.main([str(path), "--readme", str(readme)]) == 0
-    text = readme.read_text()
-    assert text.startswith("above\n") and text.endswith("\nbelow\n") and "old" not in text
+    docs, picture = tmp_path / "docs.md", tmp_path / "picture.png"
+    assert table.main([str(path), "--docs", str(docs), "--plot", str(picture)]) == 0
+    text = docs.read_text()
     assert "**grouped_selective_scan**" in text and "| 64x14x14 | 1 | float32 | forward |" in text
-    readme.write_text("no markers")
-    assert table.main([str(path), "--readme", str(readme)]) == 1
-    assert markdown.BEGIN in capsys.readouterr().err
+    assert "**GroupedMamba2d(d_state=16)**" in text and "time over d_state=1, eager" in text
+    assert picture.stat().st_size > 10_000
 
 
 def test_growth_is_summed_up():
@@ -279,60 +217,13 @@ def test_ablation_ratios_are_to_the_row_before():
     cross, grouped, affinity = row("4-D scanning", 30.0), row("grouped", 20.0), row("grouped + CAM", 25.0)
     ablation.compare([cross, grouped, affinity])
     assert grouped["peers"]["4-D scanning"]["ratio"] == 1.5 and affinity["peers"]["grouped"]["ratio"] == 0.8
-    grouped["us"], affinity["peers"] = None, {}
+    cross["graph_us"] = 24.0  # without the other's graph, both are as called
     ablation.compare([cross, grouped, affinity])
-    assert affinity["peers"]["grouped"]["ratio"] is None and affinity["peers"]["grouped"]["red"]
-
-
-class TinyNet(torch.nn.Module):
-    """A whole model in little, with this project's layer in it."""
-
-    def __init__(self, scale=1.0):
-        super().__init__()
-        self.stem, self.layer = torch.nn.Conv2d(3, 16, 8, 8), GroupedMamba2d(16)
-        self.head, self.scale = torch.nn.Linear(16, 10), scale
-
-    def forward(self, x):
-        y = self.head(self.layer(self.stem(x)).mean((2, 3)))
-        reference = current_backend() == "reference"
-        return (y, y) if self.training else y * (1.0 if reference else self.scale)
-
-
-def test_models_side_by_side(monkeypatch, capsys, tmp_path):
-    pytest.importorskip("timm")
-    scale = 1.0
-    monkeypatch.setattr(models, "require", lambda: None)
-    monkeypatch.setattr(models, "TIMM", ("test_convnext",))
-    monkeypatch.setattr(models, "_ours", lambda name: TinyNet(scale))
-    path = tmp_path / "models.json"
-    arguments = ("--op", "model", "--models", "groupmamba_tiny", "test_convnext", "--peers", "timm", "--json", path)
-    assert quick(*arguments) == 0
-    out = capsys.readouterr().out
-    assert "groupmamba_tiny, train (batch 1): " in out and "x test_convnext" in out
-    rows = {(row["label"], row["pass"]): row for row in report.read_json(path)[0]["rows"]}
-    assert set(rows) == {(m, k) for m in ("groupmamba_tiny", "test_convnext") for k in ("eval", "train", "latency")}
-    one = tmp_path / "one.json"
-    assert quick("--op", "model", "--models", "groupmamba_tiny", "--kinds", "eval", "--json", one) == 0
-    assert [row["pass"] for row in report.read_json(one)[0]["rows"]] == ["eval"]
-    capsys.readouterr()
-    row, other = (rows[name, "train"] for name in ("groupmamba_tiny", "test_convnext"))
-    assert row["peers"]["test_convnext"]["ratio"] == pytest.approx(other["us"] / row["us"])
-    assert row["images_per_s"] == pytest.approx(1e6 / row["us"]) and row["check"]["passed"]
-    text = markdown.tables(report.read_json(path))
-    assert text.count("| groupmamba_tiny |") == 1 and "x test_convnext" in text
-
-    scale = 1.01
-    assert quick(*arguments) == 1
-    out = capsys.readouterr().out
-    assert "groupmamba_tiny: logits: relative error" in out and "x test_convnext" not in out
-    assert next(line for line in out.splitlines() if line.startswith("groupmamba_tiny ")).split()[1:3] == ["RED", "RED"]
-
-
-def test_unknown_models_are_named(monkeypatch, capsys):
-    monkeypatch.setattr(models, "require", lambda: None)
-    with pytest.raises(SystemExit):
-        quick("--op", "model", "--models", "resnet")
-    assert "argument --models: invalid choice: 'resnet'" in capsys.readouterr().err
+    assert grouped["peers"]["4-D scanning"]["ratio"] == 1.5 and grouped["peers"]["4-D scanning"]["mode"] == "eager"
+    grouped |= {"us": None, "error": "wrong"}
+    affinity["peers"] = {}
+    ablation.compare([cross, grouped, affinity])
+    assert affinity["peers"]["grouped"]["ratio"] is None and report.ratio_cell(affinity["peers"]["grouped"]) == "RED"
 
 
 # arguments and peers ------------------------------------------------------------------------
@@ -349,13 +240,33 @@ def test_unknown_models_are_named(monkeypatch, capsys):
         (["--released", "/nowhere"], ("--released", "'/nowhere'", "classification/models")),
         (["--vmamba", "/nowhere"], ("--vmamba", "'/nowhere'")),
         (["--append"], ("--append", "--json")),
+        (["--json", "/"], ("--json", "'/'")),
+        (["--json", "/proc/nothing.json"], ("--json", "'/proc/nothing.json'", "cannot be written")),
+        (["--plot", "setup.py/picture.png"], ("--plot", "cannot be written")),
+        (["--models", "groupmamba_tiny"], ("--models", "needs --op model")),
+        (["--kinds", "step"], ("--kinds", "needs --op model")),
+        (["--op", "scan", "layer", "--pass", "backward"], ("--pass", "'layer' has none of ['backward']")),
+        (["--batch"], ("--batch", "expected at least one argument")),
+        (["scan"], ("unrecognized arguments: scan",)),
     ],
 )
-def test_wrong_arguments_are_named(arguments, parts, capsys):
+def test_wrong_arguments_are_named(arguments, parts, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as end:
         quick(*arguments)
-    message = capsys.readouterr().err.splitlines()[-1]
+    (message,) = capsys.readouterr().err.splitlines()
     assert end.value.code == 2 and all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [(["/nowhere.json"], "'/nowhere.json'"), ([], "results"), (["x", "--readme", "/"], "--readme")],
+)
+def test_wrong_arguments_of_the_tables_are_named(arguments, part, capsys):
+    with pytest.raises(SystemExit) as end:
+        table.main(arguments)
+    (message,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and part in message
 
 
 def test_cuda_needs_a_gpu(monkeypatch, capsys):
@@ -415,12 +326,6 @@ def test_weights_go_back_to_the_released_names():
 def test_compile_peer_is_compared(capsys):
     assert quick("--op", "norm", "--pass", "forward", "--peers", "compile") == 0
     assert "x compile" in capsys.readouterr().out
-
-
-def test_a_peer_that_cannot_run_says_why(monkeypatch, capsys):
-    monkeypatch.setattr(peers.Peers, "_pytorch", lambda *_: 1 / 0)
-    assert quick("--op", "norm", "--pass", "forward") == 0
-    assert "pytorch: not compared: ZeroDivisionError" in capsys.readouterr().out
 
 
 def test_copy_moves_what_it_says():

@@ -158,5 +158,6 @@ def test_layer(device, variant, scan):
     check_module(layer, image(2, 16, 5, 4, device=device, dtype=torch.float32))
 
 
-def test_model(device):
+def test_model(monkeypatch, device):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     check_module(small(num_classes=3).to(device), image(2, 3, 32, 40, device=device, dtype=torch.float32))

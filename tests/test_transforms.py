@@ -216,7 +216,8 @@ def test_layer(device, variant, scan):
     check_ensemble([make(16, seed=seed, **options) for seed in range(2)], x)
 
 
-def test_model(device):
+def test_model(monkeypatch, device):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     x = image(2, 3, 64, 32, device=device, dtype=torch.float32)
     model = small(num_classes=3).to(device)
     check_per_sample(model, x)

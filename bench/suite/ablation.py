@@ -8,7 +8,6 @@ from functools import partial
 
 import torch
 
-from groupmamba import GroupedMamba2d
 from suite.layer_cases import LAYER_PASSES, layer_problem
 from suite.problem import Case
 from suite.shapes import stage_shapes
@@ -22,29 +21,19 @@ OPTIONS = {
 BASELINES = {GROUPED: CROSS, AFFINITY: GROUPED}  # the row that each one's ratio is to
 
 
-def available(label: str) -> bool:
-    """Whether this version of the layer has the variant."""
-    try:
-        GroupedMamba2d(64, **OPTIONS[label])
-    except ValueError:
-        return False
-    return True
-
-
 def ablation_cases(
     device: str, dtypes: Sequence[torch.dtype], quick: bool, batches: Sequence[int] | None
 ) -> Iterator[Case]:
-    """The three variants side by side at every stage; 4-D scanning where the layer has it."""
-    labels = [label for label in OPTIONS if available(label)]
+    """The three variants side by side at every stage."""
     for dtype in dtypes:
         for shape in stage_shapes(device, quick, batches):
-            for label in labels:
+            for label in OPTIONS:
                 prepare = partial(layer_problem, shape, dtype, OPTIONS[label])
                 yield Case("ablation", label, shape, dtype, "channels_last", prepare, LAYER_PASSES)
 
 
 def compare(rows: Sequence[dict]) -> None:
-    """Gives each row its baseline as a peer: how many times longer the baseline takes."""
+    """Gives each row its baseline as a peer, of this project's own: how many times longer the baseline takes."""
 
     def place(row: dict) -> tuple:
         return tuple(row[k] for k in ("shape", "batch", "dtype", "pass"))
@@ -54,12 +43,14 @@ def compare(rows: Sequence[dict]) -> None:
         other = found.get((BASELINES.get(label), where))
         if other is None or row["us"] is None:
             continue
-        red = other["us"] is None
+        failed = other["us"] is None
+        graphs = row["graph_us"] is not None and other["graph_us"] is not None
+        which = "graph_us" if graphs else "eager_us"
         row["peers"][other["label"]] = {
-            "ratio": None if red else other["us"] / row["us"],
-            "mode": "eager" if row["graph_us"] is None else "graph",
+            "ratio": None if failed else other[which] / row[which],
+            "mode": "graph" if graphs else "eager",
             "graph_us": other["graph_us"],
             "eager_us": other["eager_us"],
-            "red": red,
+            "own": True,
             "error": other["error"],
         }

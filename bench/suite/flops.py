@@ -19,10 +19,10 @@ def _passes(once: int, scans: int = 0) -> dict[str, int]:
     return {"forward": once + scans, "backward": 2 * once + 3 * scans}
 
 
-def _scan(elements: int, rank: int) -> int:
+def _scan(elements: int, rank: int, states: int = STATES) -> int:
     from groupmamba_ext.flops import grouped_scan_flops
 
-    return grouped_scan_flops((elements,), (1, 1, STATES), (1, 1), (1, 1, rank))
+    return grouped_scan_flops((elements,), (1, 1, states), (1, 1), (1, 1, rank))
 
 
 def scan(shape: Shape) -> dict[str, int]:
@@ -46,14 +46,14 @@ def norm(shape: Shape) -> dict[str, int]:
     return _passes(NORM * shape.tokens * shape.channels)
 
 
-def layer(shape: Shape) -> dict[str, int]:
+def layer(shape: Shape, states: int = STATES) -> dict[str, int]:
     """The released variant of `GroupedMamba2d`, one direction a group: products, convolution, three norms, scans."""
     channels = shape.channels
     dim = channels // GROUPS
     rank = -(-dim // 16)
-    columns = 2 * dim + (rank + 2 * STATES) + dim + channels  # in_proj, x_proj, out_proj, proj: for each input channel
+    columns = 2 * dim + (rank + 2 * states) + dim + channels  # in_proj, x_proj, out_proj, proj: for each input channel
     elements = shape.tokens * channels
-    return _passes(elements * (2 * columns + CONVOLUTION + 3 * NORM), _scan(elements, rank))
+    return _passes(elements * (2 * columns + CONVOLUTION + 3 * NORM), _scan(elements, rank, states))
 
 
 def feed_forward(shape: Shape, hidden: int) -> dict[str, int]:

@@ -21,6 +21,8 @@ from suite.shapes import FEED_FORWARD_RATIOS, GROUPS, STAGES, growth_shapes, squ
 LAYER_PASSES = ("forward", "forward+backward")
 SAMPLE_TOKENS = 1 << 18  # of the images that are compared with the truth
 SAMPLE_IMAGES = 8
+STATES = 16  # Mamba's own number, beside this model's one
+ONE_STATE, MORE_STATES = "GroupedMamba2d", f"GroupedMamba2d(d_state={STATES})"
 NOISE = 0.05  # added to every parameter, so that no term of the layer is zero or symmetric
 
 
@@ -135,7 +137,7 @@ def layer_problem(shape: Shape, dtype: torch.dtype, options: dict, device: torch
         partial(released_layer, directions=layer.directions) if grouped else by_reference(layer),
         parameters=dict(layer.named_parameters()),
         autocast=None if dtype == torch.float32 else dtype,
-        flops=flops.layer(shape) if grouped else {},
+        flops=flops.layer(shape, options.get("d_state", 1)) if grouped else {},
         sample=_sample(shape),
     )
 
@@ -174,14 +176,35 @@ def feed_forward_cases(
 def layer_cases(
     device: str, dtypes: Sequence[torch.dtype], quick: bool, batches: Sequence[int] | None
 ) -> Iterator[Case]:
-    """The released variant of `GroupedMamba2d` with one direction a group and channel affinity."""
+    """The released variant of `GroupedMamba2d`: one direction a group and channel affinity; with more states, too."""
 
     def case(shape: Shape, dtype: torch.dtype, series: str = "stages") -> Case:
         prepare = partial(layer_problem, shape, dtype, {})
-        return Case("layer", "GroupedMamba2d", shape, dtype, "channels_last", prepare, LAYER_PASSES, series)
+        return Case("layer", ONE_STATE, shape, dtype, "channels_last", prepare, LAYER_PASSES, series)
+
+    def states_case(shape: Shape, dtype: torch.dtype) -> Case:
+        prepare = partial(layer_problem, shape, dtype, {"d_state": STATES})
+        return Case("layer", MORE_STATES, shape, dtype, "channels_last", prepare, LAYER_PASSES, "states")
 
     for dtype in dtypes:
         yield from (case(shape, dtype) for shape in stage_shapes(device, quick, batches))
+        yield from (states_case(shape, dtype) for shape in stage_shapes(device, quick, batches))
         if device == "cuda" and not quick and batches is None:
             yield from (case(square(batch, STAGES[0]), dtype, "batch") for batch in (16, 1))
             yield from (case(shape, dtype, "growth") for shape in growth_shapes())
+
+
+def compare_states(rows: Sequence[dict]) -> None:
+    """Gives rows with more states ``over``: their time over that of the same call with one, graph and eager."""
+
+    def place(row: dict) -> tuple:
+        return tuple(row[k] for k in ("shape", "batch", "dtype", "pass"))
+
+    single = {place(row): row for row in rows if row["label"] == ONE_STATE and row["us"] is not None}
+    for row in rows:
+        one = single.get(place(row))
+        if row["label"] != MORE_STATES or row["us"] is None or one is None:
+            continue
+        graphs = row["graph_us"] is not None and one["graph_us"] is not None
+        graph = row["graph_us"] / one["graph_us"] if graphs else None
+        row["over"] = {"graph": graph, "eager": row["eager_us"] / one["eager_us"]}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -34,6 +35,18 @@ def peak_memory(call: Callable[[int], object], device: torch.device) -> int | No
     peak = torch.cuda.max_memory_allocated() - before
     del outputs
     return peak
+
+
+def allocated(device: torch.device) -> int | None:
+    """Bytes that live tensors hold; None on the CPU."""
+    return torch.cuda.memory_allocated() if device.type == "cuda" else None
+
+
+def release(device: torch.device) -> None:
+    """Gives back what nothing holds any more: frames of an exception hold tensors in cycles."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def kernels(call: Callable[[int], object], device: torch.device) -> dict[str, int] | None:

@@ -17,6 +17,7 @@ import groupmamba_ext as ext
 from suite import checkouts, scan_peers
 from suite.op_cases import CROSS_DIRECTIONS, DIRECTIONS
 from suite.problem import PASSES, Case, Problem, as_tuple
+from suite.verdict import PEER_ERRORS, reason
 
 NAMES = ("pytorch", "compile", "mamba_ssm", "timm", "released", "vmamba")
 SEQUENTIAL_TOKENS = 3136  # the reference walks the tokens one by one: longer paths would take minutes
@@ -58,18 +59,20 @@ class Peers:
         self.names = names
         self.paths = {"released": released, "vmamba": vmamba}
 
+    def wants(self, case: Case) -> bool:
+        """Whether a case is compared at all: ops and the layer, at the stage shapes."""
+        return case.series in ("stages", "padded") and case.storage != "token-major" and case.op != "ablation"
+
     def __call__(self, case: Case, problem: Problem) -> list[Peer]:
-        """Those that have this case's op, at the stage shapes and at sizes that end in reasonable time."""
-        if case.series not in ("stages", "padded") or case.storage == "token-major" or case.op == "ablation":
-            return []
+        """Those that have this case's op, at sizes that end in reasonable time."""
         found = []
         for name in self.names:
             if not hasattr(self, f"_{name}"):  # a peer of whole models
                 continue
             try:
                 peer = getattr(self, f"_{name}")(case, problem)
-            except Exception as error:  # a checkout's import may raise anything; the reason belongs in the report
-                peer = Peer(name, None, error=f"{type(error).__name__}: {error}".splitlines()[0])
+            except PEER_ERRORS as error:  # a checkout's import may raise anything
+                peer = Peer(name, None, error=reason(error))
             if peer is not None:
                 found.append(peer)
         return found

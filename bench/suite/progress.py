@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A progress bar on a terminal's stderr, by tqdm (`pip install 'groupmamba[bench]'`); elsewhere one line a case."""
+"""A progress bar on a terminal's stderr, by tqdm (`pip install 'groupmamba[bench]'`); elsewhere a line a case.
+
+Where a case takes long, lines say in between what is being done.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+import time
+
+QUIET_SECONDS = 10
 
 
 class Bar:
@@ -16,6 +22,7 @@ class Bar:
 
     def __init__(self, total: int):
         self.total, self.done = total, 0
+        self.start = self.told = time.perf_counter()
         self.bar = None
         if sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None:
             from tqdm import tqdm
@@ -29,15 +36,21 @@ class Bar:
         if self.bar is not None:
             self.bar.close()
 
+    def _tell(self, text: str) -> None:
+        self.told = time.perf_counter()
+        print(f"[{self.done}/{self.total}, {self.told - self.start:.0f} s] {text}", file=sys.stderr, flush=True)
+
     def say(self, text: str) -> None:
         """What is done now."""
         if self.bar is not None:
             self.bar.set_description_str(text)
+        elif time.perf_counter() - self.told > QUIET_SECONDS:
+            self._tell(text)
 
     def advance(self, title: str) -> None:
         """A case is done."""
         self.done += 1
         if self.bar is None:
-            print(f"[{self.done}/{self.total}] {title}", file=sys.stderr, flush=True)
+            self._tell(title)
         else:
             self.bar.update()

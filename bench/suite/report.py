@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import math
 import platform
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+import groupmamba
 import groupmamba_ext as ext
 
 SCHEMA = 1
@@ -38,6 +40,7 @@ def environment(device: torch.device) -> dict:
         "device": {"type": device.type, "name": name, **detail},
         "versions": {
             "groupmamba": ext.__version__,
+            "sources": sources(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
             "python": platform.python_version(),
@@ -45,6 +48,18 @@ def environment(device: torch.device) -> dict:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": _command(sys.argv[1:]),
     }
+
+
+def sources() -> str:
+    """Twelve digits that name this tree: a hash of the imported packages, and of the kernels and benchmarks here."""
+    root = Path(__file__).resolve().parents[2]
+    files = [(Path(p.__file__).parent, "*.py") for p in (ext, groupmamba)]
+    files += [(root / "csrc", "*.[ch]*"), (root / "bench", "*.py")]
+    found = hashlib.sha256()
+    for folder, pattern in files:
+        for path in sorted(folder.rglob(pattern)):
+            found.update(f"{folder.name}/{path.relative_to(folder).as_posix()}".encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def _command(arguments: Sequence[str]) -> str:
@@ -77,15 +92,16 @@ def key(row: dict) -> tuple:
 def means(rows: Sequence[dict]) -> list[dict]:
     """For each op, label, storage, dtype and pass: the mean over the stages of the share of the copy and of ratios.
 
-    Rows whose check is red take no part.
+    Rows that failed take no part; ``of`` says how many rows there are with them.
     """
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        if row["us"] is not None and row["op"] != "model" and row["series"] == "stages":
+        if row["op"] != "model" and row["series"] == "stages":
             fields = ("op", "label", "series", "storage", "dtype", "pass")
             groups.setdefault(tuple((f, row[f]) for f in fields), []).append(row)
     out = []
-    for fields, members in groups.items():
+    for fields, everyone in groups.items():
+        members = [row for row in everyone if row["us"] is not None]
         names = {name for row in members for name in row["peers"]}
         ratios = {}
         for name in sorted(names):
@@ -93,7 +109,8 @@ def means(rows: Sequence[dict]) -> list[dict]:
             if found:
                 ratios[name] = geometric_mean(found)
         shares = [row["percent_of_copy"] for row in members if row["percent_of_copy"] is not None]
-        out.append({**dict(fields), "rows": len(members), "percent_of_copy": geometric_mean(shares), "ratios": ratios})
+        counts = {"rows": len(members), "of": len(everyone)}
+        out.append({**dict(fields), **counts, "percent_of_copy": geometric_mean(shares), "ratios": ratios})
     return out
 
 
@@ -123,21 +140,25 @@ def cells(row: dict, peers: Sequence[str]) -> list[str]:
         number(row["images_per_s"] if row["op"] in THROUGHPUT else None, 4),
         number(memory),
         UNMEASURED if row["launches"] is None else str(row["launches"]),
+        *(number((row["over"] or {}).get(way)) for way in ("graph", "eager")),
     ]
     return [*start, *figures, *(ratio_cell(row["peers"].get(name)) for name in peers)]
 
 
 def ratio_cell(peer: dict | None) -> str:
-    """How many times longer the peer takes; ``e``: eager against eager; RED if it is wrong."""
+    """How many times longer the peer takes; ``e``: eager against eager; of a row of this project RED if that failed."""
     if peer is None:
         return UNMEASURED
     if peer["error"] is not None:
-        return "RED" if peer["red"] else UNMEASURED
+        return "RED" if peer.get("own") else "no ratio"
     return f"{number(peer['ratio'])}x{'e' if peer['mode'] == 'eager' else ''}"
 
 
 KEYS = ("shape", "batch", "dtype", "storage", "pass")
-FIGURES = ("graph us", "eager us", "MB", "GB/s", "% copy", "ns/token", "img/s", "peak MiB", "launches")
+FIGURES = (
+    "graph us", "eager us", "MB", "GB/s", "% copy", "ns/token", "img/s", "peak MiB", "launches",
+    "over d_state=1, graph", "over d_state=1, eager",
+)  # fmt: skip
 
 
 def aligned(body: Sequence[Sequence[str]], columns: Sequence[int]) -> list[str]:
@@ -174,8 +195,9 @@ def table(rows: Sequence[dict]) -> str:
             ratios = ", ".join(f"{number(value)}x {name}" for name, value in mean["ratios"].items())
             share = f"{number(mean['percent_of_copy'])}% of the copy" if mean["percent_of_copy"] else ""
             text = ", ".join(filter(None, (share, ratios)))
-            lines.append(f"geometric mean, {mean['dtype']}, {mean['storage']}, {mean['pass']}: {text}")
-    return "\n".join(lines + ["", *notes(rows)])
+            part = "" if mean["rows"] == mean["of"] else f" ({mean['rows']} of {mean['of']} rows)"
+            lines.append(f"geometric mean, {mean['dtype']}, {mean['storage']}, {mean['pass']}{part}: {text or 'none'}")
+    return "\n".join(lines)
 
 
 def growth(rows: Sequence[dict]) -> list[str]:
@@ -195,26 +217,14 @@ def growth(rows: Sequence[dict]) -> list[str]:
     return found
 
 
-def notes(rows: Sequence[dict]) -> list[str]:
-    """Why a ratio is missing, each reason once."""
-    reasons: dict[str, str] = {}
-    for row in rows:
-        where = f"{row['op']} {row['shape']} {row['pass']}"
-        if row["graph_error"] is not None:
-            reasons.setdefault(f"{row['label']}: no CUDA graph: {row['graph_error']}", where)
-        for name, peer in row["peers"].items():
-            if peer["error"] is not None:
-                verdict = "RED, no ratio" if peer["red"] else "not compared"
-                reasons.setdefault(f"{name}: {verdict}: {peer['error']}", where)
-    return [f"{reason} ({where})" for reason, where in reasons.items()]
-
-
 def head(run: dict) -> str:
-    """The device, versions and copy bandwidth of a run."""
-    copy = run["copy"]
+    """The device, versions and, where it was measured, copy bandwidth of a run."""
+    first = f"{run['device']['name']}, torch {run['versions']['torch']}, {run['date']}"
+    copy = run.get("copy")
+    if copy is None:
+        return first
     return (
-        f"{run['device']['name']}, torch {run['versions']['torch']}, {run['date']}\n"
-        f"copy of {copy['bytes'] >> 20} MiB by {copy['call']}: {copy['gb_s']:,.0f} GB/s "
+        f"{first}\ncopy of {copy['bytes'] >> 20} MiB by {copy['call']}: {copy['gb_s']:,.0f} GB/s "
         f"(Tensor.copy_: {copy['tensor_copy_gb_s']:,.0f} GB/s)"
     )
 

@@ -120,7 +120,7 @@ def _check_memory(model: nn.Module, batch: int, size: int) -> None:
     fixed = 2 * sum(p.numel() * p.element_size() for p in model.parameters())  # with their gradients
     if free is not None and fixed + batch * an_image > free:
         fits = (free - fixed) // an_image
-        advice = f"; --batch {fits} would fit" if fits > 0 else "; a smaller --size needs less"
+        advice = f"; at most --batch {fits} can fit" if fits > 0 else "; a smaller --size needs less"
         raise CommandError(
             f"--batch {batch} of {size} x {size} pixels needs at least {(fixed + batch * an_image) / 2**30:,.1f} GiB "
             f"to train in float32, and {free / 2**30:,.1f} GiB are free{advice}"

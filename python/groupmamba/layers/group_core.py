@@ -159,10 +159,9 @@ class GroupCore(Leaf, nn.Module):
         if isinstance(x, Proxy):
             return fx_call(self, x, gate)
         batch, height, width, groups, _ = x.shape
-        tokens = batch * height * width
 
         def rows(image: Tensor) -> Tensor:  # (batch, H, W, G, K) -> (G, tokens, K)
-            return image.permute(3, 0, 1, 2, 4).reshape(groups, tokens, image.shape[-1])
+            return image.flatten(0, 2).transpose(0, 1)
 
         def image(rows: Tensor) -> Tensor:  # (G, tokens, K) -> (batch, H, W, G, K)
             return rows.view(groups, batch, height, width, rows.shape[-1]).permute(1, 2, 3, 0, 4)

@@ -3,20 +3,23 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from groupmamba_ext.transforms import watched
 
 
 def _splits(tokens: int) -> int:
-    """In how many equal parts the sum over tokens is taken: a power of two up to 128, at least 256 tokens a part."""
-    parts = math.gcd(tokens, 128)
-    while parts > 1 and tokens // parts < 256:
+    """In how many equal parts the sum over tokens is taken: a power of two up to 128, at least 256 tokens a part. One
+    for a compiler's symbol, which a choice would fix."""
+    parts = 128
+    while parts > 1 and not (
+        statically_known_true(tokens % parts == 0) and statically_known_true(tokens >= 256 * parts)
+    ):
         parts //= 2
     return parts
 

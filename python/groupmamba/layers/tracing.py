@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the layers are to torch.fx (leaves of a graph) and to torch.jit.script (a clear error)."""
+"""What the layers are to torch.fx (leaves of a graph), torch.jit.script (a clear error) and torch.export (any size)."""
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NoReturn
 
+import torch
 from torch import nn
 from torch.fx import Proxy
+from torch.fx.experimental import _config as symbolic_config
 
 
 class Leaf:
@@ -35,3 +38,14 @@ def fx_call(module: nn.Module, x: Proxy, *args: Any, **kwargs: Any) -> Proxy:
             "torch.export.export and torch.compile look inside."
         )
     return x.tracer.create_proxy("call_module", name, (x, *args), kwargs)
+
+
+def any_size() -> contextlib.AbstractContextManager:
+    """Where ``torch.export`` traces a model for many sizes, one program for those that leave a single pixel, too.
+
+    The fake tensors of torch ask of every tensor's strides whether a side is 1, which fixes that it is not; inside this
+    context they assume nothing of it.
+    """
+    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+        return symbolic_config.patch(backed_size_oblivious=True)
+    return contextlib.nullcontext()

@@ -112,7 +112,7 @@ class GroupedVSSS(Leaf, nn.Module):
 
     def _feed_forward(self, x: Tensor) -> Tensor:  # (batch, H, W, G, D)
         batch, height, width, groups, dim = x.shape
-        rows = x.permute(3, 0, 1, 2, 4).reshape(groups, batch * height * width, dim)
+        rows = x.flatten(0, 2).transpose(0, 1)
         hidden = F.gelu(torch.baddbmm(self.fc1_bias.unsqueeze(1), rows, self.fc1_weight.mT))
         rows = torch.baddbmm(self.fc2_bias.unsqueeze(1), hidden, self.fc2_weight.mT)
         return rows.view(groups, batch, height, width, dim).permute(1, 2, 3, 0, 4)

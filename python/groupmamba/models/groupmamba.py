@@ -17,6 +17,7 @@ from groupmamba.layers import GroupedMamba2d
 from groupmamba.layers._checks import positive_int
 from groupmamba.layers.plain import Plain, why_called
 from groupmamba.layers.token_norm import TokenNorm
+from groupmamba.layers.tracing import any_size
 from groupmamba.layers.weight_decay import no_weight_decay
 from groupmamba.models.blocks import BLOCK_EPS, ClassBlock, Stage, Stem
 from groupmamba.models.build import build, chosen_stages
@@ -255,13 +256,14 @@ class GroupMamba(
 
         intermediates = []
         watched = self._maps_are_watched(x)
-        x = self.stem(x)
-        for i, stage in enumerate(self.stages):
-            x = self._map(i, stage(x), watched)
-            if i in take:
-                intermediates.append(out(x))
-            if stop_early and i == last:
-                break
+        with any_size():
+            x = self.stem(x)
+            for i, stage in enumerate(self.stages):
+                x = self._map(i, stage(x), watched)
+                if i in take:
+                    intermediates.append(out(x))
+                if stop_early and i == last:
+                    break
         return intermediates if intermediates_only else (out(x), intermediates)
 
     def prune_intermediate_layers(
@@ -320,7 +322,8 @@ class GroupMamba(
         return (first + second) / 2
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        return self.forward_head(self.forward_features(x))
+        with any_size():
+            return self.forward_head(self.forward_features(x))
 
 
 def _class_count(value: int) -> int:

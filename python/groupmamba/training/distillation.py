@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +71,7 @@ class DistillationLoss(nn.Module):
             self.teacher.eval()
         return self
 
-    def state_dict(self, *args, **kwargs) -> dict:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict:
         """Of the base criterion: the teacher is not trained."""
         state = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", "") + "teacher."
