@@ -14,7 +14,7 @@ from typing import NoReturn
 from groupmamba import demo, environment, model_info
 from groupmamba.training import command as train
 from groupmamba.training import options as train_options
-from groupmamba.training import validation
+from groupmamba.training import predict, validation
 from groupmamba_ext import selftest
 from groupmamba_ext._command import run_command
 from groupmamba_ext._version import __version__
@@ -30,7 +30,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="groupmamba", description="Grouped selective-scan vision layers for PyTorch.")
     parser.add_argument("--version", action="version", version=f"groupmamba {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo|info|selftest|train|validate")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo|info|selftest|train|validate|predict")
 
     def add(
         name: str, help: str, run: Callable[[argparse.Namespace], int], *, own_help: bool = False
@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     add("selftest", "check every op against its reference on the devices present", lambda args: selftest.main())
     train_options.add_arguments(add("train", "train a model on folders of images", train.main, own_help=True))
     validation.add_arguments(add("validate", "accuracy of a checkpoint on folders of images", validation.main))
+    predict.add_arguments(add("predict", "the most likely classes of images, and what speaks for them", predict.main))
     return parser
 
 

@@ -96,7 +96,8 @@ def create_model(name: str, *, option: str = "--model", **options: Any) -> nn.Mo
     try:
         return timm.create_model(name, **options)
     except (TypeError, ValueError, AssertionError) as error:
-        raise UsageError(f"{option} {name} can't be made so: {one_line(error)}") from error
+        advice = "; --drop-path 0 leaves that out" if "drop_path_rate" in str(error) else ""
+        raise UsageError(f"{option} {name} can't be made so: {one_line(error)}{advice}") from error
     except (RuntimeError, OSError) as error:
         raise CommandError(one_line(error)) from error
 
@@ -133,7 +134,7 @@ def state_of(checkpoint: object) -> dict[str, Tensor]:
     from groupmamba.checkpoints import unwrap_checkpoint
 
     try:
-        return dict(unwrap_checkpoint(checkpoint))
+        return dict(unwrap_checkpoint(checkpoint))  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         raise RuntimeError(str(error)) from error
 

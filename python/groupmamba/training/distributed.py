@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from groupmamba_ext._command import CommandError
 
+TIMEOUT = timedelta(minutes=30)  # of waiting for a process that validates or writes alone
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _LOST = re.compile(r"Connection (closed|reset|refused)|gloo|NCCL|Broken pipe|remote process|Timed out waiting", re.I)
 
@@ -56,6 +58,14 @@ class Processes(NamedTuple):
         dist.all_gather_object(found, values)
         return set().union(*found)
 
+    def agree(self, value: int) -> bool:
+        """Whether all processes have the same value."""
+        if self.world == 1:
+            return True
+        found: list[int] = [0] * self.world
+        dist.all_gather_object(found, value)
+        return len(set(found)) == 1
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
@@ -93,8 +103,7 @@ def process_group(processes: Processes, kind: str) -> Iterator[None]:
         return
     if kind == "cuda":
         torch.cuda.set_device(processes.local_rank)
-    minutes = timedelta(minutes=float(os.environ.get("GROUPMAMBA_TIMEOUT_MINUTES", "30")))
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=minutes)
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield
     except RuntimeError as error:
@@ -114,7 +123,5 @@ class PeerLost(CommandError):
 
 
 def _destroy_if_alive() -> None:
-    import sys
-
     if sys.exc_info()[0] is None:
         dist.destroy_process_group()

@@ -14,6 +14,7 @@ from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor
 
 from groupmamba.training import options, setup, teacher
+from groupmamba.training.card import RUN_FILES
 from groupmamba.training.checkpoint import EMA, MODEL, Checkpoints, read_weights, to_resume
 from groupmamba.training.data import Batch
 from groupmamba.training.distillation import DistillationLoss
@@ -57,6 +58,7 @@ class Training:
     def __init__(self, given: dict[str, Any], processes: Processes, screen: Screen):
         self.processes, self.screen = processes, screen
         known = options.complete({"data": "", **given})
+        self.resumed: Path | None = None
         self.run = Path(known.output)
         saved, state = self._earlier(given, known)
         args = self.args = options.complete(given, saved)
@@ -64,7 +66,13 @@ class Training:
         kind = setup.choose_device(args.device, args.model)
         self.device = device = processes.device(kind)
         setup.check_arguments(args, processes, device)
+        if not processes.agree(0 if state is None else int(state["step"])):
+            raise CommandError(f"the processes find different checkpoints: {self.run} must be one folder for all hosts")
         folders = setup.read_folders(args)
+        if "warmup_epochs" not in given and args.warmup_epochs != options.OPTIONS["warmup_epochs"].value:
+            screen.say(
+                f"{args.warmup_epochs} of {args.epochs} epochs are warm-up, as many in proportion as in the recipe"
+            )
         total = None if state is None else int(state["total_batch"])
         setup.settle_batch(args, len(folders[0]), processes, "batch_size" in given, total, screen)
         model, self.card = setup.make_model(args, folders[0].classes, state is None, screen)
@@ -136,6 +144,8 @@ class Training:
             if self.resumed is None and self.checkpoints.found():
                 self.screen.say(f"--resume none: the run in {self.run} is replaced")
                 self.checkpoints.tidy(after=-1)
+                for name in RUN_FILES:
+                    (self.run / name).unlink(missing_ok=True)
             size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
             self.checkpoints.check_space(size, ema is not None)
             write_args(self.run, self.args, self.total_batch, distilled=distilled)

@@ -101,7 +101,7 @@ def make_model(args: argparse.Namespace, classes: list[str], fresh: bool, screen
     if args.grad_checkpointing:
         if not hasattr(model, "set_grad_checkpointing"):
             raise UsageError(f"--grad-checkpointing: {args.model} does not have it")
-        model.set_grad_checkpointing(True)
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
     cfg = getattr(model, "pretrained_cfg", None) or {}
     card = Card(
         args.model,

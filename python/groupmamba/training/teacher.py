@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,9 @@ class Teacher(nn.Module):
         mean, std: normalisation that the images have.
         own_mean, own_std: normalisation that the model expects.
     """
+
+    scale: Tensor
+    shift: Tensor
 
     def __init__(
         self,
@@ -104,8 +108,8 @@ def build(
                 f"the teacher {name} can't be had ({type(error).__name__}: {one_line(error)[:120]}): give its file by "
                 f"--kd-model-path, or train without one by --no-kd"
             ) from error
-        cfg = model.pretrained_cfg
-        count, own = model.num_classes, (cfg["mean"], cfg["std"])
+        cfg: Any = model.pretrained_cfg
+        count, own = int(model.num_classes), (cfg["mean"], cfg["std"])  # type: ignore[arg-type]
     if count != num_classes:
         raise CommandError(f"the teacher {name} knows {count:,} classes and the student {num_classes:,}")
     if known is not None and list(known) != list(classes):
