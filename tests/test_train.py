@@ -317,3 +317,41 @@ def test_capture_leaves_everything_as_it_was():
 
 
 assert groupmamba.models and loop and setup
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--amp"],
+        ["--model-ema-warmup"],
+        ["--no-model-ema"],
+        ["--layer-decay", "0.8", "--grad-checkpointing"],
+        ["--mixup-mode", "elem", "--mixup-off-epoch", "1"],
+        ["--sched", "tanh", "--opt", "lion"],
+        ["--sched", "poly", "--opt", "sgd", "--clip-mode", "agc", "--clip-grad", "0.01"],
+        ["--sched", "constant", "--warmup-epochs", "1", "--warmup-prefix", "--val-interval", "2"],
+    ],
+    ids=lambda more: more[0],
+)
+def test_other_recipes(data, tmp_path, more):
+    run = tmp_path / "run"
+    assert train(data, run, "--epochs", "2", "--lr", "1e-3", *more) == 0
+    summary = rows(run / "summary.csv")
+    assert len(summary) == (3 if "--warmup-prefix" in more else 2) and summary[-1]["eval_top1"]
+    assert (summary[-1]["ema_top1"] == "") == ("--no-model-ema" in more)
+    assert (summary[0]["eval_top1"] == "") == ("--val-interval" in more)
+    assert len(set(losses(run))) > 5
+
+
+def test_the_worst_checkpoints_make_room(data, tmp_path):
+    run = tmp_path / "run"
+    assert train(data, run, "--epochs", "5", *LEARN, "--checkpoint-hist", "2") == 0
+    summary = rows(run / "summary.csv")
+    best = {int(r["step"]): max(float(r["eval_top1"]), float(r["ema_top1"])) for r in summary}
+    kept = sorted(int(path.name[5:]) for path in (run / "checkpoints").iterdir())
+    assert kept == sorted({*sorted(best, key=best.get, reverse=True)[:2], int(summary[-1]["step"])})
+    top = max(best, key=best.get)
+    row = next(r for r in summary if int(r["step"]) == top)
+    name = "model" if float(row["eval_top1"]) >= float(row["ema_top1"]) else "ema"
+    weights = run / "checkpoints" / f"step-{top:08d}" / f"{name}.safetensors"
+    assert (run / "best.safetensors").read_bytes() == weights.read_bytes()

@@ -166,12 +166,12 @@ def _draw(rows: Sequence[tuple[str, Tensor, str, list[tuple[str, Tensor]]]], out
     for axes, (path, image, title, maps) in zip(grid, rows, strict=True):
         for axis in axes:
             axis.axis("off")
-        axes[0].imshow(image)
+        axes[0].imshow(image.numpy())
         axes[0].set_title(f"{Path(path).name}\n{title}", fontsize=8)
         for axis, (name, values) in zip(axes[1:], maps, strict=False):
-            axis.imshow(image.mean(2), cmap="gray", vmin=0, vmax=1)
+            axis.imshow(image.mean(2).numpy(), cmap="gray", vmin=0, vmax=1)
             fine = F.interpolate(values[None, None], image.shape[:2], mode="bilinear", align_corners=False)[0, 0]
-            axis.imshow(fine, cmap="inferno", alpha=0.6, vmin=0, vmax=1)
+            axis.imshow(fine.numpy(), cmap="inferno", alpha=0.6, vmin=0, vmax=1)
             axis.set_title(name, fontsize=8)
     figure.savefig(out, format="png", dpi=120)
     return True

@@ -57,6 +57,7 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace, lr: float) -> tor
     except (TypeError, ValueError, AssertionError) as error:
         raise UsageError(f"--opt {args.opt} can't be made: {one_line(error)}") from error
     if on_device:
+        optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]  # steps without a graph too
         put_rates_on(optimizer, device)
     return optimizer
 
