@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """``groupmamba train`` and ``groupmamba validate`` on small folders of pictures."""
 
+import os
 import re
 import shutil
+import struct
 
 import pytest
 import torch
@@ -355,3 +357,15 @@ def test_the_worst_checkpoints_make_room(data, tmp_path):
     name = "model" if float(row["eval_top1"]) >= float(row["ema_top1"]) else "ema"
     weights = run / "checkpoints" / f"step-{top:08d}" / f"{name}.safetensors"
     assert (run / "best.safetensors").read_bytes() == weights.read_bytes()
+
+
+def test_a_progress_bar_on_a_terminal(data, tmp_path, monkeypatch):
+    fcntl, pty, termios = (pytest.importorskip(name) for name in ("fcntl", "pty", "termios"))
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    with open(slave, "w") as terminal:
+        monkeypatch.setattr("sys.stderr", terminal)
+        assert train(data, tmp_path / "run", "--epochs", "1") == 0
+    text = os.read(master, 1 << 20).decode()
+    os.close(master)
+    assert "epoch 1/1:" in text and re.search(r"/5 \[\d\d:\d\d<", text) and "img/s" in text and "lr " in text

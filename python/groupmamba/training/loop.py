@@ -70,9 +70,7 @@ class Training:
             raise CommandError(f"the processes find different checkpoints: {self.run} must be one folder for all hosts")
         folders = setup.read_folders(args)
         if "warmup_epochs" not in given and args.warmup_epochs != options.OPTIONS["warmup_epochs"].value:
-            screen.say(
-                f"{args.warmup_epochs} of {args.epochs} epochs are warm-up, as many in proportion as in the recipe"
-            )
+            screen.say(f"warm-up epochs: {args.warmup_epochs}, which is to {args.epochs} as the recipe's 20 to 300")
         total = None if state is None else int(state["total_batch"])
         setup.settle_batch(args, len(folders[0]), processes, "batch_size" in given, total, screen)
         model, self.card = setup.make_model(args, folders[0].classes, state is None, screen)
