@@ -4,12 +4,12 @@
 import argparse
 
 import pytest
-import yaml
 
 from groupmamba.training import options
 from groupmamba.training.recipe import DEFAULTS, RECIPE, rates
 from train_tools import SMALL, command, losses, make_pictures, rows, train
 
+yaml = pytest.importorskip("yaml")
 pytest.importorskip("timm")
 
 

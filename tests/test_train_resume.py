@@ -14,6 +14,9 @@ from train_tools import KWARGS, SMALL, command, environment, losses, make_pictur
 
 pytest.importorskip("timm")
 
+
+from groupmamba.training import checkpoint
+
 # RandAugment, erasing, mixup and CutMix are the recipe's own.
 ALL_RANDOM = ["--epochs", "3", "--drop-path", "0.2", "--drop", "0.1", "--lr", "1e-3", "--checkpoint-steps", "2"]
 ALL_RANDOM += ["--model-ema-decay", "0.9"]
@@ -75,14 +78,40 @@ def test_the_seed_is_what_decides(data, teacher, unbroken, tmp_path):
 def test_resume_from_another_run_and_anew(data, tmp_path, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
     assert train(data, first, "--epochs", "2") == 0
-    checkpoint = sorted((first / "checkpoints").iterdir())[0]
-    assert train(data, second, "--epochs", "2", "--resume", str(checkpoint)) == 0
+    early = sorted((first / "checkpoints").iterdir())[0]
+    assert train(data, second, "--epochs", "2", "--resume", str(early)) == 0
     assert [row["loss"] for row in rows(second / "steps.csv")] == losses(first)[5:]
     assert train(data, second, "--epochs", "2", "--resume", "none") == 0
     assert losses(second) == losses(first)
     capsys.readouterr()
     assert command("train", "--output", str(second)) == 0  # options are those of the run
     assert "is complete: 2 epochs" in capsys.readouterr().err
+
+
+def test_the_best_weights_are_linked_by_whoever_comes_next(data, tmp_path, monkeypatch):
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    assert train(data, whole, "--epochs", "1") == 0
+    real = checkpoint.Checkpoints.link
+
+    def link(self, name, weights):
+        if name == "best":
+            raise KeyboardInterrupt
+        real(self, name, weights)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "link", link)
+    assert train(data, run, "--epochs", "1") == 130
+    monkeypatch.undo()
+    assert train(data, run, "--epochs", "1") == 0
+    ours, theirs = (load_file(folder / "best.safetensors") for folder in (run, whole))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_run_goes_on_by_its_own_file_of_options(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(data, run, "--epochs", "1") == 0
+    capsys.readouterr()
+    assert command("train", "--config", str(run / "args.yaml"), "--output", str(run), "--device", "cpu") == 0
+    assert "is complete" in capsys.readouterr().err
 
 
 def test_a_run_that_goes_on_keeps_its_options(data, tmp_path, capsys):
@@ -111,8 +140,8 @@ def test_a_spoiled_checkpoint_is_passed_over(data, tmp_path, capsys):
     assert train(data, run, "--epochs", "2") == 0
     assert f"{last} is no checkpoint that can be read" in capsys.readouterr().err
     assert losses(run) == expected
-    for checkpoint in (run / "checkpoints").iterdir():
-        (checkpoint / "state.pt").write_bytes(b"nothing")
+    for folder in (run / "checkpoints").iterdir():
+        (folder / "state.pt").write_bytes(b"nothing")
     assert train(data, run, "--epochs", "2") == 1
     assert capsys.readouterr().err.splitlines()[-1].endswith("holds no checkpoint that can be read")
 

@@ -104,9 +104,19 @@ class Checkpoints:
             shutil.copyfile(weights, beside)
         os.replace(beside, self.run / f"{name}.safetensors")
 
-    def prune(self, ranking: Mapping[int, float]) -> None:
-        """Keeps the last checkpoint and the best epochs' by ``ranking``, the metric of each epoch's last step."""
-        held = sorted((step for step in ranking), key=lambda step: ranking[step], reverse=True)[: self.keep]
+    def link_best(self, ranking: Mapping[int, tuple[float, str]]) -> None:
+        """``best`` weights become those of the best epoch, if its checkpoint is in this run."""
+        for step in _best(ranking)[:1]:
+            if (weights := self.root / f"step-{step:08d}" / ranking[step][1]).is_file():
+                self.link("best", weights)
+
+    def prune(self, ranking: Mapping[int, tuple[float, str]]) -> None:
+        """Keeps the last checkpoint and those of the best epochs.
+
+        Args:
+            ranking: by each epoch's last step its metric, and the name of its better weights.
+        """
+        held = _best(ranking)[: self.keep]
         for path in self.found()[1:]:
             if _step(path) not in held:
                 self._remove(path)
@@ -117,6 +127,11 @@ class Checkpoints:
             shutil.rmtree(old, ignore_errors=True)
             os.rename(path, old)
             shutil.rmtree(old)
+
+
+def _best(ranking: Mapping[int, tuple[float, str]]) -> list[int]:
+    """Steps from the best to the worst; of equals the earlier first."""
+    return sorted(ranking, key=lambda step: (-ranking[step][0], step))
 
 
 def _step(path: Path) -> int:

@@ -85,9 +85,10 @@ class Training:
         optimizer = make_optimizer(model, args, rates.lr)
         ema = ModelEmaV3(model, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
         self.checkpoints = Checkpoints(self.run, args.checkpoint_hist)
-        self._prepare_folder(model, ema, criterion.kind != "none")
+        self._prepare_folder(model, ema)
         self.position = {"step": 0, "epoch": 0, "batch": 0}
-        self.loss_sum, self.ranking = 0.0, {}  # type: float, dict[int, float]
+        self.loss_sum = 0.0
+        self.ranking: dict[int, tuple[float, str]] = {}  # metric and better weights of each epoch's last step
         self.step = Step(
             setup.distribute(model, args, processes, device),
             criterion,
@@ -127,6 +128,7 @@ class Training:
         assert card.classes is not None
         name = teacher.wanted(args, card.num_classes, model, self.screen.say)
         if name is None:
+            args.no_kd, args.kd_model_name, args.kd_model_path = True, None, None
             return DistillationLoss(labels, None, kind="none")
         model.set_distilled_training(True)
         knows = teacher.build(name, args.kd_model_path, card.num_classes, card.classes, card.mean, card.std)
@@ -135,7 +137,7 @@ class Training:
             labels, knows, kind=args.kd_token_distill_type, alpha=1 - args.task_loss_weight, tau=args.kd_temperature
         )
 
-    def _prepare_folder(self, model: Any, ema: object, distilled: bool) -> None:
+    def _prepare_folder(self, model: Any, ema: object) -> None:
         if self.processes.first:
             self.run.mkdir(parents=True, exist_ok=True)
             self.checkpoints.tidy()
@@ -146,7 +148,7 @@ class Training:
                     (self.run / name).unlink(missing_ok=True)
             size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
             self.checkpoints.check_space(size, ema is not None)
-            write_args(self.run, self.args, self.total_batch, distilled=distilled)
+            write_args(self.run, self.args, self.total_batch)
 
     def _restore(self, checkpoint: Path, state: dict[str, Any]) -> None:
         step = self.step
@@ -159,7 +161,8 @@ class Training:
         if step.scaler is not None and state["scaler"] is not None:
             step.scaler.load_state_dict(state["scaler"])
         self.position = {name: int(state[name]) for name in self.position}
-        self.loss_sum, self.ranking = float(state["loss_sum"]), dict(state["ranking"])
+        self.loss_sum = float(state["loss_sum"])
+        self.ranking = {step: tuple(value) for step, value in state["ranking"].items()}  # type: ignore[misc]
         at = f"epoch {self.position['epoch'] + 1}, step {self.position['batch']}"
         self.screen.say(f"going on from {checkpoint}: {at}")
 
@@ -170,6 +173,8 @@ class Training:
             self.screen.say("each step is one CUDA graph")
         elif self.device.type == "cuda":
             self.screen.say(f"without a CUDA graph: {self.no_graph}")
+        if self.processes.first:
+            self.checkpoints.link_best(self.ranking)  # a process may have been killed before it did
         if self.position["epoch"] >= self.epochs:
             self.screen.say(f"the run in {self.run} is complete: {self.epochs} epochs")
             return 0
@@ -282,12 +287,11 @@ class Training:
             f"the loss is {loss} at step {step} (epoch {epoch + 1}), of images {shown} (paths: {listing}); {good}"
         )
 
-    def _save(self) -> Path | None:
+    def _save(self) -> None:
         """Writes a checkpoint of where the run is."""
         step = self.step
         if self.processes.world > 1:
             distribute_bn(step.raw, self.processes.world, reduce=True)
-        path = None
         if self.processes.first:
             state = {
                 **self.position,
@@ -300,10 +304,9 @@ class Training:
                 "scaler": None if step.scaler is None else step.scaler.state_dict(),
             }
             average = None if step.ema is None else step.ema.module.state_dict()
-            path = self.checkpoints.write(self.position["step"], step.raw.state_dict(), average, self.card, state)
+            self.checkpoints.write(self.position["step"], step.raw.state_dict(), average, self.card, state)
             self.checkpoints.prune(self.ranking)
         self.processes.barrier()
-        return path
 
     def _end_epoch(self, epoch: int) -> dict[str, Any]:
         step, args = self.step, self.args
@@ -324,17 +327,15 @@ class Training:
                 row.update({f"{title}_loss": result.loss, f"{title}_top1": result.top1, f"{title}_top5": result.top5})
                 if result.top1 > metric:
                     metric, better = result.top1, MODEL if title == "eval" else EMA
-        best = metric > max(self.ranking.values(), default=-math.inf)
         if metric > -math.inf:
-            self.ranking[self.position["step"]] = metric
+            self.ranking[self.position["step"]] = metric, better
         self.position.update(epoch=epoch + 1, batch=0)
         self.loss_sum = 0.0
         if self.processes.first:
             self.tables[0].add([row])
-        path = self._save()
-        if path is not None:
-            if best:
-                self.checkpoints.link("best", path / better)
+        self._save()
+        if self.processes.first:
+            self.checkpoints.link_best(self.ranking)
             draw_curves(self.run, self.tables[0].rows())
         parts = [f"loss {row['train_loss']:.4f}"]
         parts += [f"{t} top-1 {row[c]:.2f}%" for t, c in (("", "eval_top1"), ("EMA", "ema_top1")) if row[c] != ""]

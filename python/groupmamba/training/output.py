@@ -57,14 +57,11 @@ class Table:
         return [row for row in rows if None not in row.values() and (row[self.columns[0]] or "").isdecimal()]
 
 
-def write_args(run: Path, args: argparse.Namespace, total_batch: int, *, distilled: bool) -> None:
+def write_args(run: Path, args: argparse.Namespace, total_batch: int) -> None:
     """args.yaml: what ``--config`` needs to train the same again; beside options as a comment the total batch."""
     import yaml
 
     values = {name: getattr(args, name) for name in ("data", *OPTIONS) if name not in _NOT_KEPT}
-    values["data"] = os.path.abspath(args.data)
-    if not distilled:
-        values.update(no_kd=True, kd_model_name=None, kd_model_path=None)
     values = {name: plain(value) for name, value in values.items() if value is not None}
     text = f"# groupmamba train --config {ARGS}; {total_batch} images a step in all\n"
     text += yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
@@ -120,6 +117,13 @@ class Screen:
         else:
             print(text, file=sys.stderr, flush=True)
 
+    def tell(self, text: str) -> None:
+        """One line that only this process knows."""
+        if self.speaks:
+            self.say(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
     def release(self) -> None:
         """Says what was held back, and holds back nothing from now on."""
         held, self.held = self.held or [], None
@@ -161,6 +165,7 @@ class Screen:
 
     def end_epoch(self) -> None:
         if self.bar is not None:
+            self.bar.refresh()
             self.bar.close()
             self.bar = None
 

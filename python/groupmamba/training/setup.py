@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,9 @@ def check_arguments(args: argparse.Namespace, processes: Processes, device: torc
         )
     if args.kd_model_path is not None and not Path(args.kd_model_path).is_file():
         raise CommandError(f"--kd-model-path {args.kd_model_path} is no file")
+    for name in ("data", "weights", "kd_model_path"):  # for args.yaml, which may be used elsewhere
+        if getattr(args, name) is not None:
+            setattr(args, name, os.path.abspath(getattr(args, name)))
 
 
 def make_model(args: argparse.Namespace, classes: list[str], fresh: bool, screen: Screen) -> tuple[nn.Module, Card]:
@@ -196,8 +200,8 @@ def make_data(
         order,
         loader(images, order, args.workers, pin=pin, keep=True),
         loader(held_out, ValidationOrder(len(held_out), batch, rank, world), args.workers, pin=pin),
-        BadImages(training, args.max_bad_images, screen.say),
-        BadImages(validation, args.max_bad_images, screen.say),
+        BadImages(training, args.max_bad_images, screen.tell),
+        BadImages(validation, args.max_bad_images, screen.tell),
     )
 
 
