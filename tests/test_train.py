@@ -369,3 +369,40 @@ def test_a_progress_bar_on_a_terminal(data, tmp_path, monkeypatch):
     text = os.read(master, 1 << 20).decode()
     os.close(master)
     assert "epoch 1/1:" in text and re.search(r"/5 \[\d\d:\d\d<", text) and "img/s" in text and "lr " in text
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_warming_up_leaves_no_trace(begun):
+    """What a graph's warm-up changes comes back bit for bit, in place; on the CPU, where there is no graph."""
+    torch.manual_seed(0)
+    model = timm.create_model("groupmamba_tiny", num_classes=3, **SIZES).train()
+    args = options.complete({"data": ""})
+    criterion = DistillationLoss(torch.nn.CrossEntropyLoss(), None, kind="none")
+    ours = step.Step(model, criterion, step.make_optimizer(model, args, 1e-2), ema=ModelEmaV3(model, 0.5), clip=0.1)
+    pieces = [(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]))]
+    if begun:
+        ours(0, pieces)
+
+    def state():
+        found = {**model.state_dict(), **{f"ema.{k}": v for k, v in ours.ema.module.state_dict().items()}}
+        for i, of_one in enumerate(ours.optimizer.state.values()):
+            found.update({f"{i}.{name}": value for name, value in of_one.items()})
+        return found
+
+    before = {name: value.clone() for name, value in state().items()}
+    addresses = [parameter.data_ptr() for parameter in model.parameters()]
+    snapshot = graph.Snapshot(ours)
+    for i in range(3):
+        ours(1 + i, pieces)
+    assert not any(torch.equal(before[name], value) for name, value in state().items() if name.endswith("head.weight"))
+    snapshot.restore()
+    for name, value in state().items():
+        assert torch.equal(value, before.get(name, torch.zeros_like(value))), name
+    assert addresses == [parameter.data_ptr() for parameter in model.parameters()]
+    # Adam from zeros is Adam from nothing.
+    twin = timm.create_model("groupmamba_tiny", num_classes=3, **SIZES).train()
+    twin.load_state_dict(model.state_dict())
+    fresh = step.Step(twin, criterion, step.make_optimizer(twin, args, 1e-2), clip=0.1)
+    if not begun:
+        for i in range(2):
+            assert ours(i, pieces).item() == fresh(i, pieces).item()

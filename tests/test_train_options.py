@@ -73,6 +73,8 @@ def test_help_fits_a_screen_and_the_long_one_has_everything(capsys):
         (["{data}", "--mixup", "1e400"], ("--mixup", "'1e400'")),
         (["{data}", "--opt-betas", "0.9"], ("--opt-betas", "2")),
         (["{data}", "--opt", "nonsense"], ("--opt nonsense",)),
+        (["{data}", "--aa", "nonsense"], ("--aa nonsense",)),
+        (["{data}", "--aa", "rand-q9"], ("--aa rand-q9",)),
         (["{data}", "--sched", "up"], ("--sched", "'up'")),
         (["{data}", "--scale", "0.9", "0.1"], ("--scale", "0.9 0.1")),
         (["{data}", "--warmup-epochs", "3", "--epochs", "3"], ("--warmup-epochs 3", "--epochs 3")),

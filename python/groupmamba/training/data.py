@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from groupmamba.training.card import Card
 from groupmamba.training.seeds import seed_of, seeded
-from groupmamba_ext._command import CommandError, one_line
+from groupmamba_ext._command import CommandError, UsageError, one_line
 
 VALIDATION_NAMES = ("validation", "val")
 NAMES_SHOWN = 3
@@ -121,10 +121,14 @@ class Images(Dataset):
             index = (first + i) % len(self.samples)
             path, label = self.samples[index]
             try:
-                with seeded(self.seed, "image", epoch, first):
-                    return self.transform(_read(path)), label, index, bad
+                picture = _read(path)
+            except MemoryError:
+                raise
             except Exception as error:  # Pillow's decoders raise exceptions of many kinds on bytes that are no image
                 bad.append((index, one_line(error)))
+                continue
+            with seeded(self.seed, "image", epoch, first):
+                return self.transform(picture), label, index, bad
         return torch.zeros(3, self.size, self.size), -1, first, bad
 
 
@@ -230,26 +234,33 @@ class BadImages:
 
 
 def training_transform(args: argparse.Namespace, mean: Sequence[float], std: Sequence[float]) -> Any:
-    """timm's transform for training."""
+    """timm's transform for training.
+
+    Raises:
+        UsageError: timm does not know the policy.
+    """
     from timm.data import create_transform
 
-    return create_transform(
-        args.img_size,
-        is_training=True,
-        no_aug=args.no_aug,
-        scale=args.scale,
-        ratio=args.ratio,
-        hflip=args.hflip,
-        vflip=args.vflip,
-        color_jitter=args.color_jitter,
-        auto_augment=args.aa or None,
-        interpolation=args.train_interpolation,
-        mean=tuple(mean),
-        std=tuple(std),
-        re_prob=args.reprob,
-        re_mode=args.remode,
-        re_count=args.recount,
-    )
+    try:
+        return create_transform(
+            args.img_size,
+            is_training=True,
+            no_aug=args.no_aug,
+            scale=args.scale,
+            ratio=args.ratio,
+            hflip=args.hflip,
+            vflip=args.vflip,
+            color_jitter=args.color_jitter,
+            auto_augment=args.aa or None,
+            interpolation=args.train_interpolation,
+            mean=tuple(mean),
+            std=tuple(std),
+            re_prob=args.reprob,
+            re_mode=args.remode,
+            re_count=args.recount,
+        )
+    except (AssertionError, ValueError, LookupError) as error:  # timm's, of policies that it does not know
+        raise UsageError(f"--aa {args.aa}: {one_line(error)}") from error
 
 
 def validation_transform(size: int, card: Card) -> Any:

@@ -28,6 +28,34 @@ def why_not(step: Step, optimizer: str, pieces: int, asked: bool) -> str | None:
     return f"--grad-accum-steps {pieces}" if pieces > 1 else None
 
 
+class Snapshot:
+    """All that a step changes: parameters, statistics, the optimizer's state, the moving average."""
+
+    def __init__(self, step: Step):
+        self.step = step
+        self.values = [(tensor, tensor.detach().clone()) for tensor in self._tensors()]
+        self.had_state = bool(step.optimizer.state)
+
+    def _tensors(self) -> Iterator[Tensor]:
+        yield from self.step.raw.parameters()
+        yield from self.step.raw.buffers()
+        if self.step.ema is not None:
+            yield from self.step.ema.module.state_dict().values()
+        for state in self.step.optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts the values back, in place: a graph keeps the addresses. State that was not there becomes zeros, with
+        which the optimizers of `GRAPHED` begin."""
+        for tensor, value in self.values:
+            tensor.copy_(value)
+        if not self.had_state:
+            for state in self.step.optimizer.state.values():
+                for value in state.values():
+                    value.zero_()
+
+
 class GraphedStep:
     """Captures ``step.body`` for batches of one shape; batches of another run without the graph.
 
@@ -42,8 +70,7 @@ class GraphedStep:
         self.step = step
         self.images, self.labels = images.clone(memory_format=torch.preserve_format), labels.clone()
         device = step.device
-        before = [(tensor, tensor.detach().clone()) for tensor in self._tensors()]
-        had_state = bool(step.optimizer.state)
+        before = Snapshot(step)
         generator = torch.cuda.get_rng_state(device)
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
@@ -59,23 +86,8 @@ class GraphedStep:
                 self.loss = step.body([(self.images, self.labels)])
         finally:
             torch.cuda.synchronize(device)
-            with torch.no_grad():
-                for tensor, value in before:
-                    tensor.copy_(value)
-                if not had_state:
-                    for state in step.optimizer.state.values():
-                        for value in state.values():
-                            value.zero_()
+            before.restore()
             torch.cuda.set_rng_state(generator, device)
-
-    def _tensors(self) -> Iterator[Tensor]:
-        """All that a step changes."""
-        yield from self.step.raw.parameters()
-        yield from self.step.raw.buffers()
-        if self.step.ema is not None:
-            yield from self.step.ema.module.state_dict().values()
-        for state in self.step.optimizer.state.values():
-            yield from (value for value in state.values() if isinstance(value, Tensor))
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         if images.shape != self.images.shape or labels.shape != self.labels.shape:

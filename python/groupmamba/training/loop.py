@@ -280,7 +280,8 @@ class Training:
         listing = self.run / "not_finite.txt"
         if self.processes.first:
             samples = self.data.training.samples
-            listing.write_text("".join(f"{index}\t{samples[index][0]}\n" for index in indices))
+            text = "".join(f"{index}\t{samples[index][0]}\n" for index in indices)
+            listing.write_text(text, errors="surrogateescape")
         shown = ", ".join(map(str, indices[:SHOWN_INDICES])) + (", ..." if len(indices) > SHOWN_INDICES else "")
         good = f"the last good checkpoint is {found[0]}" if found else "there is no checkpoint yet"
         raise NotFinite(
