@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -56,8 +57,7 @@ def test_one_process_goes_on_from_what_two_wrote(data, tmp_path):
     deadline = time.monotonic() + 120
     while not list(two.glob("checkpoints/step-*")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
-    pids = sorted(int(pid) for pid in children.stdout.split())
+    pids = sorted(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
     assert len(pids) == 2
     os.kill(pids[1], signal.SIGKILL)
     _, err = process.communicate(timeout=120)

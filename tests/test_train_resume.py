@@ -130,6 +130,16 @@ def test_a_run_that_goes_on_keeps_its_options(data, tmp_path, capsys):
     assert (run / "steps.csv").read_bytes() == before
 
 
+def test_other_images_are_another_run(data, tmp_path, capsys):
+    pictures = tmp_path / "pictures"
+    shutil.copytree(data, pictures)
+    assert train(pictures, tmp_path / "run", "--epochs", "1") == 0
+    (pictures / "train" / "red" / "3.png").unlink()
+    capsys.readouterr()
+    assert train(pictures, tmp_path / "run", "--epochs", "1") == 1
+    assert "holds 41 images, and the run that goes on had 42" in capsys.readouterr().err
+
+
 def test_a_spoiled_checkpoint_is_passed_over(data, tmp_path, capsys):
     run = tmp_path / "run"
     assert train(data, run, "--epochs", "2") == 0

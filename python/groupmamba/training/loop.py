@@ -69,13 +69,12 @@ class Training:
         if not processes.agree(0 if state is None else int(state["step"])):
             raise CommandError(f"the processes find different checkpoints: {self.run} must be one folder for all hosts")
         folders = setup.read_folders(args)
+        setup.check_same_images(folders[0], state)
         if "warmup_epochs" not in given and args.warmup_epochs != options.OPTIONS["warmup_epochs"].value:
             screen.say(f"warm-up epochs: {args.warmup_epochs}, which is to {args.epochs} as the recipe's 20 to 300")
         total = None if state is None else int(state["total_batch"])
         setup.settle_batch(args, len(folders[0]), processes, "batch_size" in given, total, screen)
         model, self.card = setup.make_model(args, folders[0].classes, state is None, screen)
-        if state is not None and state["classes"] != folders[0].classes:
-            raise CommandError(f"{folders[0].root} holds other classes than the run that goes on had")
         self.data = setup.make_data(args, folders, self.card, processes, self._pin(), screen)
         self.total_batch, self.steps = self.data.order.total, self.data.order.steps
         self.mixup = setup.make_mixup(args, self.card.num_classes)
@@ -300,6 +299,7 @@ class Training:
                 "ranking": self.ranking,
                 "total_batch": self.total_batch,
                 "classes": self.data.classes,
+                "images": len(self.data.training),
                 "options": {n: options.plain(v) for n, v in vars(self.args).items() if v is not None},
                 "optimizer": step.optimizer.state_dict(),
                 "scaler": None if step.scaler is None else step.scaler.state_dict(),

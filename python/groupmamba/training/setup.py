@@ -7,6 +7,7 @@ import argparse
 import inspect
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,19 @@ def read_folders(args: argparse.Namespace) -> tuple[Folder, Folder]:
     if len(training.classes) < 2:
         raise CommandError(f"{training.root} holds one class, {training.classes[0]}; there must be two at least")
     return training, Folder(validation, training.classes)
+
+
+def check_same_images(training: Folder, state: Mapping[str, Any] | None) -> None:
+    """CommandError where the run that goes on, whose ``state`` it is, had other classes or another number of images."""
+    if state is None:
+        return
+    if state["classes"] != training.classes:
+        raise CommandError(f"{training.root} holds other classes than the run that goes on had")
+    if state["images"] != len(training):
+        raise CommandError(
+            f"{training.root} holds {len(training):,} images, and the run that goes on had {state['images']:,}; "
+            f"--weights starts a new run from its weights"
+        )
 
 
 def settle_batch(
