@@ -266,17 +266,18 @@ def test_a_step_is_what_its_parts_are():
         assert torch.equal(a, b), name
 
 
-def test_why_there_is_no_graph(data):
-    model = timm.create_model("groupmamba_tiny", num_classes=3, **SIZES)
+def test_why_there_is_no_graph():
     args = options.complete({"data": ""})
-    criterion = DistillationLoss(torch.nn.CrossEntropyLoss(), None, kind="none")
-    ours = step.Step(model, criterion, step.make_optimizer(model, args, 1e-2))
-    assert graph.why_not(ours, "adamw", 1, False) == "--no-cuda-graph"
-    assert graph.why_not(ours, "adamw", 1, True) == "there is no GPU"
-    ours.device = torch.device("cuda", 0)
-    assert graph.why_not(ours, "adamw", 1, True) is None
-    assert "--opt lion" in graph.why_not(ours, "lion", 1, True)
-    assert "--grad-accum-steps 2" in graph.why_not(ours, "adamw", 2, True)
+    cpu, gpu, half = torch.device("cpu"), torch.device("cuda", 0), torch.bfloat16
+    assert graph.why_not(args, gpu, half) is None
+    assert graph.why_not(args, cpu, None) == "there is no GPU"
+    assert "scaler" in graph.why_not(args, gpu, torch.float16)
+    for given, words in (
+        ({"no_cuda_graph": True}, "--no-cuda-graph"),
+        ({"opt": "lion"}, "--opt lion"),
+        ({"grad_accum_steps": 2}, "--grad-accum-steps 2"),
+    ):
+        assert words in graph.why_not(options.complete({"data": "", **given}), gpu, half)
 
 
 @pytest.mark.cuda

@@ -179,7 +179,7 @@ def test_a_folder_that_vanishes(data, tmp_path, capsys, monkeypatch):
 def test_a_small_folder_makes_a_smaller_batch(data, tmp_path, capsys):
     argv = ["train", str(data), "--output", str(tmp_path / "run"), "--model", "test_resnet", "--device", "cpu"]
     assert command(*argv, "--img-size", "32", "-j", "0", "--epochs", "1", "--drop-path", "0") == 0
-    assert "--batch-size 42 in place of 128: there are 42 training images" in lines_of(capsys)
+    assert "--batch-size 42 in place of the default: there are 42 training images" in lines_of(capsys)
     assert len(losses(tmp_path / "run")) == 1
 
 

@@ -185,7 +185,7 @@ def _classes_of(name: str, file: Path) -> int:
         raise CommandError(f"{file} could not be loaded: {one_line(error)}") from error
     if not timm.is_model(name):
         create_model(name)  # says so
-    cfg = timm.get_pretrained_cfg(name)
+    cfg = timm.models.get_pretrained_cfg(name)
     heads = (cfg.classifier if cfg is not None else None) or ()
     for head in (heads,) if isinstance(heads, str) else heads:
         if f"{head}.weight" in state:

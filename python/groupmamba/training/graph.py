@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 
 import torch
@@ -15,17 +16,17 @@ from groupmamba_ext._command import is_out_of_memory, one_line
 WARM_UP, WARM_UP_DDP = 3, 11  # DistributedDataParallel rebuilds its buckets and takes statistics in its first ten
 
 
-def why_not(step: Step, optimizer: str, pieces: int, asked: bool) -> str | None:
-    """Why the step can't be a graph; None where it can."""
-    if not asked:
+def why_not(args: argparse.Namespace, device: torch.device, amp: torch.dtype | None) -> str | None:
+    """Why a step can't be a graph; None where it can."""
+    if args.no_cuda_graph:
         return "--no-cuda-graph"
-    if step.device.type != "cuda":
+    if device.type != "cuda":
         return "there is no GPU"
-    if step.scaler is not None:
+    if amp == torch.float16:
         return "float16's scaler reads back to the host"
-    if optimizer.lower() not in GRAPHED:
-        return f"--opt {optimizer}; those of {', '.join(GRAPHED)} have a state that a graph can begin with"
-    return f"--grad-accum-steps {pieces}" if pieces > 1 else None
+    if args.opt.lower() not in GRAPHED:
+        return f"--opt {args.opt}; those of {', '.join(GRAPHED)} have a state that a graph can begin with"
+    return f"--grad-accum-steps {args.grad_accum_steps}" if args.grad_accum_steps > 1 else None
 
 
 class Snapshot:
@@ -72,7 +73,7 @@ class GraphedStep:
         device = step.device
         before = Snapshot(step)
         generator = torch.cuda.get_rng_state(device)
-        stream = torch.cuda.Stream(device)
+        stream = step.stream or torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         self.graph = torch.cuda.CUDAGraph()
         try:

@@ -88,24 +88,27 @@ class Training:
         self.position = {"step": 0, "epoch": 0, "batch": 0}
         self.loss_sum = 0.0
         self.ranking: dict[int, tuple[float, str]] = {}  # metric and better weights of each epoch's last step
+        amp = setup.amp_dtype(device, args.amp, args.amp_dtype)
+        self.no_graph = why_not(args, device, amp)
+        stream = torch.cuda.Stream(device) if self.no_graph is None and processes.world > 1 else None
         self.step = Step(
-            setup.distribute(model, args, processes, device),
+            setup.distribute(model, args, processes, stream),
             criterion,
             optimizer,
             ema=ema,
             clip=args.clip_grad,
             mode=args.clip_mode,
-            amp=setup.amp_dtype(device, args.amp, args.amp_dtype),
+            amp=amp,
             ema_by_step=args.model_ema_warmup,
             seed=args.seed,
             rank=processes.rank,
+            stream=stream,
         )
         if self.resumed is not None and state is not None:
             self._restore(self.resumed, state)
         self.schedule = Schedule(args, optimizer, rates, self.steps)
         self.epochs = args.epochs + (args.warmup_epochs if args.warmup_prefix else 0)
         self.tables = Table(self.run / SUMMARY, SUMMARY_COLUMNS), Table(self.run / STEPS, STEP_COLUMNS)
-        self.no_graph = why_not(self.step, args.opt, args.grad_accum_steps, not args.no_cuda_graph)
         self.pending: list[tuple[int, Tensor, float]] = []
         self.interval = args.log_interval
 

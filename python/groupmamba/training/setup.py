@@ -182,13 +182,10 @@ def settle_batch(
                 f"--batch-size {args.batch_size} makes {args.batch_size * pieces} images a step, and there are {images}"
             )
         smaller = images // pieces
-        screen.say(f"--batch-size {smaller} in place of {args.batch_size}: there are {images} training images")
-        args.batch_size = smaller
-    if args.mixup_mode in ("batch", "pair") and (args.mixup or args.cutmix) and args.batch_size % 2:
-        # timm pairs image i with image n - 1 - i.
-        if given or total is not None:
-            raise UsageError(f"--batch-size {args.batch_size} must be even for mixup and CutMix")
-        args.batch_size -= 1
+        args.batch_size = smaller - smaller % 2  # for mixup
+        screen.say(f"--batch-size {args.batch_size} in place of the default: there are {images} training images")
+    if (args.mixup or args.cutmix) and args.batch_size % 2:  # timm pairs image i with image n - 1 - i
+        raise UsageError(f"--batch-size {args.batch_size} must be even for mixup and CutMix")
 
 
 def make_data(
@@ -246,26 +243,33 @@ def make_criterion(args: argparse.Namespace, mixed: bool) -> nn.Module:
     return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing > 0 else nn.CrossEntropyLoss()
 
 
-def distribute(model: nn.Module, args: argparse.Namespace, processes: Processes, device: torch.device) -> nn.Module:
-    """The model for all processes; buffers are averaged at checkpoints and epochs, not sent in each step."""
-    if args.sync_bn and processes.world > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+def distribute(
+    model: nn.Module, args: argparse.Namespace, processes: Processes, stream: torch.cuda.Stream | None
+) -> nn.Module:
+    """The model for all processes; buffers are averaged at checkpoints and epochs, not sent in each step.
+
+    ``stream`` is for a CUDA graph, which takes what is made here along: DistributedDataParallel makes the nodes that
+    sum up gradients once, and they stay on the stream where they were made.
+    """
     if processes.world == 1:
         return model
+    if args.sync_bn:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     known = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its name from 2.14 on
     options: dict[str, Any] = {name: False}
     # Of depthwise weights, whose strides say channels-last and not at once: their gradients are copied, nothing more.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    device = next(model.parameters()).device
     if device.type == "cuda":
-        # Capture in a CUDA graph needs all of DistributedDataParallel on one side stream from its beginning.
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            wrapped: nn.Module = DistributedDataParallel(model, device_ids=[device.index], **options)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        return wrapped
-    return DistributedDataParallel(model, **options)
+        options["device_ids"] = [device.index]
+    if stream is None:
+        return DistributedDataParallel(model, **options)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        wrapped = DistributedDataParallel(model, **options)
+    torch.cuda.current_stream(device).wait_stream(stream)
+    return wrapped
 
 
 def run_rates(args: argparse.Namespace, total_batch: int) -> Any:

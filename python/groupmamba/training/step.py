@@ -115,6 +115,7 @@ class Step:
         amp: the dtype of autocast, or None.
         ema_by_step: the average's decay depends on the step.
         seed, rank: what the steps draw from.
+        stream: on which DistributedDataParallel was made, for a graph to be captured on.
     """
 
     def __init__(
@@ -130,11 +131,12 @@ class Step:
         ema_by_step: bool = False,
         seed: int = 0,
         rank: int = 0,
+        stream: torch.cuda.Stream | None = None,
     ):
         self.model, self.criterion, self.optimizer, self.ema = model, criterion, optimizer, ema
         self.raw: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
         self.clip, self.mode, self.amp, self.ema_by_step = clip, mode, amp, ema_by_step
-        self.seed, self.rank = seed, rank
+        self.seed, self.rank, self.stream = seed, rank, stream
         self.device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(self.device.type) if amp == torch.float16 else None
         self.graph: Callable[[Tensor, Tensor], Tensor] | None = None  # replays `body`
