@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from train_tools import PLAIN, command, losses, make_pictures, rows, train
 
@@ -97,6 +98,28 @@ def test_the_released_crop_in_validation(data):
     transform = validation_transform(224, Card("groupmamba_tiny", 3))
     text = repr(transform)
     assert "Resize(size=256, interpolation=bicubic" in text and "CenterCrop(size=(224, 224))" in text
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-inc1", "rand-m0", "augmix-m10", "original", "v0"])
+def test_the_strongest_posterization_is_an_image(data, policy):
+    """Pillow 13 raises for 0 bits, where it gave a black image before."""
+    args = options.complete({"data": str(data), "img_size": 32, "aa": policy})
+    transform = training_transform(args, (0.5,) * 3, (0.5,) * 3)
+    found = 0
+    for part in transform.transforms:
+        operations = [*getattr(part, "ops", ()), *(op for sub in getattr(part, "policy", ()) for op in sub)]
+        for operation in operations:
+            if "Posterize" in operation.name:
+                found += 1
+                picture = Image.new("RGB", (8, 8), (255, 131, 7))
+                assert operation.aug_fn(picture, 0).getpixel((0, 0)) == (0, 0, 0)
+                assert operation.aug_fn(picture, 1).getpixel((0, 0)) == (128, 128, 0)
+                assert operation.aug_fn(picture, 8) is picture
+    assert found > 0
+    picture = Image.new("RGB", (40, 40), (255, 131, 7))
+    for seed in range(300):
+        with seeded(seed):
+            assert transform(picture).shape == (3, 32, 32)
 
 
 def spoil(path: Path) -> None:

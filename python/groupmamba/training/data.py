@@ -242,7 +242,7 @@ def training_transform(args: argparse.Namespace, mean: Sequence[float], std: Seq
     from timm.data import create_transform
 
     try:
-        return create_transform(
+        transform = create_transform(
             args.img_size,
             is_training=True,
             no_aug=args.no_aug,
@@ -261,6 +261,27 @@ def training_transform(args: argparse.Namespace, mean: Sequence[float], std: Seq
         )
     except (AssertionError, ValueError, LookupError) as error:  # timm's, of policies that it does not know
         raise UsageError(f"--aa {args.aa}: {one_line(error)}") from error
+    for policy in transform.transforms:
+        _allow_no_bits(policy)
+    return transform
+
+
+def _allow_no_bits(policy: Any) -> None:
+    """Lets operations of an augmentation policy of timm posterize to 0 bits, the strongest of "PosterizeIncreasing".
+
+    Pillow made a black image of that up to version 12, and raises from 13 on: one image in 600 of the default policy.
+    """
+    from timm.data import auto_augment
+
+    def posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
+        if bits_to_keep < 1:
+            return Image.new(image.mode, image.size)
+        return auto_augment.posterize(image, bits_to_keep, **options)
+
+    found = [*getattr(policy, "ops", ()), *(op for sub in getattr(policy, "policy", ()) for op in sub)]
+    for operation in found:
+        if operation.aug_fn is auto_augment.posterize:
+            operation.aug_fn = posterize
 
 
 def validation_transform(size: int, card: Card) -> Any:
