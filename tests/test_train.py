@@ -19,7 +19,7 @@ from timm.utils import ModelEmaV3
 
 import groupmamba.models
 from groupmamba import DistillationLoss
-from groupmamba.training import graph, loop, options, setup, step, teacher
+from groupmamba.training import graph, options, output, step, teacher
 from groupmamba.training.card import Card, model_of, read_card
 from groupmamba.training.recipe import rates
 
@@ -319,7 +319,7 @@ def test_capture_leaves_everything_as_it_was():
     assert first == first and shorter == shorter
 
 
-assert groupmamba.models and loop and setup
+assert groupmamba.models
 
 
 @pytest.mark.parametrize(
@@ -407,3 +407,31 @@ def test_warming_up_leaves_no_trace(begun):
     if not begun:
         for i in range(2):
             assert ours(i, pieces).item() == fresh(i, pieces).item()
+
+
+def test_mixing_ends_at_its_epoch(data, tmp_path, monkeypatch):
+    seen = []
+    original = step.Step.body
+
+    def body(self, pieces):
+        seen.append(pieces[0][1].max().item())
+        return original(self, pieces)
+
+    monkeypatch.setattr(step.Step, "body", body)
+    more = ["--epochs", "2", "--mixup-off-epoch", "1", "--smoothing", "0", "--cutmix", "0", "--mixup", "50"]
+    assert train(data, tmp_path / "run", *more) == 0
+    assert len(seen) == 10 and all(value == 1 for value in seen[5:])
+    labels = [value for value in seen[:5] if value < 1]
+    assert len(labels) >= 3  # of batches with pairs of other classes, mixed about half and half
+
+
+def test_a_line_that_a_killed_process_began_is_none(tmp_path):
+    table = output.Table(tmp_path / "table.csv", ("step", "loss"))
+    table.begin(0)
+    table.add([{"step": i, "loss": 0.5 + i} for i in range(12)])
+    with open(table.path, "a") as file:
+        file.write("12,0.")
+    assert [row["step"] for row in table.rows()] == [str(i) for i in range(12)]
+    table.begin(11)
+    table.add([{"step": 11, "loss": 3}])
+    assert [row["loss"] for row in table.rows()[-2:]] == ["10.5", "3"]
