@@ -4,9 +4,12 @@
 import io
 
 import pytest
+import sympy
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, export
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import groupmamba_ext as ext
 from common import relative_error
@@ -134,9 +137,8 @@ def test_export_op(device, grad):
                 assert all(relative_error(a, b) < 1e-6 for a, b in zip(actual, expected, strict=True))
 
 
-def exported(module, size, least, device):
+def exported(module, x, least):
     dims = {0: Dim("batch", max=64), 2: Dim("height", min=least, max=1024), 3: Dim("width", min=least, max=1024)}
-    x = image(*size, device=device, dtype=torch.float32)
     return export(module, (x,), dynamic_shapes=(dims,))
 
 
@@ -144,7 +146,7 @@ def exported(module, size, least, device):
 def test_export_layer(device, variant, scan, grad):
     layer = make(16, variant=variant, scan=scan, device=device)
     with torch.set_grad_enabled(grad):
-        program = exported(layer, SIZES[0], 2, device).module()
+        program = exported(layer, image(*SIZES[0], device=device, dtype=torch.float32), 2).module()
         check(program, program, layer, [*SIZES, (2, 16, 2, 2)], device)
 
 
@@ -153,7 +155,7 @@ def test_export_model(device, options, grad):
     """One program from 32 x 32 on, where the last stage is a single pixel."""
     model = small(depths=(1, 1, 1, 1), **options).to(device)
     with torch.set_grad_enabled(grad):
-        program = exported(model, IMAGES[0], 32, device)
+        program = exported(model, image(*IMAGES[0], device=device, dtype=torch.float32), 32)
         check(program.module(), program.module(), model, IMAGES, device)
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
@@ -168,7 +170,24 @@ def test_export_model(device, options, grad):
 def test_export_fixes_no_size_of_cuda(dim, scan):
     """The fake kernels for devices other than the CPU, whose saved states have no closed form."""
     layer = make(dim, scan=scan).to("meta")
-    exported(layer, (2, dim, 16, 24), 2, "meta")
+    exported(layer, torch.empty(2, dim, 16, 24, device="meta"), 2)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("variant", ["released", "paper"])
+def test_export_model_for_cuda(variant, grad):
+    """By fake tensors, which need no GPU: the fused ops, in one program from 32 x 32 on."""
+    with FakeTensorMode(shape_env=ShapeEnv()), torch.device("cuda"):
+        model, x = small(depths=(1, 1, 1, 1), variant=variant), torch.empty(2, 3, 64, 96)
+    with torch.set_grad_enabled(grad):
+        program = exported(model, x, 32)
+    ops = {node.target.name() for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+    fused = {"groupmamba::feed_forward" + "_fwd" * grad, "groupmamba::token_norm_fwd"}
+    layer = "grouped_mamba_layer" + "_fwd" * grad if variant == "released" else "grouped_selective_scan_fwd"
+    assert fused | {f"groupmamba::{layer}"} <= ops
+    sizes = [size for node in program.graph.nodes if node.op == "placeholder" for size in node.meta["val"].shape]
+    shapes = next(size.node.shape_env for size in sizes if isinstance(size, torch.SymInt))
+    assert not [guard.expr for guard in shapes.guards if guard.expr.func is sympy.Ne]
 
 
 # torch.compile(dynamic=True) ---------------------------------------------------------------

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import itertools
 import logging
 import re
 from collections.abc import Callable
@@ -58,11 +59,23 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def multiply_adds(model: nn.Module, size: int) -> float:
-    """Of one image, half of what torch's FLOP counter counts: products, convolutions, and the scan's recurrence."""
-    device = next(model.parameters()).device
+    """Of one image, half of what torch's FLOP counter counts: products, convolutions, and the scan's recurrence.
+
+    On the meta device, where nothing is padded to what tensor cores take; models that do not run there count on their
+    own.
+    """
     model.eval()
+    tensors = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
+    try:
+        return _multiply_adds(model, {name: t.to("meta") for name, t in tensors.items()}, size)
+    except Exception:  # of other projects' models some ask for values
+        return _multiply_adds(model, tensors, size)
+
+
+def _multiply_adds(model: nn.Module, tensors: dict[str, Tensor], size: int) -> float:
+    image = torch.zeros(1, 3, size, size, device=next(iter(tensors.values())).device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 3, size, size, device=device))
+        torch.func.functional_call(model, tensors, (image,))
     return counter.get_total_flops() / 2
 
 

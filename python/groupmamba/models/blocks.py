@@ -38,7 +38,10 @@ _PLAIN_SEQUENCE = (("conv", Plain(nn.Sequential)),)
 
 def _tokens(x: Tensor) -> Tensor:
     """(batch, C, H, W) to contiguous (batch, H, W, C): a view of a channels-last image."""
-    return x.permute(0, 2, 3, 1).contiguous()
+    tokens = x.permute(0, 2, 3, 1)
+    if torch.compiler.is_exporting():  # in a program for any size: an image of one pixel is contiguous, others are not
+        return tokens.clone(memory_format=torch.contiguous_format)
+    return tokens.contiguous()
 
 
 def _conv_norm_parts(dim: int) -> tuple[tuple[str, Plain], ...]:
