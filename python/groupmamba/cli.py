@@ -12,6 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from groupmamba import demo, environment, model_info
+from groupmamba.training import command as train
+from groupmamba.training import options as train_options
+from groupmamba.training import predict, validation
 from groupmamba_ext import selftest
 from groupmamba_ext._command import run_command
 from groupmamba_ext._version import __version__
@@ -27,10 +30,13 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="groupmamba", description="Grouped selective-scan vision layers for PyTorch.")
     parser.add_argument("--version", action="version", version=f"groupmamba {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo|info|selftest")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo|info|selftest|train|validate|predict")
 
-    def add(name: str, help: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+    def add(
+        name: str, help: str, run: Callable[[argparse.Namespace], int], *, own_help: bool = False
+    ) -> argparse.ArgumentParser:
+        description = f"{help[0].upper()}{help[1:]}."
+        command = commands.add_parser(name, help=help, description=description, add_help=not own_help)
         command.set_defaults(run=run, parser=command)
         return command
 
@@ -38,6 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     about = add("info", "versions, the build and the devices, for a bug report; with MODEL, facts on a model", _info)
     model_info.add_arguments(about)
     add("selftest", "check every op against its reference on the devices present", lambda args: selftest.main())
+    train_options.add_arguments(add("train", "train a model on folders of images", train.main, own_help=True))
+    validation.add_arguments(add("validate", "accuracy of a checkpoint on folders of images", validation.main))
+    predict.add_arguments(add("predict", "the most likely classes of images, and what speaks for them", predict.main))
     return parser
 
 

@@ -105,8 +105,8 @@ class DistillationLoss(nn.Module):
     def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         if self.kind == "hard":
             return F.cross_entropy(student, teacher.argmax(dim=1))
-        logs = (F.log_softmax(logits.float() / self.tau, dim=1) for logits in (student, teacher))
-        return F.kl_div(*logs, reduction="sum", log_target=True) * self.tau**2 / student.numel()
+        ours, theirs = (F.log_softmax(logits.float() / self.tau, dim=1) for logits in (student, teacher))
+        return F.kl_div(ours, theirs, reduction="sum", log_target=True) * self.tau**2 / student.numel()
 
     def extra_repr(self) -> str:
         return f"kind={self.kind!r}, alpha={self.alpha}, tau={self.tau}"

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What weights are for: the model, its options, its classes. It stands in the header of their safetensors file."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from torch import Tensor, nn
+
+from groupmamba_ext._command import CommandError, UsageError, one_line
+
+KEY = "groupmamba"
+RUN_FILES = ("best.safetensors", "last.safetensors")
+
+
+@dataclass
+class Card:
+    """Description of a checkpoint."""
+
+    model: str
+    num_classes: int
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    classes: list[str] | None = None
+    task: str = "classification"
+    img_size: int = 224
+    crop_pct: float = 0.875
+    interpolation: str = "bicubic"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    def header(self) -> dict[str, str]:
+        """For the header of a safetensors file, which holds text."""
+        return {"format": "pt", KEY: json.dumps(asdict(self))}
+
+
+def read_card(file: Path) -> Card | None:
+    """The card of a safetensors file; None where it has none.
+
+    Raises:
+        CommandError: the file can't be read, or its card is of another version.
+    """
+    if file.suffix != ".safetensors":
+        return None
+    try:
+        with safetensors.safe_open(file, framework="pt") as opened:
+            text = (opened.metadata() or {}).get(KEY)
+    except Exception as error:  # safetensors has its own type, which is no OSError
+        raise CommandError(f"{file} can't be read: {one_line(error)}") from error
+    if text is None:
+        return None
+    try:
+        card = Card(**json.loads(text))
+        card.mean, card.std = tuple(card.mean), tuple(card.std)
+        return card
+    except (TypeError, ValueError) as error:
+        raise CommandError(f"{file} has a card that this version can't read: {one_line(error)}") from error
+
+
+def find_weights(path: str) -> Path:
+    """The file of weights: itself, or a run's folder's best or last, or that of a folder with a model.
+
+    Raises:
+        CommandError: there is none.
+    """
+    from groupmamba.models.pretrained import weights_file
+
+    for name in RUN_FILES:
+        if (Path(path) / name).is_file():
+            return Path(path) / name
+    try:
+        return Path(weights_file(path))
+    except FileNotFoundError as error:
+        raise CommandError(f"--weights {path}: {one_line(error)}") from error
+
+
+def create_model(name: str, *, option: str = "--model", **options: Any) -> nn.Module:
+    """timm's ``create_model``, with this project's models registered; ``option`` is what errors call the name.
+
+    Raises:
+        UsageError: there is no such model, or it does not take an option.
+        CommandError: its weights can't be had or do not fit.
+    """
+    import timm
+
+    import groupmamba.models  # registers them
+
+    assert groupmamba.models
+    if not timm.is_model(name):
+        names = ", ".join(timm.list_models("groupmamba*"))
+        raise UsageError(f"{option} must be one of {names}, or another model of timm, got {name!r}")
+    try:
+        return timm.create_model(name, **options)
+    except (TypeError, ValueError, AssertionError) as error:
+        advice = "; --drop-path 0 leaves that out" if "drop_path_rate" in str(error) else ""
+        raise UsageError(f"{option} {name} can't be made so: {one_line(error)}{advice}") from error
+    except (RuntimeError, OSError) as error:
+        raise CommandError(one_line(error)) from error
+
+
+def load(model: nn.Module, file: Path) -> list[str]:
+    """Loads weights strictly; heads of another number of classes alone keep their values. What was said of them.
+
+    Raises:
+        CommandError: the file can't be read or does not fit.
+    """
+    from groupmamba.models import GroupMamba
+    from groupmamba.models.pretrained import read_checkpoint
+    from groupmamba.models.weights import load_strictly
+
+    try:
+        checkpoint = read_checkpoint(str(file))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if isinstance(model, GroupMamba):
+                load_strictly(model, checkpoint)
+            else:
+                model.load_state_dict(state_of(checkpoint))
+        return [one_line(warning.message) for warning in caught]
+    except RuntimeError as error:
+        raise CommandError(f"{file} could not be loaded: {one_line(error)}") from error
+
+
+def state_of(checkpoint: object) -> dict[str, Tensor]:
+    """The tensors of a checkpoint of any trainer.
+
+    Raises:
+        RuntimeError: it is none.
+    """
+    from groupmamba.checkpoints import unwrap_checkpoint
+
+    try:
+        return dict(unwrap_checkpoint(checkpoint))  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise RuntimeError(str(error)) from error
+
+
+def model_of(file: Path, name: str | None = None, *, num_classes: int | None = None) -> tuple[nn.Module, Card]:
+    """The model that a file of weights is for, filled with them, in evaluation mode.
+
+    Args:
+        file: the weights.
+        name: the model, for files that do not say; must be the same in those that do.
+        num_classes: for files that do not say; by default read off the weights.
+
+    Raises:
+        UsageError: ``name`` is needed or is another than the file's.
+        CommandError: the file can't be read or does not fit.
+    """
+    card = read_card(file)
+    if card is None and name is None:
+        raise UsageError(f"{file} does not say of which model it is: add --model, such as --model groupmamba_tiny")
+    if card is not None and name not in (None, card.model):
+        raise UsageError(f"--model {name} is not the {card.model} that {file} is for")
+    if card is None:
+        assert name is not None
+        card = Card(name, num_classes or _classes_of(name, file))
+    model = create_model(card.model, num_classes=card.num_classes, **card.model_kwargs)
+    for line in load(model, file):
+        raise CommandError(f"{file} could not be loaded: {line}")
+    cfg = getattr(model, "pretrained_cfg", {})
+    if read_card(file) is None:
+        card.mean, card.std = tuple(cfg.get("mean", card.mean)), tuple(cfg.get("std", card.std))
+    return model.eval(), card
+
+
+def _classes_of(name: str, file: Path) -> int:
+    """The number of outputs of the classifier in a checkpoint of a model of that name."""
+    import timm
+
+    import groupmamba.models  # registers them
+    from groupmamba.checkpoints import convert_released_state_dict, is_released_state_dict
+    from groupmamba.models.pretrained import read_checkpoint
+
+    assert groupmamba.models
+    try:
+        state = state_of(read_checkpoint(str(file)))
+        if is_released_state_dict(state):
+            state = dict(convert_released_state_dict(state))
+    except (RuntimeError, ValueError) as error:
+        raise CommandError(f"{file} could not be loaded: {one_line(error)}") from error
+    if not timm.is_model(name):
+        create_model(name)  # says so
+    cfg = timm.models.get_pretrained_cfg(name)
+    heads = (cfg.classifier if cfg is not None else None) or ()
+    for head in (heads,) if isinstance(heads, str) else heads:
+        if f"{head}.weight" in state:
+            return len(state[f"{head}.weight"])
+    raise CommandError(f"{file} holds no classifier of {name} ({heads!r})")

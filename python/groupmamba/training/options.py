@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of ``groupmamba train``: names and meanings of timm's train script, and some of this project's own.
+
+argparse keeps what was given and nothing else, so that a default, a configuration file and a run that goes on can each
+fill in the rest, in this order of weight: the command line, ``--config``, the run's own args.yaml, the recipe.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from groupmamba.training.option_table import FREE, GROUPS, OPTIONS, SHORT_HELP, Option, keyword
+from groupmamba.training.recipe import DEFAULTS
+from groupmamba_ext._command import UsageError, one_line
+
+
+class _Show(argparse.Action):
+    """Prints a text, or all options, and leaves."""
+
+    def __init__(self, option_strings: list[str], dest: str, text: str | None = None, **options: Any):
+        super().__init__(option_strings, argparse.SUPPRESS, 0, help=options["help"])
+        self.text = text
+
+    def __call__(self, parser: argparse.ArgumentParser, *rest: object) -> NoReturn:
+        print((self.text or parser.format_help()).rstrip())
+        parser.exit()
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return " ".join(f"{v:.4g}" for v in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of ``groupmamba train``; the parser must have been made with ``add_help=False``."""
+    parser.usage = "groupmamba train DATA [options]"
+    parser.argument_default = argparse.SUPPRESS
+    parser.add_argument("-h", "--help", action=_Show, text=SHORT_HELP, help="the options that people use")
+    parser.add_argument("--help-all", action=_Show, help="every option")
+    parser.add_argument("data", nargs="?", metavar="DATA", default=argparse.SUPPRESS, help="holds train/ and val/")
+    for title, options in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for option in options:
+            names = [f"--{option.name}", *([f"-{option.short}"] if option.short else [])]
+            known = option.value is not None and option.kind is not bool and option.value != ""
+            text = f"{option.help} [{_shown(option.value)}]" if known else option.help
+            text = text.replace("%", "%%")
+            if option.kind is bool:
+                plain = option.name.startswith("no-")
+                action: Any = "store_true" if plain else argparse.BooleanOptionalAction
+                group.add_argument(*names, action=action, default=argparse.SUPPRESS, help=text)
+            elif isinstance(option.kind, tuple):
+                group.add_argument(*names, choices=option.kind, help=text)
+            else:
+                metavar = "NAME=VALUE" if option.kind is keyword else "X" if option.kind is not str else "TEXT"
+                group.add_argument(*names, type=option.kind, nargs=option.nargs, metavar=metavar, help=text)
+
+
+def given(args: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says, and beside it what ``--config`` says.
+
+    Raises:
+        UsageError: the file can't be read, or names an option or a value that isn't one.
+    """
+    values = {name: value for name, value in vars(args).items() if name in OPTIONS or name == "data"}
+    if "model_kwargs" in values:
+        values["model_kwargs"] = dict(values["model_kwargs"])
+    file = values.pop("config", None)
+    return values if file is None else {**read_yaml(file), **values}
+
+
+def read_yaml(file: str | Path) -> dict[str, Any]:
+    """Options of a YAML file, checked as if they stood on the command line.
+
+    Raises:
+        UsageError: the file can't be read, or names an option or a value that isn't one.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(file).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"--config: {one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"--config: {str(file)!r} must map options to values, got {type(values).__name__}")
+    return {name: _checked(str(file), name, value) for name, value in values.items() if value is not None}
+
+
+def _checked(file: str, name: object, value: Any) -> Any:
+    option = OPTIONS.get(str(name).replace("-", "_"))
+    if name == "data" and isinstance(value, str):
+        return value
+    if option is None:
+        raise UsageError(f"--config: {file!r} has an unknown option {name!r}")
+    fits: bool
+    if option.kind is bool:
+        fits = isinstance(value, bool)
+    elif isinstance(option.kind, tuple):
+        fits = value in option.kind
+    elif option.kind is keyword:
+        fits = isinstance(value, dict)
+        value = _tuples(value)
+    elif isinstance(option.nargs, int):
+        fits = isinstance(value, (list, tuple)) and len(value) == option.nargs
+        if fits:
+            value = tuple(_checked_one(file, option, v) for v in value)
+    else:
+        fits, value = True, _checked_one(file, option, value)
+    if not fits:
+        raise UsageError(f"--config: {file!r} has a wrong value for {option.dest}: {value!r}")
+    return value
+
+
+def _checked_one(file: str, option: Option, value: object) -> Any:
+    assert not isinstance(option.kind, tuple)
+    if isinstance(value, (bool, list, dict)) or (option.kind is str and not isinstance(value, str)):
+        raise UsageError(f"--config: {file!r} has a wrong value for {option.dest}: {value!r}")
+    try:
+        return option.kind(str(value))
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"--config: {file!r}, {option.dest} {error}") from error
+
+
+def _tuples(value: Any) -> Any:
+    """YAML has lists where Python literals have tuples."""
+    if isinstance(value, dict):
+        return {k: _tuples(v) for k, v in value.items()}
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def plain(value: Any) -> Any:
+    """The other way round, for files."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def complete(values: Mapping[str, Any], earlier: Mapping[str, Any] | None = None) -> argparse.Namespace:
+    """All options: those given, those of the run that goes on, and defaults.
+
+    Raises:
+        UsageError: options that exclude each other, or one that the run that goes on has another value for.
+    """
+    earlier = {} if earlier is None else dict(earlier)
+    for name, value in values.items():
+        if name in FREE or name not in earlier:
+            continue
+        if _tuples(earlier[name]) != _tuples(value if not isinstance(value, tuple) else list(value)):
+            raise UsageError(
+                f"--{name.replace('_', '-')} {_shown(value)} differs from the {_shown(earlier[name])} of the run that "
+                f"goes on: leave it out, or choose another --output, or --resume none to begin anew"
+            )
+    defaults = {option.dest: option.value for option in OPTIONS.values()}
+    args = argparse.Namespace(**{"data": None, **defaults, **earlier, **values})
+    if args.data is None:
+        raise UsageError("DATA is missing: the folder that holds train/ and validation/ (or val/)")
+    if args.weights is not None and args.pretrained:
+        raise UsageError("--weights and --pretrained exclude each other")
+    teacher = next((o for o in ("kd_model_name", "kd_model_path") if getattr(args, o) is not None), None)
+    if args.no_kd and teacher is not None:
+        raise UsageError(f"--no-kd and --{teacher.replace('_', '-')} {getattr(args, teacher)} exclude each other")
+    if not args.warmup_prefix and args.warmup_epochs >= args.epochs > 0:
+        if "warmup_epochs" in values:
+            raise UsageError(
+                f"--warmup-epochs {args.warmup_epochs} must be fewer than --epochs {args.epochs}, or come before them "
+                f"with --warmup-prefix"
+            )
+        args.warmup_epochs = args.epochs * DEFAULTS["warmup_epochs"] // DEFAULTS["epochs"]  # type: ignore[operator]
+    for name in ("scale", "ratio"):
+        low, high = getattr(args, name)
+        if low > high:
+            raise UsageError(f"--{name} must be two numbers in order, got {low:g} {high:g}")
+    if args.output is None:
+        args.output = str(Path("output") / args.model)
+    return args

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``groupmamba validate``: accuracy of a checkpoint on a folder of images."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from groupmamba.model_info import whole_number
+from groupmamba.training.command import check_packages
+from groupmamba_ext._command import CommandError, UsageError
+
+if TYPE_CHECKING:
+    from groupmamba.training.data import Folder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of ``groupmamba validate``."""
+    parser.add_argument("data", metavar="DATA", help="holds validation/ or val/, or the folders of the classes")
+    parser.add_argument("--weights", required=True, metavar="FILE", help="a checkpoint, or the folder of a run")
+    parser.add_argument("--model", metavar="NAME", help="for a checkpoint that does not say which model it is")
+    parser.add_argument("-b", "--batch-size", type=whole_number(1, 1 << 16), default=128, help="default: 128")
+    parser.add_argument("-j", "--workers", type=whole_number(0, 1024), default=4, help="default: 4")
+    parser.add_argument("--img-size", type=whole_number(32, 4096), help="default: the checkpoint's, or 224")
+    parser.add_argument("--max-bad-images", type=whole_number(0, 1 << 40), default=100, help="default: 100")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where one can be used")
+
+
+def _files(path: str) -> list[tuple[str, Path]]:
+    """What to validate: the weights, and beside those of a checkpoint's folder their moving average."""
+    from groupmamba.training.card import RUN_FILES, find_weights
+    from groupmamba.training.checkpoint import EMA, MODEL, Checkpoints
+
+    folder = Path(path)
+    if (folder / MODEL).is_file() and (folder / EMA).is_file():
+        return [("model", folder / MODEL), ("moving average", folder / EMA)]
+    if (folder / RUN_FILES[0]).is_file() or (folder / RUN_FILES[1]).is_file():
+        files = [("best", folder / RUN_FILES[0])] if (folder / RUN_FILES[0]).is_file() else []
+        for checkpoint in Checkpoints(folder, 1).found()[:1]:
+            files += [("last", checkpoint / MODEL)]
+            files += [("last, moving average", checkpoint / EMA)] if (checkpoint / EMA).is_file() else []
+        return files or [("last", folder / RUN_FILES[1])]
+    return [("model", find_weights(path))]
+
+
+def main(args: argparse.Namespace) -> int:
+    """Prints top-1 and top-5 accuracy of the checkpoint, and of the moving average beside it.
+
+    Raises:
+        UsageError, CommandError: what was asked for can't be done.
+    """
+    check_packages()
+    import torch
+
+    from groupmamba.training.card import model_of
+    from groupmamba.training.data import (
+        VALIDATION_NAMES,
+        BadImages,
+        Folder,
+        Images,
+        ValidationOrder,
+        loader,
+        validation_transform,
+    )
+    from groupmamba.training.distributed import Processes
+    from groupmamba.training.evaluate import accuracies
+    from groupmamba.training.setup import amp_dtype, choose_device
+
+    data = Path(args.data)
+    root = next((data / name for name in VALIDATION_NAMES if (data / name).is_dir()), data)
+    if not root.is_dir():
+        raise CommandError(f"{root} is no folder")
+    found = [(title, *model_of(file, args.model)) for title, file in _files(args.weights)]
+    card = found[0][2]
+    if card.task != "classification":
+        raise UsageError(f"--weights {args.weights} is for {card.task}, not for classification")
+    folder = Folder(root)
+    if card.classes is not None:
+        _same_labels(folder, card.classes)
+    elif len(folder.classes) != card.num_classes:
+        raise CommandError(
+            f"{root} holds {len(folder.classes):,} classes, and the checkpoint is for {card.num_classes:,}"
+        )
+    kind = choose_device(args.device, card.model)
+    device = Processes().device(kind)
+    size = args.img_size or card.img_size
+    images = Images(folder, validation_transform(size, card), 0, 0, size)
+    batches = loader(images, ValidationOrder(len(images), args.batch_size), args.workers, pin=kind == "cuda")
+    bad = BadImages(folder, args.max_bad_images, lambda text: print(text, flush=True))
+    amp = amp_dtype(device, None, None)
+    models = [model.to(device).to(memory_format=torch.channels_last) for _, model, _ in found]
+    print(f"{card.model}, {len(images):,} images of {root}, {len(folder.classes):,} classes, {size} x {size} pixels")
+    for (title, _, _), result in zip(found, accuracies(models, batches, device, amp, bad, Processes()), strict=True):
+        print(f"  {title:<22} top-1 {result.top1:.3f}%   top-5 {result.top5:.3f}%   loss {result.loss:.4f}")
+    if bad.found:
+        print(f"  {len(bad.found)} images could not be read and do not count")
+    return 0
+
+
+def _same_labels(folder: Folder, classes: Sequence[str]) -> None:
+    """Labels of the folder become those of the checkpoint, by the names of the classes."""
+    position = {name: i for i, name in enumerate(classes)}
+    foreign = [name for name in folder.classes if name not in position]
+    if foreign:
+        raise CommandError(f"{folder.root} has a class that the checkpoint does not know: {foreign[0]}")
+    folder.samples = [(path, position[folder.classes[label]]) for path, label in folder.samples]
