@@ -46,8 +46,8 @@ class GroupCore(Leaf, nn.Module):
     (G, R + 2N, E), ``dt_weight`` (G, E, R), ``dt_bias`` (G, E), ``A_log`` (G, E, N), ``D`` (G, E), ``out_norm_weight``
     and ``out_norm_bias`` (G, E), ``out_proj_weight`` (G, D, E). With ``scan="cross"``, ``x_proj_weight``,
     ``dt_weight``, ``dt_bias``, ``A_log`` and ``D`` have K as a second dimension: (G, K, R + 2N, E) and so on.
-    ``dt_bias``, ``A_log`` and ``D`` carry ``_no_weight_decay = True`` for training scripts that look for it, as Mamba's do;
-    :func:`groupmamba.no_weight_decay` goes by names.
+    ``dt_bias``, ``A_log`` and ``D`` carry ``_no_weight_decay = True`` for training scripts that look for it, as Mamba's
+    do; :func:`groupmamba.no_weight_decay` goes by names.
 
     Args:
         groups, dim: G and D.
@@ -141,8 +141,8 @@ class GroupCore(Leaf, nn.Module):
 
     def plain(self) -> Plain:
         """What this module is where a layer may read it and not call it."""
-        names = tuple(name for name, p in self._parameters.items() if p is not None)
-        fixed = ("groups", "dim", "inner_dim", "d_state", "d_conv", "dt_rank", "scan", "directions")
+        names = frozenset(name for name, p in self._parameters.items() if p is not None)
+        fixed = ("d_conv", "scan", "directions")  # others show in the parameters' shapes, which the op checks
         return Plain(type(self), names, config=tuple((name, getattr(self, name)) for name in fixed))
 
     def core_parameters(self) -> list[Tensor]:

@@ -21,14 +21,14 @@ from torch.nn.modules.module import _has_any_global_hook
 # what stands for them while torch.compile and torch.export trace.
 _PLAIN_TENSORS = frozenset((nn.Parameter, Tensor, FakeTensor, FunctionalTensor))
 
-AFFINE = ("weight", "bias")
+AFFINE = frozenset(("weight", "bias"))
 
 
 class Plain(NamedTuple):
     """What a submodule is where a fused path may read it."""
 
     cls: type[nn.Module]  # exactly, no subclass
-    parameters: Sequence[str] | None = ()  # plain tensors under these names, none missing, no others; None: any
+    parameters: frozenset[str] | None = frozenset()  # plain tensors of these names, none missing, no more; None: any
     parts: Sequence[tuple[str, Plain]] = ()  # its own submodules that are read with it
     config: Sequence[tuple[str, object]] = ()  # attributes that the fused path takes for granted
 
@@ -62,7 +62,7 @@ def convolution(kernel_size: int, stride: int, groups: int, *, bias: bool) -> Pl
         "dilation": (1, 1),
         "groups": groups,
     }
-    return Plain(nn.Conv2d, AFFINE if bias else ("weight",), config=tuple(config.items()))
+    return Plain(nn.Conv2d, AFFINE if bias else frozenset(("weight",)), config=tuple(config.items()))
 
 
 def why_called(modules: dict[str, nn.Module | None], parts: Sequence[tuple[str, Plain]]) -> str | None:
@@ -92,14 +92,14 @@ def _first_reason(modules: dict[str, nn.Module | None], parts: Sequence[tuple[st
         ):
             return f"{name} has a forward of its own" if "forward" in own else f"{name} has hooks"
         if parameters is not None:
-            held, count = own["_parameters"], 0
-            for key, value in held.items():
+            missing = len(parameters)
+            for key, value in own["_parameters"].items():
                 if value is not None:
                     if type(value) not in _PLAIN_TENSORS or key not in parameters:
                         return _parameter_reason(name, key, value, parameters)
-                    count += 1
-            if count != len(parameters):
-                return _missing_reason(name, held, parameters)
+                    missing -= 1
+            if missing:
+                return _missing_reason(name, own["_parameters"], parameters)
         for key, expected in config:
             if own.get(key) != expected:
                 return f"{name}.{key} is {own.get(key)!r}, not {expected!r}"
@@ -108,14 +108,14 @@ def _first_reason(modules: dict[str, nn.Module | None], parts: Sequence[tuple[st
     return None
 
 
-def _parameter_reason(name: str, key: str, value: Tensor, parameters: Sequence[str]) -> str:
+def _parameter_reason(name: str, key: str, value: Tensor, parameters: frozenset[str]) -> str:
     if key not in parameters:
         return f"{name} has a parameter {key}, with which it was not built"
     return f"{name}.{key} is {_class_name(type(value))}, a subclass of torch.Tensor"
 
 
-def _missing_reason(name: str, held: dict[str, Tensor | None], parameters: Sequence[str]) -> str:
-    key = next(key for key in parameters if held.get(key) is None)
+def _missing_reason(name: str, held: dict[str, Tensor | None], parameters: frozenset[str]) -> str:
+    key = max(key for key in parameters if held.get(key) is None)  # the weight before the bias
     if key in held:
         return f"{name}.{key} is None"
     return f"{name}.{key} is no parameter of its own any more (pruned, parametrized or sharded)"

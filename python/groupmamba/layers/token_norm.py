@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from groupmamba.layers.plain import AFFINE, are_plain
+from groupmamba.layers.plain import are_plain
 from groupmamba.layers.tracing import Leaf, fx_call
 from groupmamba_ext.layer_ops import BIASED_CHANNELS, takes_image, token_norm
 from groupmamba_ext.transforms import layer_norm
@@ -24,7 +24,7 @@ class TokenNorm(Leaf, nn.LayerNorm):
         """Of ``x + x_bias``, where that is given, (C,): the bias of what computed ``x``, without a pass of its own."""
         if isinstance(x, Proxy):
             return fx_call(self, x, x_bias)
-        weight, bias = (self._parameters.get(name) for name in AFFINE)
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
         native = x.dim() == 4 and are_plain(weight, bias) and takes_image(x)
         if x_bias is not None and not (native and x.shape[3] <= BIASED_CHANNELS):
             x, x_bias = x + x_bias.to(x.dtype), None
