@@ -165,7 +165,7 @@ def _draw(rows: Sequence[tuple[str, Tensor, str, list[tuple[str, Tensor]]]], out
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for axes, (path, image, title, maps) in zip(grid, rows, strict=True):
         for axis in axes:
-            axis.axis("off")
+            axis.set(xticks=[], yticks=[], frame_on=False)
         axes[0].imshow(image.numpy())
         axes[0].set_title(f"{Path(path).name}\n{title}", fontsize=8)
         for axis, (name, values) in zip(axes[1:], maps, strict=False):
