@@ -11,8 +11,7 @@ from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
 
 import groupmamba_ext as ext
 from layer_tools import SCANS, VARIANTS, image, make
-from model_tools import small
-from transform_tools import CASES, RAW, case, leaves_equal, loss_of, stacked
+from transform_tools import CASES, RAW, case, leaves_equal, loss_of, small, stacked
 
 OPS = list(CASES)
 pytestmark = pytest.mark.filterwarnings("ignore:.*runs through the plain PyTorch reference")

@@ -14,8 +14,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 import groupmamba_ext as ext
 from common import relative_error
 from layer_tools import SCANS, VARIANTS, image, make
-from model_tools import small
 from scan_tools import inputs
+from transform_tools import small
 
 SIZES = [(2, 16, 12, 14), (3, 16, 12, 14), (1, 16, 9, 33), (2, 16, 3, 5), (1, 16, 40, 40)]
 IMAGES = [(2, 3, 64, 96), (1, 3, 32, 32), (3, 3, 33, 40), (2, 3, 224, 224), (1, 3, 128, 36)]

@@ -8,17 +8,18 @@ import struct
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from train_tools import PLAIN, command, losses, make_pictures, rows, train
 
-pytest.importorskip("timm")
+for package in ("timm", "torchvision", "yaml", "safetensors"):
+    pytest.importorskip(package, reason="needs the extra 'train'")
 
-import timm
+import timm  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
-import groupmamba.models
-from groupmamba.training import checkpoint, output, step, teacher
-from groupmamba.training.card import Card, model_of, read_card
+import groupmamba.models  # noqa: E402
+from groupmamba.training import checkpoint, output, step, teacher  # noqa: E402
+from groupmamba.training.card import Card, model_of, read_card  # noqa: E402
 
 LEARN = [*PLAIN, "--lr", "1e-2", "--model-ema-decay", "0.5"]
 SIZES = {"depths": (1, 1, 1, 1), "dims": (16, 16, 32, 32), "stem_dim": 8, "mlp_ratios": (2, 2, 2, 2)}

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from train_tools import KWARGS, SMALL, command, environment, losses, make_pictures, rows, train
 
-pytest.importorskip("timm")
+for package in ("timm", "torchvision", "yaml", "safetensors"):
+    pytest.importorskip(package, reason="needs the extra 'train'")
 
 
-from groupmamba.training import checkpoint
+from safetensors.torch import load_file  # noqa: E402
+
+from groupmamba.training import checkpoint  # noqa: E402
 
 # RandAugment, erasing, mixup and CutMix are the recipe's own.
 ALL_RANDOM = ["--epochs", "3", "--drop-path", "0.2", "--drop", "0.1", "--lr", "1e-3", "--checkpoint-steps", "2"]

@@ -8,8 +8,7 @@ from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, v
 import groupmamba_ext as ext
 from common import relative_error
 from layer_tools import SCANS, VARIANTS, image, make
-from model_tools import small
-from transform_tools import CASES, RAW, case, leaves_equal, loss_of, stacked
+from transform_tools import CASES, RAW, case, leaves_equal, loss_of, small, stacked
 
 OPS = list(CASES)
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cases of every public op for the tests of derivatives and transforms."""
+"""Cases of every public op for the tests of derivatives, transforms and traces, and a small model."""
 
+import pytest
 import torch
 
 import groupmamba_ext as ext
@@ -123,3 +124,11 @@ def leaves_equal(actual, expected, tolerance=1e-6):
         assert torch.isfinite(a).all()
         error, size = (a - b).norm().item(), b.norm().item()
         assert error <= tolerance * max(size, 1.0), f"result {i}: off by {error:.2e} of {size:.2e}"
+
+
+def small(**options):
+    """A quick model, in evaluation mode; skips a test where timm is missing, not its file."""
+    pytest.importorskip("timm", reason="needs the extra 'models'")
+    import model_tools
+
+    return model_tools.small(**options)
