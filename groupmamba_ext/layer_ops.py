@@ -299,7 +299,7 @@ def batch_norm_fold(
         image: what the convolution reads; only its dtype, that of the results, counts here.
         weight: (O, C, K, K), of any strides.
         norm: (O,) each: weight, bias, running mean, running variance.
-        blocks: the image has blocks of 2x2 pixels as channels (``EntryConv`` of ``groupmamba.models``); K is 3, 7,
+        blocks: the image has blocks of 2x2 pixels as channels (``groupmamba.models.entry_conv``); K is 3, 7,
             11, ...
 
     Returns:
