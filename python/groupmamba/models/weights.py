@@ -11,7 +11,12 @@ import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from groupmamba.checkpoints import RELEASED_GROUPS, convert_released_state_dict, is_released_state_dict, unwrap_checkpoint
+from groupmamba.checkpoints import (
+    RELEASED_GROUPS,
+    convert_released_state_dict,
+    is_released_state_dict,
+    unwrap_checkpoint,
+)
 from groupmamba.layers.grouped_mamba import RELEASED_ORDER, GroupedMamba2d
 from groupmamba.models.pretrained import SIZES
 
