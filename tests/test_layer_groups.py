@@ -14,7 +14,7 @@ from layer_tools import VARIANTS, image, make, run
 ALL = ("lr", "rl", "tb", "bt")
 # Of widths that are odd for a group, for the image, or for both.
 OPTIONS = {
-    "one": {"dim": 15, "directions": ("tb",)},
+    "one": {"dim": 17, "directions": ("tb",)},
     "one, wide": {"dim": 136, "directions": ("rl",)},  # more channels than a warp of the CUDA scan holds
     "two": {"dim": 26, "directions": ("bt", "lr")},
     "three": {"dim": 33, "directions": ("rl", "bt", "rl")},
@@ -44,8 +44,8 @@ def input_of(name, *size, batch=2, **more):
     return image(batch, OPTIONS[name]["dim"], *size, **more)
 
 
-# At most half of these is seen on the CPU; a wrong term makes 1.
-TOLERANCES = {torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 0.25, "autocast": 0.25}
+# At most a third of these is seen on the CPU; a wrong term makes 1.
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 0.15, "autocast": 0.15}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -73,14 +73,14 @@ def test_layouts_tokens_and_residual(name, variant, device):
     layer, x = layer_of(name, variant, device=device), input_of(name, 5, 7, dtype=torch.float32, device=device)
     y = layer(x)
     assert y.shape == x.shape and y.isfinite().all()
-    torch.testing.assert_close(layer(x.to(memory_format=torch.channels_last)), y, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(layer(x[0]), y[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer(x.to(memory_format=torch.channels_last)), y, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer(x[0]), y[0], rtol=1e-4, atol=1e-4)
     tokens = layer(x.permute(0, 2, 3, 1), residual=True, tokens=True).permute(0, 3, 1, 2)
-    torch.testing.assert_close(tokens, x + y, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(tokens, x + y, rtol=1e-4, atol=1e-4)
     kept = KeptImages(torch.tensor([0.0, 1.0], device=device), 1.25)
     some = layer(x, residual=True, kept=kept)
     assert torch.equal(some[0], x[0])
-    torch.testing.assert_close(some[1], x[1] + 1.25 * y[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(some[1], x[1] + 1.25 * y[1], rtol=1e-4, atol=1e-4)
 
 
 @options
