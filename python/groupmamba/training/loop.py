@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from groupmamba.training.step import Pieces, Schedule, Step, make_optimizer, put
 from groupmamba_ext._command import CommandError
 
 SHOWN_INDICES = 8
+STEPS_AHEAD = 3  # that the host may be ahead of the GPU
 
 
 class NotFinite(CommandError):
@@ -75,7 +77,7 @@ class Training:
         total = None if state is None else int(state["total_batch"])
         setup.settle_batch(args, len(folders[0]), processes, "batch_size" in given, total, screen)
         model, self.card = setup.make_model(args, folders[0].classes, state is None, screen)
-        self.data = setup.make_data(args, folders, self.card, processes, self._pin(), screen)
+        self.data = setup.make_data(args, folders, self.card, processes, device, screen)
         self.total_batch, self.steps = self.data.order.total, self.data.order.steps
         self.mixup = setup.make_mixup(args, self.card.num_classes)
         model.to(device).to(memory_format=torch.channels_last)
@@ -120,9 +122,6 @@ class Training:
             return None, None
         saved = found[1]["options"]
         return {name: value for name, value in saved.items() if name in options.OPTIONS or name == "data"}, found[1]
-
-    def _pin(self) -> bool:
-        return self.device.type == "cuda" if self.args.pin_mem is None else self.args.pin_mem
 
     def _criterion(self, model: Any) -> DistillationLoss:
         args, card = self.args, self.card
@@ -186,13 +185,13 @@ class Training:
             self.tables[1].begin(self.position["step"])
         board = Board(self.run, self.processes.first)
         for epoch in range(self.position["epoch"], self.epochs):
-            self._train_epoch(epoch)
+            self.train_epoch(epoch)
             row = self._end_epoch(epoch)
             board.add(row)
         self.screen.say(f"done: {self.run}, best weights in {self.run / 'best.safetensors'}")
         return 0
 
-    def _train_epoch(self, epoch: int) -> None:
+    def train_epoch(self, epoch: int) -> None:
         args, data = self.args, self.data
         done = self.position["batch"]
         if self.mixup is not None and args.mixup_off_epoch:
@@ -200,10 +199,10 @@ class Training:
         data.order.begin(epoch, done)
         self.step.train(args.freeze_bn)
         self.screen.begin_epoch(epoch, self.epochs, self.steps, done)
-        batches = self._on_device(iter(data.batches))
+        batches = self.on_device(iter(data.batches))
         for batch in range(done, self.steps):
             step = self.position["step"]
-            pieces = [self._mixed(next(batches), step, piece) for piece in range(args.grad_accum_steps)]
+            pieces = [self.mixed(next(batches), step, piece) for piece in range(args.grad_accum_steps)]
             lr = self.schedule.set(step)
             if self.no_graph is None and self.step.graph is None:
                 self._capture(pieces)
@@ -220,36 +219,39 @@ class Training:
             pass
         self.screen.end_epoch()
 
-    def _on_device(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Batches on the device; on a GPU the next one is copied while a step runs."""
+    def on_device(self, batches: Iterator[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Normalised images and labels on the device; on a GPU the next ones are copied while a step runs."""
         cuda = self.device.type == "cuda"
         stream = torch.cuda.Stream(self.device) if cuda else None
-        ahead: Batch | None = None
+        queued: deque[torch.cuda.Event] = deque()  # of steps that the host has launched
+        ahead: tuple[Tensor, Tensor] | None = None
         for batch in batches:
             self.data.bad.add(batch.bad)
             if (batch.labels < 0).any():
                 raise CommandError(f"no image of {self.data.training.root} can be read")
             if stream is None:
-                yield batch._replace(images=batch.images.contiguous(memory_format=torch.channels_last))
+                yield self.data.normalize(batch.images), batch.labels
                 continue
             with torch.cuda.stream(stream):
-                images = batch.images.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+                images = self.data.normalize(batch.images.to(self.device))
                 labels = batch.labels.to(self.device, non_blocking=True)
             if ahead is not None:
                 yield ahead
+                queued.append(torch.cuda.current_stream(self.device).record_event())
+                if len(queued) > STEPS_AHEAD:  # what they need stays allocated until they ran
+                    queued.popleft().synchronize()
             torch.cuda.current_stream(self.device).wait_stream(stream)
             for tensor in (images, labels):
                 tensor.record_stream(torch.cuda.current_stream(self.device))
-            ahead = batch._replace(images=images, labels=labels)
+            ahead = images, labels
         if ahead is not None:
             yield ahead
 
-    def _mixed(self, batch: Batch, step: int, piece: int) -> tuple[Tensor, Tensor]:
+    def mixed(self, batch: tuple[Tensor, Tensor], step: int, piece: int) -> tuple[Tensor, Tensor]:
         if self.mixup is None:
-            return batch.images, batch.labels
+            return batch
         with seeded(self.args.seed, "mixup", step, piece, self.processes.rank):
-            images, labels = self.mixup(batch.images, batch.labels)
-        return images, labels
+            return self.mixup(*batch)
 
     def _capture(self, pieces: Pieces) -> None:
         self.no_graph = capture(self.step, *pieces[0])
@@ -326,7 +328,7 @@ class Training:
         if (epoch + 1) % args.val_interval == 0 or epoch + 1 == self.epochs:
             models = [step.raw] if step.ema is None else [step.raw, step.ema.module]
             bad, batches = self.data.bad_in_validation, self.data.validation
-            found = accuracies(models, batches, self.device, step.amp, bad, self.processes)
+            found = accuracies(models, batches, self.data.normalize, self.device, step.amp, bad, self.processes)
             for title, result in zip(("eval", "ema"), found, strict=False):
                 row.update({f"{title}_loss": result.loss, f"{title}_top1": result.top1, f"{title}_top5": result.top5})
                 if result.top1 > metric:

@@ -32,6 +32,7 @@ from groupmamba.training.data import (
 from groupmamba.training.distributed import Processes
 from groupmamba.training.options import OPTIONS
 from groupmamba.training.output import Screen
+from groupmamba.training.pixels import Normalize
 from groupmamba.training.recipe import rates
 from groupmamba_ext._command import CommandError, UsageError, gpu_usable, require_gpu
 
@@ -47,6 +48,7 @@ class Data:
     validation: DataLoader
     bad: BadImages
     bad_in_validation: BadImages
+    normalize: Normalize
 
 
 def choose_device(asked: str | None, model: str) -> str:
@@ -193,7 +195,7 @@ def make_data(
     folders: tuple[Folder, Folder],
     card: Card,
     processes: Processes,
-    pin: bool,
+    device: torch.device,
     screen: Screen,
 ) -> Data:
     """The images' loaders."""
@@ -205,6 +207,7 @@ def make_data(
     check = validation_transform(args.img_size, card)
     held_out = Images(validation, check, args.seed, 0, args.img_size)
     batch = args.validation_batch_size or args.batch_size
+    pin = device.type == "cuda" if args.pin_mem is None else args.pin_mem
     return Data(
         training.classes,
         training,
@@ -213,6 +216,7 @@ def make_data(
         loader(held_out, ValidationOrder(len(held_out), batch, rank, world), args.workers, pin=pin),
         BadImages(training, args.max_bad_images, screen.tell),
         BadImages(validation, args.max_bad_images, screen.tell),
+        Normalize(card.mean, card.std, device),
     )
 
 
