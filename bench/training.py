@@ -29,7 +29,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from groupmamba.training import options, setup  # noqa: E402
+from groupmamba.training import classification, options, setup  # noqa: E402
 from groupmamba.training.card import create_model  # noqa: E402
 from groupmamba.training.distillation import DistillationLoss  # noqa: E402
 from groupmamba.training.distributed import Processes, found_processes, process_group  # noqa: E402
@@ -106,8 +106,8 @@ class Recipe:
             model.set_distilled_training(kd)
         model.to(device).to(memory_format=torch.channels_last)
         self.amp = setup.amp_dtype(device, None, None)
-        self.mixup = setup.make_mixup(self.options, CLASSES)
-        labels = setup.make_criterion(self.options, True)
+        self.mixup = classification.mixup(self.options, CLASSES)
+        labels = classification.label_loss(self.options, True)
         criterion = DistillationLoss(labels, _teacher(device) if kd else None, kind="hard" if kd else "none")
         rates = setup.run_rates(self.options, args.batch_size * processes.world)
         optimizer = make_optimizer(model, self.options, rates.lr)
@@ -121,7 +121,8 @@ class Recipe:
             rank=processes.rank, stream=stream,
         )  # fmt: skip
         self.step.train(False)
-        self.schedule = Schedule(self.options, optimizer, rates, STEPS_AN_EPOCH)
+        plan = classification.Classification(self.options, processes, device, Screen(False)).plan(STEPS_AN_EPOCH)
+        self.schedule = Schedule(self.options.sched, optimizer, rates, plan)
         self.images, self.labels = images, torch.arange(len(images), device=device) % CLASSES
         if graph:
             problem = capture(self.step, *self.mixed(0))
@@ -239,7 +240,7 @@ def from_files(name: str, args: argparse.Namespace, root: Path, device: torch.de
         "img_size": args.img_size, "workers": args.workers, "epochs": 20, "device": device.type, "no_kd": True,
         "resume": "none",
     }  # fmt: skip
-    training = Training(given, Processes(), Screen(False))
+    training = Training(classification.Classification, given, Processes(), Screen(False))
     training.train_epoch(0)  # captures the graph and starts the workers
     images = training.steps * args.batch_size
     found: dict[str, list[float]] = {"loader alone": [], "step alone": [], "both": []}
@@ -254,7 +255,7 @@ def from_files(name: str, args: argparse.Namespace, root: Path, device: torch.de
         began = time.perf_counter()
         for i in range(args.steps):
             training.schedule.set(i)
-            training.step(i, [training.mixed(last, i, 0)])
+            training.step(i, [training.task.mixed(last, i, 0)])
         wait(device)
         found["step alone"].append(args.batch_size * args.steps / (time.perf_counter() - began))
         began = time.perf_counter()
