@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
+from torch.distributed.fsdp import fully_shard  # noqa: E402
 
 from groupmamba.training import classification, options, setup  # noqa: E402
 from groupmamba.training.card import create_model  # noqa: E402
@@ -40,7 +41,7 @@ from groupmamba.training.recipe import TEACHER  # noqa: E402
 from groupmamba.training.seeds import seeded  # noqa: E402
 from groupmamba.training.step import Schedule, Step, make_optimizer  # noqa: E402
 from groupmamba.training.teacher import Teacher  # noqa: E402
-from groupmamba_ext._command import CommandError  # noqa: E402
+from groupmamba_ext._command import CommandError, UsageError  # noqa: E402
 from suite import report  # noqa: E402
 from suite.arguments import OneLineParser, positive, writable  # noqa: E402
 from suite.model_calls import Step as BareStep  # noqa: E402
@@ -49,7 +50,6 @@ CLASSES = 1000
 STEPS_AN_EPOCH = 1250  # of the schedule: ImageNet-1K at a batch of 1,024
 PICTURE = (500, 375)  # the usual size of ImageNet's files, which are some 110 kB
 FILES = 2048  # different ones; more are links to them
-ROUNDS = 5
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -58,8 +58,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=positive, default=128, help="images a step of each GPU (default: 128)")
     parser.add_argument("--img-size", type=positive, default=224, help="pixels of a side (default: 224)")
     parser.add_argument("--steps", type=positive, default=30, help="of each of the rounds (default: 30)")
+    parser.add_argument("--rounds", type=positive, default=5, help="whose median counts (default: 5)")
     parser.add_argument("--no-kd", action="store_true", help=f"leave out the rows with a teacher, {TEACHER}")
     parser.add_argument("--no-eager", action="store_true", help="leave out the steps launched kernel by kernel")
+    parser.add_argument("--fsdp", action="store_true", help="FSDP2 beside DistributedDataParallel, under torchrun")
     parser.add_argument("--pictures", type=positive, metavar="N", help="train from N JPEG files, too")
     parser.add_argument("--workers", type=positive, default=4, help="processes that load them (default: 4)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -149,12 +151,42 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def rates_of(calls: dict[str, Callable[[int], None]], images: int, steps: int, processes: Processes) -> dict[str, Any]:
+class Plain:
+    """Forward, cross-entropy, backward, clipping, fused AdamW as called; the model sharded by blocks or replicated."""
+
+    def __init__(self, name: str, args: argparse.Namespace, processes: Processes, images: Tensor, *, sharded: bool):
+        torch.manual_seed(0)
+        self.images, self.labels = images, torch.arange(len(images), device=images.device) % CLASSES
+        self.amp = setup.amp_dtype(images.device, None, None)
+        recipe = options.complete({"data": ""})
+        model: Any = create_model(name, num_classes=CLASSES, drop_path_rate=recipe.drop_path)
+        model.to(images.device).train()
+        if sharded:  # FSDP2 takes contiguous weights alone
+            for stage in model.stages:
+                for block in stage.blocks:
+                    fully_shard(block)
+            self.model: Any = fully_shard(model)
+        else:
+            self.model = setup.distribute(model.to(memory_format=torch.channels_last), recipe, processes, None)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=images.is_cuda)
+
+    def __call__(self, i: int) -> None:
+        with torch.autocast(self.images.device.type, self.amp, enabled=self.amp is not None):
+            loss = torch.nn.functional.cross_entropy(self.model(self.images), self.labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def rates_of(
+    calls: dict[str, Callable[[int], None]], images: int, steps: int, rounds: int, processes: Processes
+) -> dict[str, Any]:
     """Images a second of all processes together: for each call the median of rounds in turn, and all of them."""
     device = torch.device("cuda", processes.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     found: dict[str, list[float]] = {name: [] for name in calls}
     done = 0
-    for turn in range(ROUNDS + 1):
+    for turn in range(rounds + 1):
         for name, call in calls.items():
             wait(device)
             processes.barrier()
@@ -198,7 +230,10 @@ def steps(name: str, args: argparse.Namespace, processes: Processes, device: tor
                 continue
             title = f"step{' with teacher' if kd else ''}, {launched}"
             add(title, lambda k=kd, g=launched == "graph": Recipe(name, args, processes, images, kd=k, graph=g))
-    rows = rates_of(calls, args.batch_size * processes.world, args.steps, processes)
+    if args.fsdp:
+        for title, sharded in (("DDP, plain step, as called", False), ("FSDP2, plain step, as called", True)):
+            add(title, lambda s=sharded: Plain(name, args, processes, images, sharded=s))
+    rows = rates_of(calls, args.batch_size * processes.world, args.steps, args.rounds, processes)
     for title, gigabytes in memory.items():
         rows[title]["gigabytes"] = gigabytes
     if "bare step" in rows:
@@ -284,6 +319,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = processes.device(args.device)
     run: dict[str, Any] = {"training": {}, "gpus": processes.world, "batch": args.batch_size}
     with process_group(processes, args.device):
+        if args.fsdp and processes.world == 1:
+            raise UsageError("--fsdp needs several processes: torchrun --nproc-per-node N bench/training.py --fsdp")
         if device.type == "cuda":
             torch.cuda.set_device(device)
         run.update(report.environment(device, "bench/training.py"))
