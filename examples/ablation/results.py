@@ -7,7 +7,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,17 +106,35 @@ def read(file: Path) -> dict[str, Any]:
         raise CommandError(f"{file} can't be read: {one_line(error)}") from error
 
 
-def read_all(folder: Path) -> dict[str, dict[str, Any]]:
-    """The finished runs of a folder, by name.
+def read_all(sources: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Finished runs by name, of folders and of files that :func:`pack` wrote; of equal names the last counts.
 
     Raises:
         CommandError: there is none, one can't be read, or they had different settings.
     """
-    results = {path.stem: read(path) for path in sorted(folder.glob("*.json"))}
+    results: dict[str, dict[str, Any]] = {}
+    for source in sources:
+        if source.is_dir():
+            results.update({path.stem: read(path) for path in sorted(source.glob("*.json"))})
+        else:
+            results.update(_unpacked(source))
     if not results:
-        raise CommandError(f"{folder} holds no finished run")
+        raise CommandError(f"{' '.join(map(str, sources))} holds no finished run")
     first = next(iter(results.values()))
     for name, result in results.items():
         if result["settings"] != first["settings"]:
-            raise CommandError(f"{folder}: {name} and {first['run']} had different settings")
+            raise CommandError(f"{name} and {first['run']} had different settings")
     return results
+
+
+def _unpacked(file: Path) -> dict[str, dict[str, Any]]:
+    try:
+        return {result["run"]: result for result in json.loads(file.read_text())}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CommandError(f"{file} can't be read: {one_line(error)}") from error
+
+
+def pack(results: dict[str, dict[str, Any]], file: Path) -> None:
+    """Writes all runs into one file, a line each."""
+    lines = ",\n".join(json.dumps(results[name]) for name in sorted(results))
+    file.write_text(f"[\n{lines}\n]\n")

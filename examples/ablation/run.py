@@ -59,7 +59,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     rates = " ".join(f"{rate:g}" for rate in Settings.rates)
     parser.add_argument("--rates", type=positive, nargs="+", metavar="X", help=f"of the large model ({rates})")
     parser.add_argument("--large-steps", type=whole, metavar="N", help=f"of the large model ({Settings.large_steps})")
-    parser.add_argument("--worker", type=float, help=argparse.SUPPRESS)  # of another run.py, until this time
+    # Of another run.py: until when, and how many share the GPU.
+    parser.add_argument("--worker", type=float, nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.rates is not None:
         args.rates = tuple(args.rates)
@@ -152,9 +153,22 @@ class Screen:
 
 
 def work(
-    folder: Folder, args: argparse.Namespace, device: torch.device, deadline: float, screen: Screen | None
+    folder: Folder,
+    args: argparse.Namespace,
+    device: torch.device,
+    deadline: float,
+    screen: Screen | None,
+    sharing: int = 1,
 ) -> None:
     """Does runs until none is left to do or the time is over.
+
+    Args:
+        folder: of the runs.
+        args: the command line.
+        device: for all of them.
+        deadline: by ``time.time()``.
+        screen: told what is done, or None.
+        sharing: how many processes the device serves.
 
     Raises:
         CommandError: the data can't be read, or a run has left the device unusable.
@@ -172,9 +186,8 @@ def work(
         nonlocal teacher
         if run.needs_teacher and teacher is None:
             teacher = trainer.load_teacher(folder.settings, folder.teacher, device)
-        training = trainer.Training(
-            run, folder.settings, data, teacher if run.needs_teacher else None, folder.checkpoint(run)
-        )
+        knows = teacher if run.needs_teacher else None
+        training = trainer.Training(run, folder.settings, data, knows, folder.checkpoint(run), sharing)
         result = training.fit(deadline, lambda progress: None if screen is None else screen.step(run, progress))
         if result is None:
             return
@@ -217,7 +230,8 @@ def watch(
     """Starts ``count`` workers, each with one GPU, and says what they finish; how many ended with an error."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = [] if not cuda else visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-    command = [sys.executable, str(Path(__file__).resolve()), *argv, "--worker", repr(deadline)]
+    sharing = -(-count // max(len(gpus), 1))
+    command = [sys.executable, str(Path(__file__).resolve()), *argv, "--worker", repr(deadline), str(sharing)]
     screen = Screen(folder, args)
     workers: list[subprocess.Popen] = []
     try:
@@ -261,7 +275,7 @@ def command(args: argparse.Namespace, argv: Sequence[str]) -> int:
         if folder.done(run):
             folder.result(run)  # raises where it had other settings
     if args.worker is not None:
-        work(folder, args, device, args.worker, None)
+        work(folder, args, device, args.worker[0], None, int(args.worker[1]))
         return 0
     deadline = float("inf") if args.minutes is None else time.time() + 60 * args.minutes
     folder.forget_errors()

@@ -58,10 +58,19 @@ class Training:
         data: on the device.
         teacher: for a run with distillation: images to (batch, classes) logits.
         checkpoint: a file to go on from, where it is there, and to write where the run is stopped.
+        sharing: how many processes the device serves.
     """
 
-    def __init__(self, run: Run, settings: Settings, data: Data, teacher: nn.Module | None, checkpoint: Path):
-        self.run, self.settings, self.data, self.checkpoint = run, settings, data, checkpoint
+    def __init__(
+        self,
+        run: Run,
+        settings: Settings,
+        data: Data,
+        teacher: nn.Module | None,
+        checkpoint: Path,
+        sharing: int = 1,
+    ):
+        self.run, self.settings, self.data, self.checkpoint, self.sharing = run, settings, data, checkpoint, sharing
         self.device = data.train.images.device
         self.batches = Batches(data.train, settings.batch, settings.side, run.seed)
         self.steps = settings.epochs * len(self.batches) if run.steps is None else run.steps
@@ -162,6 +171,7 @@ class Training:
             "not_finite_at": self.not_finite_at,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "images_per_s": speeds[len(speeds) // 2],
+            "processes_on_device": self.sharing,
             "graph": self.no_graph is None,
             "no_graph": self.no_graph,
             "seconds": self.seconds,
