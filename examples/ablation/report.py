@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -166,10 +167,15 @@ def _end(run: dict[str, Any]) -> str:
     return f"{run['accuracy']:.1f}" if at is None else f"not finite at step {at}"
 
 
-def block(found: Found) -> str:
-    """All between the markers."""
+def block(found: Found, picture: str | None = None, listing: str | None = None) -> str:
+    """All between the markers.
+
+    Args:
+        found: the runs.
+        picture, listing: addresses of the curves and of the file of all runs, seen from the page.
+    """
     settings, runs = found.settings, list(found.results.values())
-    lines = [", ".join(_machines(runs)) + ".", ""]
+    lines = [", ".join(_machines(runs)) + (f" ([all runs]({listing}))." if listing else "."), ""]
     lines.append(
         f"{settings.epochs} epochs, {settings.batch} images a step, highest rate {settings.lr:g}, {settings.seeds} "
         f"seeds; mean ± standard deviation over the seeds."
@@ -184,6 +190,8 @@ def block(found: Found) -> str:
             lines += verdict(found)
     lines += large_table(found)
     low = [name for name in ARMS for run in found.arm(name).values() if run["accuracy"] < EXPECTED]
+    if picture:
+        lines += [f"![Test accuracy by epoch, and where the large model ends at each rate]({picture})", ""]
     if low:
         lines += [f"Below {EXPECTED:.0f}%: {', '.join(dict.fromkeys(low))}.", ""]
     if missing := found.missing():
@@ -269,7 +277,11 @@ def command(args: argparse.Namespace) -> int:
     """
     results = read_all(args.runs)
     found = Found(results)
-    text = block(found)
+
+    def seen(file: Path | None) -> str | None:
+        return None if args.page is None or file is None else Path(os.path.relpath(file, args.page.parent)).as_posix()
+
+    text = block(found, seen(args.curves), seen(args.json))
     if args.json is not None:
         pack(results, args.json)
     if args.curves is not None:

@@ -94,9 +94,9 @@ def plan(folder: Folder, args: argparse.Namespace) -> list[Run]:
     if args.only != "large":
         runs += arm_runs(settings, tuple(name for name in ARMS if args.arms is None or name in args.arms))
     if any(run.needs_teacher for run in runs):
-        runs.insert(0, teacher_run(settings))
-        if folder.error(runs[0]).exists():
-            runs = [run for run in runs if not run.needs_teacher]
+        teacher = teacher_run(settings)
+        lost = folder.error(teacher).exists()
+        runs = [run for run in runs if not run.needs_teacher] if lost else [teacher, *runs]
     return runs
 
 

@@ -41,11 +41,11 @@ class Data(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Where a run is: steps done, of how many, and the mean loss of the last of them."""
+    """Where a run is: steps done, of how many, the mean loss of the last of them (None: not finite), test accuracy."""
 
     step: int
     steps: int
-    loss: float
+    loss: float | None
     accuracy: float
 
 
@@ -90,7 +90,7 @@ class Training:
         self.no_graph = why_not(self.args, self.device, self.amp)
         self.done = 0
         self.seconds = 0.0
-        self.history: list[dict[str, float]] = []
+        self.history: list[dict[str, Any]] = []
         self.not_finite_at: int | None = None
         if checkpoint.is_file():
             self._restore()
@@ -155,7 +155,7 @@ class Training:
             "accuracy": accuracy(self.model, self.data.test, self.settings.side, self.amp),
             "images_per_s": steps * self.settings.batch / seconds,
         }
-        self.history.append(report)  # type: ignore[arg-type]
+        self.history.append(report)
 
     def _result(self) -> dict[str, Any]:
         run = self.run
