@@ -338,7 +338,7 @@ def test_report_of_little(tmp_path, capsys):
     assert capsys.readouterr().err == "report.py: grouped-0 and affinity-0 had different settings\n"
     page = tmp_path / "page.md"
     page.write_text("no markers")
-    results.pack(made, tmp_path / "all.json")
+    results.pack(made_up(LITTLE), tmp_path / "all.json")
     assert report.main([str(tmp_path / "all.json"), "--page", str(page)]) == 1
     assert "must hold the lines" in capsys.readouterr().err
 
