@@ -139,7 +139,7 @@ def test_runs_and_skips_what_is_finished(tmp_path, pictures, capsys, monkeypatch
     assert quick(tmp_path, pictures, "--only", "arms", "--arms", "distilled", "affinity", "--workers", "2") == 0
     names = {"teacher", "affinity-0", "affinity-1", "distilled-0", "distilled-1"}
     assert {path.stem for path in tmp_path.glob("*.json")} == names
-    assert "5 runs are finished" in capsys.readouterr().err
+    assert "5 of 5 runs are finished in" in capsys.readouterr().err
     first = results.read_all([tmp_path])
     for name in names:
         assert first[name]["steps"] == TRAIN // 8 and len(first[name]["history"]) == 1
@@ -312,7 +312,7 @@ def test_report(tmp_path, capsys):
     assert "Intervals that leave out zero: 2 of 3." in text  # the last is +0.40 (-0.03 to +0.83)
     assert "| 0.01 | 3 of 3 | 10.0, 10.0, 10.0 | 1 of 3 | 90.0, not finite at step 17, 90.0 |" in text
     assert "| 0.003 | 0 of 3 |" in text and "| 0.03 | not run |" in text
-    assert "Below 92%: fused." in text and "1 runs are missing: groups8-2." in text
+    assert "Below 92%: fused." in text and "Missing, of all runs: groups8-2." in text
     assert "](images/curves.png)" in text and "all runs" not in text and curves.stat().st_size > 10_000
     # The order turned round, and a speed that was not the arm's alone.
     for name, one in made.items():

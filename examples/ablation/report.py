@@ -195,7 +195,7 @@ def block(found: Found, picture: str | None = None, listing: str | None = None) 
     if low:
         lines += [f"Below {EXPECTED:.0f}%: {', '.join(dict.fromkeys(low))}.", ""]
     if missing := found.missing():
-        lines += [f"{len(missing)} runs are missing: {', '.join(missing)}.", ""]
+        lines += [f"Missing, of all runs: {', '.join(missing)}.", ""]
     return "\n".join(lines).rstrip()
 
 

@@ -291,13 +291,11 @@ def command(args: argparse.Namespace, argv: Sequence[str]) -> int:
             screen.close()
     left = pending(folder, args)
     errors = sorted(path.stem for path in folder.path.glob("*.error"))
-    done = sum(map(folder.done, plan(folder, args)))
+    known = plan(folder, args)
+    state = f"{sum(map(folder.done, known))} of {len(known)} runs are finished in {folder.path}"
     if errors or broken:
-        raise CommandError(
-            f"{done} runs are finished; with an error ended {', '.join(errors) or f'{broken} processes'}"
-        )
-    state = f"{len(left)} are left: start again to go on" if left else "none is left"
-    print(f"{done} runs are finished in {folder.path}, {state}", file=sys.stderr)
+        raise CommandError(f"{state}; with an error ended {', '.join(errors) or f'{broken} processes'}")
+    print(f"{state}{': start again to go on' if left else ''}", file=sys.stderr)
     return 0
 
 
