@@ -303,7 +303,9 @@ def test_report(tmp_path, capsys):
     results.pack(made, tmp_path / "runs.json")
     page, curves = tmp_path / "page.md", tmp_path / "images" / "curves.png"
     page.write_text(f"Before.\n{report.BEGIN}\nold\n{report.END}\nAfter.\n")
-    assert report.main([str(tmp_path / "runs.json"), "--page", str(page), "--curves", str(curves)]) == 0
+    files = ["--page", str(page), "--curves", str(curves), "--json", str(tmp_path / "again.json")]
+    assert report.main([str(tmp_path / "runs.json"), *files]) == 0
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "runs.json").read_bytes()
     text = page.read_text()
     assert text.startswith("Before.\n") and text.endswith("After.\n") and "old" not in text
     assert "| grouped scanning | 92.60 ± 0.10 | -0.50 (-0.50 to -0.50) | 23.40 M | 1,234 | 82.20 |" in text
@@ -313,7 +315,7 @@ def test_report(tmp_path, capsys):
     assert "| 0.01 | 3 of 3 | 10.0, 10.0, 10.0 | 1 of 3 | 90.0, not finite at step 17, 90.0 |" in text
     assert "| 0.003 | 0 of 3 |" in text and "| 0.03 | not run |" in text
     assert "Below 92%: fused." in text and "Missing, of all runs: groups8-2." in text
-    assert "](images/curves.png)" in text and "all runs" not in text and curves.stat().st_size > 10_000
+    assert "](images/curves.png)" in text and "([all runs](again.json))" in text and curves.stat().st_size > 10_000
     # The order turned round, and a speed that was not the arm's alone.
     for name, one in made.items():
         one["processes_on_device"] = 2
