@@ -23,11 +23,11 @@ from ablation.arms import Run, Settings
 from ablation.fashion import CLASSES, Batches, Split, shown
 from groupmamba import DistillationLoss
 from groupmamba.training import options
+from groupmamba.training.classification import label_loss
 from groupmamba.training.graph import capture, why_not
 from groupmamba.training.recipe import DEFAULTS, rates
 from groupmamba.training.seeds import seed_of
-from groupmamba.training.setup import make_criterion
-from groupmamba.training.step import Schedule, Step, make_optimizer, put_rates_on
+from groupmamba.training.step import Plan, Schedule, Step, make_optimizer, put_rates_on
 
 TEST_BATCH = 2000
 REPORTS = 10  # of a run that is not counted in epochs
@@ -75,9 +75,9 @@ class Training:
         self.batches = Batches(data.train, settings.batch, settings.side, run.seed)
         self.steps = settings.epochs * len(self.batches) if run.steps is None else run.steps
         self.interval = len(self.batches) if run.steps is None else max(self.steps // REPORTS, 1)
-        self.args = self._options()
+        self.args = options.complete({"data": ""})
         self.model = make_model(run, settings).to(self.device).to(memory_format=torch.channels_last)
-        criterion = make_criterion(self.args, mixed=False)
+        criterion = label_loss(self.args, mixed=False)
         if teacher is None:
             loss = DistillationLoss(criterion, None, kind="none")
         else:
@@ -86,7 +86,7 @@ class Training:
         optimizer = make_optimizer(self.model, self.args, run.lr)
         self.amp = torch.bfloat16 if run.arm.amp else None
         self.step = Step(self.model, loss, optimizer, clip=self.args.clip_grad, amp=self.amp, seed=run.seed)
-        self.schedule = Schedule(self.args, optimizer, rates(settings.batch, lr=run.lr), 1)
+        self.schedule = Schedule(self.args.sched, optimizer, rates(settings.batch, lr=run.lr), self._plan())
         self.no_graph = why_not(self.args, self.device, self.amp)
         self.done = 0
         self.seconds = 0.0
@@ -95,10 +95,10 @@ class Training:
         if checkpoint.is_file():
             self._restore()
 
-    def _options(self) -> Any:
-        """The recipe, with the run's own length: a step is what the schedule calls an epoch."""
+    def _plan(self) -> Plan:
+        """The recipe's warm-up and cosine over the run's own length."""
         warmup = max(self.steps * DEFAULTS["warmup_epochs"] // DEFAULTS["epochs"], 1)  # type: ignore[operator]
-        return options.complete({"data": "", "epochs": self.steps, "warmup_epochs": warmup})
+        return Plan(self.steps, warmup, self.steps - warmup, after_warmup=True)
 
     def fit(self, deadline: float, say: Callable[[Progress], None]) -> dict[str, Any] | None:
         """Trains to the end.
