@@ -65,6 +65,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pictures", type=positive, metavar="N", help="train from N JPEG files, too")
     parser.add_argument("--workers", type=positive, default=4, help="processes that load them (default: 4)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--profile", type=writable, metavar="PNG", help="draw when kernels and NCCL run in a step")
     parser.add_argument("--json", type=writable, metavar="FILE", help="write the results")
     parser.add_argument("--append", action="store_true", help="keep the runs that FILE already holds")
     return parser.parse_args(argv)
@@ -233,6 +234,9 @@ def steps(name: str, args: argparse.Namespace, processes: Processes, device: tor
     if args.fsdp:
         for title, sharded in (("DDP, plain step, as called", False), ("FSDP2, plain step, as called", True)):
             add(title, lambda s=sharded: Plain(name, args, processes, images, sharded=s))
+    graphed = calls.get("step, graph")
+    if args.profile and graphed is not None:
+        draw_profile(graphed, args.profile, f"{name}, a step of {args.batch_size} images on each GPU", processes)
     rows = rates_of(calls, args.batch_size * processes.world, args.steps, args.rounds, processes)
     for title, gigabytes in memory.items():
         rows[title]["gigabytes"] = gigabytes
@@ -240,6 +244,53 @@ def steps(name: str, args: argparse.Namespace, processes: Processes, device: tor
         for row in rows.values():
             row["of bare step"] = row["img_per_s"] / rows["bare step"]["img_per_s"]
     return rows
+
+
+def draw_profile(call: Callable[[int], None], file: Path, title: str, processes: Processes) -> None:
+    """One step as a picture: when NCCL's kernels run on the first GPU and when all others do."""
+    from matplotlib.figure import Figure
+
+    for i in range(3):
+        call(i)
+    wait(torch.device("cuda", processes.local_rank))
+    processes.barrier()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call(3)
+        wait(torch.device("cuda", processes.local_rank))
+    if not processes.first:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        profile.export_chrome_trace(f"{folder}/trace.json")
+        trace = json.loads(Path(folder, "trace.json").read_text())
+    kernels = [e for e in trace["traceEvents"] if e.get("cat") == "kernel"]
+    first = min(e["ts"] for e in kernels)
+    rows: dict[str, list[tuple[float, float]]] = {"NCCL": [], "other kernels": []}
+    for event in kernels:
+        rows["NCCL" if "nccl" in event["name"].lower() else "other kernels"].append(
+            ((event["ts"] - first) / 1e3, event["dur"] / 1e3)
+        )
+    covered = sum(_covered(span, rows["other kernels"]) for span in rows["NCCL"])
+    whole = sum(length for _, length in rows["NCCL"])
+    figure = Figure(figsize=(9, 2), layout="constrained")
+    axes = figure.subplots()
+    for i, (row, color) in enumerate(zip(rows, ("tab:orange", "tab:blue"), strict=True)):
+        axes.broken_barh(rows[row], (i - 0.35, 0.7), color=color)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_xlabel("milliseconds")
+    axes.set_title(
+        f"{title}: NCCL {whole:.1f} ms, {100 * covered / max(whole, 1e-9):.0f}% beside other kernels", size=10
+    )
+    figure.savefig(file, dpi=120)
+
+
+def _covered(span: tuple[float, float], others: Sequence[tuple[float, float]]) -> float:
+    """Of a (start, length) the part during which one of ``others`` runs."""
+    end, found, reached = span[0] + span[1], 0.0, span[0]
+    for start, length in sorted(others):
+        low, high = max(start, reached), min(start + length, end)
+        if high > low:
+            found, reached = found + high - low, high
+    return found
 
 
 def draw_picture(path: Path, seed: int) -> None:
