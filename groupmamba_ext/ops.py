@@ -55,7 +55,7 @@ def saved_states(height: int, width: int, dim: int, device_type: str, chunk: int
     """States that a forward saves of each plane for its backward, ``chunk`` tokens apart.
 
     On the CPU one a chunk of the path; on CUDA the larger of that and of the slabs along columns, see
-    csrc/cuda/scan_plan.h.
+    csrc/cuda/scan/plan.h.
     """
     along_path = -(-height * width // chunk)
     if device_type == "cpu" or along_path == 0:
@@ -76,7 +76,7 @@ def elements_of(image: Tensor, count: Callable[[], int]) -> int:
 
 
 def _column_slabs(height: int, width: int, dim: int, chunk: int) -> int:
-    """csrc/cuda/scan_plan.h's cut_columns."""
+    """csrc/cuda/scan/plan.h's cut_columns."""
     columns = min(chunk // 7 // -(-height // 7), width)
     whole = -(-width // columns) if columns else 0
     if columns == width or 10 * columns * height >= 8 * chunk:

@@ -136,9 +136,9 @@ def test_no_kernel_spills(kernels):
 
 
 def test_every_kernel_waits_for_those_before():
-    """One that did not would read, from 9.0 on, what the kernel before it is still writing (cuda/launch_kernel.cuh)."""
+    """One that did not would read, from 9.0 on, what the kernel before it still writes (common/launch_kernel.cuh)."""
     kernel = re.compile(r"__global__.*?_kernel\(const __grid_constant__ \w+ \w+\) \{\n(?P<first>[^\n]*)", re.DOTALL)
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    sources = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
     assert sources
     for source in sources:
         text = source.read_text()

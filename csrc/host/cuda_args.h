@@ -2,8 +2,8 @@
 // Tensors to the plain arguments of the CUDA launchers.
 #pragma once
 
-#include "cuda/params.h"
-#include "cuda/scan_plan.h"
+#include "cuda/common/args.h"
+#include "cuda/scan/plan.h"
 #include "host/tensor.h"
 
 namespace gm {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // batch_norm_relu and batch_norm_fold on CUDA: checks, device guard, allocation, launch. Schemas: csrc/schemas.cpp.
-#include "cuda/launch.h"
+#include "cuda/batch_norm/launch.h"
 #include "host/cuda_args.h"
 #include "host/stream.h"
 

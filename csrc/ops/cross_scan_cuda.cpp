@@ -2,7 +2,8 @@
 // cross_selective_scan on CUDA, by the kernels of the grouped scan: K scans of each of G groups are G * K groups, which
 // share images u and dy; their results are K images, which one more kernel adds. More channels than a warp holds go in
 // slices, a launch each. Schemas and layouts: csrc/schemas.cpp.
-#include "cuda/launch.h"
+#include "cuda/images/launch.h"
+#include "cuda/scan/launch.h"
 #include "host/cuda_args.h"
 #include "host/scan_args.h"
 #include "host/stream.h"

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // depthwise_conv3x3 on CUDA: checks, device guard, allocation, launch. Schemas and layouts: csrc/schemas.cpp.
-#include "cuda/launch.h"
+#include "cuda/depthwise_conv/launch.h"
 #include "host/cuda_args.h"
 #include "host/stream.h"
 #include "ops/entries_cuda.h"

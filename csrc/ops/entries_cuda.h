@@ -7,7 +7,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cuda/params.h"
+#include "cuda/common/args.h"
 #include "host/stream.h"
 #include "host/tensor.h"
 
@@ -34,7 +34,7 @@ struct NormPoolInputs {
     OptTensor sum{}, sum_bias{};  // sum, (batch, H, W, C), becomes x + sum_bias, which counts as `kept` says
     KeptArg kept{};
     OptTensor x_bias{};  // (C,), up to 512 channels, without sum: added to x before all
-    OptTensor words{};   // float32, of a later kernel: marked absent (cuda/words.cuh)
+    OptTensor words{};   // float32, of a later kernel: marked absent (cuda/scan/sm90/inter_block_state.cuh)
 };
 // Writes xn: (batch, H, W, C), or (batch, H, W, groups, width) with zeros behind the channels of a group.
 void layer_norm_pool_fwd_into(const Tensor& xn, NormPoolInputs in, const CudaContext& context);
@@ -109,8 +109,8 @@ public:
     ScanForward& operator=(const ScanForward&) = delete;
     ~ScanForward();
 
-    // What blocks that share planes send one another, to be marked absent (cuda/words.cuh) by a kernel in between; by
-    // launch(), if this is not called. Null where they share none.
+    // What blocks that share planes send one another, to be marked absent (inter_block_state.cuh) by a kernel in
+    // between; by launch(), if this is not called. Null where they share none.
     OptTensor words_to_mark();
     void launch();
 

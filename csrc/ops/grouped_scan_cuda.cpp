@@ -3,13 +3,14 @@
 #include <optional>
 #include <vector>
 
-#include "cuda/grouped_scan_sm90.h"
-#include "cuda/launch.h"
+#include "cuda/scan/launch.h"
+#include "cuda/scan/sm90/launch.h"
+#include "cuda/scan/sm90/select.h"
 #include "host/cuda_args.h"
 #include "host/scan_args.h"
 #include "host/stream.h"
 #include "ops/entries_cuda.h"
-#include "ops/movable_images.h"
+#include "ops/tma_images.h"
 
 namespace gm {
 namespace {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // layer_norm_pool and modulated_layer_norm on CUDA: checks, device guard, allocation, launch. Schemas and layouts:
 // csrc/schemas.cpp.
-#include "cuda/launch.h"
+#include "cuda/layer_norm/launch.h"
+#include "cuda/parameters/launch.h"
 #include "host/cuda_args.h"
 #include "host/stream.h"
 #include "ops/entries_cuda.h"
