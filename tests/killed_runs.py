@@ -10,7 +10,7 @@ import signal
 import sys
 
 from groupmamba import cli
-from groupmamba.training import checkpoint, loop, output, step
+from groupmamba.training import checkpoint, classification, output, step
 
 PLACES = {
     "step": (step.Step, "body"),  # inside an epoch
@@ -20,7 +20,7 @@ PLACES = {
     "remove": (checkpoint.shutil, "rmtree"),
     "link": (checkpoint.os, "replace"),
     "row": (output.Table, "add"),
-    "validation": (loop, "accuracies"),
+    "validation": (classification, "accuracies"),
 }
 
 

@@ -6,6 +6,7 @@ import argparse
 import pytest
 
 from groupmamba.training import options
+from groupmamba.training.option_table import TRAIN
 from groupmamba.training.recipe import DEFAULTS, RECIPE, rates
 from train_tools import SMALL, command, losses, make_pictures, rows, train
 
@@ -46,7 +47,7 @@ def test_the_released_recipe():
     assert rates(128, lr=0.1, warmup_lr=0.01, min_lr=0.0) == (0.1, 0.01, 0.0)
     assert rates(128, lr_base_scale="sqrt").lr == 2.5e-4
     assert all(value.source for value in RECIPE) and len(DEFAULTS) == len(RECIPE)
-    assert not set(DEFAULTS) - set(options.OPTIONS)
+    assert not set(DEFAULTS) - set(TRAIN.options)
 
 
 def test_help_fits_a_screen_and_the_long_one_has_everything(capsys):
@@ -55,8 +56,8 @@ def test_help_fits_a_screen_and_the_long_one_has_everything(capsys):
     assert len(lines) <= 24 and max(map(len, lines)) <= 80
     assert command("train", "--help-all") == 0
     text = capsys.readouterr().out
-    assert all(f"--{option.name}" in text for option in options.OPTIONS.values())
-    assert all(f"{title}:" in text for title in options.GROUPS)
+    assert all(f"--{option.name}" in text for option in TRAIN.options.values())
+    assert all(f"{title}:" in text for title in TRAIN.groups)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +171,7 @@ def test_args_yaml_trains_the_same_again(data, tmp_path):
 def test_every_option_can_be_given():
     parser = argparse.ArgumentParser(add_help=False)
     options.add_arguments(parser)
-    for option in options.OPTIONS.values():
+    for option in TRAIN.options.values():
         actions = [action for action in parser._actions if action.dest == option.dest]
         assert len(actions) == 1 and actions[0].default is argparse.SUPPRESS, option.name
     assert options.given(parser.parse_args(["here", "--no-model-ema", "--no-kd", "-b", "3"])) == {

@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NoReturn
 
 from groupmamba import demo, environment, model_info
 from groupmamba.training import command as train
 from groupmamba.training import options as train_options
 from groupmamba.training import predict, validation
+from groupmamba.training.option_table import TRAIN
 from groupmamba_ext import selftest
 from groupmamba_ext._command import run_command
 from groupmamba_ext._version import __version__
@@ -44,7 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     about = add("info", "versions, the build and the devices, for a bug report; with MODEL, facts on a model", _info)
     model_info.add_arguments(about)
     add("selftest", "check every op against its reference on the devices present", lambda args: selftest.main())
-    train_options.add_arguments(add("train", "train a model on folders of images", train.main, own_help=True))
+    for table, help in ((TRAIN, "train a model on folders of images"),):
+        train_options.add_arguments(add(table.name, help, partial(train.main, command=table), own_help=True), table)
     validation.add_arguments(add("validate", "accuracy of a checkpoint on folders of images", validation.main))
     predict.add_arguments(add("predict", "the most likely classes of images, and what speaks for them", predict.main))
     return parser

@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -20,8 +20,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from groupmamba.training.card import Card
+from groupmamba.training.pixels import Pixels, ToPixels
 from groupmamba.training.seeds import seed_of, seeded
 from groupmamba_ext._command import CommandError, UsageError, one_line
+
+if TYPE_CHECKING:
+    from groupmamba.training.task import Source
 
 VALIDATION_NAMES = ("validation", "val")
 NAMES_SHOWN = 3
@@ -30,10 +34,15 @@ NAMES_SHOWN = 3
 class Batch(NamedTuple):
     """Images, their labels (-1: can't be read), their indices, and (index, reason) of those that can't be read."""
 
-    images: Tensor
+    images: Pixels
     labels: Tensor
     indices: Tensor
     bad: list[tuple[int, str]]
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether there is no image in place of one that can't be read."""
+        return bool((self.labels < 0).any())
 
 
 class Folder:
@@ -76,6 +85,10 @@ class Folder:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def path_of(self, index: int) -> str:
+        """The file of an image."""
+        return self.samples[index][0]
+
 
 def _listed(names: Sequence[str]) -> str:
     more = len(names) - NAMES_SHOWN
@@ -101,7 +114,7 @@ class Images(Dataset):
 
     Args:
         folder: where they are.
-        transform: image to tensor; what it draws follows from (seed, epoch, index).
+        transform: of timm, image to normalised tensor; what it draws follows from (seed, epoch, index).
         seed: of the run.
         tries: how many images after one that can't be read take its place in turn; 0 gives zeros and the label -1.
         size: pixels of a side, for these zeros.
@@ -109,12 +122,13 @@ class Images(Dataset):
 
     def __init__(self, folder: Folder, transform: Callable, seed: int, tries: int, size: int):
         self.samples, self.root = folder.samples, folder.root
-        self.transform, self.seed, self.tries, self.size = transform, seed, tries, size
+        self.transform = ToPixels(transform)
+        self.seed, self.tries, self.size = seed, tries, size
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int, list[tuple[int, str]]]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Pixels, int, int, list[tuple[int, str]]]:
         epoch, first = key
         bad: list[tuple[int, str]] = []
         for i in range(min(self.tries, len(self.samples) - 1) + 1):
@@ -129,7 +143,7 @@ class Images(Dataset):
                 continue
             with seeded(self.seed, "image", epoch, first):
                 return self.transform(picture), label, index, bad
-        return torch.zeros(3, self.size, self.size), -1, first, bad
+        return Pixels.empty(self.size, self.size), -1, first, bad
 
 
 def _read(path: str) -> Image.Image:
@@ -138,10 +152,10 @@ def _read(path: str) -> Image.Image:
         return Image.open(file).convert("RGB")
 
 
-def collate(samples: Sequence[tuple[Tensor, int, int, list[tuple[int, str]]]]) -> Batch:
+def collate(samples: Sequence[tuple[Pixels, int, int, list[tuple[int, str]]]]) -> Batch:
     """Samples to a batch."""
     images, labels, indices, bad = zip(*samples, strict=True)
-    return Batch(torch.stack(images), torch.tensor(labels), torch.tensor(indices), [b for some in bad for b in some])
+    return Batch(Pixels.stack(images), torch.tensor(labels), torch.tensor(indices), [b for some in bad for b in some])
 
 
 class TrainingOrder(Sampler):
@@ -163,15 +177,16 @@ class TrainingOrder(Sampler):
         )
         self.total = batch * pieces * world
         self.epoch = self.start = 0
+        self.stop = self.steps
 
     @property
     def steps(self) -> int:
         """Steps an epoch."""
         return self.images // self.total
 
-    def begin(self, epoch: int, start: int = 0) -> None:
-        """The next iteration is over ``epoch`` from step ``start`` on."""
-        self.epoch, self.start = epoch, start
+    def begin(self, epoch: int, start: int = 0, stop: int | None = None) -> None:
+        """The next iteration is over ``epoch`` from step ``start`` on, before step ``stop`` where it is given."""
+        self.epoch, self.start, self.stop = epoch, start, self.steps if stop is None else stop
 
     def images_of(self, epoch: int, step: int) -> list[int]:
         """The images that all processes take in a step of an epoch."""
@@ -183,13 +198,13 @@ class TrainingOrder(Sampler):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = self._permutation(self.epoch)
-        for step in range(self.start, self.steps):
+        for step in range(self.start, self.stop):
             for piece in range(self.pieces):
                 first = step * self.total + (piece * self.world + self.rank) * self.batch
                 yield [(self.epoch, index) for index in order[first : first + self.batch]]
 
     def __len__(self) -> int:
-        return (self.steps - self.start) * self.pieces
+        return (self.stop - self.start) * self.pieces
 
 
 class ValidationOrder(Sampler):
@@ -213,21 +228,21 @@ class BadImages:
         CommandError: by :meth:`add`, for the first that is too many, or if their folder has vanished.
     """
 
-    def __init__(self, folder: Folder, allowed: int, say: Callable[[str], None]):
-        self.folder, self.allowed, self.say = folder, allowed, say
+    def __init__(self, source: Source, allowed: int, say: Callable[[str], None]):
+        self.source, self.allowed, self.say = source, allowed, say
         self.found: set[int] = set()
 
     def add(self, bad: list[tuple[int, str]]) -> None:
         for index, reason in bad:
             if index in self.found:
                 continue
-            if not self.folder.root.is_dir():
-                raise CommandError(f"{self.folder.root} has vanished")
+            if not self.source.root.is_dir():
+                raise CommandError(f"{self.source.root} has vanished")
             self.found.add(index)
-            path = self.folder.samples[index][0]
+            path = self.source.path_of(index)
             if len(self.found) > self.allowed:
                 raise CommandError(
-                    f"{path} can't be read ({reason}): the {len(self.found)}. such image in {self.folder.root}, more "
+                    f"{path} can't be read ({reason}): the {len(self.found)}. such image in {self.source.root}, more "
                     f"than --max-bad-images {self.allowed}"
                 )
             self.say(f"skipped {path}, which can't be read ({reason}); {len(self.found)} so far")

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every option of ``groupmamba train``, in groups: names and meanings of timm's train script, and our own."""
+"""Options of the commands that train, in groups: names and meanings of timm's train script, and our own."""
 
 from __future__ import annotations
 
 import argparse
 import ast
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from groupmamba.training.recipe import DEFAULTS, TEACHER
+from groupmamba.training.recipe import DEFAULTS, RECIPE, TEACHER, Value
+from groupmamba_ext._command import UsageError
 
 Convert = Callable[[str], Any]
 
@@ -58,22 +60,64 @@ class Option(NamedTuple):
     def dest(self) -> str:
         return self.name.replace("-", "_")
 
-    @property
-    def value(self) -> Any:
-        """The default: the recipe's where it has one."""
-        return DEFAULTS.get(self.dest, self.default)
+
+Groups = Mapping[str, tuple[Option, ...]]
 
 
-_COUNT, _POSITIVE, _AT_LEAST_0 = number(0, whole=True), number(1, whole=True), number(0)
-_SHARE, _RATE = number(0, 1), number(0, above=True)
+@dataclass(frozen=True)
+class Command:
+    """A command that trains: its options, with the recipe's defaults, and its short help.
+
+    Args:
+        name: as it is called.
+        task: what it trains.
+        groups: options by the title under which help lists them.
+        recipe: defaults, each with its source; of options that are in no recipe the table has the default.
+        data: what the argument DATA must be, in words.
+        short_help: text of ``--help``.
+        check: raises UsageError for options that exclude each other, and settles those that follow from others; gets
+            all options and those that were given.
+        needed: packages beside those of all commands that train.
+        prefix: of the default ``--output``, before the model's name.
+    """
+
+    name: str
+    task: str
+    groups: Groups
+    recipe: tuple[Value, ...]
+    data: str
+    short_help: str
+    check: Callable[[argparse.Namespace, Mapping[str, Any]], None]
+    needed: tuple[str, ...] = ()
+    prefix: str = ""
+    options: dict[str, Option] = field(init=False)
+
+    def __post_init__(self) -> None:
+        known = {value.option: value.default for value in self.recipe}
+        groups = {
+            title: tuple(option._replace(default=known.get(option.dest, option.default)) for option in options)
+            for title, options in self.groups.items()
+        }
+        object.__setattr__(self, "groups", groups)
+        object.__setattr__(self, "options", {option.dest: option for group in groups.values() for option in group})
+
+
+def chosen(options: Iterable[Option], *names: str) -> tuple[Option, ...]:
+    """Those of ``options`` that have these names, in this order."""
+    known = {option.name: option for option in options}
+    return tuple(known[name] for name in names)
+
+
+COUNT, POSITIVE, AT_LEAST_0 = number(0, whole=True), number(1, whole=True), number(0)
+SHARE, RATE = number(0, 1), number(0, above=True)
 
 GROUPS: dict[str, tuple[Option, ...]] = {
     "data": (
         Option("img-size", number(32, 4096, whole=True), "pixels of a side"),
         Option("workers", number(0, 1024, whole=True), "processes that load images, for each GPU", 4, short="j"),
-        Option("batch-size", _POSITIVE, "images a step of each GPU", short="b"),
-        Option("validation-batch-size", _POSITIVE, "the same in validation; default: --batch-size"),
-        Option("max-bad-images", _COUNT, "images that can't be read before the run stops", 100),
+        Option("batch-size", POSITIVE, "images a step of each GPU", short="b"),
+        Option("validation-batch-size", POSITIVE, "the same in validation; default: --batch-size"),
+        Option("max-bad-images", COUNT, "images that can't be read before the run stops", 100),
         Option("pin-mem", bool, "page-locked memory for batches; default: with a GPU"),
     ),
     "model": (
@@ -96,45 +140,45 @@ GROUPS: dict[str, tuple[Option, ...]] = {
     ),
     "optimizer": (
         Option("opt", str, "an optimizer of timm"),
-        Option("opt-eps", _RATE, "its epsilon"),
+        Option("opt-eps", RATE, "its epsilon"),
         Option("opt-betas", number(0, 0.9999999), "its betas", None, 2),
-        Option("momentum", _SHARE, "its momentum, where it has one", 0.9),
-        Option("weight-decay", _AT_LEAST_0, "of matrices and convolutions"),
+        Option("momentum", SHARE, "its momentum, where it has one", 0.9),
+        Option("weight-decay", AT_LEAST_0, "of matrices and convolutions"),
         Option("decay-all", bool, "decay A_log and step biases too, as the released code does", False),
         Option("layer-decay", number(0, 1, above=True), "factor of the learning rate from block to block, backwards"),
-        Option("clip-grad", _AT_LEAST_0, "highest gradient norm; 0 for none"),
+        Option("clip-grad", AT_LEAST_0, "highest gradient norm; 0 for none"),
         Option("clip-mode", ("norm", "value", "agc"), "what --clip-grad bounds"),
-        Option("grad-accum-steps", _POSITIVE, "batches a step", 1),
+        Option("grad-accum-steps", POSITIVE, "batches a step", 1),
     ),
     "learning rate": (
         Option("sched", ("cosine", "tanh", "poly", "constant"), "schedule, stepped once an update"),
-        Option("lr", _RATE, "the highest rate, as it is; default: --lr-base scaled by the total batch"),
-        Option("lr-base", _RATE, "the highest rate at a total batch of --lr-base-size"),
-        Option("lr-base-size", _POSITIVE, "total batch that --lr-base is for"),
+        Option("lr", RATE, "the highest rate, as it is; default: --lr-base scaled by the total batch"),
+        Option("lr-base", RATE, "the highest rate at a total batch of --lr-base-size"),
+        Option("lr-base-size", POSITIVE, "total batch that --lr-base is for"),
         Option("lr-base-scale", ("linear", "sqrt"), "how it is scaled"),
-        Option("warmup-lr", _AT_LEAST_0, "first rate; default: 5e-7, scaled like --lr-base"),
-        Option("min-lr", _AT_LEAST_0, "last rate; default: 5e-6, scaled like --lr-base"),
-        Option("epochs", _POSITIVE, "passes over the training images, the warm-up's included"),
-        Option("warmup-epochs", _COUNT, "epochs of linear warm-up; the schedule spans the rest"),
+        Option("warmup-lr", AT_LEAST_0, "first rate; default: 5e-7, scaled like --lr-base"),
+        Option("min-lr", AT_LEAST_0, "last rate; default: 5e-6, scaled like --lr-base"),
+        Option("epochs", POSITIVE, "passes over the training images, the warm-up's included"),
+        Option("warmup-epochs", COUNT, "epochs of linear warm-up; the schedule spans the rest"),
         Option("warmup-prefix", bool, "the warm-up comes before --epochs, not out of them", False),
     ),
     "augmentation": (
         Option("no-aug", bool, "only resize and crop the centre", False),
         Option("scale", number(0, 1, above=True), "area of the random crop", None, 2),
-        Option("ratio", _RATE, "aspect ratio of the random crop", None, 2),
-        Option("hflip", _SHARE, "probability of a horizontal flip"),
-        Option("vflip", _SHARE, "probability of a vertical flip", 0.0),
-        Option("color-jitter", _AT_LEAST_0, "strength; without effect beside --aa"),
+        Option("ratio", RATE, "aspect ratio of the random crop", None, 2),
+        Option("hflip", SHARE, "probability of a horizontal flip"),
+        Option("vflip", SHARE, "probability of a vertical flip", 0.0),
+        Option("color-jitter", AT_LEAST_0, "strength; without effect beside --aa"),
         Option("aa", str, "AutoAugment or RandAugment policy of timm; '' for none"),
-        Option("reprob", _SHARE, "probability of random erasing"),
+        Option("reprob", SHARE, "probability of random erasing"),
         Option("remode", ("const", "rand", "pixel"), "what is put there"),
-        Option("recount", _POSITIVE, "erased rectangles an image"),
-        Option("mixup", _AT_LEAST_0, "alpha of mixup; 0 for none"),
-        Option("cutmix", _AT_LEAST_0, "alpha of CutMix; 0 for none"),
-        Option("mixup-prob", _SHARE, "probability that a batch is mixed"),
-        Option("mixup-switch-prob", _SHARE, "probability of CutMix where both are on"),
+        Option("recount", POSITIVE, "erased rectangles an image"),
+        Option("mixup", AT_LEAST_0, "alpha of mixup; 0 for none"),
+        Option("cutmix", AT_LEAST_0, "alpha of CutMix; 0 for none"),
+        Option("mixup-prob", SHARE, "probability that a batch is mixed"),
+        Option("mixup-switch-prob", SHARE, "probability of CutMix where both are on"),
         Option("mixup-mode", ("batch", "pair", "elem"), "what shares a mixing ratio"),
-        Option("mixup-off-epoch", _COUNT, "no mixing from this epoch on; 0 for always", 0),
+        Option("mixup-off-epoch", COUNT, "no mixing from this epoch on; 0 for always", 0),
         Option("smoothing", number(0, 0.999), "label smoothing"),
         Option("train-interpolation", ("bicubic", "bilinear", "random"), "in training"),
         Option("interpolation", ("bicubic", "bilinear"), "in validation"),
@@ -150,22 +194,20 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         Option("kd-model-name", str, f"teacher, pretrained, of timm; default: {TEACHER} for 1,000 classes, else none"),
         Option("kd-model-path", str, "checkpoint of the teacher, which keeps its own number of classes"),
         Option("kd-token-distill-type", ("hard", "soft"), "the teacher's argmax, or its distribution"),
-        Option("kd-temperature", _RATE, "of the soft form"),
-        Option("task-loss-weight", _SHARE, "weight of the labels; the teacher has the rest"),
+        Option("kd-temperature", RATE, "of the soft form"),
+        Option("task-loss-weight", SHARE, "weight of the labels; the teacher has the rest"),
     ),
     "run": (
         Option("output", str, "the run's own folder; default: output/MODEL"),
         Option("resume", str, "a run's folder or checkpoint to go on from; auto: what --output holds; none", "auto"),
         Option("config", str, "read options from a YAML file, such as a run's args.yaml"),
         Option("seed", number(0, (1 << 63) - 1, whole=True), "of everything random", 42),
-        Option("log-interval", _POSITIVE, "steps from report to report", 50),
-        Option("val-interval", _POSITIVE, "epochs from validation to validation", 1),
-        Option("checkpoint-steps", _COUNT, "checkpoints inside an epoch, so many steps apart; 0 for none", 0),
-        Option("checkpoint-hist", _POSITIVE, "epochs' checkpoints to keep, the best", 10),
+        Option("log-interval", POSITIVE, "steps from report to report", 50),
+        Option("val-interval", POSITIVE, "epochs from validation to validation", 1),
+        Option("checkpoint-steps", COUNT, "checkpoints inside an epoch, so many steps apart; 0 for none", 0),
+        Option("checkpoint-hist", POSITIVE, "epochs' checkpoints to keep, the best", 10),
     ),
 }
-OPTIONS = {option.dest: option for group in GROUPS.values() for option in group}
-
 # What may differ from one part of a run to the next: nothing of it changes a loss.
 # fmt: off
 FREE = frozenset((
@@ -175,7 +217,7 @@ FREE = frozenset((
 ))
 # fmt: on
 
-SHORT_HELP = f"""\
+_SHORT_HELP = f"""\
 usage: groupmamba train DATA [options]          (--help-all lists every option)
 
 Train a model on DATA/train/CLASS/IMAGE, checked on DATA/validation (or val), by
@@ -197,3 +239,31 @@ the recipe of the paper's released code.
 
 Many GPUs: torchrun --nproc-per-node N -m groupmamba train DATA [options]
 """
+
+
+def _check(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
+    teacher = next((o for o in ("kd_model_name", "kd_model_path") if getattr(args, o) is not None), None)
+    if args.no_kd and teacher is not None:
+        raise UsageError(f"--no-kd and --{teacher.replace('_', '-')} {getattr(args, teacher)} exclude each other")
+    if not args.warmup_prefix and args.warmup_epochs >= args.epochs > 0:
+        if "warmup_epochs" in given:
+            raise UsageError(
+                f"--warmup-epochs {args.warmup_epochs} must be fewer than --epochs {args.epochs}, or come before them "
+                f"with --warmup-prefix"
+            )
+        args.warmup_epochs = args.epochs * DEFAULTS["warmup_epochs"] // DEFAULTS["epochs"]  # type: ignore[operator]
+    for name in ("scale", "ratio"):
+        low, high = getattr(args, name)
+        if low > high:
+            raise UsageError(f"--{name} must be two numbers in order, got {low:g} {high:g}")
+
+
+TRAIN = Command(
+    "train",
+    "classification",
+    GROUPS,
+    RECIPE,
+    "the folder that holds train/ and validation/ (or val/)",
+    _SHORT_HELP,
+    _check,
+)

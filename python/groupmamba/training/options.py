@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options of ``groupmamba train``: names and meanings of timm's train script, and some of this project's own.
+"""Options of the commands that train: from the command line, from files, and from the run that goes on.
 
 argparse keeps what was given and nothing else, so that a default, a configuration file and a run that goes on can each
 fill in the rest, in this order of weight: the command line, ``--config``, the run's own args.yaml, the recipe.
@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from groupmamba.training.option_table import FREE, GROUPS, OPTIONS, SHORT_HELP, Option, keyword
-from groupmamba.training.recipe import DEFAULTS
+from groupmamba.training.option_table import FREE, TRAIN, Command, Option, keyword
 from groupmamba_ext._command import UsageError, one_line
 
 
@@ -35,19 +34,19 @@ def _shown(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of ``groupmamba train``; the parser must have been made with ``add_help=False``."""
-    parser.usage = "groupmamba train DATA [options]"
+def add_arguments(parser: argparse.ArgumentParser, command: Command = TRAIN) -> None:
+    """Adds the arguments of ``command``; the parser must have been made with ``add_help=False``."""
+    parser.usage = f"groupmamba {command.name} DATA [options]"
     parser.argument_default = argparse.SUPPRESS
-    parser.add_argument("-h", "--help", action=_Show, text=SHORT_HELP, help="the options that people use")
+    parser.add_argument("-h", "--help", action=_Show, text=command.short_help, help="the options that people use")
     parser.add_argument("--help-all", action=_Show, help="every option")
-    parser.add_argument("data", nargs="?", metavar="DATA", default=argparse.SUPPRESS, help="holds train/ and val/")
-    for title, options in GROUPS.items():
+    parser.add_argument("data", nargs="?", metavar="DATA", default=argparse.SUPPRESS, help=command.data)
+    for title, options in command.groups.items():
         group = parser.add_argument_group(title)
         for option in options:
             names = [f"--{option.name}", *([f"-{option.short}"] if option.short else [])]
-            known = option.value is not None and option.kind is not bool and option.value != ""
-            text = f"{option.help} [{_shown(option.value)}]" if known else option.help
+            known = option.default is not None and option.kind is not bool and option.default != ""
+            text = f"{option.help} [{_shown(option.default)}]" if known else option.help
             text = text.replace("%", "%%")
             if option.kind is bool:
                 plain = option.name.startswith("no-")
@@ -60,20 +59,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 group.add_argument(*names, type=option.kind, nargs=option.nargs, metavar=metavar, help=text)
 
 
-def given(args: argparse.Namespace) -> dict[str, Any]:
+def given(args: argparse.Namespace, command: Command = TRAIN) -> dict[str, Any]:
     """What the command line says, and beside it what ``--config`` says.
 
     Raises:
         UsageError: the file can't be read, or names an option or a value that isn't one.
     """
-    values = {name: value for name, value in vars(args).items() if name in OPTIONS or name == "data"}
+    values = {name: value for name, value in vars(args).items() if name in command.options or name == "data"}
     if "model_kwargs" in values:
         values["model_kwargs"] = dict(values["model_kwargs"])
     file = values.pop("config", None)
-    return values if file is None else {**read_yaml(file), **values}
+    return values if file is None else {**read_yaml(file, command), **values}
 
 
-def read_yaml(file: str | Path) -> dict[str, Any]:
+def read_yaml(file: str | Path, command: Command = TRAIN) -> dict[str, Any]:
     """Options of a YAML file, checked as if they stood on the command line.
 
     Raises:
@@ -87,11 +86,11 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
         raise UsageError(f"--config: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise UsageError(f"--config: {str(file)!r} must map options to values, got {type(values).__name__}")
-    return {name: _checked(str(file), name, value) for name, value in values.items() if value is not None}
+    return {name: _checked(str(file), name, value, command) for name, value in values.items() if value is not None}
 
 
-def _checked(file: str, name: object, value: Any) -> Any:
-    option = OPTIONS.get(str(name).replace("-", "_"))
+def _checked(file: str, name: object, value: Any, command: Command) -> Any:
+    option = command.options.get(str(name).replace("-", "_"))
     if name == "data" and isinstance(value, str):
         return value
     if option is None:
@@ -139,7 +138,9 @@ def plain(value: Any) -> Any:
     return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def complete(values: Mapping[str, Any], earlier: Mapping[str, Any] | None = None) -> argparse.Namespace:
+def complete(
+    values: Mapping[str, Any], earlier: Mapping[str, Any] | None = None, command: Command = TRAIN
+) -> argparse.Namespace:
     """All options: those given, those of the run that goes on, and defaults.
 
     Raises:
@@ -154,26 +155,13 @@ def complete(values: Mapping[str, Any], earlier: Mapping[str, Any] | None = None
                 f"--{name.replace('_', '-')} {_shown(value)} differs from the {_shown(earlier[name])} of the run that "
                 f"goes on: leave it out, or choose another --output, or --resume none to begin anew"
             )
-    defaults = {option.dest: option.value for option in OPTIONS.values()}
+    defaults = {option.dest: option.default for option in command.options.values()}
     args = argparse.Namespace(**{"data": None, **defaults, **earlier, **values})
     if args.data is None:
-        raise UsageError("DATA is missing: the folder that holds train/ and validation/ (or val/)")
+        raise UsageError(f"DATA is missing: {command.data}")
     if args.weights is not None and args.pretrained:
         raise UsageError("--weights and --pretrained exclude each other")
-    teacher = next((o for o in ("kd_model_name", "kd_model_path") if getattr(args, o) is not None), None)
-    if args.no_kd and teacher is not None:
-        raise UsageError(f"--no-kd and --{teacher.replace('_', '-')} {getattr(args, teacher)} exclude each other")
-    if not args.warmup_prefix and args.warmup_epochs >= args.epochs > 0:
-        if "warmup_epochs" in values:
-            raise UsageError(
-                f"--warmup-epochs {args.warmup_epochs} must be fewer than --epochs {args.epochs}, or come before them "
-                f"with --warmup-prefix"
-            )
-        args.warmup_epochs = args.epochs * DEFAULTS["warmup_epochs"] // DEFAULTS["epochs"]  # type: ignore[operator]
-    for name in ("scale", "ratio"):
-        low, high = getattr(args, name)
-        if low > high:
-            raise UsageError(f"--{name} must be two numbers in order, got {low:g} {high:g}")
+    command.check(args, values)
     if args.output is None:
-        args.output = str(Path("output") / args.model)
+        args.output = str(Path("output") / f"{command.prefix}{args.model}")
     return args

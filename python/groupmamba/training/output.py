@@ -10,19 +10,21 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from groupmamba.training.options import OPTIONS, plain
+from groupmamba.training.option_table import Command
+from groupmamba.training.options import plain
 
 SUMMARY, STEPS, ARGS, CURVES = "summary.csv", "steps.csv", "args.yaml", "curves.png"
-SUMMARY_COLUMNS = (
-    "epoch", "step", "train_loss", "eval_loss", "eval_top1", "eval_top5", "ema_loss", "ema_top1", "ema_top5", "lr",
-    "images_per_s", "seconds", "bad_images",
-)  # fmt: skip
 STEP_COLUMNS = ("step", "epoch", "loss", "lr")
 _NOT_KEPT = ("config", "resume", "output")  # what args.yaml leaves out: where a run is, not what it is
+
+
+def summary_columns(metrics: Sequence[str]) -> tuple[str, ...]:
+    """Of summary.csv, with those of the task's metrics."""
+    return ("epoch", "step", "train_loss", *metrics, "lr", "images_per_s", "seconds", "bad_images")
 
 
 class Table:
@@ -57,33 +59,35 @@ class Table:
         return [row for row in rows if None not in row.values() and (row[self.columns[0]] or "").isdecimal()]
 
 
-def write_args(run: Path, args: argparse.Namespace, total_batch: int) -> None:
+def write_args(run: Path, args: argparse.Namespace, command: Command, total_batch: int) -> None:
     """args.yaml: what ``--config`` needs to train the same again; beside options as a comment the total batch."""
     import yaml
 
-    values = {name: getattr(args, name) for name in ("data", *OPTIONS) if name not in _NOT_KEPT}
+    values = {name: getattr(args, name) for name in ("data", *command.options) if name not in _NOT_KEPT}
     values = {name: plain(value) for name, value in values.items() if value is not None}
-    text = f"# groupmamba train --config {ARGS}; {total_batch} images a step in all\n"
+    text = f"# groupmamba {command.name} --config {ARGS}; {total_batch} images a step in all\n"
     text += yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
     beside = run / f".{ARGS}"
     beside.write_text(text)
     os.replace(beside, run / ARGS)
 
 
-def draw_curves(run: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    """curves.png: loss and accuracy by epoch; nothing where matplotlib is missing."""
+class Panel(NamedTuple):
+    """One plot of curves.png: its title, and by columns of summary.csv what their lines are called."""
+
+    title: str
+    lines: Mapping[str, str]
+
+
+def draw_curves(run: Path, rows: Sequence[Mapping[str, str]], panels: Sequence[Panel]) -> None:
+    """curves.png: loss and metrics by epoch; nothing where matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    panels = (
-        (left, "loss", (("train_loss", "training"), ("eval_loss", "validation"), ("ema_loss", "moving average"))),
-        (right, "top-1 accuracy, %", (("eval_top1", "model"), ("ema_top1", "moving average"))),
-    )
-    for axes, title, lines in panels:
-        for column, label in lines:
+    figure = Figure(figsize=(4.5 * len(panels), 3.5), layout="constrained")
+    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for column, label in lines.items():
             points = [(int(row["epoch"]) + 1, float(row[column])) for row in rows if row[column]]
             if points:
                 axes.plot(*zip(*points, strict=True), marker="." if len(points) < 40 else "", label=label)

@@ -9,7 +9,6 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,22 +16,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from groupmamba.training.card import Card, create_model, find_weights, load
-from groupmamba.training.data import (
-    BadImages,
-    Folder,
-    Images,
-    TrainingOrder,
-    ValidationOrder,
-    loader,
-    training_transform,
-    validation_folder,
-    validation_transform,
-)
+from groupmamba.training.card import Card
+from groupmamba.training.data import BadImages, TrainingOrder, ValidationOrder
 from groupmamba.training.distributed import Processes
-from groupmamba.training.options import OPTIONS
 from groupmamba.training.output import Screen
 from groupmamba.training.recipe import rates
+from groupmamba.training.task import Source, Sources, Task
 from groupmamba_ext._command import CommandError, UsageError, gpu_usable, require_gpu
 
 
@@ -40,8 +29,7 @@ from groupmamba_ext._command import CommandError, UsageError, gpu_usable, requir
 class Data:
     """Images of a run, in the order in which it takes them."""
 
-    classes: list[str]
-    training: Folder
+    sources: Sources
     order: TrainingOrder
     batches: DataLoader
     validation: DataLoader
@@ -81,63 +69,12 @@ def check_arguments(args: argparse.Namespace, processes: Processes, device: torc
         raise CommandError(
             f"process {processes.local_rank} of this host has no GPU: torch sees {torch.cuda.device_count()}"
         )
-    if args.kd_model_path is not None and not Path(args.kd_model_path).is_file():
-        raise CommandError(f"--kd-model-path {args.kd_model_path} is no file")
-    for name in ("data", "weights", "kd_model_path"):  # for args.yaml, which may be used elsewhere
+    for name in ("data", "weights"):  # for args.yaml, which may be used elsewhere
         if getattr(args, name) is not None:
             setattr(args, name, os.path.abspath(getattr(args, name)))
 
 
-def make_model(args: argparse.Namespace, classes: list[str], fresh: bool, screen: Screen) -> tuple[nn.Module, Card]:
-    """The model, by the seed, if ``fresh`` with ``--weights`` or ``--pretrained`` in it, and its card.
-
-    Raises:
-        UsageError, CommandError: as for :func:`groupmamba.training.card.create_model` and ``load``.
-    """
-    torch.manual_seed(args.seed)
-    options: dict[str, Any] = {"drop_path_rate": args.drop_path} if args.drop_path else {}
-    if args.drop:
-        options["drop_rate"] = args.drop
-    options.update(args.model_kwargs or {})
-    model = create_model(args.model, pretrained=args.pretrained and fresh, num_classes=len(classes), **options)
-    if args.weights is not None and fresh:
-        for line in load(model, find_weights(args.weights)):
-            screen.say(line)
-    if args.grad_checkpointing:
-        if not hasattr(model, "set_grad_checkpointing"):
-            raise UsageError(f"--grad-checkpointing: {args.model} does not have it")
-        model.set_grad_checkpointing(True)  # type: ignore[operator]
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    card = Card(
-        args.model,
-        len(classes),
-        dict(args.model_kwargs or {}),
-        classes,
-        img_size=args.img_size,
-        crop_pct=args.crop_pct,
-        interpolation=args.interpolation,
-    )
-    card.mean, card.std = tuple(cfg.get("mean", card.mean)), tuple(cfg.get("std", card.std))
-    return model, card
-
-
-def read_folders(args: argparse.Namespace) -> tuple[Folder, Folder]:
-    """Training and validation images, with the same classes.
-
-    Raises:
-        CommandError: a folder or a class is missing, or the number of classes is another than ``--num-classes``.
-    """
-    data = Path(args.data)
-    validation = validation_folder(data)
-    training = Folder(data / "train")
-    if args.num_classes not in (None, len(training.classes)):
-        raise CommandError(f"--num-classes {args.num_classes}: {training.root} holds {len(training.classes)} classes")
-    if len(training.classes) < 2:
-        raise CommandError(f"{training.root} holds one class, {training.classes[0]}; there must be two at least")
-    return training, Folder(validation, training.classes)
-
-
-def check_same_images(training: Folder, state: Mapping[str, Any] | None) -> None:
+def check_same_images(training: Source, state: Mapping[str, Any] | None) -> None:
     """CommandError where the run that goes on, whose ``state`` it is, had other classes or another number of images."""
     if state is None:
         return
@@ -151,13 +88,20 @@ def check_same_images(training: Folder, state: Mapping[str, Any] | None) -> None
 
 
 def settle_batch(
-    args: argparse.Namespace, images: int, processes: Processes, given: bool, total: int | None, screen: Screen
+    args: argparse.Namespace,
+    images: int,
+    even: bool,
+    processes: Processes,
+    given: bool,
+    total: int | None,
+    screen: Screen,
 ) -> None:
     """Sets ``args.batch_size`` for this number of processes.
 
     Args:
         args: of the run.
         images: of an epoch.
+        even: whether the batch must be even.
         processes: of the run.
         given: whether the batch is the user's own.
         total: images a step of the run that goes on, or None.
@@ -177,70 +121,27 @@ def settle_batch(
             )
         args.batch_size = total // pieces
     elif args.batch_size * pieces > images:
-        if given or images < 2 * pieces:
+        if given or images < (2 if even else 1) * pieces:
             raise UsageError(
                 f"--batch-size {args.batch_size} makes {args.batch_size * pieces} images a step, and there are {images}"
             )
         smaller = images // pieces
-        args.batch_size = smaller - smaller % 2  # for mixup
+        args.batch_size = smaller - smaller % 2 if even else smaller
         screen.say(f"--batch-size {args.batch_size} in place of the default: there are {images} training images")
-    if (args.mixup or args.cutmix) and args.batch_size % 2:  # timm pairs image i with image n - 1 - i
+    if even and args.batch_size % 2:
         raise UsageError(f"--batch-size {args.batch_size} must be even for mixup and CutMix")
 
 
-def make_data(
-    args: argparse.Namespace,
-    folders: tuple[Folder, Folder],
-    card: Card,
-    processes: Processes,
-    pin: bool,
-    screen: Screen,
-) -> Data:
+def make_data(task: Task, sources: Sources, card: Card) -> Data:
     """The images' loaders."""
-    training, validation = folders
+    args, processes = task.args, task.processes
     rank, world = processes.rank, processes.world
-    order = TrainingOrder(len(training), args.batch_size, args.grad_accum_steps, rank, world, args.seed)
-    transform = training_transform(args, card.mean, card.std)
-    images = Images(training, transform, args.seed, args.max_bad_images, args.img_size)
-    check = validation_transform(args.img_size, card)
-    held_out = Images(validation, check, args.seed, 0, args.img_size)
-    batch = args.validation_batch_size or args.batch_size
-    return Data(
-        training.classes,
-        training,
-        order,
-        loader(images, order, args.workers, pin=pin, keep=True),
-        loader(held_out, ValidationOrder(len(held_out), batch, rank, world), args.workers, pin=pin),
-        BadImages(training, args.max_bad_images, screen.tell),
-        BadImages(validation, args.max_bad_images, screen.tell),
-    )
-
-
-def make_mixup(args: argparse.Namespace, num_classes: int) -> Any:
-    """timm's Mixup, or None."""
-    if not (args.mixup > 0 or args.cutmix > 0):
-        return None
-    from timm.data import Mixup
-
-    return Mixup(
-        args.mixup,
-        args.cutmix,
-        None,
-        args.mixup_prob,
-        args.mixup_switch_prob,
-        args.mixup_mode,
-        label_smoothing=args.smoothing,
-        num_classes=num_classes,
-    )
-
-
-def make_criterion(args: argparse.Namespace, mixed: bool) -> nn.Module:
-    """The loss by labels, as timm chooses it."""
-    from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-
-    if mixed:
-        return SoftTargetCrossEntropy()
-    return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing > 0 else nn.CrossEntropyLoss()
+    order = TrainingOrder(len(sources.training), args.batch_size, args.grad_accum_steps, rank, world, args.seed)
+    held_out = ValidationOrder(len(sources.validation), args.validation_batch_size or args.batch_size, rank, world)
+    pin = task.device.type == "cuda" if args.pin_mem is None else args.pin_mem
+    batches, validation = task.make_loaders(sources, card, (order, held_out), pin)
+    bad = [BadImages(source, args.max_bad_images, task.screen.tell) for source in sources]
+    return Data(sources, order, batches, validation, bad[0], bad[1])
 
 
 def distribute(
@@ -275,5 +176,4 @@ def distribute(
 def run_rates(args: argparse.Namespace, total_batch: int) -> Any:
     """The learning rates of the run, see :func:`groupmamba.training.recipe.rates`."""
     names = ("lr", "lr_base", "lr_base_size", "lr_base_scale", "warmup_lr", "min_lr")
-    assert all(name in OPTIONS for name in names)
     return rates(total_batch, **{name: getattr(args, name) for name in names})

@@ -8,20 +8,25 @@ kept in a checkpoint, and a CUDA graph draws what the step launched kernel by ke
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
-from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler, TanhLRScheduler
+from timm.scheduler import (
+    CosineLRScheduler,
+    MultiStepLRScheduler,
+    PolyLRScheduler,
+    StepLRScheduler,
+    TanhLRScheduler,
+)
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from groupmamba.training.distillation import DistillationLoss
 from groupmamba.training.recipe import Rates
 from groupmamba.training.seeds import seed_device
 from groupmamba_ext._command import UsageError, one_line
@@ -68,29 +73,47 @@ def put_rates_on(optimizer: torch.optim.Optimizer, device: torch.device) -> None
         group["lr"] = torch.full((), float(group["lr"]), device=device)
 
 
+class Plan(NamedTuple):
+    """The steps of a run.
+
+    Args:
+        total: how many there are.
+        warmup: those of the warm-up, which are the first.
+        span: those over which the schedule goes.
+        after_warmup: the schedule begins where the warm-up ends, not at the first step.
+        options: more arguments of timm's scheduler.
+    """
+
+    total: int
+    warmup: int
+    span: int
+    after_warmup: bool
+    options: Mapping[str, Any] = {}
+
+
 class Schedule:
     """timm's schedule, stepped once an update. It sees groups of its own, since it replaces the rates in them."""
 
-    def __init__(self, args: argparse.Namespace, optimizer: torch.optim.Optimizer, rates: Rates, steps: int):
-        """``steps``: in an epoch."""
+    def __init__(self, kind: str, optimizer: torch.optim.Optimizer, rates: Rates, plan: Plan):
         self.optimizer = optimizer
         scales = [{"lr_scale": group["lr_scale"]} if "lr_scale" in group else {} for group in optimizer.param_groups]
         self.groups = [{"lr": rates.lr, **scale} for scale in scales]
-        warmup = args.warmup_epochs * steps
-        span = args.epochs * steps - (0 if args.warmup_prefix else warmup)
-        common: dict[str, Any] = {
-            "warmup_t": warmup,
-            "warmup_lr_init": rates.warmup_lr,
-            "warmup_prefix": True,
-            "t_in_epochs": False,
-        }
         shadow: Any = SimpleNamespace(param_groups=self.groups)
+        common: dict[str, Any] = {
+            "warmup_t": plan.warmup,
+            "warmup_lr_init": rates.warmup_lr,
+            "warmup_prefix": plan.after_warmup,
+            "t_in_epochs": False,
+            **plan.options,
+        }
         self.scheduler: Scheduler
-        if args.sched == "constant":
+        if kind == "constant":
             self.scheduler = StepLRScheduler(shadow, decay_t=1, decay_rate=1.0, **common)
+        elif kind == "multistep":
+            self.scheduler = MultiStepLRScheduler(shadow, **common)
         else:
             kinds: dict[str, Any] = {"cosine": CosineLRScheduler, "tanh": TanhLRScheduler, "poly": PolyLRScheduler}
-            self.scheduler = kinds[args.sched](shadow, t_initial=max(span, 2), lr_min=rates.min_lr, **common)
+            self.scheduler = kinds[kind](shadow, t_initial=max(plan.span, 2), lr_min=rates.min_lr, **common)
 
     def set(self, step: int) -> float:
         """Puts the rate of ``step`` into the optimizer, and returns that of the last group, before its scale."""
@@ -108,7 +131,7 @@ class Step:
 
     Args:
         model: in training mode; may be wrapped by DistributedDataParallel.
-        criterion: what compares its output with labels and a teacher.
+        criterion: (images, output, labels) to a scalar, such as a DistillationLoss.
         optimizer: of its parameters.
         ema: moving average of the model, or None.
         clip, mode: as for ``timm.utils.dispatch_clip_grad``; 0 for none.
@@ -121,7 +144,7 @@ class Step:
     def __init__(
         self,
         model: nn.Module,
-        criterion: DistillationLoss,
+        criterion: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
         ema: ModelEmaV3 | None = None,
