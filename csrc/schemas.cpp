@@ -86,8 +86,8 @@ STABLE_TORCH_LIBRARY(groupmamba, m) {
     // R + 2 N up to 4 where Ep is 16 or 32. With
     // out_proj_weight (G, D, E): out = proj(LayerNorm(out_proj(y) * skip_scale * xn * gate)), gate (batch, G, D).
     // Without: out = proj(y), the gate (batch, G, Ep) meets the scan, and there is no o and mixed. Without fc1_weight
-    // there is no gate, pooled and hidden. residual: out += x, and with kept (batch,), float32, stochastic depth:
-    // out = x + kept[image] * kept_scale * (the rest), for kept of 0 and 1, with out_proj_weight. Group-major images
+    // there is no gate, pooled and hidden. residual: out += x, and with drop_path_mask (batch,), float32, of 0 and 1:
+    // out = x + drop_path_mask[image] * drop_path_scale * (the rest), with out_proj_weight. Group-major images
     // are stored (G, batch, H, W, .); T = batch * H * W.
     //   out, dx (batch, H, W, C), pixels Cp apart            xn (batch, H, W, G, Dp) group-major
     //   pooled (batch, C), hidden (batch, C'), states: float32   uz (G, T, 2 Ep), u (G, T, Ep)
@@ -101,22 +101,22 @@ STABLE_TORCH_LIBRARY(groupmamba, m) {
         "Tensor? fc2_weight, Tensor? fc2_bias, Tensor in_proj_weight, Tensor conv_weight, Tensor conv_bias, "
         "Tensor x_proj_weight, Tensor dt_weight, Tensor dt_bias, Tensor A_log, Tensor D, Tensor out_norm_weight, "
         "Tensor out_norm_bias, Tensor? out_proj_weight, Tensor? skip_scale, Tensor proj_weight, Tensor proj_bias, "
-        "int[] directions, float eps, float norm_eps, int chunk, bool residual, Tensor? kept, "
-        "float kept_scale) -> Tensor");
+        "int[] directions, float eps, float norm_eps, int chunk, bool residual, Tensor? drop_path_mask, "
+        "float drop_path_scale) -> Tensor");
     m.def(
         "grouped_mamba_layer_fwd(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor? fc1_weight, "
         "Tensor? fc1_bias, Tensor? fc2_weight, Tensor? fc2_bias, Tensor in_proj_weight, Tensor conv_weight, "
         "Tensor conv_bias, Tensor x_proj_weight, Tensor dt_weight, Tensor dt_bias, Tensor A_log, Tensor D, "
         "Tensor out_norm_weight, Tensor out_norm_bias, Tensor? out_proj_weight, Tensor? skip_scale, "
         "Tensor proj_weight, Tensor proj_bias, int[] directions, float eps, float norm_eps, int chunk, bool residual, "
-        "Tensor? kept, float kept_scale) -> (Tensor out, Tensor saved, Tensor saved_float)");
+        "Tensor? drop_path_mask, float drop_path_scale) -> (Tensor out, Tensor saved, Tensor saved_float)");
     m.def(
         "grouped_mamba_layer_bwd(Tensor dout, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor? fc1_weight, "
         "Tensor? fc1_bias, Tensor? fc2_weight, Tensor? fc2_bias, Tensor in_proj_weight, Tensor conv_weight, "
         "Tensor conv_bias, Tensor x_proj_weight, Tensor dt_weight, Tensor dt_bias, Tensor A_log, Tensor D, "
         "Tensor out_norm_weight, Tensor out_norm_bias, Tensor? out_proj_weight, Tensor? skip_scale, "
         "Tensor proj_weight, Tensor proj_bias, Tensor saved, Tensor saved_float, int[] directions, float eps, "
-        "float norm_eps, int chunk, bool residual, Tensor? kept, float kept_scale) "
+        "float norm_eps, int chunk, bool residual, Tensor? drop_path_mask, float drop_path_scale) "
         "-> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dfc1_weight, Tensor dfc1_bias, "
         "Tensor dfc2_weight, Tensor dfc2_bias, Tensor din_proj_weight, Tensor dconv_weight, Tensor dconv_bias, "
         "Tensor dx_proj_weight, Tensor ddt_weight, Tensor ddt_bias, Tensor dA_log, Tensor dD, "
@@ -124,20 +124,20 @@ STABLE_TORCH_LIBRARY(groupmamba, m) {
         "Tensor dproj_weight, Tensor dproj_bias)");
 
     // The feed-forward network on CUDA: [x +] fc2(gelu(conv3x3(fc1(LayerNorm(x))))); x, out, dx and
-    // kept as above, H hidden channels, Hp rounded up. saved: what the convolution reads, (T, Hp), up to a multiple of
-    // 128 elements.
+    // drop_path_mask as above, H hidden channels, Hp rounded up. saved: what the convolution reads, (T, Hp), up to a
+    // multiple of 128 elements.
     m.def(
         "feed_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor fc1_bias, "
         "Tensor conv_weight, Tensor conv_bias, Tensor fc2_weight, Tensor fc2_bias, float eps, bool residual, "
-        "Tensor? kept, float kept_scale) -> Tensor");
+        "Tensor? drop_path_mask, float drop_path_scale) -> Tensor");
     m.def(
         "feed_forward_fwd(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor fc1_bias, "
         "Tensor conv_weight, Tensor conv_bias, Tensor fc2_weight, Tensor fc2_bias, float eps, bool residual, "
-        "Tensor? kept, float kept_scale) -> (Tensor out, Tensor saved)");
+        "Tensor? drop_path_mask, float drop_path_scale) -> (Tensor out, Tensor saved)");
     m.def(
         "feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, "
         "Tensor fc1_bias, Tensor conv_weight, Tensor conv_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor saved, "
-        "float eps, bool residual, Tensor? kept, float kept_scale) "
+        "float eps, bool residual, Tensor? drop_path_mask, float drop_path_scale) "
         "-> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dfc1_weight, Tensor dfc1_bias, "
         "Tensor dconv_weight, Tensor dconv_bias, Tensor dfc2_weight, Tensor dfc2_bias)");
 }

@@ -144,9 +144,9 @@ def test_every_kernel_waits_for_those_before():
         text = source.read_text()
         first = [match["first"].strip() for match in kernel.finditer(text)]
         assert len(first) == text.count("__global__"), source.name
-        assert set(first) <= {"begin_kernel();", "let_next_come();"}, source.name
-        if "let_next_come();" in first:
-            assert text.count("wait_for_earlier();") > text.count("let_next_come();"), source.name
+        assert set(first) <= {"begin_kernel();", "pdl_launch_dependents();"}, source.name
+        if "pdl_launch_dependents();" in first:
+            assert text.count("pdl_wait();") > text.count("pdl_launch_dependents();"), source.name
 
 
 def test_build_info(kernels):

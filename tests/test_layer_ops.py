@@ -75,7 +75,7 @@ def test_equals_the_composed_layer(monkeypatch, dtype, dim, shape, options, vari
 @pytest.mark.parametrize("dim", [64, 96, 128, 192, 348, 448])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_many_images_are_as_each_half_of_them(dtype, dim, residual):
-    """Many tokens have product kernels of their own, here of a number that fills no block; few go to the library."""
+    """Many tokens have product kernels of their own, here of a number that fills no block; few go to cuBLAS."""
     layer, x = make(dim).to("cuda"), image(132, dim, 9, 14, device="cuda", dtype=dtype)
     x = x.to(memory_format=torch.channels_last)
     dy = torch.randn_like(x)

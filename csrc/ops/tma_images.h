@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Images of a scan that the tensor copy engine moves, by copies where it can't move what was given.
+// Images of a scan that TMA moves: copies of those that it can't move.
 #pragma once
 
 #include <algorithm>
@@ -14,17 +14,17 @@
 
 namespace gm {
 
-// Widens the scan to what the copy engine moves, and for images that it can't move makes places that it can, with
-// pixels a multiple of kCopyUnit channels apart: token by token where the image lies so, else group by group.
-class MovableImages {
+// Widens the scan to channels that TMA can move. For images that it can't move it makes copies whose pixels are a
+// multiple of kTmaUnit channels apart, token by token where the image is stored so, else group by group.
+class TmaImages {
 public:
-    MovableImages(ScanShape& shape, const CudaContext& context) : shape_(shape), context_(context), dim_(shape.dim) {
-        shape.dim = static_cast<int>(round_up(shape.dim, kCopyUnit));
+    TmaImages(ScanShape& shape, const CudaContext& context) : shape_(shape), context_(context), dim_(shape.dim) {
+        shape.dim = static_cast<int>(round_up(shape.dim, kTmaUnit));
     }
-    // Replaces images to be read by places that start() fills.
+    // Replaces images that are read by copies that start() fills.
     void read(const std::vector<Tensor*>& images) {
         for (Tensor* image : images) {
-            if (is_canonical_image(*image) && allows_slabs(image_arg(*image), shape_)) continue;
+            if (is_canonical_image(*image) && allows_tma(image_arg(*image), shape_)) continue;
             const Tensor place = place_like(*image);
             read_.push_back({*image, place});
             places_.push_back(place.data_ptr());
@@ -32,9 +32,10 @@ public:
         }
     }
     void start() const { run(read_, shape_.dim); }
-    // Where a kernel writes what finish() brings to `image`: over `read`, slab by slab, if that is a place of ours.
+    // Where a kernel writes the image that finish() copies to `image`: over the copy `read`, tile by tile, if that is
+    // ours.
     ImageArg write(const Tensor& image, const Tensor& read) {
-        if (allows_slabs(image_arg(image), shape_)) return image_arg(image);
+        if (allows_tma(image_arg(image), shape_)) return image_arg(image);
         const bool over = std::find(places_.begin(), places_.end(), read.data_ptr()) != places_.end();
         written_.push_back({over ? read : place_like(image), image});
         return image_arg(written_.back().from);
@@ -46,8 +47,8 @@ private:
         Tensor from, to;
     };
 
-    // Elements between the rows of an image, (batch, H, W, G, D), one for each group of a token, where they are as far
-    // apart from first to last, in the order of tokens or of groups; else 0.
+    // Elements between the rows of an image (batch, H, W, G, D), one row for each group of a token, where all rows are
+    // equally far apart, in the order of tokens or of groups; else 0.
     static int64_t pitch(const Tensor& image, bool by_groups) {
         const ImageStrides s = image_strides(image);
         const int64_t batch = image.size(0), tokens = image.size(1) * image.size(2), groups = image.size(3);
@@ -67,7 +68,7 @@ private:
         return alias(wide, shape_of(image), {plane, row, pixel, by_groups ? batch * plane : shape_.dim, 1});
     }
 
-    // To rows of `width` channels, in as few launches as the images allow.
+    // Copies to rows of `width` channels, in as few launches as the images allow.
     void run(const std::vector<Copy>& copies, int width) const {
         CopyRowsArgs args;
         args.images = 0;

@@ -23,7 +23,7 @@ struct BatchNormArgs {
     ParamOut dweight, dbias;
 };
 
-// A convolution's weight (out, channels, taps, taps) and the BatchNorm behind it as one weight, (out, folded_taps,
+// The weight (out, channels, taps, taps) of a convolution and the BatchNorm after it as one weight, (out, folded_taps,
 // folded_taps, folded_channels), and a bias.
 struct FoldArgs {
     ParamArg weight;  // of any strides
@@ -31,7 +31,7 @@ struct FoldArgs {
     int out = 0, channels = 0;
     ParamArg norm_weight, norm_bias, mean, variance;
     float eps = 0.f;
-    bool blocks = false;  // for an image whose 2 x 2 pixels are channels
+    bool blocks = false;  // for an image whose blocks of 2 x 2 pixels are channels
     int folded_taps = 0, folded_channels = 0;
     void *folded = nullptr, *bias = nullptr;
 };

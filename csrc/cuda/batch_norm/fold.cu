@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// A BatchNorm of fixed statistics as part of the convolution before it, in one launch:
+// A BatchNorm of fixed statistics folded into the convolution before it, in one launch:
 //
 //   scale = norm_weight / sqrt(variance + eps);  folded = weight scale;  bias = norm_bias - mean scale
 //
-// The convolution's weight comes in any strides and leaves channels-last, in the images' dtype.
+// The weight of the convolution may have any strides; the folded one is channels-last, in the dtype of the images.
 #include "cuda/batch_norm/launch.h"
 #include "cuda/common/dispatch.h"
 #include "cuda/common/launch_kernel.cuh"
@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// A thread an element of the result, in the order of its memory.
+// One thread for each element of the result, in the order of its memory.
 template <class T>
 __global__ void __launch_bounds__(kThreads) batch_norm_fold_kernel(const __grid_constant__ FoldArgs args) {
     begin_kernel();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// BatchNorm with the statistics of the batch, and ReLU behind it, of rows of channels. Every step is bound by memory:
+// BatchNorm with the statistics of the batch, followed by ReLU, on rows of channels. Every step is bound by memory:
 // the forward reads x twice and writes y, the backward reads x and dy twice and writes dx. The mask of the ReLU is
 // computed again from x.
 //
@@ -7,7 +7,7 @@
 //   dbias = sum of g,  dweight = sum of g (x - mean) / deviation
 //   dx = weight / deviation (g - dbias / rows - (x - mean) dweight / (deviation rows))
 //
-// Sums: a thread over its rows, the block over its threads, one more launch over the blocks, all in a fixed order.
+// Sums: each thread over its rows, the block over its threads, one more launch over the blocks, all in a fixed order.
 #include "cuda/batch_norm/launch.h"
 #include "cuda/common/dispatch.h"
 #include "cuda/common/launch_kernel.cuh"
@@ -43,7 +43,7 @@ __device__ __forceinline__ void store(T* p, const Channels& x) {
     for (int i = 0; i < kWide; i += kCount) store_packed<kCount>(p + i, x + i, true);
 }
 
-// The rows of a block, and of them those of a thread, which owns kWide channels in every `step`-th.
+// The rows of a block, and those of a thread, which owns kWide channels in every `step`-th row.
 struct Walk {
     int channel, row_thread, step;
     bool active;
@@ -60,7 +60,7 @@ struct Walk {
     }
 };
 
-// What a channel's z is made of.
+// What z of a channel is computed from.
 template <class T>
 struct Affine {
     Channels mean, scale, bias;
@@ -76,7 +76,7 @@ struct Affine {
     __device__ __forceinline__ float z(float x, int j) const { return fmaf(x - mean[j], scale[j], bias[j]); }
 };
 
-// Adds two sums a channel over the block's threads and leaves them as its row of args.partials.
+// Adds two sums for each channel over the block's threads and writes them as its row of args.partials.
 __device__ __forceinline__ void leave_sums(const BatchNormArgs& args, const Walk& walk, const Channels& first,
                                            const Channels& second) {
     __shared__ float sums[2][kThreads * kWide];
@@ -96,8 +96,8 @@ __device__ __forceinline__ void leave_sums(const BatchNormArgs& args, const Walk
     }
 }
 
-// Sums of x - x0 and of its square, x0 the first row: their difference from the mean is small beside the deviation, or
-// at least of its size, so that the variance keeps its digits.
+// Sums of x - x0 and of its square, where x0 is the first row: its distance from the mean is small compared with the
+// deviation, or at most of its size, so the variance keeps its digits.
 template <class T>
 __global__ void __launch_bounds__(kThreads) batch_norm_sums_kernel(const __grid_constant__ BatchNormArgs args) {
     begin_kernel();
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kThreads) batch_norm_grad_sums_kernel(const __
     leave_sums(args, walk, sum, products);
 }
 
-// The two sums of a channel over the blocks; a thread a channel and every kFinishRows-th block.
+// The two sums of a channel over the blocks: one thread for a channel and every kFinishRows-th block.
 template <class T, bool kBackward>
 __global__ void __launch_bounds__(kFinishColumns* kFinishRows)
     batch_norm_finish_kernel(const __grid_constant__ BatchNormArgs args) {
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kThreads) batch_norm_apply_kernel(const __grid
 #pragma unroll
         for (int j = 0; j < kWide; ++j) {
             const float z = affine.z(v[j], j);
-            v[j] = z < 0.f ? 0.f : z;  // NaN stays
+            v[j] = z < 0.f ? 0.f : z;  // NaN stays NaN
         }
         store(y + row * args.channels, v);
     }

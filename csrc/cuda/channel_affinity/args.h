@@ -8,7 +8,7 @@
 
 namespace gm {
 
-// gate = sigmoid(fc2(relu(fc1(pooled)))). Channel m of the gate lies at m / group_dim * group_width + m % group_dim.
+// gate = sigmoid(fc2(relu(fc1(pooled)))). Channel m of the gate is at m / group_dim * group_width + m % group_dim.
 struct AffinityArgs {
     int batch = 0, dim = 0, hidden = 0, out_dim = 0, group_dim = 0, group_width = 0;
     const float* partials = nullptr;  // forward: (batch, strips, dim), sums over the strips of an image
@@ -16,8 +16,8 @@ struct AffinityArgs {
     float factor = 1.f;       // 1 / pixels of an image
     float* pooled = nullptr;  // (batch, dim): written by the forward
     ParamArg fc1_weight, fc1_bias, fc2_weight, fc2_bias;
-    // Parameters that a block copies to shared memory: fc1_weight, fc2_weight, fc1_bias, fc2_bias, as many of them as
-    // are counted here; 0 where they are read in place.
+    // Parameters that a block copies to shared memory: the first staged_count of fc1_weight, fc2_weight, fc1_bias and
+    // fc2_bias; where it is 0, they are read in place.
     struct Staged {
         const void* from;
         int at, bytes;

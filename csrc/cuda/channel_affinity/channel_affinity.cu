@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Channel affinity: gate = sigmoid(fc2(relu(fc1(pooled)))) and its backward, float32. A few kilobytes an image: what
-// counts is latency, and that it is one launch forward (with the end of the pooling) and two backward.
+// Channel affinity: gate = sigmoid(fc2(relu(fc1(pooled)))) and its backward, float32. It is a few kilobytes an image,
+// so latency counts: one launch forward (which also finishes the pooling) and two backward.
 #include <algorithm>
 #include <type_traits>
 #include <utility>
@@ -14,26 +14,26 @@
 namespace gm {
 namespace {
 
-// A block an image: what counts is how many accesses follow one another, so all are done by as many threads, four
-// columns at once where rows allow that, and the weights are on their way to shared memory before anything else.
+// One block for an image. What counts is how many accesses follow one another, so as many threads as possible share
+// each step, four columns at once where rows allow that, and the copies of the weights to shared memory start first.
 constexpr int kAffinityThreads = 512;
 
-// One parameter, copied to shared memory: by 16 bytes where its address and size allow it.
+// Copies one parameter to shared memory, 16 bytes at a time where its address and size allow it.
 __device__ __forceinline__ void copy_parameter(unsigned char* to, const unsigned char* from, int bytes) {
     const bool by_16 = bytes % 16 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0;
     const int unit = by_16 ? 16 : 4;
 #pragma unroll 1
     for (int i = threadIdx.x * unit; i < bytes; i += kAffinityThreads * unit) {
         if (by_16) {
-            copy16_async(to + i, from + i, true);
+            cp_async_16(to + i, from + i, true);
         } else {
-            copy4_async(to + i, from + i);
+            cp_async_4(to + i, from + i);
         }
     }
 }
 
-// The weights and biases as a block reads them: on their way to `shared`, where there are args.staged_bytes, or in
-// place. The caller waits for the copies.
+// The weights and biases as a block reads them: in `shared`, where the copies just started put them, or in place where
+// args.staged_bytes is 0. The caller waits for the copies.
 struct Weights {
     ParamArg fc1_weight, fc2_weight, fc1_bias, fc2_bias;
 
@@ -45,15 +45,15 @@ struct Weights {
         for (int k = 0; k < args.staged_count; ++k)
             copy_parameter(to + args.staged[k].at, static_cast<const unsigned char*>(args.staged[k].from),
                            args.staged[k].bytes);
-        copy_commit();
+        cp_async_commit();
         w.fc1_weight.ptr = to, w.fc2_weight.ptr = to + args.staged[1].at;
         if (args.staged_count > 2) w.fc1_bias.ptr = to + args.staged[2].at, w.fc2_bias.ptr = to + args.staged[3].at;
         return w;
     }
 };
 
-// Plans what Weights copies in a block that has `bytes_besides`: nothing where parameters are not whole words or the
-// device has no room for them.
+// Decides what Weights copies in a block that has `bytes_besides`: nothing where parameters are not whole 32-bit words
+// or the device has no room for them.
 void stage_weights(AffinityArgs& args, DType dtype, bool biases, int bytes_besides) {
     int room = 0;
     if (device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, room) != cudaSuccess) return;
@@ -112,7 +112,7 @@ struct WeightRow {
     }
 
 private:
-    // With T = float, which the launchers choose where all parameters are, no load asks.
+    // With T = float, which the launchers choose where all parameters are float, no load has to ask.
     static __device__ __forceinline__ bool is_float_of(const ParamArg& w) {
         return std::is_same_v<T, float> || w.is_float;
     }
@@ -124,7 +124,7 @@ __device__ __forceinline__ bool rows_of_four(const ParamArg& w, int columns) {
     return columns % kVec == 0 && reinterpret_cast<uintptr_t>(w.ptr) % (kVec * size) == 0;
 }
 
-// emit(row, w[row] x) for w (rows, columns): a power of two of lanes a row, each with about eight loads.
+// emit(row, w[row] x) for w (rows, columns): a power of two of lanes for each row, each with about eight loads.
 template <class T, int kWidth, class Emit>
 __device__ __forceinline__ void row_products(const ParamArg& w, int rows, int columns, const float* x,
                                              const Emit& emit) {
@@ -132,7 +132,7 @@ __device__ __forceinline__ void row_products(const ParamArg& w, int rows, int co
     while (shift < 5 && (kWidth * 8) << shift < columns) ++shift;
     const int lanes = 1 << shift, lane = threadIdx.x & (lanes - 1);
 #pragma unroll 1
-    for (int first = 0; first < rows; first += kAffinityThreads >> shift) {  // the same for all threads, who shuffle
+    for (int first = 0; first < rows; first += kAffinityThreads >> shift) {  // the same for all threads, which shuffle
         const int row = first + (threadIdx.x >> shift);
         float sum = 0.f;
         if (row < rows) {
@@ -156,8 +156,8 @@ __device__ __forceinline__ void row_products(const ParamArg& w, int rows, int co
     }
 }
 
-// emit(column, sum over rows of x[row] w[row, column]): rows of threads share a column, `scratch` has a float for
-// kWidth columns of every thread, or of all columns.
+// emit(column, sum over rows of x[row] w[row, column]): rows of threads share a column. `scratch` has a float for
+// kWidth columns of every thread, or for all columns.
 template <class T, int kWidth, class Emit>
 __device__ __forceinline__ void column_products(const ParamArg& w, int rows, int columns, const float* x,
                                                 float* scratch, const Emit& emit) {
@@ -208,8 +208,8 @@ __device__ __forceinline__ void column_products(const ParamArg& w, int rows, int
 
 __host__ __device__ __forceinline__ int whole_vectors(int floats) { return (floats + kVec - 1) / kVec * kVec; }
 
-// emit(column, sum over `count` rows, `stride` floats apart, of from[at(column)]): as many threads a column as the
-// block has, each with eight loads on their way. `scratch` has a float for every thread, or for every column.
+// emit(column, sum over `count` rows, `stride` floats apart, of from[at(column)]): all threads of the block share the
+// columns, each with eight loads in flight. `scratch` has a float for every thread, or for every column.
 template <class At, class Emit>
 __device__ __forceinline__ void sum_rows(const float* from, int count, int64_t stride, int columns, float* scratch,
                                          const At& at, const Emit& emit) {
@@ -252,7 +252,7 @@ __global__ void __launch_bounds__(kAffinityThreads, 1)
     const auto own = [](int c) { return c; };
     sum_rows(args.partials + image * args.strips * args.dim, args.strips, args.dim, args.dim, hidden + args.hidden, own,
              [&](int c, float sum) { pooled[c] = args.pooled[image * args.dim + c] = sum * args.factor; });
-    copy_wait<0>();
+    cp_async_wait<0>();
     __syncthreads();
     row_products<T>(weights.fc1_weight, args.hidden, args.dim, pooled, [&](int j, float sum) {
         hidden[j] = args.hidden_out[image * args.hidden + j] = fmaxf(sum + load_param<T>(weights.fc1_bias, j), 0.f);
@@ -289,7 +289,7 @@ __global__ void __launch_bounds__(kAffinityThreads, 1)
                  const float gate = args.gate[image * width + gate_index(args, m)];
                  scratch[m] = before_sigmoid[m] = sum * gate * (1.f - gate);
              });
-    copy_wait<0>();
+    cp_async_wait<0>();
     __syncthreads();
     column_products<T>(weights.fc2_weight, args.out_dim, args.hidden, before_sigmoid, sums, [&](int j, float sum) {
         if (args.hidden_out[image * args.hidden + j] <= 0.f) sum = 0.f;
@@ -301,7 +301,7 @@ __global__ void __launch_bounds__(kAffinityThreads, 1)
 
 constexpr int kSumThreads = 8;
 
-// kSumThreads threads a parameter, for every kSumThreads-th image each.
+// kSumThreads threads for each parameter, each for every kSumThreads-th image.
 template <class T>
 __global__ void __launch_bounds__(kReduceColumns* kSumThreads)
     channel_affinity_weights_kernel(const __grid_constant__ AffinityArgs args) {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The convolution's activations and their derivatives, by storage type.
+// The activations of the convolution and their derivatives, by storage type.
 //
-// float uses the library functions. For 16-bit storage both go through the special-function unit: SiLU by its sigmoid,
-// GELU by a fit of the normal distribution whose relative error stays below a tenth of the storage's rounding.
+// float uses CUDA's math functions. For 16-bit storage both use the special-function unit: SiLU through its sigmoid,
+// GELU through a fit of the normal distribution whose relative error is below a tenth of the storage's rounding.
 #pragma once
 
 #include <type_traits>
@@ -61,7 +61,7 @@ __device__ __forceinline__ float gelu(float x) {
         return x * normal_cdf<T>(x);
     } else {  // x P(X < x) = max(x, 0) - |x| P(X < -|x|)
         const float a = fabsf(x), tail = ex2_approx(log2_normal_tail<T>(a));
-        // inf * 0 is no number; half overflows within reach, bfloat16 where float does
+        // inf * 0 is NaN; half overflows within reach, bfloat16 where float does
         const float factor = std::is_same_v<T, __half> ? fminf(a, 3.4e38f) : a;
         return fmaf(-factor, tail, fmaxf(x, 0.f));
     }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the arguments of all launchers are made of: plain structs, no torch. Strides in elements; channels are adjacent.
+// The types that the arguments of all launchers are made of: plain structs, no torch. Strides are in elements;
+// channels are adjacent.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +13,7 @@ enum class Activation : int { kNone, kSilu, kGelu };  // codes of csrc/schemas.c
 struct ImageArg {  // (batch, token, group, channel) by strides; ptr null where absent
     void* ptr = nullptr;
     int64_t batch = 0, token = 0, group = 0;
-    int64_t scan = 0;  // of the cross scan: between the scans of a group; 0 where they share the image
+    int64_t scan = 0;  // of the cross scan: stride between the scans of a group; 0 where they share the image
 };
 
 struct ParamArg {  // contiguous; dtype of the images, or float32
@@ -20,10 +21,10 @@ struct ParamArg {  // contiguous; dtype of the images, or float32
     bool is_float = false;
 };
 
-// Stochastic depth: images whose branch of the residual stream is left out. The branch of the others counts `scale`
-// times.
-struct KeptArg {
-    const float* images = nullptr;  // (batch,): 1 where the branch is kept, else 0; null where all are
+// Drop path (stochastic depth): in some images the branch of the residual stream is dropped. In the others it is
+// multiplied by `scale`.
+struct DropPathArg {
+    const float* mask = nullptr;  // (batch,): 0 where the branch is dropped, else 1; null where none is
     float scale = 1.f;
 };
 

@@ -24,8 +24,8 @@ inline int capability_of_device() {
     return known ? 10 * major + minor : 0;
 }
 
-// Whether the build has code of `kernel` for `capability` or more: an older one, run here through PTX, has empty
-// bodies.
+// Whether the build has code of `kernel` for `capability` or newer. Code for an older one, run here through PTX, has
+// an empty body.
 inline bool is_built_for(const void* kernel, int capability) {
     cudaFuncAttributes attributes{};
     return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= capability;

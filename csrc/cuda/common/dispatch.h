@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Run-time storage type to template argument: dispatch_dtype(dtype, [](auto tag) { using T = typename
+// From the storage type at run time to a template argument: dispatch_dtype(dtype, [](auto tag) { using T = typename
 // decltype(tag)::type; }).
 #pragma once
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Ways to launch, and what a kernel does first.
+// Launching kernels, and how a kernel begins.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,35 +14,36 @@ namespace gm {
 
 constexpr size_t kDefaultSharedLimit = 48 * 1024;
 
-// The first statement of every kernel that launch_kernel launches. From 9.0 on such a kernel's blocks come while the
-// last ones of the kernel before still run, which saves the time between two kernels, about a microsecond; here they
-// let those of the next kernel come in the same way, and wait until all memory that earlier kernels write is written.
-// A kernel with much to set up does so in between: what needs no device memory.
-__device__ __forceinline__ void let_next_come() {
+// Programmatic dependent launch (PDL, compute capability 9.0 and newer): the blocks of a kernel may start while the
+// last blocks of the kernel before it still run, which saves about a microsecond between two kernels.
+// pdl_launch_dependents lets the blocks of the next kernel start; pdl_wait waits until everything that earlier kernels
+// write is written. begin_kernel is the first statement of every kernel that launch_kernel launches. A kernel with
+// much to set up calls the two functions itself, and in between does what needs no device memory.
+__device__ __forceinline__ void pdl_launch_dependents() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
-__device__ __forceinline__ void wait_for_earlier() {
+__device__ __forceinline__ void pdl_wait() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 __device__ __forceinline__ void begin_kernel() {
-    let_next_come();
-    wait_for_earlier();
+    pdl_launch_dependents();
+    pdl_wait();
 }
 
-// What launching `kernel` on the current device needs to know.
+// What has to be known to launch `kernel` on the current device.
 struct KernelFacts {
     const void* kernel;
     int device;
     size_t static_shared;  // bytes
     size_t shared_limit;   // of dynamic shared memory that it may have
-    bool begins_early;     // its code holds what begin_kernel does, and driver and device know that
+    bool uses_pdl;         // its code calls begin_kernel, and driver and device support PDL
 };
 
-// Asked of the driver once for each kernel and device, by each thread: it takes longer to answer than to launch.
+// The driver is asked once for each kernel, device and host thread: answering takes longer than launching.
 inline cudaError_t kernel_facts(const void* kernel, KernelFacts*& facts) {
     thread_local std::vector<KernelFacts> known;
     int device = 0;
@@ -59,16 +60,16 @@ inline cudaError_t kernel_facts(const void* kernel, KernelFacts*& facts) {
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     if (error == cudaSuccess) error = cudaDriverGetVersion(&driver);
     if (error != cudaSuccess) return error;
-    // An older build's code, run here through PTX, doesn't wait; older drivers don't capture such launches.
-    const bool begins_early = major >= 9 && attributes.ptxVersion >= 90 && driver >= 12040;
+    // Code for an older architecture, run here through PTX, does not wait; older drivers can't capture such launches.
+    const bool uses_pdl = major >= 9 && attributes.ptxVersion >= 90 && driver >= 12040;
     known.push_back(
-        {kernel, device, attributes.sharedSizeBytes, kDefaultSharedLimit - attributes.sharedSizeBytes, begins_early});
+        {kernel, device, attributes.sharedSizeBytes, kDefaultSharedLimit - attributes.sharedSizeBytes, uses_pdl});
     facts = &known.back();
     return cudaSuccess;
 }
 
-// Lets the kernel have `dynamic_shared` bytes, and all else that the device has: the limit is the process's, and a
-// thread that set no more than it needs would lower what another one has set.
+// Raises the limit to all that the device has, not just to `dynamic_shared` bytes: the limit belongs to the process,
+// and a thread that set it to what it needs itself would lower what another thread has set.
 inline cudaError_t raise_shared_limit(KernelFacts& facts, size_t dynamic_shared) {
     if (dynamic_shared <= facts.shared_limit) return cudaSuccess;
     int room = 0;
@@ -85,7 +86,7 @@ inline cudaError_t raise_shared_limit(const void* kernel, size_t dynamic_shared)
     return error == cudaSuccess ? raise_shared_limit(*facts, dynamic_shared) : error;
 }
 
-// `kernel` calls begin_kernel, or both of its parts, first.
+// `kernel` must begin with begin_kernel, or call both of its parts.
 template <class... Args>
 cudaError_t launch_kernel(void (*kernel)(Args...), int64_t blocks, dim3 threads, size_t dynamic_shared,
                           cudaStream_t stream, const Args&... args) {
@@ -101,11 +102,12 @@ cudaError_t launch_kernel(void (*kernel)(Args...), int64_t blocks, dim3 threads,
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(blocks)), config.blockDim = threads;
     config.dynamicSmemBytes = dynamic_shared, config.stream = stream;
-    config.attrs = &early, config.numAttrs = facts->begins_early ? 1 : 0;
+    config.attrs = &early, config.numAttrs = facts->uses_pdl ? 1 : 0;
     return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
-// For blocks that wait for one another: an error where the device can't run all of them at once.
+// For blocks that wait for one another (a cooperative launch): an error where the device can't run all of them at
+// once.
 template <class... Args>
 cudaError_t launch_at_once(void (*kernel)(Args...), int64_t blocks, int threads, size_t dynamic_shared,
                            cudaStream_t stream, const Args&... args) {

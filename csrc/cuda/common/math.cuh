@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Conversions, 4-channel accesses and the scalar functions of the scan, by storage type.
 //
-// float storage uses the accurate library functions (errors of an ulp or two against float64); half and bfloat16 use
-// the special-function unit directly, whose errors (under 1e-5 relative, see softplus) vanish below the rounding of
+// float storage uses CUDA's accurate math functions (errors of an ulp or two against float64). half and bfloat16 use
+// the special-function unit directly; its errors (under 1e-5 relative, see softplus) vanish below their rounding of
 // 1e-3.
 #pragma once
 
@@ -71,7 +71,7 @@ __device__ __forceinline__ void store4(T* p, const float (&x)[kVec], int valid) 
     }
 }
 
-// Two 16-bit values of a word at once: half the instructions of four single conversions.
+// Two 16-bit values of a 32-bit word at once: half the instructions of four single conversions.
 __device__ __forceinline__ void to_floats(const Vec4<__nv_bfloat16>& in, float (&out)[kVec]) {
     const uint2 w = reinterpret_cast<const uint2&>(in);
     out[0] = __uint_as_float(w.x << 16), out[1] = __uint_as_float(w.x & 0xffff0000u);
@@ -98,12 +98,12 @@ __device__ __forceinline__ float load_param_or(const ParamArg& p, int64_t i, flo
     return p.ptr == nullptr ? fallback : load_param<T>(p, i);
 }
 
-// What the branch of an image counts.
-__device__ __forceinline__ float kept_factor(const KeptArg& kept, int64_t image) {
-    return kept.images == nullptr ? 1.f : kept.images[image] * kept.scale;
+// By what the branch of an image is multiplied.
+__device__ __forceinline__ float drop_path_factor(const DropPathArg& drop_path, int64_t image) {
+    return drop_path.mask == nullptr ? 1.f : drop_path.mask[image] * drop_path.scale;
 }
-__device__ __forceinline__ bool is_kept(const KeptArg& kept, int64_t image) {
-    return kept.images == nullptr || kept.images[image] != 0.f;
+__device__ __forceinline__ bool keeps_branch(const DropPathArg& drop_path, int64_t image) {
+    return drop_path.mask == nullptr || drop_path.mask[image] != 0.f;
 }
 
 constexpr float kLog2e = 1.4426950408889634f;
@@ -125,15 +125,15 @@ __device__ __forceinline__ float rcp_approx(float x) {
     return y;
 }
 
-// sum / count given 1 / count, rounded once: the error of the reciprocal would be multiplied by mean / deviation.
+// sum / count, given 1 / count, rounded once: the error of the reciprocal would be multiplied by mean / deviation.
 __device__ __forceinline__ float mean_of(float sum, float count, float inverse) {
     const float mean = sum * inverse;
     return fmaf(fmaf(-mean, count, sum), inverse, mean);
 }
 
-// Steps and decays. For 16-bit storage the step is kept in units of ln 2, s' = s / ln 2, so that both special functions
-// work in base 2: s' = max(x', 0) + lg2(1 + 2^-|x'|) with x' = x / ln 2 (the factor is folded into dt_weight and
-// dt_bias), and exp(s A) = 2^(s' A). kStepUnit is the unit.
+// Steps and decays. For 16-bit storage the step is kept in units of ln 2, s' = s / ln 2, so that both special
+// functions work in base 2: s' = max(x', 0) + lg2(1 + 2^-|x'|) with x' = x / ln 2 (dt_weight and dt_bias contain the
+// factor), and exp(s A) = 2^(s' A). kStepUnit is the unit.
 __device__ __forceinline__ float rsqrt_approx(float x) {
     float y;
     asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -148,7 +148,8 @@ struct Math {  // 16-bit storage
     static __device__ __forceinline__ float softplus(float x) {
         return fmaxf(x, 0.f) + lg2_approx(1.f + ex2_approx(-fabsf(x)));
     }
-    // g times d softplus / dx from its value: g (1 - exp(-s)). Both lose digits for small steps alike: 6e-8 of g.
+    // g times d softplus / dx, from softplus' value s: g (1 - exp(-s)). The difference loses digits where s is small:
+    // 6e-8 of g.
     static __device__ __forceinline__ float through_softplus(float g, float step) {
         return fmaf(-g, ex2_approx(-step), g);
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Adjacent channels as they lie in memory: moved in one access, kept as whole words (the compiler would keep 16-bit
-// elements one a register) and widened to float where they are used.
+// Adjacent channels as they lie in memory: moved in one access, kept as 32-bit words (the compiler would keep each
+// 16-bit element in a register of its own), and widened to float where they are used.
 #pragma once
 
 #include <cstring>
@@ -32,7 +32,7 @@ struct alignas(sizeof(T) * kCount) Packed {
     }
 };
 
-// What one access of 4, 8 or 16 bytes moves.
+// The type of one access of 4, 8 or 16 bytes.
 template <size_t kBytes>
 using WordsOf = std::conditional_t<kBytes == 4, uint32_t, std::conditional_t<kBytes == 8, uint2, uint4>>;
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the second stages of parameter sums share: blocks of kReduceColumns adjacent columns by blockDim.y rows, whose
-// sums are added in the order of the rows.
+// Shared by the second stages of parameter sums: blocks of kReduceColumns adjacent columns by blockDim.y rows; sums
+// are added in the order of the rows.
 #pragma once
 
 #include "cuda/common/math.cuh"
@@ -19,8 +19,8 @@ __device__ __forceinline__ void store_param(const ParamOut& out, int64_t i, floa
     }
 }
 
-// take(load(i)) for i = first, first + step, ... below `end`, with eight loads on their way: an unrolled loop would
-// wait for each of the last ones alone.
+// Calls take(load(i)) for i = first, first + step, ... below `end`, with eight loads in flight. An unrolled loop would
+// wait for each of the last loads separately.
 template <class Load, class Take>
 __device__ __forceinline__ void load_ahead(int first, int end, int step, const Load& load, const Take& take) {
     constexpr int kAhead = 8;
@@ -35,7 +35,7 @@ __device__ __forceinline__ void load_ahead(int first, int end, int step, const L
     }
 }
 
-// Sum over the block's row threads; every one of them gets it.
+// Sum over the row threads of the block; each of them gets it.
 __device__ __forceinline__ float row_sum(float v, float (*shared)[kReduceColumns]) {
     __syncthreads();
     shared[threadIdx.y][threadIdx.x] = v;

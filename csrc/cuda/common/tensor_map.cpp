@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The driver's encoder is found at run time, so that the library links no libcuda.
+// The driver's encoder is looked up at run time, so that libgroupmamba does not link libcuda.
 #include "cuda/common/tensor_map.h"
 
 #include <cuda_runtime_api.h>
@@ -36,7 +36,7 @@ bool encode_tensor_map(CUtensorMap& map, const void* tensor, DType dtype, const 
         dims[i] = static_cast<cuuint64_t>(shape.sizes[i]);
     }
     for (int i = 0; i < kMapRank - 1; ++i) {
-        // A dimension of size 1 is never stepped along: any legal stride does.
+        // Nothing steps along a dimension of size 1: any legal stride will do.
         const int64_t bytes = shape.sizes[i + 1] == 1 ? 16 : shape.strides[i] * kElement;
         if (bytes <= 0 || bytes % 16 != 0 || bytes >= (int64_t{1} << 40)) return false;
         steps[i] = static_cast<cuuint64_t>(bytes);

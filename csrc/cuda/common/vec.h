@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Channels of a thread.
+// The vector width of the kernels.
 #pragma once
 
 namespace gm {

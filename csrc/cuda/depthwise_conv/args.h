@@ -7,7 +7,7 @@
 
 namespace gm {
 
-// depthwise_conv3x3; plans in plan.h.
+// depthwise_conv3x3; block shapes in plan.h.
 struct ConvShape {
     int64_t batch;
     int height, width, groups, dim;
@@ -20,7 +20,7 @@ struct ConvFwdArgs {
     ConvShape shape;
     ConvFwdPlan plan;
     ImageArg x, y;
-    KeptArg kept;           // y is 0 in the images that are not
+    DropPathArg drop_path;  // y is 0 in the images whose branch is dropped
     ParamArg weight, bias;  // (G, D, 3, 3), (G, D)
 };
 
@@ -28,10 +28,10 @@ struct ConvBwdArgs {
     ConvShape shape;
     ConvBwdPlan plan;
     ImageArg dy, x, dx;
-    ImageArg y;    // the forward's result once more, or absent
-    KeptArg kept;  // as in the forward: dx is 0 in the others
+    ImageArg y;             // the forward's result computed once more, or absent
+    DropPathArg drop_path;  // as in the forward: dx is 0 where the branch is dropped
     ParamArg weight, bias;
-    // Sums of a channel that a block leaves: dweight, dbias and, with one more, of dx.
+    // Sums for each channel that a block leaves: dweight, dbias and, where there is one more, the sum of dx.
     int sums = kConvTaps + 1;
     float* partials = nullptr;  // rows of (G, D, 3, 3), then (G, D) for each of the others
 };

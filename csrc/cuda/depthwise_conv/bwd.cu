@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // Backward of the 3x3 depthwise convolution with bias and activation, in one read of x and dy and one write of dx. On
-// request it writes the forward's result too, so that this need not be kept, and sums dx, the gradient of a bias in
-// front.
+// request it also writes the forward's result, which then need not be kept, and sums dx, which is the gradient of a
+// bias added to x.
 //
 //   g = dy act'(pre),  pre = bias + conv(x)                    recomputed, in float32, never stored
 //   dx[h, w] = sum over i, j of weight[i, j] g[h + 1 - i, w + 1 - j]
 //   dweight[i, j] = sum over h, w of x[h, w] g[h + 1 - i, w + 1 - j],  dbias = sum of g
 //
-// A block goes down a tile of columns. A thread owns four of them in two channels; one step takes row r + 1 of x, with
-// the columns on both sides, finishes row r of g, and with it row r - 1 of dx. Rows enter the sums of three rows of pre
-// and dx, which stay in registers; the columns of g on both sides come from the neighbouring threads through shared
-// memory: one barrier a step. Rows of x and dy are copied to shared memory some steps ahead.
+// A block goes down a tile of columns. A thread owns four columns of two channels. One step reads row r + 1 of x, with
+// the columns on both sides, finishes row r of g, and with it row r - 1 of dx. A row enters the sums of three rows of
+// pre and of dx, which stay in registers. The columns of g on both sides come from the neighbouring threads through
+// shared memory: one barrier a step. Rows of x and dy are copied to shared memory some steps ahead by cp.async.
 //
 // dweight and dbias: every thread sums over its columns and rows, then the block over its threads, then the
 // caller over the blocks, all in a fixed order.
@@ -29,7 +29,7 @@ constexpr int kVecs = kConvVec, kColumns = kConvColumns, kWindow = kColumns + 2;
 using Pair = Packed<float, kVecs>;
 static_assert(kVecs == 2);
 
-// The outer columns of g of every thread, on their way to its neighbours, between `lanes` zeros on either side for the
+// The outer columns of g of every thread, passed to its neighbours, between `lanes` zeros on either side for the
 // columns beyond the tile.
 struct Exchange {
     static constexpr int kSlots = kConvBwdThreads + 2 * kConvBwdLanes;
@@ -52,9 +52,9 @@ union BlockMemory {
     Pair sums[kConvTaps + 2][kConvBwdThreads];  // of every thread, at the end
 };
 
-// Rows of the tile on their way. Pair p is row p of x and row p - 1 of dy, both in slot p % kSlots. In a slot the
-// columns 3, 1, 2 and 0 of all threads lie one after another: a warp reads neighbouring words; and what is left of the
-// first thread's column 0 and right of the last one's column 3 are `lanes` zeros in front and behind.
+// A ring buffer of rows of the tile in flight. Pair p is row p of x and row p - 1 of dy, both in slot p % kSlots. In a
+// slot, columns 3, 1, 2 and 0 of all threads lie one after another, so that a warp reads adjacent words; what lies
+// left of the first thread's column 0 and right of the last one's column 3 are `lanes` zeros in front and behind.
 template <class T>
 struct RowRing {
     static constexpr int kSlots = sizeof(T) == 2 ? 4 : 2;  // 20 KB
@@ -88,8 +88,8 @@ using Outputs = float[kColumns][kVecs];
 using Taps = float[kConvTaps][kVecs];
 
 // A row of the input enters three rows of the output: done = above + taps[kLast] row, above = level + taps[1] row,
-// level = bias + taps[kFirst] row. `kMirror` turns the taps round (the transposed convolution). `tap(i, out)` reads the
-// taps of the thread's channels, with kBias the bias as number kConvTaps.
+// level = bias + taps[kFirst] row. `kMirror` mirrors the taps (the transposed convolution). `tap(i, out)` reads the
+// taps of the thread's channels; with kBias, number kConvTaps is the bias.
 template <int kLast, int kFirst, bool kMirror, bool kBias, class Tap>
 __device__ __forceinline__ void add_row(const Tap& tap, const Row& row, Outputs& above, Outputs& level, Outputs& done) {
     float start[kVecs] = {};
@@ -125,7 +125,7 @@ __device__ __forceinline__ void add_taps(const Packed<T, kVecs> (&x)[kColumns], 
     }
 }
 
-// 128 registers or less: 4 blocks of 128 threads an SM. float rows, and pointers to single elements, need more.
+// 128 registers or fewer: 4 blocks of 128 threads an SM. float rows, and pointers to single elements, need more.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 4 : 2)
     depthwise_conv_bwd_kernel(const __grid_constant__ ConvBwdArgs args) {
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 
 
     const int quad = threadIdx.x / plan.lanes;
     const Channels<kAligned> channels(threadIdx.x - quad * plan.lanes, plan.lanes, block_first, s.dim);
-    // The outer threads of a tile that goes on beyond its edge belong to the neighbouring tile.
+    // Where a tile goes on beyond its edge, its outer threads belong to the neighbouring tile.
     const int column = tile * plan.tile_step + quad * kColumns;
     const bool own = (quad > 0 || tile == 0) && (quad + 1 < plan.quads || tile + 1 == plan.tiles);
     bool inside[kColumns];
@@ -166,13 +166,13 @@ __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 
     Taps dtaps = {};
     float dbias[kVecs] = {}, dx_sum[kVecs] = {};
     const int first = strip * plan.rows, end = min(first + plan.rows, s.height);  // rows of dx, and of x in dweight
-    // The first row of g is above the strip's, and of x above that; rows beyond the image are 0.
+    // g starts one row above the strip, and x one row above that; rows beyond the image are 0.
     const int begin = max(first - 1, 0), ahead = max(first - 3, -1);
     const auto is_own_row = [&](int row) {
         return static_cast<unsigned>(row - first) < static_cast<unsigned>(end - first);
     };
     const int left = threadIdx.x, self = left + plan.lanes, right = self + plan.lanes;
-    // What this thread copies of a row: kConvBwdVector channels of any column or, where images are not aligned, its own
+    // What this thread copies of a row: kConvBwdVector channels of any column, or where images are not aligned its own
     // columns.
     const int copies = max(plan.lanes / Ring::kLanesOfCopy, 1);  // of a column
     const int tile_column = kAligned ? threadIdx.x / copies : quad * kColumns;
@@ -186,8 +186,8 @@ __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 
     constexpr int kToDy = Ring::kSlots * Ring::kPitch;
     const int64_t batch_end = min((segment + 1) * plan.images, s.batch);
     for (int64_t batch = segment * plan.images; batch < batch_end; ++batch) {
-        // This thread's columns in a row of an image, all in bytes; a column's distance takes 32 bits (checked by
-        // image_arg), so that its address is one instruction.
+        // This thread's columns in a row of an image, all in bytes. The distance of a column fits 32 bits (image_arg
+        // checks that), so that its address is one instruction.
         struct Place {
             char* at;
             int64_t row;
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 
             return static_cast<const T*>(image.ptr) + batch * image.batch + group * image.group + copy_channel +
                    (static_cast<int64_t>(row) * s.width + copy_column) * image.token;
         };
-        if (!is_kept(args.kept, batch)) {
+        if (!keeps_branch(args.drop_path, batch)) {
             Place dx = place(args.dx, first, column), y = place(args.y, first, column);
             const float zeros[kVecs] = {};
 #pragma unroll 1
@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 
         const int last_pair = end + !is_last;
         const T* x = row_of(args.x, ahead + 1);
         const T* dy = row_of(args.dy, ahead);
-        // Queues pair p; called for one after the other.
+        // Starts the copies of pair p; called for one pair after another.
         const auto queue = [&](int p) {
             const bool x_in = p < s.height && p <= last_pair, dy_in = p > begin && p <= last_pair;
             Stored* const to = ring.x[p % Ring::kSlots].columns + copy_to;
@@ -237,8 +237,8 @@ __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 
 #pragma unroll
                 for (int k = 0; k < kConvBwdVector / kStep; ++k) {
                     Stored* const place = to + k * kStep / kVecs;
-                    copy16_async(place, x + k * kStep, copy_in && x_in);
-                    copy16_async(place + kToDy, dy + k * kStep, copy_in && dy_in);
+                    cp_async_16(place, x + k * kStep, copy_in && x_in);
+                    cp_async_16(place + kToDy, dy + k * kStep, copy_in && dy_in);
                 }
             } else {
 #pragma unroll
@@ -248,12 +248,12 @@ __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 
                     place[kToDy] = channels.load(dy + c * args.dy.token, dy_in && inside[c]);
                 }
             }
-            copy_commit();
+            cp_async_commit();
             x += s.width * args.x.token, dy += s.width * args.dy.token;
         };
-        // Makes pair p readable, and its predecessor's slot free for the pair behind those on their way.
+        // Waits for pair p, and frees its predecessor's slot for the pair after those in flight.
         const auto acquire = [&](int p) {
-            copy_wait<Ring::kSlots - 2>();
+            cp_async_wait<Ring::kSlots - 2>();
             __syncthreads();
             queue(p - 1 + Ring::kSlots);
         };
@@ -311,7 +311,7 @@ __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 
 
         acquire(begin + 1);
 
-        // One step. Most rows are `inner`: what it touches is there, and is the strip's own.
+        // One step. Most rows are `inner`: everything they touch exists and belongs to the strip.
         const auto step = [&](int r, auto inner_tag) {
             constexpr bool inner = decltype(inner_tag)::value;
             take_x(r + 1);
@@ -339,11 +339,11 @@ __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 
             }
             exchange.first[r & 1][self] = pack(g[1]);
             exchange.last[r & 1][self] = pack(g[kColumns]);
-            acquire(r + 2);  // its barrier is the exchange's too
+            acquire(r + 2);  // its barrier serves the exchange too
             exchange.last[r & 1][left].widen(g[0]);
             exchange.first[r & 1][right].widen(g[kWindow - 1]);
 
-            // Rows of x that are not the strip's belong to another block's sums.
+            // Rows of x outside the strip belong to another block's sums.
             Stored x_own[kColumns];
             own_columns(x_own);
             if (inner || is_own_row(r - 1)) add_taps(x_above, g, 0, dtaps);
@@ -370,7 +370,7 @@ __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 
             }
         }
         if (is_last) store_dx(dx_above);
-        copy_wait<0>();
+        cp_async_wait<0>();
         __syncthreads();  // the next image begins with either half of the exchange, and with any slot
     }
 
@@ -381,7 +381,7 @@ __global__ void __launch_bounds__(kConvBwdThreads, kAligned && sizeof(T) == 2 ? 
         memory.sums[i][threadIdx.x] = own ? sum : Pair{};
     }
     __syncthreads();
-    // The first column's place takes the sum over all of them; then out in the order of the parameters.
+    // The sum over all columns takes the place of the first one; then it is written in the order of the parameters.
     float(*sums)[kConvBwdThreads * kVecs] = reinterpret_cast<float(*)[kConvBwdThreads * kVecs]>(memory.sums);
     for (int i = threadIdx.x; i < width * args.sums; i += blockDim.x) {
         float* column_sums = sums[i / width] + i % width;

@@ -2,11 +2,11 @@
 // Forward of the 3x3 depthwise convolution with bias and activation: one read, one write.
 //
 //   y[h, w] = act(bias + sum over i, j in 0..2 of weight[i, j] x[h + i - 1, w + j - 1]),  x = 0 outside the image;
-//   y = 0 in the images whose branch is left out
+//   y = 0 in the images whose branch is dropped
 //
-// A thread walks down kConvColumns columns and reads one row of them and their two neighbours a step (the neighbours
-// come out of the L1 cache, where the next thread has just read them). A row enters the sums of three output rows,
-// which are all the thread keeps; the next rows are on their way meanwhile.
+// A thread goes down kConvColumns columns. In a step it reads one row of them and of their two neighbours (the
+// neighbours come from the L1 cache, where the next thread has just read them). A row enters the sums of three output
+// rows, which are all that the thread keeps; the next rows are in flight meanwhile.
 #include "cuda/common/activation.cuh"
 #include "cuda/common/dispatch.h"
 #include "cuda/common/launch_kernel.cuh"
@@ -18,11 +18,11 @@ namespace {
 
 constexpr int kWindow = kConvColumns + 2;
 
-// Rows on their way beside the one in use. 20 warps of an SM ask for 10 KB of new pixels a row (the neighbours are
-// another thread's), and the memory answers some 700 ns later.
+// Rows in flight beside the one in use. 20 warps of an SM ask for 10 KB of new pixels a row (the neighbours are
+// another thread's), and the memory answers after some 700 ns.
 constexpr int kRowsAhead = 3;
 
-// 20 warps an SM, of float 16; pointers to single elements need more than 128 registers.
+// 20 warps an SM, 16 of float; pointers to single elements need more than 128 registers.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kConvFwdThreads, kAligned ? (sizeof(T) == 2 ? 5 : 4) : 3)
     depthwise_conv_fwd_kernel(const __grid_constant__ ConvFwdArgs args) {
@@ -50,9 +50,9 @@ __global__ void __launch_bounds__(kConvFwdThreads, kAligned ? (sizeof(T) == 2 ? 
 #pragma unroll
     for (int i = 0; i < kConvTaps; ++i) table.get(i, channels, weight[i]);
     table.get(kConvTaps, channels, bias);
-    // Without its rows and the bias, an image's result is 0.
+    // Without rows and bias, the result of an image is 0.
     int rows_end = min(end + 1, s.height);
-    if (!is_kept(args.kept, batch)) {
+    if (!keeps_branch(args.drop_path, batch)) {
         rows_end = 0;
 #pragma unroll
         for (int j = 0; j < kConvVec; ++j) bias[j] = 0.f;
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kConvFwdThreads, kAligned ? (sizeof(T) == 2 ? 
 #pragma unroll
     for (int i = 0; i < kRowsAhead; ++i) fetch(rows[i], start + i);
 
-    // Row `row`, which lies in rows[kSlot]; false behind the last.
+    // Computes with row `row`, which is in rows[kSlot]; false after the last one.
     const auto step = [&](auto slot) {
         constexpr int kSlot = decltype(slot)::value;
         fetch(rows[(kSlot + kRowsAhead) % (kRowsAhead + 1)], row + kRowsAhead);

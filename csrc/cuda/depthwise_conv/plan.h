@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Block shapes of the depthwise convolution: shared by the kernels, their launchers and the op entries (which allocate
-// partial sums by them). They follow from the sizes alone, never from the device, so that sums have one order
+// Block shapes of the depthwise convolution, shared by the kernels, their launchers and the op entries (which allocate
+// partial sums by them). They follow from the sizes alone, never from the device, so that sums have the same order
 // everywhere.
 #pragma once
 
@@ -10,7 +10,7 @@
 namespace gm {
 
 constexpr int kConvVec = 2;      // channels of a thread: 4 bytes of a 16-bit type, 8 of float
-constexpr int kConvColumns = 4;  // adjacent columns of a thread: they share weights, and two neighbours
+constexpr int kConvColumns = 4;  // adjacent columns of a thread; they share weights and two neighbours
 constexpr int kConvTaps = 9;
 
 constexpr int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -22,8 +22,8 @@ inline int strip_rows(int height, int64_t strips_at_full_height, int64_t wanted,
     return rows;
 }
 
-// Forward: `lanes` neighbouring threads hold adjacent channels of one walker. A walker owns kConvColumns columns and
-// goes down one strip of rows; walkers are numbered with the columns first, then the strip, then the image.
+// Forward: `lanes` neighbouring threads hold adjacent channels; together they are a walker, which owns kConvColumns
+// columns and goes down one strip of rows. Walkers are numbered by column first, then by strip, then by image.
 constexpr int kConvFwdThreads = 128;
 constexpr int kConvFwdLanes = 32;
 
@@ -41,7 +41,7 @@ inline ConvFwdPlan conv_fwd_plan(int64_t batch, int height, int width, int group
     p.chunks = static_cast<int>(div_up(vecs, kConvFwdLanes));
     p.lanes = static_cast<int>(div_up(vecs, p.chunks));
     p.quads = static_cast<int>(div_up(width, kConvColumns));
-    // A strip reads two rows beyond its own. With less than some four waves of threads strips of 14 rows balance the
+    // A strip reads two rows beyond its own. With less than about four waves of threads, strips of 14 rows balance the
     // load; with less than one, latency counts and strips go down to 2 rows.
     constexpr int64_t kManyThreads = 1 << 18, kFewThreads = 3 << 14;
     const int64_t threads = p.quads * batch * groups * p.chunks * p.lanes;
@@ -55,14 +55,14 @@ inline ConvFwdPlan conv_fwd_plan(int64_t batch, int height, int width, int group
     return p;
 }
 
-// Backward: a block owns a tile of columns and `lanes` * kConvVec channels, goes down one strip of rows of one image,
-// then of the next one. Its threads exchange the gradients between them through shared memory, so a tile that does not
-// end at the image's edge computes columns there which its neighbour owns.
+// Backward: a block owns a tile of columns and `lanes` * kConvVec channels, and goes down one strip of rows of one
+// image, then of the next. Its threads exchange their gradients through shared memory, so a tile that does not end at
+// the edge of the image also computes columns there that its neighbour owns.
 constexpr int kConvBwdThreads = 128;
 constexpr int kConvBwdLanes = 64;
-constexpr int kConvBwdHalo = kConvColumns;  // whole threads
+constexpr int kConvBwdHalo = kConvColumns;  // the columns of a whole thread
 constexpr int kConvBwdUnit = 8;             // lanes of 32 bytes of a 16-bit type, a sector
-constexpr int kConvBwdVector = 8;           // channels that a thread copies: so many threads as a row of a tile takes
+constexpr int kConvBwdVector = 8;  // channels that a thread copies: a row of a tile takes as many threads as compute it
 static_assert(kConvBwdVector == kConvVec * kConvColumns);
 
 struct ConvBwdPlan {
@@ -89,16 +89,16 @@ inline ConvBwdPlan conv_bwd_plan(int64_t batch, int height, int width, int group
         p.quads = quads_of(static_cast<int>(div_up(inner, p.tiles)) + 2 * kConvBwdHalo);
     }
     p.tile_step = p.quads * kConvColumns - 2 * kConvBwdHalo;
-    // Whole sectors where there are that many channels: as many chunks as the widest lanes need, then no wider than
-    // those need.
+    // Whole sectors where there are that many channels: as many chunks as the widest lanes need, then as few lanes as
+    // those chunks need.
     int most = std::min(kConvBwdThreads / p.quads, kConvBwdLanes);
     if (most > kConvBwdUnit) most -= most % kConvBwdUnit;
     p.chunks = static_cast<int>(div_up(vecs, most));
     p.lanes = static_cast<int>(div_up(vecs, p.chunks));
     if (p.chunks > 1 && most >= kConvBwdUnit) p.lanes = static_cast<int>(div_up(p.lanes, kConvBwdUnit)) * kConvBwdUnit;
     p.threads = p.lanes * p.quads;
-    // A block leaves 10 or 11 floats a channel: small images share a block while there are blocks for two waves; few
-    // blocks are split by rows, of which a strip reads four beyond its own.
+    // A block leaves 10 or 11 floats a channel. Small images share a block while there are blocks for two waves; where
+    // blocks are few, images are split by rows, and a strip reads four rows beyond its own.
     constexpr int64_t kEnoughBlocks = 768, kFewBlocks = 1024, kEnoughTokens = 384;
     const int64_t blocks = batch * groups * p.tiles * p.chunks;
     const int64_t tokens = std::max<int64_t>(static_cast<int64_t>(height) * width, 1);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the depthwise convolution's kernels share: a thread's channels, their loads and stores, weights in shared
-// memory.
+// Shared by the kernels of the depthwise convolution: a thread's channels, their loads and stores, and the weights in
+// shared memory.
 #pragma once
 
 #include "cuda/common/packed.cuh"
@@ -8,8 +8,9 @@
 
 namespace gm {
 
-// A thread's channels out of the lanes * kConvVec that its block holds from `block_first` on. Aligned images: adjacent
-// ones, moved in one access. Otherwise `lanes` apart, so that neighbouring threads still access neighbouring elements.
+// A thread's channels among the lanes * kConvVec that its block holds from `block_first` on. In aligned images they
+// are adjacent and moved in one access. Elsewhere they are `lanes` apart, so that neighbouring threads still access
+// neighbouring elements.
 template <bool kAligned>
 struct Channels {
     int local;  // first channel, counted from the block's
@@ -70,7 +71,7 @@ struct alignas(16) ConvTable {
 #pragma unroll
         for (int j = 0; j < kConvVec; ++j) out[j] = rows[row][channels.at(j)];
     }
-    // Read where it is used, not once before a loop into registers that the loop needs.
+    // Read where it is used: once before a loop, it would take registers that the loop needs.
     template <bool kAligned>
     __device__ __forceinline__ void reread(int row, const Channels<kAligned>& channels, float (&out)[kConvVec]) const {
         const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(&rows[row][channels.at(0)]));

@@ -4,15 +4,17 @@
 //   out = [x +] fc2 gelu(conv3x3(fc1 LayerNorm(x)))
 //
 // The hidden image, up to eight times as wide as x, stays on the chip; it is written only where a backward needs it. A
-// block owns a tile of pixels (see plan.h) and goes through the hidden channels 64 at a time, in two
-// phases with a barrier behind each:
+// block owns a tile of pixels (see plan.h) and goes through the hidden channels 64 at a time, in two phases with a
+// barrier after each:
 //
-//   products: fc2 of the last 64 channels onto the sums that the block keeps in registers; fc1 of the next 64 for all
-//             pixels of the tile and the ring around it, to shared memory as a plane a channel, 0 outside the image;
-//   planes:   convolution and GELU, a warp for 8 channels (depthwise_conv/planes.cuh). The weights of the next products
-//   arrive then.
+//   products: fc2 of the last 64 channels, added to the sums that the block keeps in registers; fc1 of the next 64 for
+//             all pixels of the tile and the ring around it, written to shared memory as one plane for each channel, 0
+//             outside the image;
+//   planes:   convolution and GELU, a warp for 8 channels (depthwise_conv/planes.cuh). Meanwhile the weights of the
+//   next
+//             products arrive.
 //
-// Two blocks share a multiprocessor, so that one's products run beside the other's planes.
+// Two blocks share a multiprocessor, so that the products of one run beside the planes of the other.
 #include "cuda/common/dispatch.h"
 #include "cuda/common/launch_kernel.cuh"
 #include "cuda/feed_forward/tile.cuh"
@@ -22,13 +24,13 @@ namespace {
 
 using namespace feed_forward;
 
-// Of the pixels whose hidden values a thread holds, those in the image: masks of its two pixels of either half of a
-// row, and a bit a row.
+// Which of the pixels whose hidden values a thread holds are in the image: masks of its two pixels in either half of a
+// row, and one bit for each row.
 struct Inside {
     uint32_t halves[2], rows;
 };
 
-// One of a warpgroup's products of fc1: the sums.
+// One of a warpgroup's products of fc1.
 template <class T, int kBlocks>
 __device__ __forceinline__ void fc1_product(float (&sums)[Tile<kBlocks>::kFc1Tokens / 2], uint32_t shared,
                                             int first_token) {
@@ -45,7 +47,8 @@ __device__ __forceinline__ void fc1_product(float (&sums)[Tile<kBlocks>::kFc1Tok
     wgmma_commit();
 }
 
-// And their way to the planes; by constants, for as many addresses take registers that the sums of fc2 need.
+// Writes its sums to the planes. The offsets are constants: as many addresses would take registers that the sums of
+// fc2 need.
 template <class T, int kBlocks, int kFirstToken>
 __device__ __forceinline__ void fc1_planes(const float (&sums)[Tile<kBlocks>::kFc1Tokens / 2], const float (&bias)[2],
                                            const Inside& inside, int channel, unsigned char* planes) {
@@ -66,7 +69,7 @@ __device__ __forceinline__ void fc1_planes(const float (&sums)[Tile<kBlocks>::kF
     }
 }
 
-// A warpgroup's products of fc2 onto its sums.
+// A warpgroup's products of fc2, added to its sums.
 template <class T, int kBlocks>
 __device__ __forceinline__ void fc2_products(float (&sums)[Tile<kBlocks>::kFc2Units][28], uint32_t shared, int group) {
     using Tile = Tile<kBlocks>;
@@ -85,18 +88,18 @@ __device__ __forceinline__ void fc2_products(float (&sums)[Tile<kBlocks>::kFc2Un
     wgmma_commit();
 }
 
-// The hidden image of the tile, 64 channels of it, to memory.
+// Writes 64 channels of the tile's hidden image to memory.
 template <class T, int kBlocks>
 __device__ __forceinline__ void save_hidden(const FeedForwardArgs& args, int warp, int first_channel, uint32_t planes) {
     using Tile = Tile<kBlocks>;
     const TilePlace at = tile_place<kBlocks>(args.plan);
     const int lane = threadIdx.x % 32;
-    // A warp goes down every second row, 8 pixels by 32 channels of each: lane l gets channels 8 (l % 4) and on of
-    // pixel l / 4.
+    // A warp takes every second row, and in each 8 pixels by 32 channels: lane l gets channels 8 (l % 4) and following
+    // of pixel l / 4.
     const int half = warp / 2 % 2, quarter = warp % 2;
     const int channel = quarter * 32 + lane % 8 / 2 * 8 + lane / 8 * 2 + lane % 2;
     const uint32_t plane = planes + plane_of(channel) * Tile::Planes::kPlane;
-    const int column = half * 8 + lane / 4;  // of the tile with its ring
+    const int column = half * 8 + lane / 4;  // in the tile with its ring
     const int x = at.column + column - 1, c = first_channel + quarter * 32 + lane % 4 * 8;
     const bool in = column >= 1 && column <= kOutColumns && x < args.width && c < args.hidden_pad;
     const int64_t row_step = static_cast<int64_t>(args.width) * args.hidden_pad, first = at.row + warp / 4;
@@ -105,7 +108,7 @@ __device__ __forceinline__ void save_hidden(const FeedForwardArgs& args, int war
 #pragma unroll
     for (int row = warp / 4; row < Tile::kOutRows; row += 2) {
         uint32_t words[4];
-        load_matrices_transposed(words, plane + plane_chunk<Tile::kTall>(row + 1, half) * 16);
+        ldmatrix_trans(words, plane + plane_chunk<Tile::kTall>(row + 1, half) * 16);
         if (in && at.row + row < args.height)
             *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
         to += 2 * row_step;
@@ -120,18 +123,19 @@ __global__ void __launch_bounds__(kThreads, kBlocks < 3 ? 2 : 1)
     extern __shared__ __align__(1024) unsigned char shared[];
     const FeedForwardArgs& args = maps.args;
     const TilePlace at = tile_place<kBlocks>(args.plan);
-    if (!is_kept(args.kept, at.image)) {
+    if (!keeps_branch(args.drop_path, at.image)) {
         copy_x<T, kBlocks>(args, at);
         return;
     }
     const uint32_t base = shared_address(shared), barrier = base + Tile::kBarrier;
-    // The same for all threads of a warp, which the compiler should know.
+    // The same for all threads of a warp; the shuffle lets the compiler know.
     const int warp = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x / 32), 0), group = warp / 4;
-    const int lane = threadIdx.x % 32, hidden_channel = warp % 4 * 16 + lane / 4;  // of fc1's sums, and 8 on
+    const int lane = threadIdx.x % 32,
+              hidden_channel = warp % 4 * 16 + lane / 4;  // of fc1's sums; the other one is 8 further on
     const int last = args.plan.hidden_blocks - 1;
     if (threadIdx.x == 0) {
-        barrier_init(barrier, 2);  // two loads at a time
-        barrier_init_fence();
+        mbarrier_init(barrier, 2);  // two loads at a time
+        mbarrier_init_fence();
         load_x<T, kBlocks>(maps, at, base, barrier);
         load_fc1<T, kBlocks>(maps, 0, base, barrier);
     }
@@ -146,13 +150,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks < 3 ? 2 : 1)
     for (int row = 0; row < Tile::kInRows; ++row)
         if (at.row - 1 + row >= 0 && at.row - 1 + row < args.height) inside.rows |= 1u << row;
     __syncthreads();
-    barrier_wait(barrier, 0);
+    mbarrier_wait(barrier, 0);
     normalise<T, kBlocks>(args, shared);
-    proxy_fence();
+    fence_proxy_async();
     __syncthreads();
 
     float sums[Tile::kFc2Units][28] = {};
-    // fc1 of a block, and fc2 of the last one, which runs while the first sums of fc1 go to their planes.
+    // fc1 of a block of channels, and fc2 of the last one, which runs while the first sums of fc1 are written to
+    // planes.
     const auto products = [&](int block, auto with_fc2) {
         const T* const biases =
             reinterpret_cast<const T*>(shared + Tile::kTables + block % 2 * Tile::kTable + Tile::kFc1Bias);
@@ -181,15 +186,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks < 3 ? 2 : 1)
             if (block < last) {
                 load_fc1<T, kBlocks>(maps, block + 1, base, barrier);
             } else {
-                barrier_expect(barrier, 0);
+                mbarrier_expect(barrier, 0);
             }
         }
         if (args.hidden != nullptr) save_hidden<T, kBlocks>(args, warp, block * kWidth, base + Tile::kPlanes);
         convolve<T, Tile::kTall>(shared + Tile::kTables + block % 2 * Tile::kTable, warp, base + Tile::kPlanes,
                                  shared + Tile::kActivated);
-        proxy_fence();
+        fence_proxy_async();
         __syncthreads();
-        barrier_wait(barrier, (block + 1) % 2);
+        mbarrier_wait(barrier, (block + 1) % 2);
         if (block == last) break;
         products(block + 1, std::true_type{});
 #pragma unroll

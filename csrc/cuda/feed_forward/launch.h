@@ -8,7 +8,7 @@
 
 namespace gm {
 
-// True where the device and the build have the kernel.
+// True where both the device and the build have the kernel.
 bool has_feed_forward_sm90a();
 cudaError_t launch_feed_forward_sm90a(const FeedForwardArgs& args, DType dtype, cudaStream_t stream);
 

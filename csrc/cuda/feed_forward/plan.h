@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The feed-forward network as one kernel: its tiles, and which shapes it takes. By the sizes alone, but for the check
-// of the device.
+// The feed-forward network as one kernel: its tiles, and which shapes it takes. From the sizes alone.
 #pragma once
 
 #include <algorithm>
@@ -15,11 +14,12 @@ namespace gm {
 // the usual stages.
 constexpr int kFeedForwardColumns = 14;
 constexpr int kFeedForwardBlock = 64;  // channels of x, and of the hidden image, in one step
-// Wider images have sums for more registers than there are; their products are also wide enough for the library.
+// Wider images would need more registers for their sums than there are; their products are also large enough for
+// cuBLAS.
 constexpr int kFeedForwardChannels = 192;
 
-// With 14 rows 31% of x and the hidden image are computed twice, with 7 rows 47%: 352 and 431 us at 64 x 56 x 56, for
-// all that three blocks fit on a multiprocessor then and not two. With more than 64 channels the sums of 14 rows take
+// With 14 rows 31% of x and the hidden image are computed twice, with 7 rows 47%: 352 and 431 us at 64 x 56 x 56,
+// although three blocks then fit on a multiprocessor and not two. With more than 64 channels the sums of 14 rows take
 // more registers than two blocks have.
 constexpr int feed_forward_rows(int channel_blocks) { return channel_blocks == 1 ? 14 : 7; }
 
@@ -41,8 +41,8 @@ inline FeedForwardPlan feed_forward_plan(int64_t batch, int height, int width, i
     return p;
 }
 
-// True where the kernel is the faster way: tiles for three quarters of an H100's multiprocessors, and most of their
-// pixels in the image.
+// True where the kernel is the faster way: enough tiles for three quarters of an H100's multiprocessors, and most of
+// their pixels inside the image.
 inline bool suits_feed_forward(int64_t batch, int height, int width, int channels, int hidden, DType dtype) {
     if (dtype == DType::kFloat || channels > kFeedForwardChannels || channels % 8 != 0) return false;
     const FeedForwardPlan p = feed_forward_plan(batch, height, width, channels, hidden);

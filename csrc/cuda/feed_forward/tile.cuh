@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The two ends of fwd_sm90a.cu: a block's tile and how it lies in shared memory, what the copy engine brings,
-// LayerNorm; and the way of the sums back to whole pixels.
+// The two ends of fwd_sm90a.cu: a block's tile and its layout in shared memory, what TMA loads, LayerNorm; and how the
+// sums become whole pixels.
 #pragma once
 
 #include "cuda/common/packed.cuh"
@@ -24,10 +24,10 @@ struct Tile {
     using Planes = ConvPlanes<kTall>;
     static constexpr int kChannels = kBlocks * kWidth;
     static constexpr int kTokens = kInRows * kInColumns;
-    // fc1: each warpgroup its half of the tokens, kFc1Units products of kFc1Tokens one after another.
+    // fc1: each warpgroup has half of the tokens, in kFc1Units products of kFc1Tokens.
     static constexpr int kFc1Tokens = kTall ? 64 : 72, kFc1Units = kTokens / kGroups / kFc1Tokens;
-    static constexpr int kOutTokens = Planes::kOutPixels;  // behind the convolution
-    // fc2: each warpgroup its half of these, kFc2Units products of 56 tokens or 64 channels.
+    static constexpr int kOutTokens = Planes::kOutPixels;  // after the convolution
+    // fc2: each warpgroup has half of these, in kFc2Units products of 56 tokens or 64 channels.
     static constexpr int kFc2Tokens = 56, kFc2Units = kTall ? 2 : kBlocks;
     static_assert(kGroups * kFc1Units * kFc1Tokens == kTokens);
     static_assert(kGroups * (kTall ? 2 : 1) * kFc2Tokens == kOutTokens);
@@ -40,7 +40,7 @@ struct Tile {
     static constexpr int kPlanes = kFc2 + kBlocks * kWidth * kPanelRow;
     static constexpr int kTables = kPlanes + Planes::kBytes;
     static constexpr int kBarrier = kTables + 2 * kTable, kBytes = kBarrier + 8;
-    static constexpr int kSumRow = kChannels + 4;  // of the sums on their way out, in floats
+    static constexpr int kSumRow = kChannels + 4;  // of the sums while they are written out, in floats
     static_assert(kOutTokens * kSumRow * 4 <= kBytes);
 };
 
@@ -49,7 +49,7 @@ struct TilePlace {
     int row, column;  // of the result's first pixel
 };
 
-// Computed anew wherever it is called: kept through the loop over hidden channels it would take registers.
+// Computed again wherever it is called: kept through the loop over hidden channels it would take registers.
 template <int kBlocks>
 __device__ __forceinline__ TilePlace tile_place(const FeedForwardPlan& plan) {
     unsigned block;
@@ -64,12 +64,12 @@ struct KernelArgs {
     FeedForwardArgs args;
 };
 
-// What the copy engine brings, by one thread: x of the tile and its ring, 0 outside the image; weights and tables of a
-// block of hidden channels.
+// What TMA loads, issued by one thread: x of the tile and its ring, 0 outside the image; weights and tables of a block
+// of hidden channels.
 template <class T, int kBlocks>
 __device__ __forceinline__ void load_x(const KernelArgs& maps, const TilePlace& at, uint32_t shared, uint32_t barrier) {
     using Tile = Tile<kBlocks>;
-    barrier_expect(barrier, kBlocks * Tile::kTokens * kPanelRow);
+    mbarrier_expect(barrier, kBlocks * Tile::kTokens * kPanelRow);
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
         tma_load(shared + Tile::kX + b * Tile::kTokens * kPanelRow, &maps.x,
@@ -78,7 +78,7 @@ __device__ __forceinline__ void load_x(const KernelArgs& maps, const TilePlace& 
 template <class T, int kBlocks>
 __device__ __forceinline__ void load_fc1(const KernelArgs& maps, int block, uint32_t shared, uint32_t barrier) {
     using Tile = Tile<kBlocks>;
-    barrier_expect(barrier, kBlocks * kWidth * kPanelRow + Tile::kTable);
+    mbarrier_expect(barrier, kBlocks * kWidth * kPanelRow + Tile::kTable);
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
         tma_load(shared + Tile::kFc1 + b * kWidth * kPanelRow, &maps.fc1, {b * kWidth, block * kWidth, 0, 0, 0},
@@ -93,7 +93,7 @@ __device__ __forceinline__ void load_fc1(const KernelArgs& maps, int block, uint
 template <class T, int kBlocks>
 __device__ __forceinline__ void load_fc2(const KernelArgs& maps, int block, uint32_t shared, uint32_t barrier) {
     using Tile = Tile<kBlocks>;
-    barrier_expect(barrier, kBlocks * kWidth * kPanelRow);
+    mbarrier_expect(barrier, kBlocks * kWidth * kPanelRow);
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
         tma_load(shared + Tile::kFc2 + b * kWidth * kPanelRow, &maps.fc2, {block * kWidth, b * kWidth, 0, 0, 0},
@@ -149,8 +149,8 @@ __device__ __forceinline__ void normalise(const FeedForwardArgs& args, unsigned 
     }
 }
 
-// The last step: sums by way of shared memory to whole pixels, onto x. A thread keeps to 8 channels, and has asked for
-// its part of x before the sums are ready.
+// The last step: the sums, through shared memory, become whole pixels that are added to x. A thread keeps to 8
+// channels, and has its loads of x in flight before the sums are ready.
 template <class T, int kBlocks>
 class Finish {
     using Tile = Tile<kBlocks>;
@@ -182,7 +182,7 @@ public:
                 for (int i = 0; i < 4; ++i) to[(8 * j + i % 2) * Tile::kSumRow + i / 2 * 8] = sums[unit][4 * j + i];
         }
         __syncthreads();
-        const float factor = kept_factor(args_.kept, at_.image);
+        const float factor = drop_path_factor(args_.drop_path, at_.image);
         float bias[8];
 #pragma unroll
         for (int j = 0; j < 8; ++j)
@@ -207,7 +207,7 @@ public:
 private:
     static __device__ __forceinline__ int channel() { return threadIdx.x % kChunks * 8; }
     static __device__ __forceinline__ int token_of(int turn) { return threadIdx.x / kChunks + turn * kTokensAtOnce; }
-    // The pixel's number in its image, or -1.
+    // The number of the pixel in its image, or -1.
     __device__ __forceinline__ int pixel_of(int turn) const {
         const int token = token_of(turn), tile_row = Tile::Planes::row_of(token), row = at_.row + tile_row;
         const int column = at_.column + Tile::Planes::column_of(token);
@@ -222,7 +222,7 @@ private:
     Packed<T, 8> old_[kTurns];
 };
 
-// An image whose branch is left out.
+// For an image whose branch is dropped.
 template <class T, int kBlocks>
 __device__ void copy_x(const FeedForwardArgs& args, const TilePlace& at) {
     const int chunks = args.channels / 8;

@@ -8,14 +8,15 @@
 
 namespace gm {
 
-// True where narrow_product_* takes rows of `in` and of `out` columns on the current device.
-bool takes_narrow_product(DType dtype, int64_t in, int64_t out);
-cudaError_t plan_narrow_product_bwd(DType dtype, NarrowProductArgs& args);
-cudaError_t launch_narrow_product_fwd(const NarrowProductArgs& args, DType dtype, cudaStream_t stream);
-cudaError_t launch_narrow_product_bwd(const NarrowProductArgs& args, DType dtype, cudaStream_t stream);
-bool takes_wide_product(DType dtype, int64_t in, int64_t out);
-bool has_warp_products();  // the current device and this build, for both
-// the current device and this build, for both
-cudaError_t launch_wide_product(const WideProductArgs& args, DType dtype, cudaStream_t stream);
+// True where skinny_gemm_* takes rows of `in` and of `out` columns on the current device.
+bool takes_skinny_gemm(DType dtype, int64_t in, int64_t out);
+cudaError_t plan_skinny_gemm_bwd(DType dtype, SkinnyGemmArgs& args);
+cudaError_t launch_skinny_gemm_fwd(const SkinnyGemmArgs& args, DType dtype, cudaStream_t stream);
+cudaError_t launch_skinny_gemm_bwd(const SkinnyGemmArgs& args, DType dtype, cudaStream_t stream);
+// The same for tall_gemm.
+bool takes_tall_gemm(DType dtype, int64_t in, int64_t out);
+// True where the current device and this build have the kernels of both.
+bool has_warp_mma();
+cudaError_t launch_tall_gemm(const TallGemmArgs& args, DType dtype, cudaStream_t stream);
 
 }  // namespace gm

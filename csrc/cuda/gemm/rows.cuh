@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Rows of an image as operands and results of warp_mma, straight from and to device memory.
 //
-// The order of the terms of a sum, and of the columns of a result, is free. Lane 4 r + q holds of row r (and r + 8) of
-// a tile of 16, in every window of up to 32 columns, the q-th quarter: of 32 columns 8 q to 8 q + 7, one access of 16
-// bytes, as four pairs. The i-th pairs of all four lanes q are what warp_mma takes as 8 adjacent columns.
+// The order of the terms of a sum, and of the columns of a result, is free. Lane 4 r + q holds row r (and r + 8) of a
+// tile of 16 rows: in every window of up to 32 columns the q-th quarter, which of 32 columns is 8 q to 8 q + 7, one
+// access of 16 bytes, as four pairs. The i-th pairs of all four lanes q are what warp_mma takes as 8 adjacent columns.
 #pragma once
 
 #include "cuda/common/packed.cuh"
@@ -13,7 +13,7 @@ namespace gm {
 
 constexpr int kTileRows = 16;
 
-// A lane's part of one row of kWidth columns. Of 4 columns two lanes hold a pair each, the others zeros.
+// A lane's part of one row of kWidth columns. Of 4 columns, two lanes hold a pair each and the others zeros.
 template <int kWidth>
 struct RowPart {
     static constexpr int kWindow = kWidth < 8 ? 8 : kWidth < 32 ? kWidth : 32;

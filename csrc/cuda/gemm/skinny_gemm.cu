@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of many tokens with a small weight a group, 16-bit storage, sums in float32, and their backward: dx and
-// dweight in one read of dy. Such products are their images' bytes and nothing else: a warp takes 16 tokens at a time
-// from device memory straight into the operands of its tensor cores, without shared memory, and holds the weight in
-// registers.
+// Products of many tokens with a small weight for each group, 16-bit storage, sums in float32, and their backward: dx
+// and dweight in one read of dy. Such products are limited by the bytes of their images alone. So a warp loads 16
+// tokens at a time from device memory straight into the operands of its tensor cores, without shared memory, and holds
+// the weight in registers.
 #include <algorithm>
 
 #include "cuda/common/dispatch.h"
@@ -13,7 +13,7 @@
 namespace gm {
 namespace {
 
-// Blocks of four warps: their sums of dweight meet in a few steps.
+// Blocks of four warps: their sums of dweight are combined in a few steps.
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 
 // Two rows of a tile, 8 apart.
@@ -34,14 +34,14 @@ struct TilePart {
     }
 };
 
-// A weight as the second operand of products from rows of kFrom columns to rows of kTo: its columns and terms in the
-// order of RowPart.
+// A weight as the second operand of products from rows of kFrom columns to rows of kTo columns, its columns and terms
+// in the order of RowPart.
 template <class T, int kFrom, int kTo>
 struct HeldWeight {
     static constexpr int kSteps = (RowPart<kFrom>::kPairs + 1) / 2, kColumns = RowPart<kTo>::kPairs;
     uint32_t words[kSteps][kColumns][2];
 
-    // at(term, column): the element's number.
+    // at(term, column): the number of the element.
     template <class At>
     __device__ __forceinline__ void load(const T* weight, const At& at) {
         const int q = threadIdx.x % 4, column = threadIdx.x % 32 / 4;
@@ -60,7 +60,7 @@ struct HeldWeight {
                     words[s][j][half] = bits(weight[at(term, to)]) | bits(weight[at(term + 1, to)]) << 16;
                 }
     }
-    // rows x weight, and what `out` holds if `add`; rounded once.
+    // rows x weight, added to `out` if `add`; rounded once.
     __device__ __forceinline__ void multiply(const TilePart<kFrom>& rows, bool add, TilePart<kTo>& out) const {
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) {
@@ -98,13 +98,13 @@ private:
     }
 };
 
-// The tokens of a warp: kTiles adjacent tiles from `first` on, then those `step` tokens further on, and so forth.
+// The tokens of a warp: kTiles adjacent tiles from `first` on, then those `step` tokens further on, and so on.
 template <int kTiles>
 struct WarpTokens {
     int group;
     int64_t first, step;
 
-    __device__ explicit WarpTokens(const NarrowProductArgs& args) {
+    __device__ explicit WarpTokens(const SkinnyGemmArgs& args) {
         const int part = static_cast<int>(blockIdx.x) / args.groups;
         group = static_cast<int>(blockIdx.x) - part * args.groups;
         step = int64_t{args.parts} * kWarps * kTiles * kTileRows;
@@ -112,8 +112,8 @@ struct WarpTokens {
     }
 };
 
-// Tiles whose loads a warp has under way at once: some 32 bytes a lane, twice that with those of the next step. A lane
-// has as many bytes of a tile as a row has columns: 16 rows of 2 bytes a column, shared by 32 lanes.
+// Tiles that a warp loads at once: about 32 bytes a lane, twice that with those of the next step. A lane has as many
+// bytes of a tile as a row has columns: 16 rows of 2 bytes a column, shared by 32 lanes.
 template <int kColumns>
 constexpr int kTilesOf = kColumns >= 32 ? 1 : 32 / kColumns;
 template <int kIn>
@@ -121,7 +121,7 @@ constexpr int kFwdTiles = kTilesOf<kIn>;
 template <int kIn, int kOut>
 constexpr int kBwdTiles = kTilesOf<kIn + kOut>;
 
-// Registers set the blocks of an SM.
+// Registers limit the blocks of an SM.
 template <int kIn, int kOut>
 constexpr int kFwdBlocks = kIn * kOut >= 1024 ? 4 : 8;
 template <int kIn, int kOut>
@@ -131,7 +131,7 @@ constexpr int kBwdBlocks = kIn * kOut >= 2048  ? 2
 
 template <class T, int kIn, int kOut>
 __global__ void __launch_bounds__(kThreads, kFwdBlocks<kIn, kOut>)
-    narrow_product_fwd_kernel(const __grid_constant__ NarrowProductArgs args) {
+    skinny_gemm_fwd_kernel(const __grid_constant__ SkinnyGemmArgs args) {
     begin_kernel();
 #if __CUDA_ARCH__ >= 800
     constexpr int kTiles = kFwdTiles<kIn>;
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kThreads, kFwdBlocks<kIn, kOut>)
 
 template <class T, int kIn, int kOut>
 __global__ void __launch_bounds__(kThreads, kBwdBlocks<kIn, kOut>)
-    narrow_product_bwd_kernel(const __grid_constant__ NarrowProductArgs args) {
+    skinny_gemm_bwd_kernel(const __grid_constant__ SkinnyGemmArgs args) {
     begin_kernel();
 #if __CUDA_ARCH__ >= 800
     constexpr int kTiles = kBwdTiles<kIn, kOut>;
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, kBwdBlocks<kIn, kOut>)
     const T* const x = static_cast<const T*>(args.x) + walk.group * args.tokens * kIn;
     const T* const dy = static_cast<const T*>(args.dy) + walk.group * args.tokens * kOut;
     T* const dx = static_cast<T*>(args.dx) + walk.group * args.tokens * kIn;
-    // Columns of dy that are pads may hold anything.
+    // The padding columns of dy may hold anything.
     const uint32_t used = 2 * q + 1 < args.used ? 0xffffffff : 2 * q < args.used ? 0xffff : 0;
     TilePart<kIn> next_x[kTiles];
     TilePart<kOut> next_dy[kTiles];
@@ -210,14 +210,14 @@ __global__ void __launch_bounds__(kThreads, kBwdBlocks<kIn, kOut>)
             uint32_t dy_low[kColumnTiles], dy_high[kColumnTiles];
 #pragma unroll
             for (int j = 0; j < kColumnTiles; ++j) {
-                dy_low[j] = transposed_pair(now_dy[i].low.pairs[j]);
-                dy_high[j] = transposed_pair(now_dy[i].high.pairs[j]);
+                dy_low[j] = movmatrix_trans(now_dy[i].low.pairs[j]);
+                dy_high[j] = movmatrix_trans(now_dy[i].high.pairs[j]);
             }
 #pragma unroll
             for (int m = 0; m < kRowTiles; ++m) {
                 const uint32_t a[4] = {
-                    transposed_pair(now_x[i].low.pairs[2 * m]), transposed_pair(now_x[i].low.pairs[2 * m + 1]),
-                    transposed_pair(now_x[i].high.pairs[2 * m]), transposed_pair(now_x[i].high.pairs[2 * m + 1])};
+                    movmatrix_trans(now_x[i].low.pairs[2 * m]), movmatrix_trans(now_x[i].low.pairs[2 * m + 1]),
+                    movmatrix_trans(now_x[i].high.pairs[2 * m]), movmatrix_trans(now_x[i].high.pairs[2 * m + 1])};
 #pragma unroll
                 for (int j = 0; j < kColumnTiles; ++j) warp_mma<T>(sums[m][j], a, dy_low[j], dy_high[j], sums[m][j]);
             }
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(kThreads, kBwdBlocks<kIn, kOut>)
             out[i].store(dx, first + i * kTileRows + row, args.tokens, q);
         }
     }
-    // The warps add one after another, so that bits do not depend on who came first.
+    // The warps add one after another, so that the bits do not depend on the order in which they arrive.
     for (int warp = 0; warp < kWarps; ++warp) {
         if (static_cast<int>(threadIdx.x) / 32 == warp) {
 #pragma unroll
@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(kThreads, kBwdBlocks<kIn, kOut>)
 #endif
 }
 
-// f(type tag, integral_constant of the columns of x, of y), for the widths below.
+// Calls f(type tag, integral_constant of the columns of x, of y) for the widths below.
 template <class F>
 auto dispatch(DType dtype, int in, int out, F&& f) {
     const auto with_type = [&](auto tag) {
@@ -267,12 +267,12 @@ auto dispatch(DType dtype, int in, int out, F&& f) {
 }
 
 template <class Kernel>
-cudaError_t launch(Kernel kernel, const NarrowProductArgs& args, cudaStream_t stream) {
+cudaError_t launch(Kernel kernel, const SkinnyGemmArgs& args, cudaStream_t stream) {
     return launch_kernel(kernel, int64_t{args.groups} * args.parts, kThreads, 0, stream, args);
 }
 
-// As many blocks as run at once, of at least one step each.
-cudaError_t parts_of(int resident, int tiles, const NarrowProductArgs& args, int& parts) {
+// As many blocks as run at once, each with at least one step.
+cudaError_t parts_of(int resident, int tiles, const SkinnyGemmArgs& args, int& parts) {
     int multiprocessors = 0;
     const cudaError_t error = multiprocessors_of_device(multiprocessors);
     const int64_t rows = int64_t{kWarps} * tiles * kTileRows, steps = (args.tokens + rows - 1) / rows;
@@ -282,40 +282,40 @@ cudaError_t parts_of(int resident, int tiles, const NarrowProductArgs& args, int
 
 }  // namespace
 
-bool takes_narrow_product(DType dtype, int64_t in, int64_t out) {
+bool takes_skinny_gemm(DType dtype, int64_t in, int64_t out) {
     const bool widths =
         (in == 16 && (out == 4 || out == 16 || out == 32)) || (in == 32 && (out == 4 || out == 32 || out == 64));
-    return dtype != DType::kFloat && widths && has_warp_products();
+    return dtype != DType::kFloat && widths && has_warp_mma();
 }
 
-bool has_warp_products() {
+bool has_warp_mma() {
     if (capability_of_device() < 80) return false;
     static const bool built =
-        is_built_for(reinterpret_cast<const void*>(narrow_product_fwd_kernel<__nv_bfloat16, 16, 4>), 80);
+        is_built_for(reinterpret_cast<const void*>(skinny_gemm_fwd_kernel<__nv_bfloat16, 16, 4>), 80);
     return built;
 }
 
-cudaError_t plan_narrow_product_bwd(DType dtype, NarrowProductArgs& args) {
+cudaError_t plan_skinny_gemm_bwd(DType dtype, SkinnyGemmArgs& args) {
     return dispatch(dtype, args.in, args.out, [&](auto, auto in, auto out) {
         constexpr int kIn = decltype(in)::value, kOut = decltype(out)::value;
         return parts_of(kBwdBlocks<kIn, kOut>, kBwdTiles<kIn, kOut>, args, args.parts);
     });
 }
 
-cudaError_t launch_narrow_product_fwd(const NarrowProductArgs& given, DType dtype, cudaStream_t stream) {
+cudaError_t launch_skinny_gemm_fwd(const SkinnyGemmArgs& given, DType dtype, cudaStream_t stream) {
     return dispatch(dtype, given.in, given.out, [&](auto tag, auto in, auto out) {
         constexpr int kIn = decltype(in)::value, kOut = decltype(out)::value;
-        NarrowProductArgs args = given;
+        SkinnyGemmArgs args = given;
         const cudaError_t error = parts_of(kFwdBlocks<kIn, kOut>, kFwdTiles<kIn>, args, args.parts);
         if (error != cudaSuccess) return error;
-        return launch(narrow_product_fwd_kernel<typename decltype(tag)::type, kIn, kOut>, args, stream);
+        return launch(skinny_gemm_fwd_kernel<typename decltype(tag)::type, kIn, kOut>, args, stream);
     });
 }
 
-cudaError_t launch_narrow_product_bwd(const NarrowProductArgs& args, DType dtype, cudaStream_t stream) {
+cudaError_t launch_skinny_gemm_bwd(const SkinnyGemmArgs& args, DType dtype, cudaStream_t stream) {
     return dispatch(dtype, args.in, args.out, [&](auto tag, auto in, auto out) {
         constexpr int kIn = decltype(in)::value, kOut = decltype(out)::value;
-        return launch(narrow_product_bwd_kernel<typename decltype(tag)::type, kIn, kOut>, args, stream);
+        return launch(skinny_gemm_bwd_kernel<typename decltype(tag)::type, kIn, kOut>, args, stream);
     });
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of many tokens with a weight a group that registers have no room for, or not the widths of
-// skinny_gemm.cu: it waits in shared memory, in the order in which the lanes take it. With an addend, a factor and a
-// bias for the last product of a layer, and by the weight as it is for a product's backward.
+// Products of many tokens with a weight that is too large for registers, or of other widths than skinny_gemm.cu takes:
+// the weight is kept in shared memory, in the order in which the lanes read it. They can add to the result, scale it
+// and add a bias, as the last product of a layer needs, and take the weight transposed, as a backward needs.
 #include <algorithm>
 
 #include "cuda/common/dispatch.h"
@@ -12,29 +12,29 @@
 namespace gm {
 namespace {
 
-// Two blocks of 8 warps an SM, of up to 128 registers: each warp has 16 tokens in its products and 16 under way.
+// Two blocks of 8 warps an SM, of up to 128 registers: each warp computes with 16 tokens while it loads the next 16.
 constexpr int kThreads = 256, kWarps = kThreads / 32, kResident = 2;
 constexpr int kWindow = 32, kMostWindows = 4;
 constexpr int kStepsOfWindow = 2;  // of 16 terms
 
 int windows_of(int columns) { return (columns + kWindow - 1) / kWindow; }
 
-// Words of the weight in shared memory: (window of the result, step, 2 pairs of tiles, lane, 4 words).
-int weight_bytes(const WideProductArgs& args) {
+// 32-bit words of the weight in shared memory: (window of the result, step, 2 pairs of tiles, lane, 4 words).
+int weight_bytes(const TallGemmArgs& args) {
     return windows_of(args.out) * windows_of(args.in) * kStepsOfWindow * 2 * 32 * 16;
 }
 
-// Where the words of a lane's 4 tiles of a window of the result lie: those of the tile of `column` for a step and the
-// terms of lanes q.
+// The index of the words of a lane's tile of a window of the result: the tile of `column`, for a step and the terms of
+// lanes q.
 template <int kSteps>
 __device__ __forceinline__ int word_of(int column, int step, int q) {
     const int inside = column % kWindow, tile = inside % 8 / 2, lane = (inside / 8 * 2 + inside % 2) * 4 + q;
     return (((column / kWindow * kSteps + step) * 2 + tile / 2) * 32 + lane) * 4 + tile % 2 * 2;
 }
 
-// The weight (out, in) into shared memory: a thread takes 8 adjacent terms of a column of the result at a time.
+// Copies the weight (out, in) to shared memory: a thread takes 8 adjacent terms of a column of the result at a time.
 template <class T, int kWindows>
-__device__ __forceinline__ void stage_weight(const WideProductArgs& args, const T* weight, uint32_t* shared) {
+__device__ __forceinline__ void stage_weight(const TallGemmArgs& args, const T* weight, uint32_t* shared) {
     constexpr int kChunks = kWindows * kWindow / 8, kSteps = kWindows * kStepsOfWindow, kAhead = 8;
     const int count = (args.out + kWindow - 1) / kWindow * kWindow * kChunks;
     for (int begin = threadIdx.x; begin < count; begin += kAhead * kThreads) {
@@ -58,10 +58,9 @@ __device__ __forceinline__ void stage_weight(const WideProductArgs& args, const 
     }
 }
 
-// The same of a weight (in, out): a pair of terms of 8 adjacent columns at a time.
+// The same for a weight (in, out): a thread takes a pair of terms of 8 adjacent columns at a time.
 template <class T, int kWindows>
-__device__ __forceinline__ void stage_transposed_weight(const WideProductArgs& args, const T* weight,
-                                                        uint32_t* shared) {
+__device__ __forceinline__ void stage_transposed_weight(const TallGemmArgs& args, const T* weight, uint32_t* shared) {
     constexpr int kPairs = kWindows * kWindow / 2, kSteps = kWindows * kStepsOfWindow, kAhead = 4;
     const int chunks = (args.out + kWindow - 1) / kWindow * (kWindow / 8), count = kPairs * chunks;
     for (int begin = threadIdx.x; begin < count; begin += kAhead * kThreads) {
@@ -87,8 +86,7 @@ __device__ __forceinline__ void stage_transposed_weight(const WideProductArgs& a
 }
 
 template <class T, int kWindows>
-__global__ void __launch_bounds__(kThreads, kResident)
-    wide_product_kernel(const __grid_constant__ WideProductArgs args) {
+__global__ void __launch_bounds__(kThreads, kResident) tall_gemm_kernel(const __grid_constant__ TallGemmArgs args) {
     begin_kernel();
 #if __CUDA_ARCH__ >= 800
     constexpr int kPairs = kWindows * 4, kSteps = kWindows * kStepsOfWindow;
@@ -173,16 +171,16 @@ __global__ void __launch_bounds__(kThreads, kResident)
 
 }  // namespace
 
-bool takes_wide_product(DType dtype, int64_t in, int64_t out) {
-    constexpr int64_t kMostShared = 99 << 10;  // of a block on the smallest GPUs; two on an SM of the largest
+bool takes_tall_gemm(DType dtype, int64_t in, int64_t out) {
+    constexpr int64_t kMostShared = 99 << 10;  // fits a block on the smallest GPUs, and two on an SM of the largest
     if (dtype == DType::kFloat || in % 8 != 0 || out % 8 != 0 || in > kMostWindows * kWindow) return false;
-    WideProductArgs args;
+    TallGemmArgs args;
     args.in = static_cast<int>(in), args.out = static_cast<int>(std::min<int64_t>(out, 1 << 12));
-    return weight_bytes(args) <= kMostShared && has_warp_products();
+    return weight_bytes(args) <= kMostShared && has_warp_mma();
 }
 
-cudaError_t launch_wide_product(const WideProductArgs& given, DType dtype, cudaStream_t stream) {
-    WideProductArgs args = given;
+cudaError_t launch_tall_gemm(const TallGemmArgs& given, DType dtype, cudaStream_t stream) {
+    TallGemmArgs args = given;
     int multiprocessors = 0;
     const cudaError_t error = multiprocessors_of_device(multiprocessors);
     if (error != cudaSuccess) return error;
@@ -190,7 +188,7 @@ cudaError_t launch_wide_product(const WideProductArgs& given, DType dtype, cudaS
     const int64_t at_once = std::max(kResident * multiprocessors / args.groups, 1);
     args.parts = static_cast<int>(std::min(at_once, steps));
     const auto launch = [&](auto tag, auto windows) {
-        return launch_kernel(wide_product_kernel<typename decltype(tag)::type, decltype(windows)::value>,
+        return launch_kernel(tall_gemm_kernel<typename decltype(tag)::type, decltype(windows)::value>,
                              int64_t{args.groups} * args.parts, kThreads, weight_bytes(args), stream, args);
     };
     const auto with_windows = [&](auto tag) {

@@ -16,15 +16,15 @@ struct SumImagesArgs {
     int parts = 0;
 };
 
-// Zeros in the images that are not kept; each is `bytes` long, all one after another.
+// Zeros in the images whose branch is dropped; each is `bytes` long, all one after another.
 struct ClearImagesArgs {
     void* images = nullptr;
     int64_t batch = 0, bytes = 0;  // a multiple of 16, from an address that is one too
-    KeptArg kept;
+    DropPathArg drop_path;
 };
 
-// Rows of `channels` elements, `stride` apart, as rows of `width` that end in zeros where that is more; of some images
-// alike. `to` begins at a multiple of 16 bytes.
+// Copies rows of `channels` elements, `stride` apart, to rows of `width` elements, with zeros at the end where that is
+// more; the same for several images. `to` begins at a multiple of 16 bytes.
 struct CopyRowsArgs {
     const void* from[3] = {};
     void* to[3] = {};

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Images that lie one after another: their sum, in float32, rounded once; zeros in some of them. Rows copied to
-// others, longer or shorter.
+// Images stored one after another: their sum, in float32, rounded once; zeros in some of them. Rows copied to longer
+// or shorter ones.
 #include "cuda/common/dispatch.h"
 #include "cuda/common/launch_kernel.cuh"
 #include "cuda/common/packed.cuh"
@@ -42,16 +42,16 @@ constexpr int kClearedByBlock = 16 * kThreads * 8;  // bytes
 __global__ void __launch_bounds__(kThreads) clear_images_kernel(const __grid_constant__ ClearImagesArgs args) {
     begin_kernel();
     const int64_t blocks = (args.bytes + kClearedByBlock - 1) / kClearedByBlock, image = blockIdx.x / blocks;
-    if (is_kept(args.kept, image)) return;
+    if (keeps_branch(args.drop_path, image)) return;
     const int64_t first = (blockIdx.x - image * blocks) * kClearedByBlock;
     const int64_t end = min(args.bytes, first + kClearedByBlock);
     for (int64_t i = first + threadIdx.x * 16; i < end; i += kThreads * 16)
         *reinterpret_cast<uint4*>(static_cast<char*>(args.images) + image * args.bytes + i) = make_uint4(0, 0, 0, 0);
 }
 
-constexpr int kCopyUnits = 4;  // of a thread: that many loads under way
+constexpr int kCopyUnits = 4;  // of a thread: that many loads in flight
 
-// Units of kVec elements, of which kCount are read at once; units of single ones may begin in one row and end in the
+// Units of kVec elements, kCount of which are read at once. With kCount 1 a unit may begin in one row and end in the
 // next.
 template <class T, int kCount>
 __global__ void __launch_bounds__(kThreads) copy_rows_kernel(const __grid_constant__ CopyRowsArgs args) {

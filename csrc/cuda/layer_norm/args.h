@@ -7,9 +7,9 @@
 
 namespace gm {
 
-// layer_norm_pool and modulated_layer_norm; plan in plan.h. A token is `groups` runs of group_dim channels, in
-// storage followed by zeros up to group_width where the image is padded; channel c of the parameters is c % group_dim
-// of group c / group_dim. Slots count channels and pads.
+// layer_norm_pool and modulated_layer_norm; block shapes in plan.h. A token is `groups` runs of group_dim channels, in
+// padded images followed by zeros up to group_width. Channel c of the parameters is channel c % group_dim of group c /
+// group_dim. Slots count channels and padding.
 struct NormShape {
     int64_t batch, tokens;
     int dim;                             // channels of a token: groups * group_dim
@@ -19,21 +19,22 @@ struct NormShape {
 };
 
 struct NormImage : ImageArg {
-    bool aligned = false;  // allows aligned accesses to kVec channels, pads included
+    bool aligned = false;  // allows aligned accesses to kVec channels, padding included
     int width = 0;         // stored channels of a group: group_dim, or more
-    int tail = 0;          // elements behind all groups of a token that a kernel which writes the image sets to 0
+    int tail = 0;          // elements after all groups of a token that a kernel which writes the image sets to 0
 };
 
 struct PoolFwdArgs {
     NormShape shape;
     NormPlan plan;
-    NormImage x, xn, sum;  // sum: x + sum_bias, or absent
-    KeptArg kept;          // factors of sum_bias
+    NormImage x, xn, sum;   // sum: x + sum_bias, or absent
+    DropPathArg drop_path;  // what sum_bias is multiplied by
     ParamArg weight, bias, sum_bias;
     ParamArg x_bias;  // (dim,): added to x first, or absent; not with sum, nor where plan.vecs > kRowVecs or 0
     float* partials = nullptr;  // (batch, plan.strips, dim): sums of xn, or null
-    float* words = nullptr;     // those of a later kernel, here marked absent (inter_block_state.cuh), or null
-    int64_t word_count = 0;
+    // Of a later scan, which this kernel marks "not ready" (scan/sm90/inter_block_state.cuh), or null.
+    float* inter_block_state = nullptr;
+    int64_t inter_block_floats = 0;
 };
 
 struct PoolBwdArgs {
@@ -45,7 +46,7 @@ struct PoolBwdArgs {
     ParamArg weight, bias;                    // bias: for xn
     ParamArg x_bias;                          // the forward's, or absent; not with dx_more or xn
     bool sum_dx_more = false;
-    KeptArg kept;  // factors of dx_more in its sums
+    DropPathArg drop_path;  // what dx_more is multiplied by in its sums
     // (batch, plan.strips, 2 * dim): dweight, dbias; with sum_dx_more or x_bias 3 * dim, the last for sums of dx_more
     // or of dx
     float* partials = nullptr;
@@ -55,7 +56,7 @@ struct ModulatedFwdArgs {
     NormShape shape;
     NormPlan plan;
     NormImage o, x, y;
-    KeptArg kept;                        // y is 0 in the images that are not
+    DropPathArg drop_path;               // y is 0 in the images whose branch is dropped
     ParamArg scale, gate, weight, bias;  // gate (batch, dim)
 };
 

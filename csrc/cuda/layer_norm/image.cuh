@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // How a thread of the LayerNorm kernels reads and writes its token of an image, step after step.
 //
-// Cursor takes any image, with both ways to memory behind a branch and offsets in shared memory. The others are for
-// launches whose images all allow them (is_direct): short code and cheap addresses leave the registers that hold the
-// loads of the next step. All of them give the kernels the same values, bit for bit.
+// Cursor takes any image: it has both aligned and single-element accesses, behind a branch, and offsets in shared
+// memory. The other cursors are for launches whose images all allow them (is_direct): with short code and cheap
+// addresses there are registers left for the loads of the next step. All of them give the kernels the same values, bit
+// for bit.
 #pragma once
 
 #include <cstdlib>
@@ -12,8 +13,8 @@
 
 namespace gm {
 
-// Element offsets of the vectors within a token of an image. volatile: read where they are used, not once before the
-// loop into registers that the tokens need.
+// Element offsets of the vectors within a token of an image. volatile, so that they are read where they are used: read
+// once before the loop they would take registers that the tokens need.
 template <int kVecs>
 struct VectorOffsets {
     volatile int64_t of[kVecs * 32];
@@ -27,8 +28,8 @@ struct VectorOffsets {
     }
 };
 
-// The same number, which the compiler takes for another one each time: what is computed of it is computed where it is
-// used, not once before the loop into registers that the tokens need.
+// The same number, but the compiler takes it for another one each time, so that what depends on it is computed where
+// it is used: computed once before the loop it would take registers that the tokens need.
 __device__ __forceinline__ int anew(int x) {
     asm volatile("" : "+r"(x));
     return x;
@@ -44,9 +45,9 @@ struct Cursor {
     int64_t step;
     const VectorOffsets<kVecs>& offsets;
     bool aligned;
-    int pads;  // stored ones of a group
+    int pads;  // stored padding channels of a group
 
-    // Fills `shared`, which a __syncthreads of the caller's makes visible.
+    // Fills `shared`; a __syncthreads of the caller makes it visible.
     __device__ Cursor(const NormImage& image, const NormShape& s, const Strip& strip, const Tile& tile,
                       VectorOffsets<kVecs>& shared)
         : p(static_cast<T*>(image.ptr) + strip.batch * image.batch + (strip.first + tile.row) * image.token),
@@ -56,7 +57,7 @@ struct Cursor {
           pads(image.width - s.group_dim) {
         shared.fill(s, image);
     }
-    // Of an image that lies as that of `other`, `distance` elements behind it.
+    // For an image with the layout of `other`'s, `distance` elements behind it.
     template <class Other>
     __device__ Cursor(const Cursor<Other, kVecs>& other, int64_t distance)
         : p(const_cast<T*>(other.p) + distance),
@@ -69,7 +70,7 @@ struct Cursor {
         return p + offsets.of[v * tile.lanes + tile.lane];
     }
 
-    // The thread's token as it is stored, 0 where there is nothing; `left` tokens of the strip are to come.
+    // The thread's token as it is stored, 0 where there is none. `left` tokens of the strip are still to come.
     __device__ __forceinline__ void load(const Tile& tile, int left, Stored& out) const {
         const bool exists = tile.row < left;
         if (aligned) {
@@ -89,7 +90,8 @@ struct Cursor {
     __device__ __forceinline__ void widen(const Tile&, int v, const Stored& in, float (&out)[kVec]) const {
         in[v].widen(out);
     }
-    // `value(vector, channels)`, once for each vector. Writes pads too where the image has them: values are 0 there.
+    // `value(vector, channels)` is called once for each vector. Also writes padding where the image has it: values are
+    // 0 there.
     template <class F>
     __device__ __forceinline__ void store(const Tile& tile, const F& value) const {
         typename Tile::Values x;
@@ -109,8 +111,8 @@ struct Cursor {
     }
 };
 
-// An aligned image. Its vectors are as far apart as their slots, but for the gap between two groups: what the stride of
-// the groups has more than their slots, or less.
+// An aligned image. Its vectors are as far apart as their slots, except for the gap between two groups: the difference
+// between the stride of the groups and their slots.
 template <class T, int kVecs>
 struct AlignedCursor {
     using Tile = RowTile<kVecs>;
@@ -119,7 +121,7 @@ struct AlignedCursor {
 
     T* p;
     int64_t step;
-    int gap;   // in bytes: one multiplication with a 64-bit addition gives an address
+    int gap;   // in bytes: an address is then one multiplication and one 64-bit addition
     int pads;  // stored ones of a group
 
     __device__ AlignedCursor(const NormImage& image, const NormShape& s, const Strip& strip, const Tile& tile,
@@ -136,7 +138,7 @@ struct AlignedCursor {
     __device__ __forceinline__ T* at(const Tile& tile, int v) const {
         using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
         auto* first = reinterpret_cast<Byte*>(p) + static_cast<int64_t>(anew(tile.group[v])) * gap;
-        // unsigned: the upper half is a constant then, not a register
+        // unsigned: the upper half is then a constant and not a register
         constexpr unsigned kBytes = kVec * sizeof(T);
         return reinterpret_cast<T*>(first + static_cast<unsigned>(v * tile.lanes) * kBytes);
     }
@@ -160,10 +162,10 @@ struct AlignedCursor {
     }
 };
 
-// An image of 16-bit elements that is aligned, or whose pixels start with a word of two elements and whose groups may
-// start with either half of one: 87 channels a group, in pixels without pads between them. Whole words are moved then
-// and shifted into place in registers. A word that holds a wanted element is within the pixel, whose channels are
-// whole words.
+// An image of 16-bit elements that is aligned, or whose pixels start at a multiple of 4 bytes and whose groups may
+// start in the middle of a 32-bit word: 87 channels a group, in pixels without padding between the groups. It moves
+// whole words and shifts them into place in registers. A word that holds a wanted element is within the pixel, whose
+// channels are a whole number of words.
 template <class T, int kVecs>
 struct RowCursor : AlignedCursor<T, kVecs> {
     using Base = AlignedCursor<T, kVecs>;
@@ -171,7 +173,7 @@ struct RowCursor : AlignedCursor<T, kVecs> {
     using typename Base::Tile;
     static_assert(sizeof(T) == 2, "two elements a word");
     struct Words {
-        uint32_t w[3];  // four elements from the upper half of a word on reach into a third
+        uint32_t w[3];  // four elements that start in the upper half of a word reach into a third word
     };
     using Stored = Words[kVecs];
 
@@ -212,20 +214,20 @@ struct RowCursor : AlignedCursor<T, kVecs> {
             const int bits = 8 * (anew(tile.group[v]) * this->gap & 2);  // 16 * odd: only gaps are not whole words
             whole.words[0] = __funnelshift_r(in[v].w[0], in[v].w[1], bits);
             whole.words[1] = __funnelshift_r(in[v].w[1], in[v].w[2], bits);
-            // behind the channels of a group are those of the next
+            // after the channels of a group follow those of the next
             const int channels = anew(tile.channels[v]);
             if (channels < 2) whole.words[0] &= 0xffffu;
             whole.words[1] &= channels >= 4 ? 0xffffffffu : channels == 3 ? 0xffffu : 0u;
         }
         whole.widen(out);
     }
-    // A word of two vectors is written with the second of them, which gets the element of the first by a shuffle: all
-    // lanes must be here. Words that a group shares with a neighbour are written by halves.
+    // A word that two vectors share is written with the second of them, which gets the element of the first by a
+    // shuffle, so all lanes must be here. Words that a group shares with a neighbouring group are written by halves.
     template <class F>
     __device__ __forceinline__ void store(const Tile& tile, const F& value) const {
         if (aligned) return Base::store(tile, value);
         const int before = (tile.lane - 1) & (tile.lanes - 1);
-        uint32_t wrapped = 0;  // of the last lane's previous vector, which comes before the first lane's
+        uint32_t wrapped = 0;  // from the last lane's previous vector, which precedes the first lane's
 #pragma unroll
         for (int v = 0; v < kVecs; ++v) {
             float x[kVec];
@@ -257,14 +259,14 @@ private:
     }
 };
 
-// The cursors of a kernel: for images that may lie as the pixels of the residual stream do, and for the others.
+// The cursors of a kernel: for images that may have the layout of the residual stream's pixels, and for the others.
 template <class T, int kVecs, bool kAligned>
 using GroupCursor = std::conditional_t<kAligned, AlignedCursor<T, kVecs>, Cursor<T, kVecs>>;
 template <class T, int kVecs, bool kAligned>
 using PixelCursor =
     std::conditional_t<kAligned && sizeof(T) == 2, RowCursor<T, kVecs>, GroupCursor<T, kVecs, kAligned>>;
 
-// True where an AlignedCursor or, of a pixel image, a PixelCursor of an aligned kernel takes the image.
+// True where an AlignedCursor or, for a pixel image, a PixelCursor of an aligned kernel takes the image.
 template <class T>
 bool is_direct(const NormShape& s, const NormImage& image, bool pixels = false) {
     if (image.ptr == nullptr) return true;

@@ -7,7 +7,7 @@
 //   dweight = sum dy n,  dbias = sum dy;  with S = sum over an image of dp * o * x:
 //   dgate = scale * S,  dscale = sum over images and channels of gate * S
 //
-// The sums leave the block as one row a strip, which the caller adds.
+// The sums of a block are one row for each strip; the caller adds the rows.
 #include "cuda/common/dispatch.h"
 #include "cuda/common/launch_kernel.cuh"
 #include "cuda/layer_norm/image.cuh"
@@ -27,14 +27,15 @@ struct PartialRow {
           dgate(dscale + 1) {}
 };
 
-// kAligned: every image is one that an AlignedCursor takes. Loads are a step ahead there, the first ahead of the table.
+// kAligned: an AlignedCursor takes every image. Loads are then one step ahead, and the first come before the table.
 template <class T, int kVecs, bool kAligned>
 __global__ void __launch_bounds__(kNormThreads, norm_bwd_blocks(kVecs))
     modulated_layer_norm_bwd_kernel(const __grid_constant__ ModulatedBwdArgs args) {
     begin_kernel();
     using Tile = RowTile<kVecs>;
     enum { kModulation, kWeight, kBias };
-    constexpr bool kAhead = kAligned && sizeof(T) == 2;  // of float, a step's data would be in the sums' registers
+    constexpr bool kAhead =
+        kAligned && sizeof(T) == 2;  // with float, the data of a step would take the registers of the sums
     __shared__ SlotRows<3, Tile::kWidth> table;
     __shared__ VectorOffsets<kVecs> dy_offsets, o_offsets, x_offsets, d_o_offsets, dx_offsets;
     __shared__ alignas(16) float sums[kNormWarps][Tile::kWidth];
@@ -82,7 +83,7 @@ __global__ void __launch_bounds__(kNormThreads, norm_bwd_blocks(kVecs))
             for (int j = 0; j < kVec; ++j) normed[v][j] = __fmul_rn(x[j], o[j] * factor[j]);
         }
         const float inverse_std = tile.normalise(s.eps, normed);
-        if (args.y != nullptr) {  // dy_in is a step ahead
+        if (args.y != nullptr) {  // dy_in is one step ahead
             const int64_t distance = static_cast<T*>(args.y) - static_cast<const T*>(args.dy.ptr);
             const GroupCursor<T, kVecs, kAligned> y_out(dy_in, distance - dy_in.step);
             y_out.store(tile, [&](int v, float(&y)[kVec]) {
@@ -108,7 +109,7 @@ __global__ void __launch_bounds__(kNormThreads, norm_bwd_blocks(kVecs))
             }
         }
         tile.normalise_backward(normed, h);
-        // normed makes room for dx; do and dx are 0 in pads, where o, x and the factor are
+        // normed's registers take dx; do and dx are 0 in the padding, where o, x and the factor are
         d_o_out.store(tile, [&](int v, float(&d_o)[kVec]) {
             float factor[kVec], o[kVec], x[kVec];
             table.get(kModulation, tile.slot(v), factor);
@@ -143,7 +144,7 @@ __global__ void __launch_bounds__(kNormThreads, norm_bwd_blocks(kVecs))
     if (threadIdx.x == 0) *out.dscale = dscale;
 }
 
-// Rows beyond the registers: statistics first, a warp a token; then every thread takes a channel through all tokens.
+// Rows too wide for registers: first the statistics, a warp a token; then every thread takes a channel of all tokens.
 template <class T>
 __global__ void __launch_bounds__(kNormThreads, 2)
     modulated_layer_norm_bwd_wide_kernel(const __grid_constant__ ModulatedBwdArgs args) {

@@ -10,7 +10,7 @@
 namespace gm {
 namespace {
 
-// kAligned: every image is one that an AlignedCursor takes. Loads are a step ahead there, the first ahead of the table.
+// kAligned: an AlignedCursor takes every image. Loads are then one step ahead, and the first come before the table.
 template <class T, int kVecs, bool kAligned>
 __global__ void __launch_bounds__(kNormThreads, norm_fwd_blocks(kVecs))
     modulated_layer_norm_fwd_kernel(const __grid_constant__ ModulatedFwdArgs args) {
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kNormThreads, norm_fwd_blocks(kVecs))
     if (kAligned) load(strip.end - strip.first);
     table.fill(s, args.plan, [&](int c, float(&row)[3]) {
         row[kModulation] = scale * load_param_or<T>(args.gate, strip.batch * s.dim + c, 1.f);
-        const float kept = is_kept(args.kept, strip.batch) ? 1.f : 0.f;
+        const float kept = keeps_branch(args.drop_path, strip.batch) ? 1.f : 0.f;
         row[kWeight] = kept * load_param<T>(args.weight, c);
         row[kBias] = kept * load_param<T>(args.bias, c);
     });
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kNormThreads, norm_fwd_blocks(kVecs))
     }
 }
 
-// Rows beyond the registers: statistics first, a warp a token; then every thread takes a channel through all tokens.
+// Rows too wide for registers: first the statistics, a warp a token; then every thread takes a channel of all tokens.
 template <class T>
 __global__ void __launch_bounds__(kNormThreads, 2)
     modulated_layer_norm_fwd_wide_kernel(const __grid_constant__ ModulatedFwdArgs args) {
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kNormThreads, 2)
     for (int t = threadIdx.x >> 5; t < count; t += kNormWarps) rows.statistics(t, s.dim, s.eps, value);
     __syncthreads();
     for (int c = threadIdx.x; c < s.dim; c += kNormThreads) {
-        const float kept = is_kept(args.kept, strip.batch) ? 1.f : 0.f, f = factor(c);
+        const float kept = keeps_branch(args.drop_path, strip.batch) ? 1.f : 0.f, f = factor(c);
         const float weight = kept * load_param<T>(args.weight, c), bias = kept * load_param<T>(args.bias, c);
         const int64_t o_at = o.offset(c), x_at = x.offset(c), y_at = y.offset(c);
 #pragma unroll 2

@@ -4,14 +4,14 @@
 //
 //   n = (x - mean) / sqrt(variance + eps) over C;  xn = n weight + bias;  pooled = mean over H, W of xn before rounding
 //   [x is an image plus x_bias, whose gradient is the sum of dx]
-//   [sum = x + sum_bias: what a product then adds to is the residual stream behind it; sum_bias, and the sums of
-//    dx_more, count as much as the image's branch does]
+//   [sum = x + sum_bias: a later product adds its result to it, which completes the residual stream; sum_bias and the
+//    sums of dx_more are multiplied by the drop-path factor of the image]
 //   g = dxn [+ dxn_more] [+ dpooled / (H W)];  h = g weight
 //   dx = (h - mean(h) - n mean(h n)) / sqrt(variance + eps) [+ dx_more];  dweight = sum g n,  dbias = sum g
 //
-// One read of the inputs and one write. xn and its gradients may be grouped and padded where x is not. Sums over tokens
-// leave the block as one row a strip, which the caller adds. In a layer the forward, its first kernel, also marks words
-// that a later one waits for (scan/sm90/inter_block_state.cuh).
+// One read of the inputs and one write. xn and its gradients may be grouped and padded where x is not. The sums of a
+// block over its tokens are one row for each strip; the caller adds the rows. The forward, which is the first kernel
+// of a layer, also marks memory "not ready" for the scan of that layer (scan/sm90/inter_block_state.cuh).
 #include "cuda/common/dispatch.h"
 #include "cuda/common/launch_kernel.cuh"
 #include "cuda/layer_norm/image.cuh"
@@ -21,21 +21,21 @@
 namespace gm {
 namespace {
 
-// By all blocks.
-__device__ __forceinline__ void mark_absent(const PoolFwdArgs& args) {
-    for (int64_t i = int64_t{blockIdx.x} * kNormThreads + threadIdx.x; i < args.word_count;
+// Called by all blocks.
+__device__ __forceinline__ void clear_inter_block_state(const PoolFwdArgs& args) {
+    for (int64_t i = int64_t{blockIdx.x} * kNormThreads + threadIdx.x; i < args.inter_block_floats;
          i += int64_t{gridDim.x} * kNormThreads)
-        args.words[i] = __uint_as_float(kAbsent);
+        args.inter_block_state[i] = __uint_as_float(kNotReady);
 }
 
-// kAligned: every image is one that the cursors of aligned kernels take. Loads are a step ahead there, the first ahead
-// of the tables.
+// kAligned: the cursors of aligned kernels take every image. Loads are then one step ahead, and the first come before
+// the tables.
 template <class T, int kVecs, bool kAligned>
 __global__ void __launch_bounds__(kNormThreads, norm_fwd_blocks(kVecs))
     layer_norm_pool_fwd_kernel(const __grid_constant__ PoolFwdArgs args) {
     begin_kernel();
     using Tile = RowTile<kVecs>;
-    enum { kWeight, kBias, kAdded };  // to sum, or to x
+    enum { kWeight, kBias, kAdded };  // kAdded: to sum, or to x
     __shared__ SlotRows<3, Tile::kWidth> table;
     __shared__ alignas(16) float sums[kNormWarps][Tile::kWidth];
     __shared__ VectorOffsets<kVecs> x_offsets, xn_offsets, sum_offsets;
@@ -56,10 +56,10 @@ __global__ void __launch_bounds__(kNormThreads, norm_fwd_blocks(kVecs))
         row[kWeight] = load_param<T>(args.weight, c);
         row[kBias] = load_param<T>(args.bias, c);
         row[kAdded] = biased ? load_param<T>(args.x_bias, c)
-                             : kept_factor(args.kept, strip.batch) * load_param_or<T>(args.sum_bias, c, 0.f);
+                             : drop_path_factor(args.drop_path, strip.batch) * load_param_or<T>(args.sum_bias, c, 0.f);
     });
     if (add) clear_tails<T>(args.sum, s, strip);
-    mark_absent(args);
+    clear_inter_block_state(args);
     __syncthreads();
 
     typename Tile::Values normed = {};
@@ -108,14 +108,15 @@ __global__ void __launch_bounds__(kNormThreads, norm_fwd_blocks(kVecs))
     });
 }
 
-// kBiased: x_bias is there, so that neither xn nor dx_more is. (As a question of every call it would spill.)
+// kBiased: there is x_bias, and so neither xn nor dx_more. (As a branch at run time it would spill.)
 template <class T, int kVecs, bool kAligned, bool kBiased>
 __global__ void __launch_bounds__(kNormThreads, norm_bwd_blocks(kVecs))
     layer_norm_pool_bwd_kernel(const __grid_constant__ PoolBwdArgs args) {
     begin_kernel();
     using Tile = RowTile<kVecs>;
     enum { kWeight, kBias, kPooled };
-    constexpr bool kAhead = kAligned && sizeof(T) == 2;  // of float, a step's data would be in the sums' registers
+    constexpr bool kAhead =
+        kAligned && sizeof(T) == 2;  // with float, the data of a step would take the registers of the sums
     __shared__ SlotRows<3, Tile::kWidth> table;
     __shared__ alignas(16) float sums[kNormWarps][Tile::kWidth];
     __shared__ VectorOffsets<kVecs> x_offsets, dxn_offsets, more_offsets, dx_offsets, dx_more_offsets;
@@ -214,11 +215,12 @@ __global__ void __launch_bounds__(kNormThreads, norm_bwd_blocks(kVecs))
     tile.block_sums(dweight, sums, [&](int c, int, float sum) { out[c] = sum; });
     tile.block_sums(dbias, sums, [&](int c, int, float sum) { out[s.dim + c] = sum; });
     if (sums_dx_more(kVecs) && third)
-        tile.block_sums(dx_more_sum, sums,
-                        [&](int c, int, float sum) { out[2 * s.dim + c] = kept_factor(args.kept, strip.batch) * sum; });
+        tile.block_sums(dx_more_sum, sums, [&](int c, int, float sum) {
+            out[2 * s.dim + c] = drop_path_factor(args.drop_path, strip.batch) * sum;
+        });
 }
 
-// Rows beyond the registers: statistics first, a warp a token; then every thread takes a channel through all tokens.
+// Rows too wide for registers: first the statistics, a warp a token; then every thread takes a channel of all tokens.
 template <class T>
 __global__ void __launch_bounds__(kNormThreads)
     layer_norm_pool_fwd_wide_kernel(const __grid_constant__ PoolFwdArgs args) {
@@ -236,7 +238,8 @@ __global__ void __launch_bounds__(kNormThreads)
         const float weight = load_param<T>(args.weight, c), bias = load_param<T>(args.bias, c);
         const int64_t x_at = x.offset(c), xn_at = xn.offset(c);
         if (args.sum.ptr != nullptr) {
-            const float sum_bias = kept_factor(args.kept, strip.batch) * load_param_or<T>(args.sum_bias, c, 0.f);
+            const float sum_bias =
+                drop_path_factor(args.drop_path, strip.batch) * load_param_or<T>(args.sum_bias, c, 0.f);
             const int64_t sum_at = sums.offset(c);
             for (int t = 0; t < count; ++t) sums(t, sum_at) = from_float<T>(to_float(x(t, x_at)) + sum_bias);
         }
@@ -248,7 +251,7 @@ __global__ void __launch_bounds__(kNormThreads)
         }
         if (args.partials != nullptr) args.partials[strip.number * s.dim + c] = sum;
     }
-    mark_absent(args);
+    clear_inter_block_state(args);
     xn.clear_pads(count);
     if (args.sum.ptr != nullptr) clear_tails<T>(args.sum, s, strip);
 }
@@ -297,7 +300,7 @@ __global__ void __launch_bounds__(kNormThreads)
         }
         out[c] = dweight;
         out[s.dim + c] = dbias;
-        if (args.sum_dx_more) out[2 * s.dim + c] = kept_factor(args.kept, strip.batch) * dx_more_sum;
+        if (args.sum_dx_more) out[2 * s.dim + c] = drop_path_factor(args.drop_path, strip.batch) * dx_more_sum;
     }
     dx.clear_pads(count);
     if (args.xn != nullptr) xn.clear_pads(count);

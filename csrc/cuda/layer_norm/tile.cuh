@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // How a block of the LayerNorm kernels holds its tokens, their statistics, and sums over tokens in a fixed order.
 //
-// Products that are added elsewhere are rounded explicitly (__fmul_rn): left to itself the compiler fuses some of them
-// in one instantiation and not in the other, and results would depend on the alignment of the inputs.
+// Products that are added elsewhere are rounded explicitly (__fmul_rn). Otherwise the compiler would fuse some of them
+// in one instantiation and not in another, and results would depend on the alignment of the inputs.
 #pragma once
 
 #include <climits>
@@ -15,9 +15,9 @@ namespace gm {
 
 constexpr int kNormWarps = kNormThreads / 32;
 
-// Blocks an SM that the registers of a kernel leave room for: 96 of a forward kernel (80 with three vectors) and 168 of
-// a backward one, with its sums a channel, hold a step and the loads of the next without a spill. Rows of 8 vectors
-// need more, and so do other architectures than the one that the kernels are fitted to.
+// Blocks an SM that the registers of a kernel leave room for. 96 registers in a forward kernel (80 with three
+// vectors), and 168 in a backward one with its sums for each channel, hold a step and the loads of the next without a
+// spill. Rows of 8 vectors need more, and so do other architectures than 9.0, for which the kernels were tuned.
 constexpr int fitted_blocks(int blocks) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
     return blocks - 1;
@@ -28,9 +28,9 @@ constexpr int fitted_blocks(int blocks) {
 constexpr int norm_fwd_blocks(int vecs) { return fitted_blocks(vecs > kRowVecs ? 2 : vecs < kRowVecs ? 6 : 5); }
 constexpr int norm_bwd_blocks(int vecs) { return fitted_blocks(vecs > kRowVecs ? 2 : 3); }
 
-// Strip of tokens of one image that a block walks.
+// The strip of tokens of one image that a block goes through.
 struct Strip {
-    int64_t batch, number;  // number: of all images' strips
+    int64_t batch, number;  // number: counts the strips of all images
     int first, end;
 
     __device__ Strip(const NormShape& s, const NormPlan& plan) : number(blockIdx.x) {
@@ -50,9 +50,9 @@ struct RowTile {
 
     int slots, lanes, lane, row, rows, group_dim, group_width;
     float inverse_dim;
-    int group[kVecs];     // of a vector; 0 where there is none
-    int channels[kVecs];  // of its group from the vector on; 0 or less where all are before it or there is no vector
-    bool exists;          // the token of this step
+    int group[kVecs];     // the group of a vector; 0 where there is none
+    int channels[kVecs];  // channels of its group from the vector on; 0 or less where there are none or no vector
+    bool exists;          // whether this step has a token
 
     __device__ RowTile(const NormShape& s, const NormPlan& plan)
         : slots(s.groups * s.group_width),
@@ -72,10 +72,10 @@ struct RowTile {
     __device__ __forceinline__ int slot(int v) const { return (v * lanes + lane) * kVec; }
     __device__ __forceinline__ bool is_channel(int v, int j) const { return channels[v] > j; }
 
-    // `left` tokens of the strip are to come.
+    // `left` tokens of the strip are still to come.
     __device__ __forceinline__ void step(int left) { exists = row < left; }
 
-    // Sums over the lanes that share a token; all of them get it.
+    // Sums over the lanes that share a token; all of them get the sums.
     template <int kCount>
     __device__ __forceinline__ void lane_sums(float (&x)[kCount]) const {
         for (int d = lanes >> 1; d > 0; d >>= 1)
@@ -83,8 +83,8 @@ struct RowTile {
             for (int i = 0; i < kCount; ++i) x[i] += __shfl_xor_sync(kFullWarp, x[i], d);
     }
 
-    // x becomes (x - mean) / sqrt(variance + eps) over the channels of the token, 0 in pads and where there is nothing.
-    // The variance is that of the centred values: large means do not cancel.
+    // x becomes (x - mean) / sqrt(variance + eps) over the channels of the token, and 0 in the padding and where there
+    // is no token. The variance is that of the centred values, so large means do not cancel.
     __device__ __forceinline__ float normalise(float eps, Values& x) const {
         float sum[1] = {};
 #pragma unroll
@@ -111,8 +111,9 @@ struct RowTile {
         return inverse_std;
     }
 
-    // The gradient through the norm: h, the gradient of the normalised values, 0 in pads, becomes what is to be divided
-    // by sqrt(variance + eps): h - mean(h) - normed * mean(h * normed); pads hold anything finite then.
+    // The gradient through the norm. h comes in as the gradient of the normalised values, 0 in the padding, and
+    // becomes what is to be divided by sqrt(variance + eps): h - mean(h) - normed * mean(h * normed). The padding then
+    // holds anything finite.
     __device__ __forceinline__ void normalise_backward(const Values& normed, Values& h) const {
         float means[2] = {};
 #pragma unroll
@@ -130,7 +131,7 @@ struct RowTile {
             for (int j = 0; j < kVec; ++j) h[v][j] -= fmaf(normed[v][j], product, plain);
     }
 
-    // Sums of one value a channel over the block's tokens: `store(channel, slot, sum)`.
+    // Sums of one value for each channel over the block's tokens: `store(channel, slot, sum)`.
     template <class Store>
     __device__ void block_sums(Values& sums, float (*shared)[kWidth], const Store& store) const {
         for (int d = lanes; d < 32; d <<= 1)
@@ -156,7 +157,7 @@ struct RowTile {
     }
 };
 
-// Zeros behind the last group of the strip's tokens, in an image of adjacent groups.
+// Zeros after the last group of the strip's tokens, in an image of adjacent groups.
 template <class T>
 __device__ void clear_tails(const NormImage& image, const NormShape& s, const Strip& strip) {
     T* const p = static_cast<T*>(image.ptr) + strip.batch * image.batch + strip.first * image.token + s.dim;
@@ -164,7 +165,7 @@ __device__ void clear_tails(const NormImage& image, const NormShape& s, const St
         p[i / image.tail * image.token + i % image.tail] = from_float<T>(0.f);
 }
 
-// A few floats of every slot in shared memory; 0 in pads.
+// A few floats for each slot in shared memory; 0 in the padding.
 template <int kRows, int kWidth>
 struct alignas(16) SlotRows {
     float rows[kRows][kWidth];
@@ -181,7 +182,7 @@ struct alignas(16) SlotRows {
             for (int j = 0; j < kRows; ++j) rows[j][i] = row[j];
         }
     }
-    // volatile: read where it is used, not once before the loop into registers that the tokens need.
+    // volatile, so that it is read where it is used: read once before the loop it would take registers.
     __device__ __forceinline__ void get(int row, int slot, float (&out)[kVec]) const {
         asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                      : "=f"(out[0]), "=f"(out[1]), "=f"(out[2]), "=f"(out[3])
@@ -213,11 +214,11 @@ __device__ __forceinline__ float wide_mean(int dim, const F& value) {
     return sum / dim;
 }
 
-// Of a block's tokens: statistics, and means of the gradient and of its product with the normed values.
+// Statistics of a block's tokens, and means of the gradient and of its product with the normed values.
 struct WideRows {
     float mean[kWideTokens], inverse_std[kWideTokens], plain[kWideTokens], product[kWideTokens];
 
-    // `value(token, channel)`; by whole warps, token by token.
+    // `value(token, channel)`; called by whole warps, token by token.
     template <class F>
     __device__ __forceinline__ void statistics(int t, int dim, float eps, const F& value) {
         const float m = wide_mean(dim, [&](int c) { return value(t, c); });
@@ -228,7 +229,7 @@ struct WideRows {
         mean[t] = m;
         inverse_std[t] = rsqrtf(variance + eps);
     }
-    // `gradient(token, channel)` of the normed values.
+    // `gradient(token, channel)` is the gradient of the normed values.
     template <class F, class G>
     __device__ __forceinline__ void gradient_means(int t, int dim, const F& value, const G& gradient) {
         plain[t] = wide_mean(dim, [&](int c) { return gradient(t, c); });
@@ -254,7 +255,7 @@ struct WideImage {
         return group * image.group + (c - group * s.group_dim);
     }
     __device__ __forceinline__ T& operator()(int t, int64_t at) const { return p[t * image.token + at]; }
-    // Zeros behind the channels of each group.
+    // Zeros after the channels of each group.
     __device__ void clear_pads(int tokens) const {
         const int pads = image.width - s.group_dim, all = pads * s.groups;
         for (int i = threadIdx.x; i < all * tokens; i += kNormThreads) {
@@ -264,9 +265,10 @@ struct WideImage {
     }
 };
 
-// Run-time plan to template arguments: f(std::integral_constant<int, vecs>, std::bool_constant<aligned>), vecs 0 for
-// wide rows. Only the rows of most models have kernels for aligned images; among those, rows that fill no more than
-// three of a thread's four vectors (96, 192 or 348 channels) have one of three, a quarter fewer instructions.
+// From the plan at run time to template arguments: f(std::integral_constant<int, vecs>, std::bool_constant<aligned>),
+// vecs 0 for wide rows. Only the row widths of most models have kernels for aligned images. Among these, rows that
+// fill at most three of a thread's four vectors (96, 192 or 348 channels) have kernels of three vectors, with a
+// quarter fewer instructions.
 template <class T, int kMaxVecs = kMaxRowVecs, class F>
 cudaError_t dispatch_rows(const NormPlan& plan, const NormShape& s, bool aligned, const F& f) {
     if (plan.vecs == 0) return f(std::integral_constant<int, 0>{}, std::false_type{});

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What happens to all parameters of a layer at once, in one launch each way: casts and padding before its products,
-// sums of partial gradients behind them.
+// All parameters of a layer in one launch each way: cast and padded before its products, and their partial gradients
+// summed after them.
 #include "cuda/common/dispatch.h"
 #include "cuda/common/launch_kernel.cuh"
 #include "cuda/common/packed.cuh"
@@ -12,8 +12,8 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// A sum of many parts is shared by the rows of a block whose columns are one 32-byte sector of float partials; fewer
-// parts are one thread's, of kVec elements at once where they lie side by side.
+// A sum of many parts is shared by the rows of a block whose columns are one 32-byte sector of float partials. A sum
+// of fewer parts is one thread's, for kVec elements at once where they are adjacent.
 constexpr int kSumColumns = 8, kSumRows = kThreads / kSumColumns, kManyParts = 128;
 
 // Elements of a block.
@@ -25,7 +25,7 @@ __host__ __device__ __forceinline__ int unit_of(const SumItem& item) {
     return shares_sums(item) ? kSumColumns : item.vectors ? kThreads * kVec : kThreads;
 }
 
-// The items one after another, a block belongs to one; that, and the first of the block's elements.
+// Items follow one another, and a block belongs to one of them: returns that item and the first element of the block.
 template <class Args>
 __device__ __forceinline__ const auto& find_item(const Args& args, int64_t& first) {
     const int block = static_cast<int>(blockIdx.x);
@@ -35,7 +35,7 @@ __device__ __forceinline__ const auto& find_item(const Args& args, int64_t& firs
     return args.items[i];
 }
 
-// Gives every item its first block; the blocks of all.
+// Sets the first block of every item; returns the number of all blocks.
 template <class Args>
 int64_t place_blocks(Args& args) {
     int64_t blocks = 0;
@@ -46,7 +46,7 @@ int64_t place_blocks(Args& args) {
     return blocks;
 }
 
-// kVec elements of a tensor in the images' dtype or float32, side by side and aligned to their size.
+// kVec elements of a tensor in the dtype of the images or float32, adjacent and aligned to their size.
 template <class T>
 __device__ __forceinline__ void load_vector(const void* p, bool is_float, int64_t i, float (&out)[kVec]) {
     if (is_float) {
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads) pack_parameters_kernel(const __grid_
     }
 }
 
-// Of p[0], p[step], ...
+// The sum of p[0], p[step], ...
 template <class T>
 __device__ __forceinline__ float strided_sum(const T* p, int count, int64_t step) {
     float sum = 0.f;
@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kThreads, 3) sum_parameters_kernel(const __gri
     store_param<T>(item.to, at.to, sum);
 }
 
-// A thread adds kVec adjacent columns of every `row_threads`-th row of its block's.
+// A thread adds kVec adjacent columns of every `row_threads`-th row of its block.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads) column_sums_kernel(const __grid_constant__ ColumnSumArgs args) {
     begin_kernel();
@@ -214,8 +214,9 @@ __global__ void __launch_bounds__(kThreads) column_sums_kernel(const __grid_cons
             [&](const Packed<T, kVec>& packed, int t) {
                 float x[kVec], factor = 1.f;
                 packed.widen(x);
-                // Only then: a 64-bit division for each row takes longer than all else here.
-                if (args.kept.images != nullptr) factor = kept_factor(args.kept, (from + t) / args.rows_of_image);
+                // Only then: a 64-bit division for each row takes longer than everything else here.
+                if (args.drop_path.mask != nullptr)
+                    factor = drop_path_factor(args.drop_path, (from + t) / args.rows_of_image);
 #pragma unroll
                 for (int j = 0; j < kVec; ++j) sum[j] = fmaf(factor, x[j], sum[j]);
             });

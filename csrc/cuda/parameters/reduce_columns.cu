@@ -9,8 +9,8 @@
 namespace gm {
 namespace {
 
-// A block's columns are one 32-byte sector of a row; the latency of loads counts, so rows have as many threads as there
-// are, and each has 8 of them on its way.
+// The columns of a block are one 32-byte sector of a row. Latency of loads counts, so the rows are shared by as many
+// threads as there are, each with 8 loads in flight.
 constexpr int kColumns = 8, kMaxRowThreads = 128, kWarpRows = 32 / kColumns;
 
 template <class T>

@@ -8,15 +8,16 @@
 
 namespace gm {
 
-// See csrc/schemas.cpp for what the codes mean: bit 0 reverses the path, bit 1 makes it column-major.
+// Directions are the codes of csrc/schemas.cpp: bit 0 reverses the path, bit 1 makes it column-major.
 constexpr int kMaxGroups = 4096;  // two bits each in the kernel's parameters
 
 struct ScanShape {
     int64_t batch;
     int height, width, groups, dim, states, rank;  // rank 0: dt holds the step itself
-    int scans;      // groups of the kernel that are scans of one group of the images, one after another
-    int param_dim;  // channels between the parameters of two groups: dim, more where dim is a part, fewer where padded
-    int norm_dim;   // channels that LayerNorm counts: D, or fewer where the rest is pad
+    int scans;      // scans of each group of the images, one after another; the kernel's groups are these
+    int param_dim;  // channels between the parameters of two groups: dim; more in a slice of channels, fewer where dim
+                    // is padded
+    int norm_dim;   // channels that LayerNorm counts: D, or fewer where the others are padding
     int lanes;      // lanes that share a token, a power of two up to 32
     int threads;    // threads of a block
     bool softplus;
@@ -41,8 +42,9 @@ struct ScanBwdArgs {
     ImageArg du, ddt, dB, dC, dz;  // gradients
     ParamArg A, D, dt_weight, dt_bias, norm_weight, norm_bias, gate;
     const float* states = nullptr;
-    float* carry = nullptr;     // (batch, G, 2, N, D) scratch for N > 1
-    float* partials = nullptr;  // (batch, parts, G, rows, D), a part a warp or, sm_90, a block; rows: ScanPartialRow
+    float* carry = nullptr;  // (batch, G, 2, N, D) scratch for N > 1
+    float* partials =
+        nullptr;  // (batch, parts, G, rows, D), one part a warp or, on sm_90, a block; rows: ScanPartialRow
     int chunk = 0;
     int64_t num_chunks = 0;
 };

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Backward of the grouped selective scan. Slabs are walked from the last to the first; each is recomputed forward from
-// the state saved at its start, then differentiated:
+// Backward of the grouped selective scan. It goes through the tiles from the last to the first. Each tile is first
+// recomputed forward from the state saved at its start, then differentiated:
 //
 //   g_t = C_t dy_t + a_{t+1} g_{t+1}                   (the adjoint of h_t: the same scan, reversed and shifted)
 //   dstep = g (A a h_{t-1} + B u),  dA = sum g step a h_{t-1},  du = sum_n g step B + D dy
@@ -8,8 +8,8 @@
 //
 // The step and its gradient are in units of Math<T>::kStepUnit throughout.
 //
-// Parameter gradients: each warp adds up its own part in a fixed order (registers over all slabs, or its own row of
-// `partials`), reduce.cu adds the rows.
+// Parameter gradients: each warp adds up its own part in a fixed order, in registers over all tiles or in its own row
+// of `partials`; reduce.cu adds the rows.
 #include "cuda/common/dispatch.h"
 #include "cuda/common/launch_kernel.cuh"
 #include "cuda/scan/launch.h"
@@ -19,42 +19,44 @@ namespace gm {
 namespace {
 
 template <class T, bool kSingle, bool kAligned>
-__global__ void __launch_bounds__(kBwdSlab / kBwdTokens<T, kSingle>, kSingle&& kAligned && sizeof(T) == 2 ? 2 : 1)
+__global__ void __launch_bounds__(kBwdTile / kBwdTokens<T, kSingle>, kSingle&& kAligned && sizeof(T) == 2 ? 2 : 1)
     grouped_scan_bwd_kernel(const __grid_constant__ ScanBwdArgs args) {
     begin_kernel();
-    constexpr int kTokens = kBwdTokens<T, kSingle>, kThreads = kBwdSlab / kTokens;
+    constexpr int kTokens = kBwdTokens<T, kSingle>, kThreads = kBwdTile / kTokens;
     __shared__ ScanExchange exchange;
     enum { kBias, kSkip, kNormWeight, kNormBias, kGate };
     __shared__ ChannelTable<5> table;
     extern __shared__ float4 dynamic_shared[];
 
     const ScanShape& s = args.shape;
-    const Tile tile(s);
-    const int c0 = tile.channel, valid = tile.valid, lanes = tile.lanes;
-    const int64_t param = static_cast<int64_t>(tile.group) * s.param_dim + c0;
+    const ThreadCoord coord(s);
+    const int c0 = coord.channel, valid = coord.valid, lanes = coord.lanes;
+    const int64_t param = static_cast<int64_t>(coord.group) * s.param_dim + c0;
     const bool has_norm = args.norm_weight.ptr != nullptr, has_z = args.z.ptr != nullptr;
-    const Plane<const T> u(args.u, tile, c0);
-    // What a phase needs once or twice waits in shared memory, from the group's first channel on: 3 registers apiece.
+    const Plane<const T> u(args.u, coord, c0);
+    // What a phase needs once or twice is kept in shared memory, from the group's first channel on: 3 registers each.
     __shared__ Plane<const T> dout, z, dt, B, C;
     __shared__ Plane<T> du_out, dz_out, dB_out, dC_out, ddt_out;
     if (threadIdx.x == 0) {
-        dt = Plane<const T>(args.dt, tile, 0), B = Plane<const T>(args.B, tile, 0), C = Plane<const T>(args.C, tile, 0);
-        dout = Plane<const T>(args.dy, tile, 0), z = Plane<const T>(args.z, tile, 0);
-        du_out = Plane<T>(args.du, tile, 0), dz_out = Plane<T>(args.dz, tile, 0), ddt_out = Plane<T>(args.ddt, tile, 0);
-        dB_out = Plane<T>(args.dB, tile, 0), dC_out = Plane<T>(args.dC, tile, 0);
+        dt = Plane<const T>(args.dt, coord, 0), B = Plane<const T>(args.B, coord, 0),
+        C = Plane<const T>(args.C, coord, 0);
+        dout = Plane<const T>(args.dy, coord, 0), z = Plane<const T>(args.z, coord, 0);
+        du_out = Plane<T>(args.du, coord, 0), dz_out = Plane<T>(args.dz, coord, 0),
+        ddt_out = Plane<T>(args.ddt, coord, 0);
+        dB_out = Plane<T>(args.dB, coord, 0), dC_out = Plane<T>(args.dC, coord, 0);
     }
-    const StepWeight<T> weight(s, args.dt_weight, tile, reinterpret_cast<float*>(dynamic_shared));
+    const StepWeight<T> weight(s, args.dt_weight, coord, reinterpret_cast<float*>(dynamic_shared));
     table.fill(s.dim, [&](int c, float(&row)[5]) {
-        const int64_t i = static_cast<int64_t>(tile.group) * s.param_dim + c;
+        const int64_t i = static_cast<int64_t>(coord.group) * s.param_dim + c;
         row[kBias] = load_param_or<T>(args.dt_bias, i, 0.f) / Math<T>::kStepUnit;
         row[kSkip] = load_param_or<T>(args.D, i, 0.f);
         row[kNormWeight] = load_param_or<T>(args.norm_weight, i, 1.f);
         row[kNormBias] = load_param_or<T>(args.norm_bias, i, 0.f);
-        row[kGate] = load_param_or<T>(args.gate, static_cast<int64_t>(tile.batch) * s.groups * s.dim + i, 1.f);
+        row[kGate] = load_param_or<T>(args.gate, static_cast<int64_t>(coord.batch) * s.groups * s.dim + i, 1.f);
     });
     __syncthreads();
 
-    const int tokens = s.height * s.width, slab_tokens = tile.num_chunks() * kTokens;
+    const int tokens = s.height * s.width, tile_tokens = coord.num_chunks() * kTokens;
     const int states = kSingle ? 1 : s.states;
     const int64_t plane_states = static_cast<int64_t>(states) * s.dim;
     const float* saved_plane = args.states + static_cast<int64_t>(blockIdx.x) * args.num_chunks * plane_states + c0;
@@ -63,9 +65,10 @@ __global__ void __launch_bounds__(kBwdSlab / kBwdTokens<T, kSingle>, kSingle&& k
     const int64_t rows = states + kFixedRows + s.rank;
     float* partials =
         args.partials +
-        ((static_cast<int64_t>(tile.batch) * tile.num_warps() + tile.warp()) * s.groups + tile.group) * rows * s.dim +
+        ((static_cast<int64_t>(coord.batch) * coord.num_warps() + coord.warp()) * s.groups + coord.group) * rows *
+            s.dim +
         c0;
-    const bool writes_partials = tile.chunk_in_warp == 0;
+    const bool writes_partials = coord.chunk_in_warp == 0;
     const auto add_partial = [&](int64_t row, const float(&sum)[kVec], bool first_time) {
         if (!writes_partials) return;
         float* p = partials + row * s.dim;
@@ -80,7 +83,7 @@ __global__ void __launch_bounds__(kBwdSlab / kBwdTokens<T, kSingle>, kSingle&& k
         lane_sums(sum, lanes);
 #pragma unroll
         for (int k = 0; k < kTokens; ++k)
-            if (k < path.count && tile.lane() == (k & (lanes - 1)))
+            if (k < path.count && coord.lane() == (k & (lanes - 1)))
                 out.at(path.token[k])[i] = from_float<T>(unit * sum[k]);
     };
 
@@ -91,12 +94,12 @@ __global__ void __launch_bounds__(kBwdSlab / kBwdTokens<T, kSingle>, kSingle&& k
         float carry[kVec];
 #pragma unroll
         for (int j = 0; j < kVec; ++j) carry[j] = j < valid ? saved[static_cast<int64_t>(n) * s.dim + j] : 0.f;
-        slab_states<T>(
-            tile, exchange, buffer, A, step,
+        tile_states<T>(
+            coord, exchange, buffer, A, step,
             [&](int k) { return Math<T>::kStepUnit * to_float(B.at(path.token[k])[n]); },
             [&](int k) { return load4<kAligned>(u.at(path.token[k]), valid); }, carry, h, entering);
     };
-    // Each thread's sums for the parameters, parked in shared memory between the phases that add to them.
+    // Each thread's sums for the parameters, kept in shared memory between the phases that add to them.
     __shared__ float4 parked[kFixedRows + 1][kThreads];
     constexpr int kParkedA = kFixedRows;
     const auto park = [&](int row, const float(&sum)[kVec]) {
@@ -111,11 +114,11 @@ __global__ void __launch_bounds__(kBwdSlab / kBwdTokens<T, kSingle>, kSingle&& k
 #pragma unroll
     for (int j = 0; j < kVec; ++j) A[j] = kSingle && j < valid ? load_param<T>(args.A, param + j) : 0.f;
 
-    const int num_slabs = (tokens + slab_tokens - 1) / slab_tokens;
-    for (int slab = num_slabs - 1; slab >= 0; --slab) {
-        const bool first_time = slab == num_slabs - 1;
-        const Path<kTokens> path(s, tile.direction, slab * slab_tokens + tile.chunk * kTokens);
-        const float* saved = saved_plane + static_cast<int64_t>(slab) * plane_states;
+    const int num_tiles = (tokens + tile_tokens - 1) / tile_tokens;
+    for (int tile = num_tiles - 1; tile >= 0; --tile) {
+        const bool first_time = tile == num_tiles - 1;
+        const Path<kTokens> path(s, coord.direction, tile * tile_tokens + coord.chunk * kTokens);
+        const float* saved = saved_plane + static_cast<int64_t>(tile) * plane_states;
         float step[kTokens][kVec], h[kTokens][kVec], dy[kTokens][kVec], entering[kVec];
         {
             float bias[kVec];
@@ -178,7 +181,7 @@ __global__ void __launch_bounds__(kBwdSlab / kBwdTokens<T, kSingle>, kSingle&& k
             table.get(kNormWeight, c0, norm_weight);
             table.get(kNormBias, c0, norm_bias);
             table.get(kGate, c0, gate);
-            // A part of the tokens at a time, or their derivatives would not fit beside the states.
+            // A part of the tokens at a time: the derivatives of all of them would not fit beside the states.
             constexpr int kPart = 4;
             float product[kVec], total[kVec];
             unpark(kRowProduct, product);
@@ -240,7 +243,7 @@ __global__ void __launch_bounds__(kBwdSlab / kBwdTokens<T, kSingle>, kSingle&& k
                 for (int j = 0; j < kVec; ++j) {
                     A[j] = j < valid ? load_param<T>(args.A, (param + j) * states + n) : 0.f;
                     adjoint_carry[j] = !first_time && j < valid
-                                           ? scratch[(slab & 1) * plane_states + static_cast<int64_t>(n) * s.dim + j]
+                                           ? scratch[(tile & 1) * plane_states + static_cast<int64_t>(n) * s.dim + j]
                                            : 0.f;
                     dA[j] = 0.f;
                 }
@@ -263,12 +266,12 @@ __global__ void __launch_bounds__(kBwdSlab / kBwdTokens<T, kSingle>, kSingle&& k
                 }
             }
             write_token_sums(dC, 1.f, dC_out, path, n);
-            block_scan<true>(tile, exchange, buffer, P, local, adjoint_carry, adjoint);
-            if (!kSingle && slab > 0 && tile.chunk == 0) {
+            block_scan<true>(coord, exchange, buffer, P, local, adjoint_carry, adjoint);
+            if (!kSingle && tile > 0 && coord.chunk == 0) {
 #pragma unroll
                 for (int j = 0; j < kVec; ++j)
                     if (j < valid)
-                        scratch[((slab - 1) & 1) * plane_states + static_cast<int64_t>(n) * s.dim + j] =
+                        scratch[((tile - 1) & 1) * plane_states + static_cast<int64_t>(n) * s.dim + j] =
                             adjoint_carry[j];
             }
             hide(A);

@@ -11,30 +11,31 @@
 namespace gm {
 namespace {
 
-// kSingle: one state a channel (N = 1), whose carry stays in registers. Otherwise the states are walked one after the
-// other and their carries wait in device memory (states or carry).
+// kSingle: one state a channel (N = 1), whose carry stays in registers. With more, the states are computed one after
+// another, and their carries are kept in device memory (states or carry).
 template <class T, bool kSingle, bool kAligned>
 __global__ void __launch_bounds__(kFwdThreads, kSingle&& kAligned && sizeof(T) == 2 ? 2 : 1)
     grouped_scan_fwd_kernel(const __grid_constant__ ScanFwdArgs args) {
     begin_kernel();
     constexpr int kTokens = kFwdTokens;
     __shared__ ScanExchange exchange;
-    __shared__ ChannelTable<5> table;  // of every channel, to spare registers; so are planes read once a slab
+    __shared__ ChannelTable<5>
+        table;  // of every channel, to spare registers; for the same reason planes are read once a tile
     __shared__ Plane<const T> u, B, C, dt, z;
     __shared__ Plane<T> y_out;
     extern __shared__ float4 dynamic_shared[];
 
     const ScanShape& s = args.shape;
-    const Tile tile(s);
-    const int c0 = tile.channel, valid = tile.valid, lanes = tile.lanes;
-    const int64_t param = static_cast<int64_t>(tile.group) * s.param_dim + c0;  // of the thread's first channel
-    const StepWeight<T> weight(s, args.dt_weight, tile, reinterpret_cast<float*>(dynamic_shared));
+    const ThreadCoord coord(s);
+    const int c0 = coord.channel, valid = coord.valid, lanes = coord.lanes;
+    const int64_t param = static_cast<int64_t>(coord.group) * s.param_dim + c0;  // of the thread's first channel
+    const StepWeight<T> weight(s, args.dt_weight, coord, reinterpret_cast<float*>(dynamic_shared));
 
     const bool has_norm = args.norm_weight.ptr != nullptr, has_z = args.z.ptr != nullptr;
     enum { kBias, kSkip, kScale, kShift, kA };  // the gate is folded into the norm's scale and shift
     table.fill(s.dim, [&](int c, float(&row)[5]) {
-        const int64_t i = static_cast<int64_t>(tile.group) * s.param_dim + c;
-        const int64_t gate_index = static_cast<int64_t>(tile.batch) * s.groups * s.dim + i;
+        const int64_t i = static_cast<int64_t>(coord.group) * s.param_dim + c;
+        const int64_t gate_index = static_cast<int64_t>(coord.batch) * s.groups * s.dim + i;
         const float gate = load_param_or<T>(args.gate, gate_index, 1.f);
         row[kBias] = load_param_or<T>(args.dt_bias, i, 0.f) / Math<T>::kStepUnit;
         row[kSkip] = load_param_or<T>(args.D, i, 0.f);
@@ -43,34 +44,35 @@ __global__ void __launch_bounds__(kFwdThreads, kSingle&& kAligned && sizeof(T) =
         row[kShift] = gate * load_param_or<T>(args.norm_bias, i, 0.f);
     });
     if (threadIdx.x == 0) {
-        u = Plane<const T>(args.u, tile, 0);
-        B = Plane<const T>(args.B, tile, 0);
-        C = Plane<const T>(args.C, tile, 0);
-        dt = Plane<const T>(args.dt, tile, 0);
-        z = Plane<const T>(args.z, tile, 0);
-        y_out = Plane<T>(args.y, tile, 0);
+        u = Plane<const T>(args.u, coord, 0);
+        B = Plane<const T>(args.B, coord, 0);
+        C = Plane<const T>(args.C, coord, 0);
+        dt = Plane<const T>(args.dt, coord, 0);
+        z = Plane<const T>(args.z, coord, 0);
+        y_out = Plane<T>(args.y, coord, 0);
     }
     float carry[kVec] = {};
     __syncthreads();
 
-    const int tokens = s.height * s.width, slab_tokens = tile.num_chunks() * kTokens;
+    const int tokens = s.height * s.width, tile_tokens = coord.num_chunks() * kTokens;
     const int states = kSingle ? 1 : s.states;
     const int64_t plane_states = static_cast<int64_t>(states) * s.dim;  // of one saved state
-    // States are saved every kBwdSlab / lanes tokens: that many threads apart.
-    const int threads_chunks = kBwdSlab / kTokens / lanes, chunks_per_slab = max(tile.num_chunks() / threads_chunks, 1);
+    // States are saved every kBwdTile / lanes tokens: at every threads_chunks-th chunk.
+    const int threads_chunks = kBwdTile / kTokens / lanes,
+              chunks_per_tile = max(coord.num_chunks() / threads_chunks, 1);
     const auto saved_state = [&](int64_t chunk) {
         return args.states + (static_cast<int64_t>(blockIdx.x) * args.num_chunks + chunk) * plane_states + c0;
     };
-    const auto carried_state = [&](int slab) {  // entering the slab, where it waits in device memory
+    const auto carried_state = [&](int tile) {  // the state that enters the tile, where it is kept in device memory
         return args.states != nullptr
-                   ? saved_state(slab * chunks_per_slab)
-                   : args.carry + (static_cast<int64_t>(blockIdx.x) * 2 + (slab & 1)) * plane_states + c0;
+                   ? saved_state(tile * chunks_per_tile)
+                   : args.carry + (static_cast<int64_t>(blockIdx.x) * 2 + (tile & 1)) * plane_states + c0;
     };
     int buffer = 0;
 
-    for (int first = 0, slab = 0; first < tokens; first += slab_tokens, ++slab) {
-        const int begin = first + tile.chunk * kTokens;
-        const Path<kTokens> path(s, tile.direction, begin);
+    for (int first = 0, tile = 0; first < tokens; first += tile_tokens, ++tile) {
+        const int begin = first + coord.chunk * kTokens;
+        const Path<kTokens> path(s, coord.direction, begin);
         float step[kTokens][kVec], y[kTokens][kVec], skip[kVec];
         {
             float bias[kVec];
@@ -88,11 +90,11 @@ __global__ void __launch_bounds__(kFwdThreads, kSingle&& kAligned && sizeof(T) =
                 P[j] = 1.f;
                 h[j] = 0.f;
             }
-            if (!kSingle) {  // written two barriers ago by the previous slab
-                const float* in = carried_state(slab);
+            if (!kSingle) {  // written by the previous tile, two barriers ago
+                const float* in = carried_state(tile);
 #pragma unroll
                 for (int j = 0; j < kVec; ++j)
-                    carry[j] = slab > 0 && j < valid ? in[static_cast<int64_t>(n) * s.dim + j] : 0.f;
+                    carry[j] = tile > 0 && j < valid ? in[static_cast<int64_t>(n) * s.dim + j] : 0.f;
             }
 #pragma unroll
             for (int k = 0; k < kTokens; ++k) {
@@ -108,31 +110,31 @@ __global__ void __launch_bounds__(kFwdThreads, kSingle&& kAligned && sizeof(T) =
                     decayed_C[k][j] = c * P[j];
                 }
             }
-            block_scan<false>(tile, exchange, buffer, P, h, carry, entering);
+            block_scan<false>(coord, exchange, buffer, P, h, carry, entering);
 #pragma unroll
             for (int k = 0; k < kTokens; ++k)
 #pragma unroll
                 for (int j = 0; j < kVec; ++j) y[k][j] = fmaf(decayed_C[k][j], entering[j], y[k][j]);
 
-            if (args.states != nullptr && tile.chunk % threads_chunks == 0 && begin < tokens) {
-                float* out =
-                    saved_state(slab * chunks_per_slab + tile.chunk / threads_chunks) + static_cast<int64_t>(n) * s.dim;
+            if (args.states != nullptr && coord.chunk % threads_chunks == 0 && begin < tokens) {
+                float* out = saved_state(tile * chunks_per_tile + coord.chunk / threads_chunks) +
+                             static_cast<int64_t>(n) * s.dim;
 #pragma unroll
                 for (int j = 0; j < kVec; ++j)
                     if (j < valid) out[j] = entering[j];
             }
-            if (!kSingle && tile.chunk == 0 && first + slab_tokens < tokens) {
-                float* out = carried_state(slab + 1) + static_cast<int64_t>(n) * s.dim;
+            if (!kSingle && coord.chunk == 0 && first + tile_tokens < tokens) {
+                float* out = carried_state(tile + 1) + static_cast<int64_t>(n) * s.dim;
 #pragma unroll
                 for (int j = 0; j < kVec; ++j)
                     if (j < valid) out[j] = carry[j];
             }
         }
 
-        // The tokens are found anew rather than kept: 7 registers at the point where they are dearest.
+        // The tokens are computed again instead of kept: 7 registers, at the point where they are scarcest.
         int again = begin;
         asm volatile("" : "+r"(again));
-        const Path<kTokens> out_path(s, tile.direction, again);
+        const Path<kTokens> out_path(s, coord.direction, again);
         float scale[kVec], shift[kVec];
         table.get(kScale, c0, scale);
         table.get(kShift, c0, shift);

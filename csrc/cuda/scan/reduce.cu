@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Second stage of the scan backward's parameter gradients: adds the rows of `partials` over (batch, part) in a fixed
-// order, so that results are bitwise repeatable.
+// Second stage of the parameter gradients of the scan's backward: adds the rows of `partials` over (batch, part) in a
+// fixed order, so that results are bitwise repeatable.
 //
 // With p_b and q_b the sums over an image of g silu(z) norm(y) and g silu(z):
 //   dgate_b = norm_weight p_b + norm_bias q_b,  dnorm_weight = sum_b gate_b p_b,  dnorm_bias = sum_b gate_b q_b
@@ -13,7 +13,7 @@
 namespace gm {
 namespace {
 
-constexpr int kRowThreads = 32;  // the latency of loads counts: all of them at work, each with 8 on their way
+constexpr int kRowThreads = 32;  // bound by the latency of loads: many threads, each with 8 loads in flight
 
 template <class T>
 __global__ void __launch_bounds__(kReduceColumns* kRowThreads)

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a block holds a slab of a path, and the scan operator across its threads.
+// How a block of the portable kernels holds a tile of a path, and the scan operator across its threads.
 //
-// A block serves one (batch, group). `lanes` neighbouring threads share a token, 4 channels each; a thread owns
-// `kTokens` successive tokens of the path (a chunk), so a block holds threads / lanes chunks: the slab. The recurrence
-// h_t = a_t h_{t-1} + b_t composes as (P, h): first each thread over its chunk, then shuffles over the chunks of a
-// warp, then one exchange through shared memory over the warps.
+// A block serves one (batch, group). `lanes` neighbouring threads share a token, 4 channels each. A thread owns
+// `kTokens` successive tokens of the path, a chunk, so a block holds threads / lanes chunks: its tile. The recurrence
+// h_t = a_t h_{t-1} + b_t composes as pairs (P, h): first each thread over its chunk, then the chunks of a warp by
+// shuffles, then the warps by one exchange through shared memory. README.md derives it.
 #pragma once
 
 #include <type_traits>
@@ -18,15 +18,16 @@ namespace gm {
 template <class T, bool kSingle>
 constexpr int kBwdTokens = bwd_tokens(kSingle, sizeof(T));
 
-struct Tile {
-    int batch, group;       // of the block
-    int image_group, scan;  // the group of the images that it scans, and which of that group's scans it is
-    int direction;          // code of the group
+struct ThreadCoord {
+    int batch, group;  // of the block
+    int image_group,
+        scan;       // the group of the images that it scans, and the number of its scan among the scans of that group
+    int direction;  // code of the group
     int chunk_in_warp, chunks_per_warp, chunk;
     int channel, valid;  // first channel of the thread, how many of its 4 exist
     int lanes;
 
-    __device__ explicit Tile(const ScanShape& s)
+    __device__ explicit ThreadCoord(const ScanShape& s)
         : batch(blockIdx.x / s.groups), group(blockIdx.x % s.groups), lanes(s.lanes) {
         chunks_per_warp = 32 / lanes;
         chunk = threadIdx.x / lanes;
@@ -36,14 +37,14 @@ struct Tile {
         direction = (s.directions[group >> 4] >> (2 * (group & 15))) & 3;
         image_group = group / s.scans, scan = group - image_group * s.scans;
     }
-    // Found anew where needed, to spare registers.
-    __device__ __forceinline__ int lane() const { return threadIdx.x & (lanes - 1); }  // among those of its token
+    // Computed where needed, to spare registers.
+    __device__ __forceinline__ int lane() const { return threadIdx.x & (lanes - 1); }  // among the lanes of its token
     __device__ __forceinline__ int warp() const { return threadIdx.x >> 5; }
     __device__ __forceinline__ int num_warps() const { return blockDim.x >> 5; }
     __device__ __forceinline__ int num_chunks() const { return blockDim.x / lanes; }
 };
 
-// Row-major numbers of a thread's tokens for one slab. Tokens past the end repeat the last one (so that loads stay in
+// Row-major numbers of a thread's tokens for one tile. Tokens past the end repeat the last one (so that loads stay in
 // bounds) and are not counted.
 template <int kTokens>
 struct Path {
@@ -86,16 +87,16 @@ struct Path {
     }
 };
 
-// Image of one (batch, group), from this thread's first channel on. The token stride fits 32 bits of bytes (the entry
-// sees to that), so that an address is one wide multiply-add.
+// Image of one (batch, group), from this thread's first channel on. The op entry checks that the token stride in bytes
+// fits 32 bits, so that an address is one wide multiply-add.
 template <class T>
 struct Plane {
     T* base;
     uint32_t stride;  // bytes
     Plane() = default;
-    __device__ Plane(const ImageArg& image, const Tile& tile, int64_t channel)
-        : base(static_cast<T*>(image.ptr) + tile.batch * image.batch + tile.image_group * image.group +
-               tile.scan * image.scan + channel),
+    __device__ Plane(const ImageArg& image, const ThreadCoord& coord, int64_t channel)
+        : base(static_cast<T*>(image.ptr) + coord.batch * image.batch + coord.image_group * image.group +
+               coord.scan * image.scan + channel),
           stride(static_cast<uint32_t>(image.token * sizeof(T))) {}
     __device__ __forceinline__ T* at(int token) const {
         using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
@@ -104,7 +105,7 @@ struct Plane {
     }
 };
 
-// kRows floats of each of the block's channels in shared memory, 0 for channels that do not exist.
+// kRows floats for each of the block's channels in shared memory, 0 for channels that do not exist.
 template <int kRows>
 struct alignas(16) ChannelTable {
     float rows[kRows][kMaxScanDim];
@@ -125,8 +126,8 @@ struct alignas(16) ChannelTable {
     }
 };
 
-// Sums over the lanes that share a token; every one of them gets them. Several values at once hide the shuffles'
-// latency.
+// Sums over the lanes that share a token; every lane gets them. Several values at once hide the latency of the
+// shuffles.
 template <int kCount>
 __device__ __forceinline__ void lane_sums(float (&x)[kCount], int lanes) {
     for (int d = lanes >> 1; d > 0; d >>= 1) {
@@ -141,21 +142,23 @@ __device__ __forceinline__ float chunk_sum(float x, int lanes) {
     return x;
 }
 
-// Warp totals (P, h) for every channel, double-buffered so that one barrier an exchange is enough: a warp that runs
-// ahead writes the other buffer, and cannot pass the next barrier before all have read this one.
+// Totals (P, h) of each warp for every channel, double-buffered so that one barrier for each exchange is enough: a
+// warp that runs ahead writes the other buffer, and cannot pass the next barrier before all have read this one.
 struct ScanExchange {
     float P[2][kMaxScanWarps][kMaxScanDim];
     float h[2][kMaxScanWarps][kMaxScanDim];
 };
 
-// Turns each thread's chunk aggregate (P, h) into the state entering its chunk. `carry` is the state entering the slab
-// and becomes the one leaving it; `kReverse` runs from the last chunk to the first. One __syncthreads.
+// Turns each thread's aggregate (P, h) of its chunk into the state that enters the chunk. `carry` is the state that
+// enters the tile and becomes the one that leaves it. `kReverse` goes from the last chunk to the first. One
+// __syncthreads.
 template <bool kReverse>
-__device__ __forceinline__ void block_scan(const Tile& tile, ScanExchange& shared, int& buffer, float (&P)[kVec],
-                                           float (&h)[kVec], float (&carry)[kVec], float (&entering)[kVec]) {
-    const int lanes = tile.lanes;
-    const int rank = kReverse ? tile.chunks_per_warp - 1 - tile.chunk_in_warp : tile.chunk_in_warp;
-    for (int d = 1; d < tile.chunks_per_warp; d <<= 1) {
+__device__ __forceinline__ void block_scan(const ThreadCoord& coord, ScanExchange& shared, int& buffer,
+                                           float (&P)[kVec], float (&h)[kVec], float (&carry)[kVec],
+                                           float (&entering)[kVec]) {
+    const int lanes = coord.lanes;
+    const int rank = kReverse ? coord.chunks_per_warp - 1 - coord.chunk_in_warp : coord.chunk_in_warp;
+    for (int d = 1; d < coord.chunks_per_warp; d <<= 1) {
 #pragma unroll
         for (int j = 0; j < kVec; ++j) {
             const float p =
@@ -170,11 +173,11 @@ __device__ __forceinline__ void block_scan(const Tile& tile, ScanExchange& share
     }
     const auto sP = shared.P[buffer], sh = shared.h[buffer];
     buffer ^= 1;
-    if (rank == tile.chunks_per_warp - 1) {
+    if (rank == coord.chunks_per_warp - 1) {
 #pragma unroll
         for (int j = 0; j < kVec; ++j) {
-            sP[tile.warp()][tile.channel + j] = P[j];
-            sh[tile.warp()][tile.channel + j] = h[j];
+            sP[coord.warp()][coord.channel + j] = P[j];
+            sh[coord.warp()][coord.channel + j] = h[j];
         }
     }
     float before_P[kVec], before_h[kVec];  // aggregate of the warp's earlier chunks
@@ -185,21 +188,21 @@ __device__ __forceinline__ void block_scan(const Tile& tile, ScanExchange& share
         if (rank == 0) before_P[j] = 1.f, before_h[j] = 0.f;
     }
     __syncthreads();
-    for (int i = 0; i < tile.num_warps(); ++i) {
-        const int w = kReverse ? tile.num_warps() - 1 - i : i;
-        if (w == tile.warp()) {
+    for (int i = 0; i < coord.num_warps(); ++i) {
+        const int w = kReverse ? coord.num_warps() - 1 - i : i;
+        if (w == coord.warp()) {
 #pragma unroll
             for (int j = 0; j < kVec; ++j) entering[j] = fmaf(before_P[j], carry[j], before_h[j]);
         }
 #pragma unroll
-        for (int j = 0; j < kVec; ++j) carry[j] = fmaf(sP[w][tile.channel + j], carry[j], sh[w][tile.channel + j]);
+        for (int j = 0; j < kVec; ++j) carry[j] = fmaf(sP[w][coord.channel + j], carry[j], sh[w][coord.channel + j]);
     }
 }
 
-// dt_weight / kStepUnit of the block's channels, as [rank][kMaxScanDim] floats in shared memory; ranks beyond
-// kMaxStagedRank are read in place. Channels that do not exist take the weights of the last one, so that their steps
-// are finite where its steps are: 0 would make NaN of a feature of -inf, which masks a token, and reach the token's
-// sums.
+// dt_weight / kStepUnit of the block's channels, as [rank][kMaxScanDim] floats in shared memory; above kMaxStagedRank
+// it is read from device memory. Channels that do not exist take the weights of the last one, so that their steps are
+// finite where its steps are: a weight of 0 would make NaN of a feature of -inf, which masks a token, and that NaN
+// would reach the token's sums.
 template <class T>
 struct StepWeight {
     const float* staged;
@@ -208,16 +211,16 @@ struct StepWeight {
     int64_t row;  // of the thread's first channel
     int channel;
 
-    __device__ StepWeight(const ScanShape& shape, const ParamArg& w, const Tile& tile, float* shared)
+    __device__ StepWeight(const ScanShape& shape, const ParamArg& w, const ThreadCoord& coord, float* shared)
         : staged(shared),
           s(shape),
           weight(w),
-          row((static_cast<int64_t>(tile.group) * s.param_dim + tile.channel) * s.rank),
-          channel(tile.channel) {
+          row((static_cast<int64_t>(coord.group) * s.param_dim + coord.channel) * s.rank),
+          channel(coord.channel) {
         if (s.rank == 0 || s.rank > kMaxStagedRank) return;
         for (int i = threadIdx.x; i < s.rank * kMaxScanDim; i += blockDim.x) {
             const int r = i / kMaxScanDim, c = min(i % kMaxScanDim, s.norm_dim - 1);
-            const int64_t at = (static_cast<int64_t>(tile.group) * s.param_dim + c) * s.rank + r;
+            const int64_t at = (static_cast<int64_t>(coord.group) * s.param_dim + c) * s.rank + r;
             shared[i] = load_param<T>(w, at) / Math<T>::kStepUnit;
         }
         // the caller's __syncthreads makes it visible
@@ -238,8 +241,8 @@ struct StepWeight {
     }
 };
 
-// step[k][j] of a thread's tokens in units of Math<T>::kStepUnit, as `bias` is; 0 for tokens past the end, so that they
-// leave the state alone (a = 1, b = 0). c0, valid: the thread's first channel and how many it has.
+// step[k][j] of a thread's tokens in units of Math<T>::kStepUnit, as `bias` is. Tokens past the end have a step of 0,
+// which leaves the state as it is (a = 1, b = 0). c0, valid: the thread's first channel and how many it has.
 template <bool kAligned, class T, int kTokens, class Weight>
 __device__ __forceinline__ void load_steps(const ScanShape& s, const Plane<const T>& dt, const Weight& weight,
                                            const float (&bias)[kVec], const Path<kTokens>& path, int c0, int valid,
@@ -282,19 +285,20 @@ __device__ __forceinline__ void load_steps(const ScanShape& s, const Plane<const
     }
 }
 
-// Makes the compiler forget what it knows of these values, so that it computes what depends on them anew. The backward
-// does that to the decays exp(step A): kept over all phases, they would cost 28 registers.
+// Makes the compiler forget what it knows of these values, so that it computes what depends on them again: the decays
+// exp(step A), kept in registers over all phases of the backward, would take 28 of them.
 __device__ __forceinline__ void hide(float (&x)[kVec]) {
 #pragma unroll
     for (int j = 0; j < kVec; ++j) asm volatile("" : "+f"(x[j]));
 }
 
-// States of one slab: h[k] after the thread's token k, `entering` before its first; `carry` is the state entering the
-// slab and becomes the one leaving it. b(k) is B in units of the step, u(k) the four channels of the input.
+// States of one tile: h[k] after the thread's token k, `entering` before its first. `carry` is the state that enters
+// the tile and becomes the one that leaves it. b(k) is B in units of the step, u(k) the four channels of the input.
 template <class T, int kTokens, class Exchange, class LoadB, class LoadU>
-__device__ __forceinline__ void slab_states(const Tile& tile, Exchange& exchange, int& buffer, const float (&A)[kVec],
-                                            const float (&step)[kTokens][kVec], LoadB&& b, LoadU&& u,
-                                            float (&carry)[kVec], float (&h)[kTokens][kVec], float (&entering)[kVec]) {
+__device__ __forceinline__ void tile_states(const ThreadCoord& coord, Exchange& exchange, int& buffer,
+                                            const float (&A)[kVec], const float (&step)[kTokens][kVec], LoadB&& b,
+                                            LoadU&& u, float (&carry)[kVec], float (&h)[kTokens][kVec],
+                                            float (&entering)[kVec]) {
     float a[kTokens][kVec], P[kVec], local[kVec];
 #pragma unroll
     for (int j = 0; j < kVec; ++j) P[j] = 1.f, local[j] = 0.f;
@@ -310,7 +314,7 @@ __device__ __forceinline__ void slab_states(const Tile& tile, Exchange& exchange
             P[j] *= a[k][j];
         }
     }
-    block_scan<false>(tile, exchange, buffer, P, local, carry, entering);
+    block_scan<false>(coord, exchange, buffer, P, local, carry, entering);
 #pragma unroll
     for (int j = 0; j < kVec; ++j) {
         float state = entering[j];

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stochastic depth: some images of a batch leave out a branch of the residual stream.
+// Drop path (stochastic depth): some images of a batch drop a branch of the residual stream.
 #pragma once
 
 #include "cuda/common/args.h"
@@ -8,11 +8,11 @@
 
 namespace gm {
 
-// `kept`, (batch,) float32, 1 where the branch is kept and else 0; those kept count `scale` times. Without it, all
-// count once.
-KeptArg kept_arg(const OptTensor& kept, double scale, bool residual, int64_t batch, const Tensor& like);
+// `mask`, (batch,) float32: 1 where the branch counts, 0 where it is dropped; those that count are multiplied by
+// `scale`. Without it, all count once.
+DropPathArg drop_path_arg(const OptTensor& mask, double scale, bool residual, int64_t batch, const Tensor& like);
 
-// Zeros in the images (batch, ...), contiguous and of multiples of 16 bytes, that are not kept.
-void clear_left_out(const Tensor& images, int64_t batch, const KeptArg& kept, const CudaContext& context);
+// Zeros in the images (batch, ...), contiguous and a multiple of 16 bytes each, whose branch is dropped.
+void clear_dropped(const Tensor& images, int64_t batch, const DropPathArg& drop_path, const CudaContext& context);
 
 }  // namespace gm

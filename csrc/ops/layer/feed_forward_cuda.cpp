@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The feed-forward network of a block on CUDA as one op: LayerNorm, fc1, depthwise convolution with GELU, fc2, and the
-// addition to the residual stream. Where it suits, one kernel does all of it and writes the hidden image for a backward
-// alone (cuda/feed_forward/plan.h); elsewhere that image is written twice, before and after the convolution. The
-// backward keeps the first, and computes the second and the normed image again.
+// addition to the residual stream. Where it is faster, one kernel does all of it, and writes the hidden image only for
+// a backward (cuda/feed_forward/plan.h). Elsewhere that image is written twice, before and after the convolution. The
+// backward keeps the first of the two, and computes the second and the normed image again.
 #include "cuda/feed_forward/launch.h"
 #include "host/blas.h"
 #include "host/branch.h"
@@ -42,8 +42,8 @@ FeedForwardSizes feed_forward_sizes(const Tensor& x, const FeedForwardParameters
     return s;
 }
 
-// For the one kernel the taps of a channel are three rows of four in the dtype of the images, and vectors are whole
-// blocks of channels long.
+// The one kernel reads the taps of a channel as three rows of four in the dtype of the images, and vectors that are
+// whole blocks of channels long.
 ParameterPack feed_forward_pack(const FeedForwardParameters& p, const FeedForwardSizes& s, ScalarType dtype,
                                 Workspace& workspace, bool one_kernel = false) {
     ParameterPack pack(dtype, workspace);
@@ -78,7 +78,7 @@ bool takes_one_kernel(const Tensor& x, const FeedForwardParameters& p, const Fee
     if (!suits_feed_forward(s.batch, static_cast<int>(s.height), static_cast<int>(s.width),
                             static_cast<int>(s.channels), static_cast<int>(s.hidden), dtype))
         return false;
-    // What the copy engine reads in place.
+    // TMA reads these in place.
     for (const Tensor* t : {&p.fc1_weight, &p.fc1_bias, &p.conv_bias, &p.fc2_weight})
         if (reinterpret_cast<uintptr_t>(t->data_ptr()) % 16 != 0) return false;
     const ImageArg image = image_arg(x);
@@ -92,7 +92,7 @@ bool takes_one_kernel(const Tensor& x, const FeedForwardParameters& p, const Fee
 
 FeedForward one_kernel_forward(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias,
                                const FeedForwardParameters& p, const FeedForwardSizes& s, double eps, bool residual,
-                               const KeptArg& kept, bool save, const CudaContext& context) {
+                               const DropPathArg& drop_path, bool save, const CudaContext& context) {
     const DType dtype = dtype_of(x);
     const ScalarType type = x.scalar_type();
     Workspace scratch(type), saved(type);
@@ -110,7 +110,7 @@ FeedForward one_kernel_forward(const Tensor& x, const Tensor& norm_weight, const
     args.plan = feed_forward_plan(s.batch, args.height, args.width, args.channels, static_cast<int>(s.hidden));
     args.x = image_arg(x), args.out = image_arg(out);
     if (save) args.hidden = saved.address(hidden_place);
-    args.residual = residual, args.kept = kept, args.eps = static_cast<float>(eps);
+    args.residual = residual, args.drop_path = drop_path, args.eps = static_cast<float>(eps);
     args.norm_weight = param(norm_weight), args.norm_bias = param(norm_bias), args.fc2_bias = param(p.fc2_bias);
     args.fc1_weight = pack.get(kFc1, {s.hidden_pad, s.channels_pad}).data_ptr();
     const int64_t vector = round_up(s.hidden, kFeedForwardBlock);
@@ -126,21 +126,21 @@ FeedForward one_kernel_forward(const Tensor& x, const Tensor& norm_weight, const
 
 FeedForward feed_forward_forward(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias,
                                  const FeedForwardParameters& p, double eps, bool residual,
-                                 const OptTensor& kept_images, double kept_scale, bool save) {
+                                 const OptTensor& drop_path_mask, double drop_path_scale, bool save) {
     const FeedForwardSizes s = feed_forward_sizes(x, p);
     const DType dtype = dtype_of(x);
     const ScalarType type = x.scalar_type();
     const CudaContext context(x);
     const int64_t tokens = s.tokens();
-    const KeptArg kept = kept_arg(kept_images, kept_scale, residual, s.batch, x);
+    const DropPathArg drop_path = drop_path_arg(drop_path_mask, drop_path_scale, residual, s.batch, x);
     check_parameter(norm_weight, "norm_weight", {s.channels}, x);
     check_parameter(norm_bias, "norm_bias", {s.channels}, x);
     if (takes_one_kernel(x, p, s, dtype))
-        return one_kernel_forward(x, norm_weight, norm_bias, p, s, eps, residual, kept, save, context);
+        return one_kernel_forward(x, norm_weight, norm_bias, p, s, eps, residual, drop_path, save, context);
     Workspace scratch(type), saved(type);
     Workspace& held = save ? saved : scratch;
     ParameterPack pack = feed_forward_pack(p, s, type, scratch);
-    // Nothing reads xn when the convolution runs.
+    // Nothing reads xn any more when the convolution runs.
     const Workspace::Piece hidden_place = held.reserve_image(tokens * s.hidden_pad);
     const Workspace::Piece place = scratch.reserve_image(tokens * std::max(s.channels_pad, s.hidden_pad));
     scratch.allocate(x), saved.allocate(x);
@@ -150,7 +150,7 @@ FeedForward feed_forward_forward(const Tensor& x, const Tensor& norm_weight, con
     pack.launch(dtype, packing.stream());
 
     NormPoolInputs norm{x, norm_weight, norm_bias, eps};
-    if (residual) norm.sum = out, norm.sum_bias = p.fc2_bias, norm.kept = kept;
+    if (residual) norm.sum = out, norm.sum_bias = p.fc2_bias, norm.drop_path = drop_path;
     layer_norm_pool_fwd_into(scratch.get(place, s.image(s.channels_pad)), norm, context);
     packing.join();
     const Tensor hidden = held.get(hidden_place, {tokens, s.hidden_pad});
@@ -159,11 +159,11 @@ FeedForward feed_forward_forward(const Tensor& x, const Tensor& norm_weight, con
     const Tensor activated = scratch.get(place, {tokens, s.hidden_pad});
     const Shape image = s.image(s.hidden_pad);
     depthwise_conv3x3_fwd_into(alias(activated, image), alias(hidden, image), pack.get(kConv, {1, s.hidden_pad, 3, 3}),
-                               pack.get(kConvBias, {1, s.hidden_pad}), kGelu, context, kept);
+                               pack.get(kConvBias, {1, s.hidden_pad}), kGelu, context, drop_path);
     const Tensor out_rows = alias(out, {tokens, s.channels_pad});
     const Tensor fc2 = pack.get_transposed(kFc2, {s.channels_pad, s.hidden_pad});
     if (residual) {
-        add_matmul(out_rows, activated, fc2, kept_scale);
+        add_matmul(out_rows, activated, fc2, drop_path_scale);
     } else {
         matmul_bias_out(out_rows, pack.get(kFc2Bias, {s.channels_pad}), activated, fc2);
     }
@@ -172,15 +172,13 @@ FeedForward feed_forward_forward(const Tensor& x, const Tensor& norm_weight, con
 
 // With kSave groupmamba::feed_forward_fwd, without groupmamba::feed_forward.
 template <bool kSave>
-std::conditional_t<kSave, std::tuple<Tensor, Tensor>, Tensor> feed_forward(Tensor x, Tensor norm_weight,
-                                                                           Tensor norm_bias, Tensor fc1_weight,
-                                                                           Tensor fc1_bias, Tensor conv_weight,
-                                                                           Tensor conv_bias, Tensor fc2_weight,
-                                                                           Tensor fc2_bias, double eps, bool residual,
-                                                                           OptTensor kept, double kept_scale) {
+std::conditional_t<kSave, std::tuple<Tensor, Tensor>, Tensor> feed_forward(
+    Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor fc1_bias, Tensor conv_weight,
+    Tensor conv_bias, Tensor fc2_weight, Tensor fc2_bias, double eps, bool residual, OptTensor drop_path_mask,
+    double drop_path_scale) {
     const FeedForward done = feed_forward_forward(x, norm_weight, norm_bias,
                                                   {fc1_weight, fc1_bias, conv_weight, conv_bias, fc2_weight, fc2_bias},
-                                                  eps, residual, kept, kept_scale, kSave);
+                                                  eps, residual, drop_path_mask, drop_path_scale, kSave);
     if constexpr (kSave) {
         return {done.out, done.saved.images()};
     } else {
@@ -192,8 +190,8 @@ using FeedForwardGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, 
 
 FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight,
                                       Tensor fc1_bias, Tensor conv_weight, Tensor conv_bias, Tensor fc2_weight,
-                                      Tensor fc2_bias, Tensor saved, double eps, bool residual, OptTensor kept_images,
-                                      double kept_scale) {
+                                      Tensor fc2_bias, Tensor saved, double eps, bool residual,
+                                      OptTensor drop_path_mask, double drop_path_scale) {
     const FeedForwardParameters parameters{fc1_weight, fc1_bias, conv_weight, conv_bias, fc2_weight, fc2_bias};
     const FeedForwardSizes s = feed_forward_sizes(x, parameters);
     check_image(dout, "dout", shape_of(x), x);
@@ -201,7 +199,7 @@ FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight,
     const ScalarType type = x.scalar_type();
     const CudaContext context(x);
     const int64_t tokens = s.tokens();
-    const KeptArg kept = kept_arg(kept_images, kept_scale, residual, s.batch, x);
+    const DropPathArg drop_path = drop_path_arg(drop_path_mask, drop_path_scale, residual, s.batch, x);
     Workspace held(type), scratch(type);
     const Workspace::Piece hidden_place = held.reserve_image(tokens * s.hidden_pad);
     held.adopt_images(saved, x);
@@ -216,14 +214,14 @@ FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight,
     const PaddedRows dout_padded(dout, context);
     const Tensor dout_rows = dout_padded.rows();
     Tensor dactivated = empty({tokens, s.hidden_pad}, type, x);
-    matmul_out(dactivated, dout_rows, pack.get(kFc2, {s.channels_pad, s.hidden_pad}), kept_scale);
+    matmul_out(dactivated, dout_rows, pack.get(kFc2, {s.channels_pad, s.hidden_pad}), drop_path_scale);
     Tensor dhidden = empty({tokens, s.hidden_pad}, type, x), activated = empty({tokens, s.hidden_pad}, type, x);
     const Shape image = s.image(s.hidden_pad);
     const PartialRows conv = conv3x3_bwd_into(
         alias(dhidden, image), alias(dactivated, image), alias(hidden, image), pack.get(kConv, {1, s.hidden_pad, 3, 3}),
-        pack.get(kConvBias, {1, s.hidden_pad}), kGelu, context, alias(activated, image), true, kept);
+        pack.get(kConvBias, {1, s.hidden_pad}), kGelu, context, alias(activated, image), true, drop_path);
     dactivated = Tensor();
-    const WeightPartials fc2 = weight_partials(as_batch(dout_rows), as_batch(activated), kept_scale);
+    const WeightPartials fc2 = weight_partials(as_batch(dout_rows), as_batch(activated), drop_path_scale);
     activated = Tensor();
     const Tensor dfc2_weight =
         sums.add(fc2_weight, {1, s.channels, s.hidden}, fc2.values, s.channels_pad, s.hidden_pad, fc2.parts);
@@ -237,7 +235,7 @@ FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight,
     const Tensor xn = empty({tokens, s.channels_pad}, type, x);
     NormPoolGradients norm{alias(dxn, s.image(s.channels_pad)), std::nullopt, std::nullopt, std::nullopt, true};
     norm.xn = alias(xn, s.image(s.channels_pad)), norm.bias = norm_bias;
-    if (residual) norm.dx_more = dout, norm.kept = kept;
+    if (residual) norm.dx_more = dout, norm.drop_path = drop_path;
     const NormPoolResult normed = layer_norm_pool_bwd(norm, x, norm_weight, eps, context);
     const WeightPartials fc1 = weight_partials(as_batch(dhidden), as_batch(xn));
     dhidden = Tensor();
@@ -246,9 +244,9 @@ FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight,
     const Tensor dnorm_weight = sums.add_rows(norm_weight, {1, 1, s.channels}, normed.sums, 0, 1, s.channels);
     const Tensor dnorm_bias = sums.add_rows(norm_bias, {1, 1, s.channels}, normed.sums, s.channels, 1, s.channels);
     const Tensor dfc2_bias =
-        normed.sums_dx_more
-            ? sums.add_rows(fc2_bias, {1, 1, s.channels}, normed.sums, 2 * s.channels, 1, s.channels)
-            : sum_of_columns(sums, fc2_bias, dout_rows, s.channels, dtype, context.stream(), kept, s.height * s.width);
+        normed.sums_dx_more ? sums.add_rows(fc2_bias, {1, 1, s.channels}, normed.sums, 2 * s.channels, 1, s.channels)
+                            : sum_of_columns(sums, fc2_bias, dout_rows, s.channels, dtype, context.stream(), drop_path,
+                                             s.height * s.width);
     sums.launch(dtype, context.stream());
     return {normed.dx,    dnorm_weight, dnorm_bias,  dfc1_weight, dfc1_bias,
             dconv_weight, dconv_bias,   dfc2_weight, dfc2_bias};

@@ -8,8 +8,8 @@ namespace gm {
 
 namespace {
 
-// Up to 4 of them lie 4 apart where products of such rows have a kernel of their own (cuda/gemm/skinny_gemm.cu), for
-// half the bytes. groupmamba_ext.layer_ops repeats it.
+// Up to 4 features are stored 4 apart, in half the bytes, where products with such rows have a kernel
+// (cuda/gemm/skinny_gemm.cu). groupmamba_ext.layer_ops repeats it.
 int64_t padded_features(int64_t features, int64_t inner_pad) {
     return features <= 4 && (inner_pad == 16 || inner_pad == 32) ? 4 : round_up(features, kPixelUnit);
 }
@@ -71,7 +71,7 @@ ParameterPack layer_pack(const LayerParameters& p, const LayerSizes& s, ScalarTy
     const int64_t g = s.groups, e = s.inner, e_pad = s.inner_pad;
     ParameterPack pack(dtype, workspace);
     pack.add(p.in_proj_weight, {2 * g, e, s.dim}, e_pad, s.dim_pad, dtype);
-    // Padded copies are float32; parameters that need no pad are used as they are.
+    // Padded copies are float32; parameters that need no padding are used as they are.
     const auto padded = [&](const Tensor& t, int64_t row, bool negative_exp = false) {
         const ScalarType to = e == e_pad && !negative_exp ? t.scalar_type() : full;
         pack.add(t, {g, e, row}, e_pad, row, to, negative_exp);
@@ -157,9 +157,9 @@ Tensor rows_of(const Tensor& image, const LayerSizes& s, int64_t channels) {
     return alias(image, {s.groups, s.tokens(), channels});
 }
 
-KeptArg layer_kept(const Tensor& x, const LayerSizes& s, const LayerScalars& scalars) {
-    GM_CHECK(s.merges || !scalars.kept, "kept goes with out_proj_weight");
-    return kept_arg(scalars.kept, scalars.kept_scale, scalars.residual, s.batch, x);
+DropPathArg layer_drop_path(const Tensor& x, const LayerSizes& s, const LayerScalars& scalars) {
+    GM_CHECK(s.merges || !scalars.drop_path_mask, "drop_path_mask goes with out_proj_weight");
+    return drop_path_arg(scalars.drop_path_mask, scalars.drop_path_scale, scalars.residual, s.batch, x);
 }
 
 ScanInputs scan_inputs(const ParameterPack& pack, const LayerSizes& s, const LayerImages& images,

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// What forward and backward of the GroupMamba layer on CUDA share: sizes, packed parameters, and where the images
-// between x and the result lie. Images are group-major between the products, (G, tokens, channels), with the channels
-// of a group padded to a multiple of 8 by zeros (step features, B and C to 4 where padded_features says so): every
-// product then reads aligned rows.
+// Shared by forward and backward of the GroupMamba layer on CUDA: sizes, packed parameters, and where the images
+// between x and the result are stored. Between the products images are group-major, (G, tokens, channels), with the
+// channels of a group padded to a multiple of 8 by zeros (step features, B and C to 4 where padded_features says so),
+// so that every product reads aligned rows.
 #pragma once
 
 #include "cuda/channel_affinity/args.h"
@@ -26,18 +26,18 @@ struct LayerScalars {
     double eps, norm_eps;
     int64_t chunk;
     bool residual;
-    OptTensor kept;     // (batch,): stochastic depth
-    double kept_scale;  // of the images kept
+    OptTensor drop_path_mask;  // (batch,): 1 where the branch counts, 0 where it is dropped
+    double drop_path_scale;    // of the branches that count
 };
 
 struct LayerSizes {
     int64_t batch, height, width, groups, dim, inner, states, rank;
     int64_t dim_pad, inner_pad, features, features_pad, channels, channels_pad;
-    int64_t mixed;                 // columns that proj reads, pads included
+    int64_t mixed;                 // columns that proj reads, padding included
     int64_t saved_states;          // of a plane
-    bool merges;                   // with out_proj; without, the gate meets the scan
+    bool merges;                   // with out_proj; without it, the scan applies the gate
     int64_t hidden;                // of the affinity, 0 without it
-    int64_t gate_dim, gate_width;  // channels of a group's gate, and with its pads
+    int64_t gate_dim, gate_width;  // channels of a group's gate, without and with padding
 
     int64_t tokens() const { return batch * height * width; }
     bool gated() const { return hidden > 0; }
@@ -63,7 +63,7 @@ enum PackedLayer {
 };
 ParameterPack layer_pack(const LayerParameters& p, const LayerSizes& s, ScalarType dtype, Workspace& workspace);
 
-// What the layer computes on its way, with the layouts of csrc/schemas.cpp; null where it has no such thing.
+// What the layer computes, with the layouts of csrc/schemas.cpp; null where it has no such image.
 struct LayerImages {
     Tensor xn, uz, u, features, y, o, mixed;
     OptTensor gate, pooled, hidden, states;
@@ -71,18 +71,19 @@ struct LayerImages {
 struct LayerPlaces {
     Workspace::Piece xn, uz, u, features, y, o, mixed, gate, pooled, hidden, states;
 };
-// The order of the reservations is the layout of what the forward returns for its backward, which computes `mixed`
-// again: it has no place there. Without `save` an image may lie where an earlier one is not read any more.
+// The order of the reservations is the layout of what the forward returns for its backward. The backward computes
+// `mixed` again, so it has no place there. Without `save` an image may take the place of an earlier one that is not
+// read any more.
 LayerPlaces reserve_layer(const LayerSizes& s, bool save, Workspace& workspace);
 LayerImages layer_images(const LayerSizes& s, const LayerPlaces& places, bool save, const Workspace& workspace);
 
-// (G, T, K) rows as the image (batch, H, W, G, K), from channel `first` on.
+// (G, T, K) rows, from channel `first` on, as the image (batch, H, W, G, K).
 Tensor image_of(const Tensor& rows, const LayerSizes& s, int64_t channels, int64_t first = 0);
 // A group-major image (batch, H, W, G, K) without gaps as rows (G, T, K).
 Tensor rows_of(const Tensor& image, const LayerSizes& s, int64_t channels);
 
-// Stochastic depth, of the released layer alone.
-KeptArg layer_kept(const Tensor& x, const LayerSizes& s, const LayerScalars& scalars);
+// Drop path, of the released layer alone.
+DropPathArg layer_drop_path(const Tensor& x, const LayerSizes& s, const LayerScalars& scalars);
 ScanInputs scan_inputs(const ParameterPack& pack, const LayerSizes& s, const LayerImages& images,
                        const LayerScalars& scalars);
 AffinityArgs affinity_args(const LayerParameters& p, const LayerSizes& s, const LayerImages& images,

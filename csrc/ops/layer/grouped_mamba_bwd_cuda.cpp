@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The backward of the GroupMamba layer on CUDA, in the order of its forward read backwards.
+// The backward of the GroupMamba layer on CUDA: the steps of its forward in reverse order.
 #include "cuda/channel_affinity/launch.h"
 #include "host/blas.h"
 #include "host/branch.h"
@@ -22,8 +22,8 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
     const ScalarType type = x.scalar_type();
     const CudaContext context(x);
     const int64_t tokens = s.tokens(), g = s.groups, e = s.inner, e_pad = s.inner_pad, d_pad = s.dim_pad;
-    const KeptArg kept = layer_kept(x, s, scalars);
-    const double branch = scalars.kept_scale;
+    const DropPathArg drop_path = layer_drop_path(x, s, scalars);
+    const double branch = scalars.drop_path_scale;
     Workspace saved(type), scratch(type);
     const LayerPlaces places = reserve_layer(s, true, saved);
     saved.adopt_images(saved_images, x), saved.adopt_floats(saved_floats, x);
@@ -38,21 +38,21 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
     const PaddedRows dout_padded(dout, context);
     const Tensor dout_rows = dout_padded.rows();
     Tensor dmixed = empty({tokens, s.mixed}, type, x);
-    token_product_input(dmixed, branch, false, dout_rows, pack.get(kProj, {s.channels_pad, s.mixed}), context);
-    clear_left_out(dmixed, s.batch, kept, context);
+    token_gemm_input(dmixed, branch, false, dout_rows, pack.get(kProj, {s.channels_pad, s.mixed}), context);
+    clear_dropped(dmixed, s.batch, drop_path, context);
 
     const Shape mixed_image{s.batch, s.height, s.width, g, s.mixed / g};
     Tensor dy = alias(dmixed, mixed_image);
     OptTensor dout_proj, dscale, dxn;
     Tensor mixed = images.y;
     PartialRows mix;
-    // The gradient of the gate, summed over `parts` rows an image.
+    // The gradient of the gate, to be summed over `parts` rows for each image.
     const float* dgate = nullptr;
     int64_t dgate_parts = 1, dgate_stride = s.groups * s.gate_width;
     OptTensor dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias, dpooled;
     Tensor affinity_scratch;
     ParamHolder affinity_parameters;
-    std::optional<Branch> affinity;  // beside the convolution, which has many short blocks
+    std::optional<Branch> affinity;  // runs beside the convolution, which has many short blocks
     const auto affinity_backward = [&] {
         AffinityArgs args = affinity_args(p, s, images, affinity_parameters);
         affinity_scratch = empty({s.batch, args.out_dim + args.hidden}, ScalarType::Float, x);
@@ -79,29 +79,30 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
         dgate = mix.column(2 * s.channels + 1), dgate_parts = mix.rows / s.batch, dgate_stride = mix.columns;
         const Tensor do_rows = rows_of(merge.d_o, s, d_pad);
         const Tensor dy_rows = empty({g, tokens, e_pad}, type, x);
-        const WeightPartials out_proj = token_product_bwd(dy_rows, false, do_rows, rows_of(images.y, s, e_pad),
-                                                          pack.get(kOutProj, {g, d_pad, e_pad}), d_pad, context);
+        const WeightPartials out_proj = token_gemm_bwd(dy_rows, false, do_rows, rows_of(images.y, s, e_pad),
+                                                       pack.get(kOutProj, {g, d_pad, e_pad}), d_pad, context);
         dout_proj = sums.add(*p.out_proj_weight, {g, s.dim, e}, out_proj.values, d_pad, e_pad, out_proj.parts);
         dy = image_of(dy_rows, s, e_pad);
     }
-    clear_left_out(mixed, s.batch, kept, context);
+    clear_dropped(mixed, s.batch, drop_path, context);
     const WeightPartials proj =
         weight_partials(alias(dout_rows, {1, tokens, s.channels_pad}), alias(mixed, {1, tokens, s.mixed}), branch);
     const Tensor dproj = sums.add(p.proj_weight, {1, s.channels * g, p.proj_weight.size(1) / g}, proj.values,
                                   s.channels_pad * g, s.mixed / g, proj.parts);
     mixed = Tensor();
 
-    // From the scan to the image. Each of its slabs reads dy before it writes du, which may therefore take its place.
+    // From the scan to the image. The scan reads each tile of dy before it writes that of du, which may therefore take
+    // its place.
     Tensor du = s.merges ? rows_of(dy, s, e_pad) : empty({g, tokens, e_pad}, type, x);
     Tensor duz = empty({g, tokens, 2 * e_pad}, type, x);
     Tensor dfeatures = empty({g, tokens, s.features_pad}, type, x);
     const Tensor x_proj_weight = pack.get(kXProj, {g, s.features_pad, e_pad});
     if (s.features < s.features_pad &&
-        !masks_pads(du, dfeatures, images.u, x_proj_weight)) {  // the scan leaves pads alone
+        !masks_pads(du, dfeatures, images.u, x_proj_weight)) {  // the scan does not write the padding
         const size_t bytes = static_cast<size_t>(dfeatures.numel()) * dfeatures.element_size();
         check_cuda(cudaMemsetAsync(dfeatures.data_ptr(), 0, bytes, context.stream()), "pads of the features");
     }
-    // The views live for this call only: they would keep du, duz and dfeatures from being freed.
+    // These views live for this call only: otherwise they would keep du, duz and dfeatures from being freed.
     const ScanParameterGradients scan =
         scan_bwd_into({image_of(du, s, e_pad), image_of(dfeatures, s, s.rank), image_of(dfeatures, s, s.states, s.rank),
                        image_of(dfeatures, s, s.states, s.rank + s.states), image_of(duz, s, e_pad, e_pad)},
@@ -109,7 +110,7 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
     dy = Tensor(), dmixed = Tensor();
     if (s.gates_scan()) dgate = static_cast<const float*>(scan.dgate.data_ptr());
 
-    const WeightPartials x_proj = token_product_bwd(du, true, dfeatures, images.u, x_proj_weight, s.features, context);
+    const WeightPartials x_proj = token_gemm_bwd(du, true, dfeatures, images.u, x_proj_weight, s.features, context);
     dfeatures = Tensor();
     if (s.gated()) affinity_backward();
     const PartialRows conv =
@@ -118,19 +119,19 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
     du = Tensor();
 
     const Tensor dxn_rows = empty({g, tokens, d_pad}, type, x);
-    const WeightPartials in_proj = token_product_bwd(dxn_rows, false, duz, rows_of(images.xn, s, d_pad),
-                                                     pack.get(kInProj, {g, 2 * e_pad, d_pad}), 2 * e_pad, context);
+    const WeightPartials in_proj = token_gemm_bwd(dxn_rows, false, duz, rows_of(images.xn, s, d_pad),
+                                                  pack.get(kInProj, {g, 2 * e_pad, d_pad}), 2 * e_pad, context);
     duz = Tensor();
 
     if (affinity) affinity->join();
     NormPoolGradients norm{image_of(dxn_rows, s, d_pad), dxn, dpooled, std::nullopt, true};
-    if (scalars.residual) norm.dx_more = dout, norm.kept = kept;
+    if (scalars.residual) norm.dx_more = dout, norm.drop_path = drop_path;
     const NormPoolResult normed = layer_norm_pool_bwd(norm, x, p.norm_weight, scalars.eps, context);
     const Shape per_channel{1, 1, s.channels};
     const Tensor dproj_bias = normed.sums_dx_more
                                   ? sums.add_rows(p.proj_bias, per_channel, normed.sums, 2 * s.channels, 1, s.channels)
                                   : sum_of_columns(sums, p.proj_bias, dout_rows, s.channels, dtype, context.stream(),
-                                                   kept, s.height * s.width);
+                                                   drop_path, s.height * s.width);
     const auto of_norm = [&](const Tensor& parameter, int64_t first) {  // the released layer uses its norm twice
         return s.merges ? sums.add_rows(parameter, normed.sums, first, mix, first)
                         : sums.add_rows(parameter, per_channel, normed.sums, first, 1, s.channels);
@@ -185,12 +186,12 @@ LayerGradients grouped_mamba_layer_bwd(Tensor dout, Tensor x, Tensor norm_weight
                                        Tensor out_norm_weight, Tensor out_norm_bias, OptTensor out_proj_weight,
                                        OptTensor skip_scale, Tensor proj_weight, Tensor proj_bias, Tensor saved,
                                        Tensor saved_float, std::vector<int64_t> directions, double eps, double norm_eps,
-                                       int64_t chunk, bool residual, OptTensor kept, double kept_scale) {
+                                       int64_t chunk, bool residual, OptTensor drop_path_mask, double drop_path_scale) {
     return layer_backward(
         dout, x, {norm_weight,     norm_bias,     fc1_weight,      fc1_bias,   fc2_weight,  fc2_bias, in_proj_weight,
                   conv_weight,     conv_bias,     x_proj_weight,   dt_weight,  dt_bias,     A_log,    D,
                   out_norm_weight, out_norm_bias, out_proj_weight, skip_scale, proj_weight, proj_bias},
-        {directions, eps, norm_eps, chunk, residual, kept, kept_scale}, saved, saved_float);
+        {directions, eps, norm_eps, chunk, residual, drop_path_mask, drop_path_scale}, saved, saved_float);
 }
 
 }  // namespace

@@ -22,7 +22,7 @@ LayerForward layer_forward(const Tensor& x, const LayerParameters& p, const Laye
     const ScalarType type = x.scalar_type();
     const CudaContext context(x);
     const int64_t tokens = s.tokens();
-    const KeptArg kept = layer_kept(x, s, scalars);
+    const DropPathArg drop_path = layer_drop_path(x, s, scalars);
 
     Workspace scratch(type), saved(type);
     Workspace& held = save ? saved : scratch;
@@ -43,8 +43,8 @@ LayerForward layer_forward(const Tensor& x, const LayerParameters& p, const Laye
 
     NormPoolInputs norm{x, p.norm_weight, p.norm_bias, scalars.eps};
     if (s.gated()) norm.partials = scratch.get(sums, {s.batch, strips, s.channels});
-    if (scalars.residual) norm.sum = out, norm.sum_bias = p.proj_bias, norm.kept = kept;
-    norm.words = scan.words_to_mark();
+    if (scalars.residual) norm.sum = out, norm.sum_bias = p.proj_bias, norm.drop_path = drop_path;
+    norm.inter_block_state = scan.inter_block_state_to_clear();
     layer_norm_pool_fwd_into(images.xn, norm, context);
     packing.join();
     std::optional<Branch> affinity;
@@ -56,41 +56,41 @@ LayerForward layer_forward(const Tensor& x, const LayerParameters& p, const Laye
         affinity.emplace(context);
         check_cuda(launch_channel_affinity_fwd(args, dtype, affinity->stream()), "channel affinity");
     };
-    // Beside the convolution, which has many short blocks: a product of ours has as many blocks as run at once, and
-    // would wait for those whose places channel affinity takes. The library's waits a few microseconds before it
-    // begins, and affinity is done by then.
+    // Channel affinity runs beside the convolution, which has many short blocks. skinny_gemm and tall_gemm have as
+    // many blocks as run at once, and would wait for the places that channel affinity takes. cuBLAS' product starts a
+    // few microseconds later than they do, and affinity is done by then.
     const Tensor xn_rows = rows_of(images.xn, s, s.dim_pad);
     const Tensor in_proj = pack.get(kInProj, {s.groups, 2 * s.inner_pad, s.dim_pad});
-    const bool beside_conv = has_own_product(images.uz, xn_rows, in_proj);
+    const bool beside_conv = has_own_gemm(images.uz, xn_rows, in_proj);
     if (s.gated() && !beside_conv) fork_affinity();
-    token_product(images.uz, xn_rows, in_proj, context);
+    token_gemm(images.uz, xn_rows, in_proj, context);
     if (s.gated() && beside_conv) fork_affinity();
     depthwise_conv3x3_fwd_into(image_of(images.u, s, s.inner_pad), image_of(images.uz, s, s.inner_pad),
                                pack.get(kConvWeight, {s.groups, s.inner_pad, 3, 3}),
                                pack.get(kConvBias, {s.groups, s.inner_pad}), kSilu, context);
-    token_product(images.features, images.u, pack.get(kXProj, {s.groups, s.features_pad, s.inner_pad}), context);
+    token_gemm(images.features, images.u, pack.get(kXProj, {s.groups, s.features_pad, s.inner_pad}), context);
     if (s.gates_scan()) affinity->join();
     scan.launch();
 
     if (s.merges) {
         const Tensor o_rows = rows_of(images.o, s, s.dim_pad), y_rows = rows_of(images.y, s, s.inner_pad);
         const Tensor out_proj = pack.get(kOutProj, {s.groups, s.dim_pad, s.inner_pad});
-        // A kernel where branches meet does not begin early; the library's never do.
-        const bool join_late = has_own_product(o_rows, y_rows, out_proj);
+        // A kernel that joins two branches cannot use programmatic dependent launch; cuBLAS' never do.
+        const bool join_late = has_own_gemm(o_rows, y_rows, out_proj);
         if (affinity && !join_late) affinity->join();
-        token_product(o_rows, y_rows, out_proj, context);
+        token_gemm(o_rows, y_rows, out_proj, context);
         if (affinity && join_late) affinity->join();
         OptTensor gate;
         if (s.gated()) gate = alias(*images.gate, {s.batch, s.channels});
         modulated_layer_norm_fwd_into(images.mixed, images.o, images.xn, *p.skip_scale, gate, p.norm_weight,
-                                      p.norm_bias, scalars.eps, context, kept);
+                                      p.norm_bias, scalars.eps, context, drop_path);
     }
     const Tensor rows = alias(s.merges ? images.mixed : images.y, {tokens, s.mixed});
     const Tensor out_rows = alias(out, {tokens, s.channels_pad});
     const Tensor proj = pack.get(kProj, {s.channels_pad, s.mixed});
     OptTensor bias;
     if (!scalars.residual) bias = pack.get(kProjBias, {s.channels_pad});
-    token_product_onto(out_rows, scalars.kept_scale, bias, rows, proj, context);
+    token_gemm_onto(out_rows, scalars.drop_path_scale, bias, rows, proj, context);
     return {out, saved};
 }
 
@@ -101,13 +101,13 @@ std::conditional_t<kSave, std::tuple<Tensor, Tensor, Tensor>, Tensor> grouped_ma
     OptTensor fc2_bias, Tensor in_proj_weight, Tensor conv_weight, Tensor conv_bias, Tensor x_proj_weight,
     Tensor dt_weight, Tensor dt_bias, Tensor A_log, Tensor D, Tensor out_norm_weight, Tensor out_norm_bias,
     OptTensor out_proj_weight, OptTensor skip_scale, Tensor proj_weight, Tensor proj_bias,
-    std::vector<int64_t> directions, double eps, double norm_eps, int64_t chunk, bool residual, OptTensor kept,
-    double kept_scale) {
+    std::vector<int64_t> directions, double eps, double norm_eps, int64_t chunk, bool residual,
+    OptTensor drop_path_mask, double drop_path_scale) {
     const LayerForward done = layer_forward(
         x, {norm_weight,     norm_bias,     fc1_weight,      fc1_bias,   fc2_weight,  fc2_bias, in_proj_weight,
             conv_weight,     conv_bias,     x_proj_weight,   dt_weight,  dt_bias,     A_log,    D,
             out_norm_weight, out_norm_bias, out_proj_weight, skip_scale, proj_weight, proj_bias},
-        {directions, eps, norm_eps, chunk, residual, kept, kept_scale}, kSave);
+        {directions, eps, norm_eps, chunk, residual, drop_path_mask, drop_path_scale}, kSave);
     if constexpr (kSave) {
         return {done.out, done.saved.images(), done.saved.floats()};
     } else {

@@ -17,8 +17,8 @@ inline bool is_vector_aligned(const void* p, const Tensor& t) {
 }
 
 // Parameters in the order of add(). One that needs no change is used as it is; the others, and those that are not
-// contiguous, get places in a workspace. Once that is allocated, prepare() finds their addresses and launch() writes
-// them, on any stream that follows the current one.
+// contiguous, get places in a workspace. Once the workspace is allocated, prepare() finds their addresses and launch()
+// writes them, on any stream ordered after the current one.
 class ParameterPack {
 public:
     ParameterPack(ScalarType image_dtype, Workspace& workspace) : image_dtype_(image_dtype), workspace_(workspace) {
@@ -43,7 +43,7 @@ public:
             GM_CHECK(args_.count < kMaxPackItems, "too many parameters for one launch");
             const auto& [n0, n1, n2] = e.sizes;
             PackItem& item = args_.items[args_.count++];
-            // A model in torch.channels_last has its convolutions' weights so: read in place like any view.
+            // A torch.channels_last model has its convolution weights in that format: read in place like any view.
             const std::optional<Shape> strides = view_strides(e.tensor, {n0, n1, n2});
             if (strides) {
                 item.from = {e.tensor.data_ptr(), is_float(e.tensor)};
@@ -96,7 +96,7 @@ private:
     Workspace& workspace_;
     std::vector<Entry> entries_;
     PackArgs args_;
-    ParamHolder param_;  // copies of parameters of strides that the kernel can't walk
+    ParamHolder param_;  // copies of parameters whose strides the kernel does not take
 };
 
 // Gradients of parameters, queued one by one and computed by one launch.

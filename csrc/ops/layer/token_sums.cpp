@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sums over all tokens of an image as many small ones side by side, and rows whose pads are zeros.
+// Sums over all tokens of an image as many small ones side by side, and rows padded with zeros.
 #include "ops/layer/token_sums.h"
 
 #include "host/stream.h"
@@ -8,7 +8,7 @@ namespace gm {
 
 WeightPartials weight_partials(const Tensor& dy, const Tensor& x, double alpha) {
     const int64_t groups = dy.size(0), tokens = dy.size(1), n = dy.size(2), k = x.size(2);
-    // Enough products to fill a GPU of about 132 multiprocessors twice, of at least 256 terms.
+    // Enough products to fill a GPU of about 132 multiprocessors twice, each of at least 256 terms.
     constexpr int64_t kProducts = 264, kTile = 64, kMinTerms = 256, kMaxParts = 64;
     const int64_t tiles = groups * ((n + kTile - 1) / kTile) * ((k + kTile - 1) / kTile);
     const int64_t wanted = std::min(std::max<int64_t>((kProducts + tiles - 1) / tiles, 1), kMaxParts);
@@ -24,7 +24,7 @@ WeightPartials weight_partials(const Tensor& dy, const Tensor& x, double alpha) 
         matmul_out(values, transposed(part(dy, 0, groups * parts, terms)), part(x, 0, groups * parts, terms), alpha);
         return {values, parts};
     }
-    // No number of equal parts will do: one shorter part more, a group at a time.
+    // No number of equal parts will do: one more, shorter part, a group at a time.
     const int64_t terms = tokens / most, rest = tokens - most * terms, count = most + (rest > 0 ? 1 : 0);
     const Tensor values = empty({groups * count, n, k}, dy.scalar_type(), dy);
     for (int64_t g = 0; g < groups; ++g) {
@@ -41,12 +41,12 @@ WeightPartials weight_partials(const Tensor& dy, const Tensor& x, double alpha) 
 }
 
 Tensor sum_of_columns(ParameterSums& sums, const Tensor& bias, const Tensor& rows, int64_t columns, DType dtype,
-                      cudaStream_t stream, const KeptArg& kept, int64_t rows_of_image) {
+                      cudaStream_t stream, const DropPathArg& drop_path, int64_t rows_of_image) {
     constexpr int64_t kBlocks = 264, kLeastRows = 16;  // two blocks an SM of an H100
     ColumnSumArgs args;
     args.x = rows.data_ptr(), args.rows = rows.size(0), args.row_stride = rows.stride(0);
     args.columns = static_cast<int>(columns);
-    args.kept = kept, args.rows_of_image = rows_of_image;
+    args.drop_path = drop_path, args.rows_of_image = rows_of_image;
     args.blocks = static_cast<int>(std::min<int64_t>(kBlocks, (rows.size(0) + kLeastRows - 1) / kLeastRows));
     const PartialRows partials = partial_rows(args.blocks, columns, rows);
     args.partials = static_cast<float*>(partials.values.data_ptr());
@@ -57,7 +57,7 @@ Tensor sum_of_columns(ParameterSums& sums, const Tensor& bias, const Tensor& row
 PaddedRows::PaddedRows(const Tensor& image, const CudaContext& context) {
     const int64_t channels = image.size(3), step = round_up(channels, kPixelUnit);
     const int64_t tokens = image.size(0) * image.size(1) * image.size(2);
-    // What lies between the pixels of a slice of a wider image meets zeros of a weight, or is never read.
+    // What lies between the pixels of a slice of a wider image is multiplied by zeros of a weight, or never read.
     if (channels == step) {
         rows_ = alias(image.is_contiguous() ? image : torch::stable::contiguous(image), {tokens, step});
         return;
@@ -67,7 +67,7 @@ PaddedRows::PaddedRows(const Tensor& image, const CudaContext& context) {
         return;
     }
     rows_ = empty({tokens, step}, image.scalar_type(), image);
-    // One stride walks all pixels of most gradients; those of contiguous (batch, C, H, W) are turned first.
+    // Most gradients have one stride for all pixels; those of contiguous (batch, C, H, W) are transposed first.
     const std::optional<Shape> strides = view_strides(image, {tokens, channels});
     const bool walks = strides && (channels == 1 || (*strides)[1] == 1);
     const Tensor dense = walks ? image : torch::stable::contiguous(image);

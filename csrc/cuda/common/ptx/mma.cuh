@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Matrix products of the tensor cores. sm_90a: of a warpgroup, asynchronous, both factors in shared memory. sm_80 and
-// newer: of a warp, all operands in registers, and the loads that lay them out.
+// Matrix products by tensor cores. sm_90a: wgmma, by a warpgroup, asynchronous, both factors in shared memory. sm_80
+// and newer: mma, by a warp, all operands in registers, with the loads (ldmatrix) that lay them out.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -11,15 +11,16 @@
 
 namespace gm {
 
-// Rows of 64 16-bit elements, 128 bytes, in shared memory: chunk c of 16 bytes of row r lies at place c ^ (r & 7), so
-// that neither rows nor columns of chunks meet in a bank. Addresses of panels are multiples of 1024 bytes.
+// A panel: rows of 64 16-bit elements (128 bytes) in shared memory, swizzled. The 16-byte chunk c of row r is at place
+// c ^ (r & 7), so that neither the chunks of a row nor those of a column meet in a bank. Panels begin at multiples of
+// 1024 bytes.
 constexpr int kPanelRow = 128;
 __device__ __forceinline__ uint32_t panel_offset(int row, int chunk) {
     return static_cast<uint32_t>(row * kPanelRow + ((chunk ^ row) & 7) * 16);
 }
 
-// Such a panel as the factor of a warpgroup's product, K along the rows; 8 rows are 1024 bytes. Another 16 elements
-// along K begin 32 bytes, 2 units, further on.
+// The descriptor of a panel as a factor of wgmma, K along its rows; 8 rows are 1024 bytes. The next 16 elements along
+// K begin 32 bytes, 2 units, further on.
 __device__ __forceinline__ uint64_t panel_descriptor(uint32_t address) {
     constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kRowsApart = uint64_t{1024 >> 4} << 32,
                        kLeading = uint64_t{1} << 16;
@@ -28,7 +29,7 @@ __device__ __forceinline__ uint64_t panel_descriptor(uint32_t address) {
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Until all but the last kPending groups are done; `ready` then are the results of one that is.
+// Waits until all but the last kPending groups are done; `ready` are then the results of a group that is.
 template <int kPending, int kCount>
 __device__ __forceinline__ void wgmma_wait(float (&ready)[kCount]) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
@@ -36,8 +37,8 @@ __device__ __forceinline__ void wgmma_wait(float (&ready)[kCount]) {
     for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(ready[i])::"memory");
 }
 
-// sums (64, kColumns) [+]= a (64, 16) b (kColumns, 16)^T; a thread holds of row 16 (warp % 4) + lane / 4 [+ 8] columns
-// 8 j + 2 (lane % 4) [+ 1] at 4 j [+ 2] [+ 1]. Without `add` the sums begin here.
+// sums (64, kColumns) [+]= a (64, 16) b (kColumns, 16)^T. A thread holds, of row 16 (warp % 4) + lane / 4 [+ 8],
+// columns 8 j + 2 (lane % 4) [+ 1], at index 4 j [+ 2] [+ 1]. Without `add` the sums begin at 0.
 template <class T, int kColumns>
 struct Wgmma;
 
@@ -79,9 +80,9 @@ GM_WGMMA(72, 36, GM_REGISTERS_36, "%36", "%37", "%38", GM_D16(0), GM_D16(16), GM
 #undef GM_REGISTERS_32
 #undef GM_REGISTERS_36
 
-// d (16, 8) = a (16, 16) b (16, 8) + c. Of a: rows lane / 4, then + 8, then both again 8 columns on; of b: rows
-// 2 (lane % 4), then + 8; of c and d: row lane / 4, then + 8. Adjacent elements 2 (lane % 4) and + 1 along the other
-// side.
+// d (16, 8) = a (16, 16) b (16, 8) + c. A lane holds of a: row lane / 4, then + 8, then both again 8 columns further
+// on; of b: rows 2 (lane % 4), then + 8; of c and d: row lane / 4, then + 8. Its adjacent elements are numbers 2 (lane
+// % 4) and + 1 along the other side.
 template <class T>
 __device__ __forceinline__ void warp_mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                          const float (&c)[4]) {
@@ -100,37 +101,37 @@ __device__ __forceinline__ void warp_mma(float (&d)[4], const uint32_t (&a)[4], 
     }
 }
 
-// Four matrices of 8 rows of 16 bytes; lane l gives the address of row l % 8 of matrix l / 8 and gets elements
-// 2 (l % 4) and + 1 of row l / 4 of each.
-__device__ __forceinline__ void load_matrices(uint32_t (&out)[4], uint32_t address) {
+// Loads four matrices of 8 rows of 16 bytes. Lane l gives the address of row l % 8 of matrix l / 8, and gets elements
+// 2 (l % 4) and + 1 of row l / 4 of each matrix.
+__device__ __forceinline__ void ldmatrix(uint32_t (&out)[4], uint32_t address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
                  : "r"(address)
                  : "memory");
 }
-// Two, whose addresses lanes 0 to 15 give.
-__device__ __forceinline__ void load_matrices(uint32_t (&out)[2], uint32_t address) {
+// Two matrices; lanes 0 to 15 give the addresses.
+__device__ __forceinline__ void ldmatrix(uint32_t (&out)[2], uint32_t address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
                  : "=r"(out[0]), "=r"(out[1])
                  : "r"(address)
                  : "memory");
 }
 // Transposed: lane l gets rows 2 (l % 4) and + 1 of column l / 4.
-__device__ __forceinline__ void load_matrices_transposed(uint32_t (&out)[4], uint32_t address) {
+__device__ __forceinline__ void ldmatrix_trans(uint32_t (&out)[4], uint32_t address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
                  : "r"(address)
                  : "memory");
 }
 
-// A matrix of 8 rows of 8 elements that the warp holds, lane l elements 2 (l % 4) and + 1 of row l / 4, transposed.
-__device__ __forceinline__ uint32_t transposed_pair(uint32_t pair) {
+// Transposes a matrix of 8 rows of 8 elements that the warp holds: lane l has elements 2 (l % 4) and + 1 of row l / 4.
+__device__ __forceinline__ uint32_t movmatrix_trans(uint32_t pair) {
     uint32_t out;
     asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
     return out;
 }
 
-// Two floats as one word of 16-bit elements, the first in its low half.
+// Two floats as one 32-bit word of 16-bit elements, the first in its low half.
 template <class T>
 __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
     uint32_t word;

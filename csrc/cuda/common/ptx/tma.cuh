@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The bulk tensor copy engine of sm_90 and newer: barriers, loads, stores. One thread issues, all wait.
+// TMA (the Tensor Memory Accelerator of sm_90 and newer) and mbarriers: one thread issues, all wait.
 #pragma once
 
 #include <cuda.h>
@@ -12,20 +12,20 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-__device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
+__device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// Makes initialised barriers visible to the copy engine.
-__device__ __forceinline__ void barrier_init_fence() {
+// Makes initialised mbarriers visible to TMA.
+__device__ __forceinline__ void mbarrier_init_fence() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
+__device__ __forceinline__ void mbarrier_expect(uint32_t barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
     asm volatile(
         "{\n"
         ".reg .pred done;\n"
@@ -37,12 +37,12 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
         : "memory");
 }
 
-// Brings a map to where the copy engine keeps it, so that the first copy does not wait for that.
-__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
+// Fetches a tensor map into TMA's cache, so that the first copy does not wait for it.
+__device__ __forceinline__ void tma_prefetch_map(const CUtensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-struct Coordinates {  // of a box's first element, fastest dimension first
+struct Coordinates {  // of the first element of a box, fastest dimension first
     int c0, c1, c2, c3, c4;
 };
 
@@ -55,7 +55,7 @@ __device__ __forceinline__ void tma_load(uint32_t shared, const CUtensorMap* map
         : "memory");
 }
 
-// `bytes`, a multiple of 16, from and to addresses that are such, too.
+// `bytes` must be a multiple of 16, and both addresses too.
 __device__ __forceinline__ void bulk_load(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier) {
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
@@ -73,10 +73,10 @@ __device__ __forceinline__ void tma_store(uint32_t shared, const CUtensorMap* ma
 
 __device__ __forceinline__ void tma_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
-// Until committed stores have read shared memory.
+// Waits until committed stores have read shared memory.
 __device__ __forceinline__ void tma_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
-// Orders a thread's ordinary writes to shared memory before the copy engine's reads; a barrier must follow.
-__device__ __forceinline__ void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Orders a thread's ordinary writes to shared memory before the reads of TMA; a barrier must follow.
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 }  // namespace gm

@@ -8,21 +8,21 @@
 namespace gm {
 
 struct ScanFwdSm90Args {
-    CUtensorMap u[2], z[2], y[2];  // along rows, along columns
+    CUtensorMap u[2], z[2], y[2];  // [0] along rows, [1] along columns
     ScanFwdArgs scan;
-    SlabPlan plan;
-    SlabMapKind kind[3];           // of u, z, y
-    float* exchange = nullptr;     // exchange_floats(...)
-    bool exchange_marked = false;  // absent (inter_block_state.cuh), by an earlier kernel
+    TilePlan plan;
+    TileMapKind kind[3];                     // of u, z, y
+    float* inter_block_state = nullptr;      // inter_block_floats(...) floats
+    bool inter_block_state_cleared = false;  // an earlier kernel has marked it "not ready"
 };
 
 struct ScanBwdSm90Args {
     CUtensorMap u[2], z[2], dy[2], du[2], dz[2];
     ScanBwdArgs scan;
-    SlabPlan plan;
-    SlabMapKind kind[5];  // of u, z, dy, du, dz
-    float* exchange = nullptr;
-    bool exchange_marked = false;  // by none
+    TilePlan plan;
+    TileMapKind kind[5];  // of u, z, dy, du, dz
+    float* inter_block_state = nullptr;
+    bool inter_block_state_cleared = false;  // no kernel does that for the backward
 };
 
 }  // namespace gm

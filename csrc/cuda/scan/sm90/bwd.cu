@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Backward of the grouped selective scan for sm_90, 16-bit storage, one state: the maths of
-// ../bwd.cu with slabs moved by the tensor copy engine, from the last slab of the path to the first. A block
-// holds one slab (96 or 128 threads x 7 tokens x 4 channels) of u, z and dy in each of two stages; du overwrites u and
-// dz overwrites z in shared memory and leave from there. Steps and their gradients are in units of ln 2.
+// Backward of the grouped selective scan for sm_90, 16-bit storage, one state: the maths of ../bwd.cu, with tiles
+// moved by TMA, from the last tile of the path to the first. ../README.md derives it. A block holds one tile (96 or
+// 128 threads x 7 tokens x 4 channels) of u, z and dy in each of two stages; du takes the place of u and dz that of z
+// in shared memory, and both are stored from there. Steps and their gradients are in units of ln 2.
 #include "cuda/scan/sm90/channel_table.cuh"
 #include "cuda/scan/sm90/chunk_scan.cuh"
 #include "cuda/scan/sm90/features.cuh"
@@ -15,23 +15,23 @@ namespace {
 
 constexpr int kResident = 2;  // blocks an SM, of up to 255 registers a thread
 
-// Rows of each thread's parameter sums, in the order of ScanPartialRow; kSumWeight + r: dt_weight.
+// Rows of each thread's parameter sums, in the order of ScanPartialRow; kSumWeight + r is dt_weight of step feature r.
 enum SumRow { kSumA, kSumSkip, kSumBias, kSumProduct, kSumTotal, kSumWeight };
 static_assert(kSumSkip == 1 + kRowSkip && kSumBias == 1 + kRowBias && kSumProduct == 1 + kRowProduct &&
               kSumTotal == 1 + kRowSum && kSumWeight == 1 + kFixedRows);
 
-// Images of the features' gradients in shared memory: one, or one for each octet of lanes where warps share tokens.
+// Copies of the features' gradients in shared memory: one, or one for each octet where several warps share a token.
 template <class Block>
 constexpr int kPartials = Block::kInWarp ? 1 : Block::kOctets;
 
 template <class Block>
 struct Layout {
-    int slab_bytes, features, feature_bytes, gradients, aggregates, table, norm, sums, barriers, total;
+    int tile_bytes, features, feature_bytes, gradients, aggregates, table, norm, sums, barriers, total;
 
     Layout() = default;
     __host__ __device__ explicit Layout(const ScanShape& s) {
-        slab_bytes = Block::slab_bytes(s);
-        features = kSm90Stages * 3 * slab_bytes;
+        tile_bytes = Block::tile_bytes(s);
+        features = kSm90Stages * 3 * tile_bytes;
         feature_bytes = (Block::kTokens + 1) * Block::width(s) * 4;
         gradients = features + 2 * feature_bytes;
         aggregates = gradients + kPartials<Block> * Block::kTokens * Block::width(s) * 4;
@@ -43,8 +43,8 @@ struct Layout {
     }
 };
 
-// Makes the compiler forget what it knows of these values, so that it computes what depends on them anew: the decays
-// exp(step A), kept over all phases, would cost 28 registers.
+// Makes the compiler forget what it knows of these values, so that it computes what depends on them again: the decays
+// exp(step A), kept in registers over all phases, would take 28 of them.
 __device__ __forceinline__ void hide(float (&x)[kVec]) {
 #pragma unroll
     for (int j = 0; j < kVec; ++j) asm volatile("" : "+f"(x[j]));
@@ -53,67 +53,68 @@ __device__ __forceinline__ void hide(float (&x)[kVec]) {
 template <class T, class Block>
 __global__ void __launch_bounds__(Block::kThreads, kResident)
     grouped_scan_bwd_sm90_kernel(const __grid_constant__ ScanBwdSm90Args args) {
-    let_next_come();
+    pdl_launch_dependents();
 #if __CUDA_ARCH__ == 900
     constexpr int kTokens = kFwdTokens;
     extern __shared__ __align__(128) unsigned char shared[];
     const ScanShape& s = args.scan.shape;
-    const SlabPlan& plan = args.plan;
-    // What is the same for all threads and slabs waits in shared memory, to spare registers.
-    __shared__ SlabWalk<Block, true> walk;
+    const TilePlan& plan = args.plan;
+    // What is the same for all threads and tiles is kept in shared memory, to spare registers.
+    __shared__ TileScheduler<Block, true> scheduler;
     __shared__ Layout<Block> layout;
     __shared__ T* gradient_planes[3];  // of dB, dC, d(dt) in the current image
-    if (threadIdx.x == 0) walk = SlabWalk<Block, true>(s, plan), layout = Layout<Block>(s);
+    if (threadIdx.x == 0) scheduler = TileScheduler<Block, true>(s, plan), layout = Layout<Block>(s);
     __syncthreads();
     float* const gradients = reinterpret_cast<float*>(shared + layout.gradients);
     float* const aggregates = reinterpret_cast<float*>(shared + layout.aggregates);
     float* const table = reinterpret_cast<float*>(shared + layout.table);
     const uint32_t shared_base = shared_address(shared), barriers = shared_base + layout.barriers;
     const int tid = threadIdx.x;
-    SlabCursor now = walk.first(s, plan);
+    TileCursor now = scheduler.first(s, plan);
     if (now.batch >= s.batch) return;
 
-    // u, z and dy by one thread each: that which stored du (dz) there two steps before waits until it has left.
-    const auto load = [&](int n, const SlabCursor& at, int tensor) {
+    // u, z and dy are loaded by one thread each: the one that stored du (dz) from that place two tiles ago waits for
+    // its store.
+    const auto load = [&](int n, const TileCursor& at, int tensor) {
         const int stage = n % kSm90Stages;
         const uint32_t barrier = barriers + stage * 8;
-        const uint32_t to = shared_base + (stage * 3 + tensor) * layout.slab_bytes;
-        if (tensor == 0) barrier_expect(barrier, 3 * walk.box_bytes(s));
+        const uint32_t to = shared_base + (stage * 3 + tensor) * layout.tile_bytes;
+        if (tensor == 0) mbarrier_expect(barrier, 3 * scheduler.box_bytes(s));
         const CUtensorMap* const maps = tensor == 0 ? args.u : tensor == 1 ? args.z : args.dy;
-        walk.boxes(s, plan, at, args.kind[tensor], [&](const Coordinates& c, int offset) {
-            tma_load(to + offset, maps + static_cast<int>(walk.columns), c, barrier);
+        scheduler.boxes(s, plan, at, args.kind[tensor], [&](const Coordinates& c, int offset) {
+            tma_load(to + offset, maps + static_cast<int>(scheduler.columns), c, barrier);
         });
     };
     if (tid == 0) {
-        for (int i = 0; i < kSm90Stages; ++i) barrier_init(barriers + i * 8, 1);
-        barrier_init_fence();
-        wait_for_earlier();
+        for (int i = 0; i < kSm90Stages; ++i) mbarrier_init(barriers + i * 8, 1);
+        mbarrier_init_fence();
+        pdl_wait();
         for (int tensor = 0; tensor < 3; ++tensor) load(0, now, tensor);
     }
-    SlabCursor next = now;
-    walk.advance(s, plan, next);
-    const int total = walk.total(s, plan);
-    float4* const sums = reinterpret_cast<float4*>(shared + layout.sums) + tid;  // this thread's, kThreads apart
+    TileCursor next = now;
+    scheduler.advance(s, plan, next);
+    const int total = scheduler.total(s, plan);
+    float4* const sums = reinterpret_cast<float4*>(shared + layout.sums) + tid;  // this thread's sums, kThreads apart
     for (int i = 0; i < kSumWeight + s.rank; ++i) sums[i * Block::kThreads] = make_float4(0.f, 0.f, 0.f, 0.f);
     const auto add_sum = [&](int i, const float(&v)[kVec]) {
         float4& sum = sums[i * Block::kThreads];
         sum.x += v[0], sum.y += v[1], sum.z += v[2], sum.w += v[3];
     };
-    const SlabChunk<Block> chunk(s, plan, walk);
-    const bool ragged = is_ragged<Block>(s, plan, walk);
+    const TileChunk<Block> chunk(s, plan, scheduler);
+    const bool ragged = is_ragged<Block>(s, plan, scheduler);
     const FeatureImages features_in{args.scan.B, args.scan.C, args.scan.dt};
-    StepFeatures<T, Block> fetcher(s, plan, walk);
+    StepFeatures<T, Block> fetcher(s, plan, scheduler);
     const auto features_at = [&](int n) {
         return reinterpret_cast<float*>(shared + layout.features + (n & 1) * layout.feature_bytes);
     };
-    const auto fetch = [&](const SlabCursor& at) { fetcher.fetch(s, plan, walk, at, features_in); };
-    clear_tails<Block>(shared, kSm90Stages * 3, layout.slab_bytes, walk.box_bytes(s));
+    const auto fetch = [&](const TileCursor& at) { fetcher.fetch(s, plan, scheduler, at, features_in); };
+    clear_tails<Block>(shared, kSm90Stages * 3, layout.tile_bytes, scheduler.box_bytes(s));
     clear_features<Block>(features_at(0), layout.feature_bytes);
-    wait_for_earlier();
+    pdl_wait();
     fetch(now);
-    put_rows<T, Block>(args.scan, table, now.batch, walk.group);
+    put_rows<T, Block>(args.scan, table, now.batch, scheduler.group);
     __syncthreads();
-    fetcher.keep(s, plan, walk, now, features_at(0));
+    fetcher.keep(s, plan, scheduler, now, features_at(0));
     if (total > 1) fetch(next);
     float adjoint_carry = 0.f;  // of the channel that this thread scans
     int image = 0;
@@ -130,15 +131,15 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
     const int scan_channel = tid / Block::kScanLanes;
     for (int n = 0; n < total; ++n) {
         const int stage = n % kSm90Stages;
-        unsigned char* const box_u = shared + stage * 3 * layout.slab_bytes + chunk.offset(s);
+        unsigned char* const box_u = shared + stage * 3 * layout.tile_bytes + chunk.offset(s);
         const float* const features = features_at(n) + chunk.slot0 * Block::width(s);
         const int partial = kPartials<Block> == 1 ? 0 : tid % Block::kLanes / 8;
         float* const token_gradients = gradients + (partial * Block::kTokens + chunk.slot0) * Block::width(s);
         float saved = 0.f;
         if (scan_channel < Block::real_dim(s)) {
-            const int64_t plane = static_cast<int64_t>(now.batch) * s.groups + walk.group;
-            saved = args.scan
-                        .states[(plane * args.scan.num_chunks + walk.part(now, 0)) * Block::real_dim(s) + scan_channel];
+            const int64_t plane = static_cast<int64_t>(now.batch) * s.groups + scheduler.group;
+            saved = args.scan.states[(plane * args.scan.num_chunks + scheduler.part(now, 0)) * Block::real_dim(s) +
+                                     scan_channel];
         }
         float steps[kTokens][kVec], h[kTokens][kVec], dy[kTokens][kVec], entering[kVec], A[kVec];
         const int at = Block::aggregate(chunk.order) + chunk.c0;
@@ -148,11 +149,11 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
             load_steps_sm90<T, Block>(features, feature_step, s, make_float4(bias[0], bias[1], bias[2], bias[3]),
                                       weight_row, steps);
         }
-        if (ragged) mask_steps(chunk, chunk.count(s, plan, walk, now), steps);
+        if (ragged) mask_steps(chunk, chunk.count(s, plan, scheduler, now), steps);
         table_row(kA, A);
-        barrier_wait(barriers + stage * 8, n / kSm90Stages & 1);
+        mbarrier_wait(barriers + stage * 8, n / kSm90Stages & 1);
 
-        // states of the slab: each chunk from 0, then from what the chunks before it leave
+        // Phase 1: states of the tile. Each chunk starts from 0, then from what the chunks before it leave.
         {
             float P[kVec], local[kVec];
 #pragma unroll
@@ -177,18 +178,19 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
             tma_wait_read();
             load(n + 1, next, tid / 32);
         }
-        if (walk.enters(plan, now) && tid < 3) {
+        if (scheduler.enters(plan, now) && tid < 3) {
             const ImageArg& image = tid == 0 ? args.scan.dB : tid == 1 ? args.scan.dC : args.scan.ddt;
-            gradient_planes[tid] = plane_of<T>(image, now.batch, walk.group);
+            gradient_planes[tid] = plane_of<T>(image, now.batch, scheduler.group);
         }
         scan_chunks<Block, false>(
             aggregates, aggregates + Block::kAggregates, saved, [](float, float) { return false; },
             [](int, int, float) {});
-        SlabCursor after = next;
+        TileCursor after = next;
         if (n + 1 < total) {
-            fetcher.keep(s, plan, walk, next, features_at(n + 1));
-            if (next.batch != now.batch) put_gated_rows<T, Block>(args.scan, table, image ^ 1, next.batch, walk.group);
-            walk.advance(s, plan, after);
+            fetcher.keep(s, plan, scheduler, next, features_at(n + 1));
+            if (next.batch != now.batch)
+                put_gated_rows<T, Block>(args.scan, table, image ^ 1, next.batch, scheduler.group);
+            scheduler.advance(s, plan, after);
             if (n + 2 < total) fetch(after);
         }
         __syncthreads();
@@ -198,8 +200,8 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
         }
         hide(A);
 
-        // y, its norm, and dy through gates and norm; dz takes the place of z. Tokens that do not exist have u, z and
-        // dy of 0 and send nothing.
+        // Phase 2: y, its norm, and dy through gates and norm. dz takes the place of z. Tokens that do not exist have
+        // u, z and dy of 0 and contribute nothing.
         {
             const float inverse_dim = Block::kWhole ? 1.f / Block::kWidth : 1.f / s.norm_dim;
             TokenNorm<T, Block> norm(s, shared + layout.norm);
@@ -224,7 +226,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
             float scale[kVec], shift[kVec], product[kVec] = {}, gated_sum[kVec] = {};
             table_row(kScale + image, scale);
             table_row(kShift + image, shift);
-            // A part of the tokens at a time, or their gradients would not fit beside the states.
+            // A part of the tokens at a time: the gradients of all of them would not fit beside the states.
             constexpr int kPart = 4;
 #pragma unroll
             for (int k0 = 0; k0 < kTokens; k0 += kPart) {
@@ -234,10 +236,10 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
                     const int k = k0 + i;
                     const auto normed = norm.scale(k);
                     inverse_std[i] = normed.inverse_std;
-                    T* const z_slot = reinterpret_cast<T*>(box_u + layout.slab_bytes + k * u_step);
+                    T* const z_slot = reinterpret_cast<T*>(box_u + layout.tile_bytes + k * u_step);
                     float x[kVec], g[kVec], dz[kVec];
                     to_floats(*reinterpret_cast<const Vec4<T>*>(z_slot), x);
-                    to_floats(*reinterpret_cast<const Vec4<T>*>(box_u + 2 * layout.slab_bytes + k * u_step), g);
+                    to_floats(*reinterpret_cast<const Vec4<T>*>(box_u + 2 * layout.tile_bytes + k * u_step), g);
 #pragma unroll
                     for (int j = 0; j < kVec; ++j) {
                         dy[k][j] = normed(dy[k][j]);
@@ -256,7 +258,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
 #pragma unroll
                 for (int i = 0; i < kPart && k0 + i < kTokens; ++i) {
                     const int k = k0 + i;
-                    // inverse_std (through - m1 - m2 normed), m1 and m2 the means
+                    // inverse_std (through - m1 - m2 normed), where m1 and m2 are means
                     const float unit = -inverse_std[i] * inverse_dim, m1 = unit * moments[2 * i],
                                 m2 = unit * moments[2 * i + 1];
 #pragma unroll
@@ -270,7 +272,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
             add_sum(kSumTotal, gated_sum);
         }
 
-        // adjoint of the states: each chunk from 0, then from what the chunks behind it send
+        // Phase 3: adjoints of the states. Each chunk starts from 0, then from what the chunks behind it send.
         const auto write_gradient = [&](const float(&v)[kTokens], float unit, int feature) {
             const auto write = [&](int k, float sum) {
                 if (!chunk.idle) token_gradients[k * feature_step + feature] = unit * sum;
@@ -303,18 +305,20 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
             write_gradient(dC, 1.f, 1);
         }
         __syncthreads();
-        if (walk.enters(plan, now)) adjoint_carry = 0.f;
+        if (scheduler.enters(plan, now)) adjoint_carry = 0.f;
         const auto arrive = [&](float P, float local) {
-            if (plan.ways == 1) return false;
-            const int plane = now.batch * s.groups + walk.group;
-            adjoint_carry = look_back<Block>(args.exchange + plane * exchange_of_plane(plan, Block::kWidth), plan.slabs,
-                                             plan.ways, now.step, adjoint_carry, P, local);
+            if (plan.blocks_per_plane == 1) return false;
+            const int plane = now.batch * s.groups + scheduler.group;
+            adjoint_carry =
+                look_back<Block>(args.inter_block_state + plane * inter_block_floats_per_plane(plan, Block::kWidth),
+                                 plan.tiles, plan.blocks_per_plane, now.step, adjoint_carry, P, local);
             return true;
         };
         scan_chunks<Block, true>(aggregates, adjoint_aggregates, adjoint_carry, arrive, [](int, int, float) {});
         __syncthreads();
 
-        // everything else, from the last token to the first; du takes the place of u, dstep that of the steps
+        // Phase 4: all other gradients, from the last token to the first. du takes the place of u, the gradient of the
+        // steps that of the steps.
         {
             float adjoint[kVec], skip[kVec], dA[kVec] = {}, dskip[kVec] = {}, dbias[kVec] = {}, dB[kTokens];
             const float4 v = *reinterpret_cast<const float4*>(adjoint_aggregates + behind);
@@ -361,24 +365,26 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
             write_gradient(ddt, 1.f, 2 + r);
             add_sum(kSumWeight + r, dw);
         }
-        proxy_fence();
+        fence_proxy_async();
         __syncthreads();
         if (tid == 0 || tid == 32) {
             const int tensor = tid / 32;
-            const uint32_t from = shared_base + (stage * 3 + tensor) * layout.slab_bytes;
+            const uint32_t from = shared_base + (stage * 3 + tensor) * layout.tile_bytes;
             const CUtensorMap* const maps = tensor == 0 ? args.du : args.dz;
-            walk.boxes(s, plan, now, args.kind[3 + tensor], [&](const Coordinates& c, int offset) {
-                tma_store(from + offset, maps + static_cast<int>(walk.columns), c);
+            scheduler.boxes(s, plan, now, args.kind[3 + tensor], [&](const Coordinates& c, int offset) {
+                tma_store(from + offset, maps + static_cast<int>(scheduler.columns), c);
             });
             tma_commit();
         }
-        fetcher.template send<kPartials<Block>>(s, plan, walk, now, gradients, gradient_planes,
+        fetcher.template send<kPartials<Block>>(s, plan, scheduler, now, gradients, gradient_planes,
                                                 {args.scan.dB, args.scan.dC, args.scan.ddt});
         if (n + 1 == total || next.batch != now.batch) {
-            // The threads' sums, over the chunks, to the row of partials that the block has in this plane. Chunks by
-            // turns, for other banks.
+            // The threads' sums are added over the chunks and written to the row of partial sums that this block has
+            // in this plane. The chunks begin at different ones for different rows, to spread over the banks.
             const int rows = kSumWeight + s.rank;
-            const int64_t row = (static_cast<int64_t>(now.batch) * plan.ways + walk.way) * s.groups + walk.group;
+            const int64_t row =
+                (static_cast<int64_t>(now.batch) * plan.blocks_per_plane + scheduler.block_in_plane) * s.groups +
+                scheduler.group;
             float* const partials = args.scan.partials + row * rows * Block::real_dim(s);
             float4* const block_sums = reinterpret_cast<float4*>(shared + layout.sums);
 #pragma unroll 1
@@ -401,17 +407,17 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
         }
         now = next, next = after;
     }
-    if (tid % 32 == 0) tma_wait_read();  // what is written, the end of the kernel makes visible
+    if (tid % 32 == 0) tma_wait_read();  // the end of the kernel makes visible what was written
 #endif
 }
 
 template <class T, class Block>
 cudaError_t launch(const ScanBwdSm90Args& args, cudaStream_t stream) {
     const ScanShape& shape = args.scan.shape;
-    if (std::min(args.plan.row_slabs, args.plan.column_slabs) < args.plan.ways) {
-        // Planes of fewer slabs than `ways` leave some of their rows of partial sums as they are.
+    if (std::min(args.plan.row_tiles, args.plan.column_tiles) < args.plan.blocks_per_plane) {
+        // Planes with fewer tiles than `blocks_per_plane` leave some of their rows of partial sums unwritten.
         const int64_t floats =
-            shape.batch * args.plan.ways * shape.groups * (kSumWeight + shape.rank) * shape.param_dim;
+            shape.batch * args.plan.blocks_per_plane * shape.groups * (kSumWeight + shape.rank) * shape.param_dim;
         const cudaError_t error = cudaMemsetAsync(args.scan.partials, 0, floats * sizeof(float), stream);
         if (error != cudaSuccess) return error;
     }
@@ -421,7 +427,7 @@ cudaError_t launch(const ScanBwdSm90Args& args, cudaStream_t stream) {
 
 // f(type tag, type tag of the block)
 template <class F>
-cudaError_t dispatch(DType dtype, const ScanShape& shape, const SlabPlan& plan, F&& f) {
+cudaError_t dispatch(DType dtype, const ScanShape& shape, const TilePlan& plan, F&& f) {
     return dispatch_sm90(dtype, shape, plan, [&](auto tag, auto lanes, auto whole, auto runs) {
         return f(tag, TypeTag<Sm90Block<decltype(lanes)::value, decltype(whole)::value, 1, decltype(runs)::value>>{});
     });

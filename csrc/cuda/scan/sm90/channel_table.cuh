@@ -3,12 +3,12 @@
 #pragma once
 
 #include "cuda/common/math.cuh"
-#include "cuda/scan/sm90/walk.cuh"
+#include "cuda/scan/sm90/tile_scheduler.cuh"
 
 namespace gm {
 
-// Rows of the table of channel parameters in shared memory, kWidth floats each; the gate is folded into the norm's
-// scale and shift, which are kept for two images. kWeight + r: dt_weight, an even number of rows.
+// Rows of the table, kWidth floats each. The gate is folded into the norm's scale and shift, which are kept for two
+// images. Row kWeight + r is dt_weight of step feature r; the number of such rows is even.
 enum TableRow { kBias, kSkip, kA, kCounted, kScale, kShift = kScale + 2, kWeight = kShift + 2 };
 
 template <class Block>
@@ -16,7 +16,7 @@ __host__ __device__ int table_rows(const ScanShape& s) {
     return kWeight + (Block::kConstantRank > 0 ? Block::kConstantRank : (s.rank + 1) / 2 * 2);
 }
 
-// A parameter's bits, to be made a float once all loads of a thread are under way.
+// The bits of a parameter, made a float only when all loads of a thread are in flight.
 __device__ __forceinline__ uint32_t load_param_bits(const ParamArg& p, int64_t i) {
     return p.is_float ? static_cast<const uint32_t*>(p.ptr)[i] : static_cast<const uint16_t*>(p.ptr)[i];
 }
@@ -26,8 +26,8 @@ __device__ __forceinline__ float param_of(const ParamArg& p, uint32_t bits) {
     return p.is_float ? __uint_as_float(bits) : to_float(reinterpret_cast<const T&>(half));
 }
 
-// The gated rows of an image, in the middle of a step: a loop that stays one. Its loads, were they spread over the step
-// by the compiler, would cost registers there: 4 to 8% of the forward, a seventh of the backward.
+// Writes the rows with the gate of an image, in the middle of a tile. This stays a loop: if the compiler spread its
+// loads over the tile's code, they would cost registers there, 4 to 8% of the forward and a seventh of the backward.
 template <class T, class Block, class Args>
 __device__ __forceinline__ void put_gated_rows(const Args& args, float* table, int image, int batch, int group) {
 #pragma unroll 1
@@ -44,10 +44,10 @@ __device__ __forceinline__ void put_gated_rows(const Args& args, float* table, i
     }
 }
 
-// All rows, those of the first image among them. A thread fills a column, or every kRows-th weight of it; all of its
-// loads are under way before it waits for one. Lanes without channels: a step of 0 and no skip keep them at 0 and out
-// of all sums. They take the step weights of the last channel that counts: 0 would make NaN of a feature of -inf, which
-// masks a token.
+// Writes all rows, for the first image. A thread fills a column, or every kRows-th weight of it, and has all of its
+// loads in flight before it waits for one. Lanes without channels get a step of 0 and no skip, which keeps their
+// values at 0 and out of all sums. Their step weights are those of the last channel that counts: a weight of 0 would
+// make NaN of a feature of -inf, which masks a token.
 template <class T, class Block, class Args>
 __device__ __forceinline__ void put_rows(const Args& args, float* table, int batch, int group) {
     constexpr int kRows = Block::kThreads / Block::kWidth, kLoads = (Block::kFeatures - 2 + kRows - 1) / kRows;

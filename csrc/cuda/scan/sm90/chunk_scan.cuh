@@ -1,23 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
-// The scan over the chunks of a slab.
+// The scan over the chunks of a tile.
 #pragma once
 
 #include "cuda/common/math.cuh"
-#include "cuda/scan/sm90/walk.cuh"
+#include "cuda/scan/sm90/tile_scheduler.cuh"
 
 namespace gm {
 
-// Chunk aggregates (P, h) in shared memory, by order, to the states entering the chunks (in place of h). kScanLanes
-// neighbouring threads serve a channel. `carry` is the state of the thread's channel before the first chunk and becomes
-// the one after the last. arrive(P, h), with the aggregate of the slab in the last of the lanes, may set the carry
-// first and says whether it did. enters(part, channel, state) sees the state entering each part of the slab.
-// kAgainst: P lies in the opposite order, that of the walk the other way.
+// Turns the aggregates (P, h) of the chunks, in shared memory in the order of the path, into the states that enter the
+// chunks (which take the place of h). kScanLanes neighbouring threads serve a channel. `carry` is the state of the
+// thread's channel before the first chunk and becomes the one after the last. arrive(P, h) gets the aggregate of the
+// whole tile in the last of these threads; it may set the carry, and returns true if it did. enters(part, channel,
+// state) gets the state that enters each part of the tile. kAgainst: P was written in the opposite order, that of a
+// scan in the other direction.
 template <class Block, bool kAgainst, class Arrive, class F>
 __device__ __forceinline__ void scan_chunks(const float* P_in, float* h_in, float& carry, Arrive&& arrive, F&& enters) {
     constexpr int kLanes = Block::kScanLanes, kChunks = Block::kLaneChunks;
     const int channel = threadIdx.x / kLanes, q = threadIdx.x % kLanes;
     if (kLanes * Block::kWidth < Block::kThreads && channel >= Block::kWidth) return;
-    const int first = q * (kChunks * Block::kWidth + Block::kPad) + channel;  // aggregate(kChunks q), the others behind
+    const int first =
+        q * (kChunks * Block::kWidth + Block::kPad) + channel;  // aggregate(kChunks q); the lane's other chunks follow
     const int step_P = kAgainst ? -Block::kWidth : Block::kWidth;
     const float* const first_P = P_in + (kAgainst ? Block::aggregate((kLanes - q) * kChunks - 1) + channel : first);
     float P_own[kChunks], h_own[kChunks];
@@ -39,7 +41,7 @@ __device__ __forceinline__ void scan_chunks(const float* P_in, float* h_in, floa
         if (q >= d) h = fmaf(P, h_before, h), P *= P_before;
     }
     const float P_before = __shfl_up_sync(kFullWarp, P, 1, kLanes), h_before = __shfl_up_sync(kFullWarp, h, 1, kLanes);
-    if (arrive(P, h)) read();  // a second time, so as not to hold them through the wait
+    if (arrive(P, h)) read();  // read once more: held through the wait, they would cost registers
     float state = q == 0 ? carry : fmaf(P_before, carry, h_before);
     if (q % (kLanes / Block::kParts) == 0) enters(q / (kLanes / Block::kParts), channel, state);
     carry = __shfl_sync(kFullWarp, fmaf(P, carry, h), kLanes - 1, kLanes);
@@ -50,9 +52,10 @@ __device__ __forceinline__ void scan_chunks(const float* P_in, float* h_in, floa
     }
 }
 
-// What scan_chunks does, to the bit, for four chunks and by each thread for its own channels: no barrier need follow.
+// The same as scan_chunks, bit for bit, for four chunks and by each thread for its own channels: no barrier need
+// follow.
 template <class Block>
-__device__ __forceinline__ void gather_chunks(const float* P_in, const float* h_in, const SlabChunk<Block>& chunk,
+__device__ __forceinline__ void gather_chunks(const float* P_in, const float* h_in, const TileChunk<Block>& chunk,
                                               float (&carry)[kVec], float (&entering)[kVec]) {
     static_assert(Block::kChunks == 4);
     float state[kVec], P_all[kVec], h_all[kVec];

@@ -1,15 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the sm_90 scan kernels keep in shared memory beside the slabs: each token's B, C and step features, and the
-// table of channel parameters; and the steps that follow from both.
+// The features of the tokens (B, C and the low-rank step features) in shared memory, and the steps computed from them.
 #pragma once
 
 #include <type_traits>
 
-#include "cuda/scan/sm90/walk.cuh"
+#include "cuda/scan/sm90/tile_scheduler.cuh"
 
 namespace gm {
 
-// The features of a token are numbered B, C, dt_0, dt_1, ...; images of them are given in the order B, C, dt.
+// The features of a token are numbered B, C, dt_0, dt_1, ...; their images are given in the order B, C, dt.
 struct FeatureImages {
     const ImageArg &B, &C, &dt;
     __device__ const ImageArg& operator[](int i) const { return i == 0 ? B : i == 1 ? C : dt; }
@@ -21,33 +20,33 @@ __device__ __forceinline__ T* plane_of(const ImageArg& image, int batch, int gro
     return static_cast<T*>(image.ptr) + (batch * image.batch + group * image.group);
 }
 
-// B (times ln 2), C and step features of a slab in shared memory, [token][width] floats, fetched from device memory one
-// step of the walk ahead. A thread has kFetchTokens tokens and of those every kSharers-th feature.
+// B (times ln 2), C and step features of a tile in shared memory, [token][width] floats. They are fetched from device
+// memory one tile ahead. A thread has kFetchTokens tokens, and of each of them every kSharers-th feature.
 template <class T, class Block>
 struct StepFeatures {
-    // Where threads share the features of a token, one keeps the image of its own first feature, and dt.
+    // Where threads share the features of a token, a thread has the image of its own first feature, and dt.
     static constexpr int kImages = Block::kSharers == 1 ? 3 : 2;
     T fetched[Block::kFetchTokens][Block::kFetch];
-    // Of this thread's tokens: the row-major distance to the slab's first, and what the cursor must be below for it to
-    // exist. Of slabs of runs: the token's run, and its row there.
+    // For each token of this thread: its row-major distance from the first token of the tile, and the bound below
+    // which the cursor must be for the token to exist. In tiles of runs: the run of the token, and its row there.
     int distance[Block::kFetchTokens], limit[Block::kFetchTokens];
     const T* plane[kImages];
 
-    template <class Walk>
-    __device__ StepFeatures(const ScanShape& s, const SlabPlan& plan, const Walk& walk) {
-        const int columns = walk.columns && !walk.runs() ? plan.columns : 1;
+    template <class Scheduler>
+    __device__ StepFeatures(const ScanShape& s, const TilePlan& plan, const Scheduler& scheduler) {
+        const int columns = scheduler.columns && !scheduler.runs() ? plan.columns : 1;
 #pragma unroll
         for (int i = 0; i < Block::kFetchTokens; ++i) {
             const int slot = token(i);
-            if (walk.runs()) {
+            if (scheduler.runs()) {
                 distance[i] = slot / kFwdTokens >> plan.run_shift;
                 limit[i] = slot - distance[i] * plan.run_rows;
                 continue;
             }
-            const int row = slot / (walk.columns ? plan.of_columns : Divisor{}), column = slot - row * columns;
-            distance[i] = walk.columns ? row * s.width + column : slot;
-            limit[i] = !walk.columns ? s.height * s.width - slot : s.width - column;
-            if (slot >= walk.box_tokens) limit[i] = INT32_MIN;
+            const int row = slot / (scheduler.columns ? plan.of_columns : Divisor{}), column = slot - row * columns;
+            distance[i] = scheduler.columns ? row * s.width + column : slot;
+            limit[i] = !scheduler.columns ? s.height * s.width - slot : s.width - column;
+            if (slot >= scheduler.box_tokens) limit[i] = INT32_MIN;
         }
     }
     __device__ static int token(int i) {
@@ -56,43 +55,43 @@ struct StepFeatures {
     __device__ static int sharer() {
         return Block::kSharers == 1 ? 0 : threadIdx.x / (Block::kThreads / Block::kSharers);
     }
-    // Of this thread's j-th feature.
+    // The number of this thread's j-th feature.
     __device__ static int feature(int j) { return sharer() + j * Block::kSharers; }
     __device__ static bool has(const ScanShape& s, int j) {
         return Block::kFeatures == 3 ? j < 3 : feature(j) < s.rank + 2;
     }
-    __device__ static bool in_slab(int i) {
+    __device__ static bool in_tile(int i) {
         return Block::kFetchTokens * Block::kThreads == Block::kTokens || token(i) < Block::kTokens;
     }
-    // Where this thread's i-th token of a slab lies in the plane; `exists` says whether it does.
-    template <class Walk>
-    __device__ __forceinline__ uint32_t place(const ScanShape& s, const SlabPlan& plan, const Walk& walk,
-                                              const SlabCursor& at, int i, bool& exists) const {
-        if (!walk.runs()) {
+    // Where this thread's i-th token of a tile lies in the plane; `exists` says whether it does.
+    template <class Scheduler>
+    __device__ __forceinline__ uint32_t place(const ScanShape& s, const TilePlan& plan, const Scheduler& scheduler,
+                                              const TileCursor& at, int i, bool& exists) const {
+        if (!scheduler.runs()) {
             exists = at.first < limit[i];
             return at.first + distance[i];
         }
-        const SlabRun run = run_of(plan, at.first + distance[i]);
+        const ColumnRun run = run_of(plan, at.first + distance[i]);
         const int row = run.row + limit[i];
-        exists = row < s.height && run.column < s.width && in_slab(i);
+        exists = row < s.height && run.column < s.width && in_tile(i);
         return row * s.width + run.column;
     }
 
-    template <class Walk>
-    __device__ __forceinline__ void fetch(const ScanShape& s, const SlabPlan& plan, const Walk& walk,
-                                          const SlabCursor& at, const FeatureImages& images) {
+    template <class Scheduler>
+    __device__ __forceinline__ void fetch(const ScanShape& s, const TilePlan& plan, const Scheduler& scheduler,
+                                          const TileCursor& at, const FeatureImages& images) {
         const int first = Block::kSharers == 1 ? 0 : min(sharer(), 2);
         const uint32_t own_stride = static_cast<uint32_t>(images[first].token);
-        if (walk.enters(plan, at)) {
-            plane[0] = plane_of<const T>(images[first], at.batch, walk.group) + (first == 2 ? sharer() - 2 : 0);
-            if (Block::kSharers == 1) plane[1] = plane_of<const T>(images.C, at.batch, walk.group);
-            plane[kImages - 1] = plane_of<const T>(images.dt, at.batch, walk.group) + sharer() - 2;
+        if (scheduler.enters(plan, at)) {
+            plane[0] = plane_of<const T>(images[first], at.batch, scheduler.group) + (first == 2 ? sharer() - 2 : 0);
+            if (Block::kSharers == 1) plane[1] = plane_of<const T>(images.C, at.batch, scheduler.group);
+            plane[kImages - 1] = plane_of<const T>(images.dt, at.batch, scheduler.group) + sharer() - 2;
         }
 #pragma unroll
         for (int i = 0; i < Block::kFetchTokens; ++i) {
             bool exists;
-            uint32_t from = place(s, plan, walk, at, i, exists);
-            if (!exists) from = 0;  // a valid address either way
+            uint32_t from = place(s, plan, scheduler, at, i, exists);
+            if (!exists) from = 0;  // a valid address in any case
 #pragma unroll
             for (int j = 0; j < Block::kFetch; ++j) {
                 if (!has(s, j)) continue;
@@ -105,14 +104,14 @@ struct StepFeatures {
             }
         }
     }
-    // What was fetched for the slab `at`; only now are its values waited for.
-    template <class Walk>
-    __device__ __forceinline__ void keep(const ScanShape& s, const SlabPlan& plan, const Walk& walk,
-                                         const SlabCursor& at, float* to) const {
+    // Writes what was fetched for the tile `at` to shared memory. The loads are waited for here and not before.
+    template <class Scheduler>
+    __device__ __forceinline__ void keep(const ScanShape& s, const TilePlan& plan, const Scheduler& scheduler,
+                                         const TileCursor& at, float* to) const {
 #pragma unroll
         for (int i = 0; i < Block::kFetchTokens; ++i) {
             bool real;
-            place(s, plan, walk, at, i, real);
+            place(s, plan, scheduler, at, i, real);
             const auto value = [&](int j) {
                 return real ? to_float(fetched[i][j]) * (feature(j) == 0 ? kLn2 : 1.f) : 0.f;
             };
@@ -121,23 +120,23 @@ struct StepFeatures {
 #pragma unroll
                 for (int j = 0; j < Block::kFeatures; ++j)
                     if (has(s, j)) v[j] = value(j);
-                if (in_slab(i)) *reinterpret_cast<float4*>(to + token(i) * 4) = make_float4(v[0], v[1], v[2], v[3]);
+                if (in_tile(i)) *reinterpret_cast<float4*>(to + token(i) * 4) = make_float4(v[0], v[1], v[2], v[3]);
             } else {
 #pragma unroll
                 for (int j = 0; j < Block::kFetch; ++j)
-                    if (has(s, j) && in_slab(i)) to[token(i) * Block::width(s) + feature(j)] = value(j);
+                    if (has(s, j) && in_tile(i)) to[token(i) * Block::width(s) + feature(j)] = value(j);
             }
         }
     }
-    // Gradients of this thread's features from shared memory, the sums of kPartials images there, to their images.
-    template <int kPartials, class Walk>
-    __device__ __forceinline__ void send(const ScanShape& s, const SlabPlan& plan, const Walk& walk,
-                                         const SlabCursor& at, const float* from, T* const (&planes)[3],
+    // The gradients of this thread's features, from shared memory to their images: the sums of kPartials copies there.
+    template <int kPartials, class Scheduler>
+    __device__ __forceinline__ void send(const ScanShape& s, const TilePlan& plan, const Scheduler& scheduler,
+                                         const TileCursor& at, const float* from, T* const (&planes)[3],
                                          const FeatureImages& images) const {
 #pragma unroll
         for (int i = 0; i < Block::kFetchTokens; ++i) {
             bool exists;
-            const uint32_t to = place(s, plan, walk, at, i, exists);
+            const uint32_t to = place(s, plan, scheduler, at, i, exists);
             if (!exists) continue;
 #pragma unroll
             for (int j = 0; j < Block::kFetch; ++j) {
@@ -153,18 +152,19 @@ struct StepFeatures {
     }
 };
 
-// Zeros where `count` slabs have no box: the slots behind it, and that of threads without tokens or channels.
+// Zeros in the slots that TMA does not fill in any of `count` tiles: those behind the box, and the one that threads
+// without tokens or channels read.
 template <class Block>
-__device__ __forceinline__ void clear_tails(unsigned char* slabs, int count, int slab_bytes, int box_bytes) {
+__device__ __forceinline__ void clear_tails(unsigned char* tiles, int count, int tile_bytes, int box_bytes) {
     constexpr int kWarps = Block::kThreads / 32;
 #pragma unroll 1
-    for (int slab = threadIdx.x / 32; slab < count; slab += kWarps)
+    for (int tile = threadIdx.x / 32; tile < count; tile += kWarps)
 #pragma unroll 1
-        for (int at = box_bytes + threadIdx.x % 32 * 16; at < slab_bytes; at += 32 * 16)
-            *reinterpret_cast<uint4*>(slabs + slab * slab_bytes + at) = make_uint4(0, 0, 0, 0);
+        for (int at = box_bytes + threadIdx.x % 32 * 16; at < tile_bytes; at += 32 * 16)
+            *reinterpret_cast<uint4*>(tiles + tile * tile_bytes + at) = make_uint4(0, 0, 0, 0);
 }
 
-// Zeros where no thread puts features of two slabs: those of threads without tokens, and rows' ends that are not full.
+// Zeros where no thread writes features, in both tiles: for threads without tokens, and in the unused ends of rows.
 template <class Block>
 __device__ __forceinline__ void clear_features(float* features, int feature_bytes) {
     const auto clear = [&](int at) {
@@ -178,7 +178,7 @@ __device__ __forceinline__ void clear_features(float* features, int feature_byte
     }
 }
 
-// B (times ln 2) and C of a token; with few step features by the access that reads them as well.
+// B (times ln 2) and C of a token. With few step features, the same access as for these.
 template <class Block>
 __device__ __forceinline__ float2 load_features(const float* p) {
     if constexpr (Block::kFeatures > 4) return *reinterpret_cast<const float2*>(p);
@@ -197,7 +197,7 @@ __device__ __forceinline__ void load_steps_sm90(const float* features, int featu
     const auto add = [&](int k, const float4& w, float d) { set(k, w, d, steps[k]); };
     float start[kVec] = {bias.x, bias.y, bias.z, bias.w};
     if constexpr (Block::kFeatures > 4) {
-        // In pairs, one 8-byte read each; the second weight of an odd last pair is 0.
+        // Two features at a time, by one 8-byte read; where the rank is odd, the second weight of the last pair is 0.
         const auto add_pair = [&](int r, auto first) {
             const float4 w0 = weight(r), w1 = weight(r + 1);
 #pragma unroll
@@ -233,7 +233,7 @@ __device__ __forceinline__ void load_steps_sm90(const float* features, int featu
 }
 
 template <class Block>
-__device__ __forceinline__ void mask_steps(const SlabChunk<Block>& chunk, int count, float (&steps)[kFwdTokens][kVec]) {
+__device__ __forceinline__ void mask_steps(const TileChunk<Block>& chunk, int count, float (&steps)[kFwdTokens][kVec]) {
 #pragma unroll
     for (int k = 0; k < kFwdTokens; ++k)
 #pragma unroll

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward of the grouped selective scan for sm_90, 16-bit storage, one state: the maths of
-// ../fwd.cu with slabs moved by the tensor copy engine. A block's slab is 96, 128 or 256 threads x 7 tokens x
-// 4 channels; 4 or 2 blocks an SM, so that others compute while one waits at a barrier. The result overwrites z in
-// shared memory and leaves from there: u, free after the first half of a step, is then loaded one and a half steps
+// Forward of the grouped selective scan for sm_90, 16-bit storage, one state: the maths of ../fwd.cu, with tiles moved
+// by TMA. ../README.md derives it. A block's tile is 96, 128 or 256 threads x 7 tokens x 4 channels, with 4 or 2
+// blocks an SM, so that others compute while one waits at a barrier. The result takes the place of z in shared memory
+// and is stored from there. u, which is free after the first half of a tile's work, is loaded one and a half tiles
 // ahead.
 #include "cuda/scan/sm90/channel_table.cuh"
 #include "cuda/scan/sm90/chunk_scan.cuh"
@@ -14,18 +14,18 @@
 namespace gm {
 namespace {
 
-// 512 threads an SM of up to 128 registers; three warps a block, of up to 168.
+// 512 threads an SM of up to 128 registers; with blocks of three warps, of up to 168.
 template <class Block>
 constexpr int kResident = 512 / (Block::kThreads == 96 ? 128 : Block::kThreads);
 
 // Byte offsets in dynamic shared memory.
 template <class Block>
 struct Layout {
-    int slab_bytes, features, feature_bytes, aggregates, table, norm, barriers, total;
+    int tile_bytes, features, feature_bytes, aggregates, table, norm, barriers, total;
 
     __host__ __device__ explicit Layout(const ScanShape& s) {
-        slab_bytes = Block::slab_bytes(s);
-        features = kSm90Stages * 2 * slab_bytes;
+        tile_bytes = Block::tile_bytes(s);
+        features = kSm90Stages * 2 * tile_bytes;
         feature_bytes = (Block::kTokens + 1) * Block::width(s) * 4;
         aggregates = features + 2 * feature_bytes;
         table = aggregates + 2 * Block::kAggregates * 4;
@@ -38,86 +38,87 @@ struct Layout {
 template <class T, class Block>
 __global__ void __launch_bounds__(Block::kThreads, kResident<Block>)
     grouped_scan_fwd_sm90_kernel(const __grid_constant__ ScanFwdSm90Args args) {
-    let_next_come();
+    pdl_launch_dependents();
 #if __CUDA_ARCH__ == 900
     constexpr int kTokens = kFwdTokens;
     extern __shared__ __align__(128) unsigned char shared[];
     const ScanShape& s = args.scan.shape;
-    const SlabPlan& plan = args.plan;
+    const TilePlan& plan = args.plan;
     const Layout<Block> layout(s);
     float* const aggregate_P = reinterpret_cast<float*>(shared + layout.aggregates);
     float* const aggregate_h = aggregate_P + Block::kAggregates;
     float* const table = reinterpret_cast<float*>(shared + layout.table);
     const uint32_t shared_base = shared_address(shared), barriers = shared_base + layout.barriers;
     const int tid = threadIdx.x;
-    const SlabWalk<Block, false> walk(s, plan);
-    SlabCursor now = walk.first(s, plan);
+    const TileScheduler<Block, false> scheduler(s, plan);
+    TileCursor now = scheduler.first(s, plan);
     if (now.batch >= s.batch) return;
 
-    // u by one thread; z by another, which stores the result from its place and sees to it that this has left.
+    // One thread loads u. Another loads z; it also stores the result from z's place, and waits until that store has
+    // read it.
     constexpr int kU = 0, kZ = 1, kLoadsU = 0, kLoadsZ = 32;
     const auto barrier_of = [&](int n, int tensor) { return barriers + (n % kSm90Stages * 2 + tensor) * 8; };
     const auto place_of = [&](int n, int tensor) {
-        return shared_base + (n % kSm90Stages * 2 + tensor) * layout.slab_bytes;
+        return shared_base + (n % kSm90Stages * 2 + tensor) * layout.tile_bytes;
     };
-    const auto load = [&](int n, const SlabCursor& at, int tensor) {
+    const auto load = [&](int n, const TileCursor& at, int tensor) {
         const uint32_t barrier = barrier_of(n, tensor);
-        barrier_expect(barrier, walk.box_bytes(s));
+        mbarrier_expect(barrier, scheduler.box_bytes(s));
         const CUtensorMap* const maps = tensor == kU ? args.u : args.z;
-        walk.boxes(s, plan, at, args.kind[tensor], [&](const Coordinates& c, int offset) {
-            tma_load(place_of(n, tensor) + offset, maps + static_cast<int>(walk.columns), c, barrier);
+        scheduler.boxes(s, plan, at, args.kind[tensor], [&](const Coordinates& c, int offset) {
+            tma_load(place_of(n, tensor) + offset, maps + static_cast<int>(scheduler.columns), c, barrier);
         });
     };
-    if (tid == kLoadsU) prefetch_map(&args.u[walk.columns]);
-    if (tid == kLoadsZ) prefetch_map(&args.z[walk.columns]), prefetch_map(&args.y[walk.columns]);
+    if (tid == kLoadsU) tma_prefetch_map(&args.u[scheduler.columns]);
+    if (tid == kLoadsZ) tma_prefetch_map(&args.z[scheduler.columns]), tma_prefetch_map(&args.y[scheduler.columns]);
     if (tid == 0) {
-        for (int i = 0; i < kSm90Stages * 2; ++i) barrier_init(barriers + i * 8, 1);
-        barrier_init_fence();
-        wait_for_earlier();
+        for (int i = 0; i < kSm90Stages * 2; ++i) mbarrier_init(barriers + i * 8, 1);
+        mbarrier_init_fence();
+        pdl_wait();
         load(0, now, kU);
         load(0, now, kZ);
     }
-    SlabCursor next = now;
-    walk.advance(s, plan, next);
-    const int total = walk.total(s, plan);
+    TileCursor next = now;
+    scheduler.advance(s, plan, next);
+    const int total = scheduler.total(s, plan);
     if (tid == 0 && total > 1) load(1, next, kU);
-    const SlabChunk<Block> chunk(s, plan, walk);
-    const bool ragged = is_ragged<Block>(s, plan, walk);
+    const TileChunk<Block> chunk(s, plan, scheduler);
+    const bool ragged = is_ragged<Block>(s, plan, scheduler);
     const FeatureImages features_in{args.scan.B, args.scan.C, args.scan.dt};
-    StepFeatures<T, Block> fetcher(s, plan, walk);
+    StepFeatures<T, Block> fetcher(s, plan, scheduler);
     const auto features_at = [&](int n) {
         return reinterpret_cast<float*>(shared + layout.features + (n & 1) * layout.feature_bytes);
     };
-    const auto fetch = [&](const SlabCursor& at) { fetcher.fetch(s, plan, walk, at, features_in); };
-    clear_tails<Block>(shared, kSm90Stages * 2, layout.slab_bytes, walk.box_bytes(s));
+    const auto fetch = [&](const TileCursor& at) { fetcher.fetch(s, plan, scheduler, at, features_in); };
+    clear_tails<Block>(shared, kSm90Stages * 2, layout.tile_bytes, scheduler.box_bytes(s));
     clear_features<Block>(features_at(0), layout.feature_bytes);
-    wait_for_earlier();
+    pdl_wait();
     fetch(now);
-    put_rows<T, Block>(args.scan, table, now.batch, walk.group);
+    put_rows<T, Block>(args.scan, table, now.batch, scheduler.group);
     __syncthreads();
-    fetcher.keep(s, plan, walk, now, features_at(0));
+    fetcher.keep(s, plan, scheduler, now, features_at(0));
     if (total > 1) fetch(next);
     TokenNorm<T, Block> norm(s, shared + layout.norm);
-    // Where registers allow it, each thread puts the chunks together for its own channels; else scan lanes do.
+    // Where registers allow it, each thread combines the chunks for its own channels; elsewhere scan lanes do.
     constexpr bool kRoom = Block::kLanes == kNarrowLanes;
-    const bool gather = kRoom && plan.ways == 1;
-    float carry[kVec] = {};  // of this thread's channels, or [0] of the channel that it scans
+    const bool gather = kRoom && plan.blocks_per_plane == 1;
+    float carry[kVec] = {};  // of this thread's channels; or [0], of the channel that it scans
     int image = 0;
     __syncthreads();
 
     const auto row = [&](int i) { return *reinterpret_cast<const float4*>(table + i * Block::kWidth + chunk.c0); };
     for (int n = 0; n < total; ++n) {
         const int stage = n % kSm90Stages;
-        unsigned char* const box_u = shared + stage * 2 * layout.slab_bytes + chunk.offset(s);
+        unsigned char* const box_u = shared + stage * 2 * layout.tile_bytes + chunk.offset(s);
         const int u_step = chunk.step(s), feature_step = chunk.slot_step * Block::width(s);
         const float* const features = features_at(n) + chunk.slot0 * Block::width(s);
         float y[kTokens][kVec], decayed_C[kTokens][kVec];
-        barrier_wait(barrier_of(n, kU), n / kSm90Stages & 1);
+        mbarrier_wait(barrier_of(n, kU), n / kSm90Stages & 1);
         {
             float(&steps)[kTokens][kVec] = decayed_C;
             load_steps_sm90<T, Block>(
                 features, feature_step, s, row(kBias), [&](int r) { return row(kWeight + r); }, steps);
-            if (ragged) mask_steps(chunk, chunk.count(s, plan, walk, now), steps);
+            if (ragged) mask_steps(chunk, chunk.count(s, plan, scheduler, now), steps);
             const float4 A4 = row(kA), skip4 = row(kSkip);
             const float A[kVec] = {A4.x, A4.y, A4.z, A4.w}, skip[kVec] = {skip4.x, skip4.y, skip4.z, skip4.w};
             float P[kVec], h[kVec];
@@ -140,15 +141,15 @@ __global__ void __launch_bounds__(Block::kThreads, kResident<Block>)
             *reinterpret_cast<float4*>(aggregate_h + at) = make_float4(h[0], h[1], h[2], h[3]);
         }
         __syncthreads();
-        SlabCursor after = next;
-        if (n + 1 < total) walk.advance(s, plan, after);
+        TileCursor after = next;
+        if (n + 1 < total) scheduler.advance(s, plan, after);
         if (tid == kLoadsU && n + 2 < total) load(n + 2, after, kU);
         if (tid == kLoadsZ && n + 1 < total) {
             tma_wait_read();
             load(n + 1, next, kZ);
         }
-        if (walk.enters(plan, now)) carry[0] = carry[1] = carry[2] = carry[3] = 0.f;
-        const auto plane = [&] { return now.batch * s.groups + walk.group; };
+        if (scheduler.enters(plan, now)) carry[0] = carry[1] = carry[2] = carry[3] = 0.f;
+        const auto plane = [&] { return now.batch * s.groups + scheduler.group; };
         const auto states = [&](int number) {
             return args.scan.states +
                    (static_cast<int64_t>(plane()) * args.scan.num_chunks + number) * Block::real_dim(s);
@@ -156,7 +157,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident<Block>)
         float entering[kVec];
         if (gather) {
             if (args.scan.states != nullptr && chunk.order == 0 && chunk.active) {
-                float* const to = states(walk.part(now, 0)) + chunk.c0;
+                float* const to = states(scheduler.part(now, 0)) + chunk.c0;
                 if (Block::real_dim(s) == Block::dim(s)) {
                     *reinterpret_cast<float4*>(to) = make_float4(carry[0], carry[1], carry[2], carry[3]);
                 } else {
@@ -167,21 +168,23 @@ __global__ void __launch_bounds__(Block::kThreads, kResident<Block>)
             if constexpr (kRoom) gather_chunks<Block>(aggregate_P, aggregate_h, chunk, carry, entering);
         } else {
             const auto arrive = [&](float P, float h) {
-                if (plan.ways == 1) return false;
-                carry[0] = look_back<Block>(args.exchange + plane() * exchange_of_plane(plan, Block::kWidth),
-                                            plan.slabs, plan.ways, now.step, carry[0], P, h);
+                if (plan.blocks_per_plane == 1) return false;
+                carry[0] = look_back<Block>(
+                    args.inter_block_state + plane() * inter_block_floats_per_plane(plan, Block::kWidth), plan.tiles,
+                    plan.blocks_per_plane, now.step, carry[0], P, h);
                 return true;
             };
             const auto save = [&](int part, int channel, float state) {
                 if (args.scan.states == nullptr || channel >= Block::real_dim(s)) return;
-                const int number = walk.part(now, part);
+                const int number = scheduler.part(now, part);
                 if (Block::kParts == 1 || number < args.scan.num_chunks) states(number)[channel] = state;
             };
             scan_chunks<Block, false>(aggregate_P, aggregate_h, carry[0], arrive, save);
         }
         if (n + 1 < total) {
-            fetcher.keep(s, plan, walk, next, features_at(n + 1));
-            if (next.batch != now.batch) put_gated_rows<T, Block>(args.scan, table, image ^ 1, next.batch, walk.group);
+            fetcher.keep(s, plan, scheduler, next, features_at(n + 1));
+            if (next.batch != now.batch)
+                put_gated_rows<T, Block>(args.scan, table, image ^ 1, next.batch, scheduler.group);
             if (n + 2 < total) fetch(after);
         }
         if (!gather) {
@@ -206,8 +209,8 @@ __global__ void __launch_bounds__(Block::kThreads, kResident<Block>)
             const float4 scale4 = row(kScale + image), shift4 = row(kShift + image);
             const float scale[kVec] = {scale4.x, scale4.y, scale4.z, scale4.w};
             const float shift[kVec] = {shift4.x, shift4.y, shift4.z, shift4.w};
-            unsigned char* const box_z = box_u + layout.slab_bytes;
-            barrier_wait(barrier_of(n, kZ), n / kSm90Stages & 1);
+            unsigned char* const box_z = box_u + layout.tile_bytes;
+            mbarrier_wait(barrier_of(n, kZ), n / kSm90Stages & 1);
 #pragma unroll
             for (int k = 0; k < kTokens; ++k) {
                 const auto normed = norm.scale(k);
@@ -219,18 +222,18 @@ __global__ void __launch_bounds__(Block::kThreads, kResident<Block>)
                 if (chunk.owns) store4<true>(reinterpret_cast<T*>(box_z + k * u_step), out, kVec);
             }
         }
-        proxy_fence();
+        fence_proxy_async();
         __syncthreads();
         if (tid == kLoadsZ) {
-            walk.boxes(s, plan, now, args.kind[2], [&](const Coordinates& c, int offset) {
-                tma_store(place_of(n, kZ) + offset, &args.y[walk.columns], c);
+            scheduler.boxes(s, plan, now, args.kind[2], [&](const Coordinates& c, int offset) {
+                tma_store(place_of(n, kZ) + offset, &args.y[scheduler.columns], c);
             });
             tma_commit();
         }
         image ^= next.batch != now.batch;
         now = next, next = after;
     }
-    if (tid == kLoadsZ) tma_wait_read();  // what is written, the end of the kernel makes visible
+    if (tid == kLoadsZ) tma_wait_read();  // the end of the kernel makes visible what was written
 #endif
 }
 
@@ -242,7 +245,7 @@ cudaError_t launch(const ScanFwdSm90Args& args, cudaStream_t stream) {
 
 // f(type tag, type tag of the block)
 template <class F>
-cudaError_t dispatch(DType dtype, const ScanShape& shape, const SlabPlan& plan, F&& f) {
+cudaError_t dispatch(DType dtype, const ScanShape& shape, const TilePlan& plan, F&& f) {
     return dispatch_sm90(dtype, shape, plan, [&](auto tag, auto lanes, auto whole, auto runs) {
         constexpr int kLanes = decltype(lanes)::value;
         constexpr bool kWhole = decltype(whole)::value, kRuns = decltype(runs)::value;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What launching a sm_90 scan kernel takes: blocks that run at once, teams that share planes, template arguments.
+// How the sm_90 scan kernels are launched: blocks that run at once, blocks that share planes, template arguments.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 
 namespace gm {
 
-// Blocks of a kernel that the current device runs at once.
+// Blocks of a kernel that the current device runs at once; 0 where it has no cooperative launches.
 inline cudaError_t blocks_at_once(const void* kernel, int threads, int shared, int64_t& blocks) {
     struct Known {
         const void* kernel;
@@ -37,8 +37,8 @@ inline cudaError_t blocks_at_once(const void* kernel, int threads, int shared, i
     return cudaSuccess;
 }
 
-// Images that the current device's cache holds, of a pass that reads and writes `tensors` of them; 0 where their groups
-// share no 64 bytes, of which the memory moves no fewer.
+// Images that fit in the L2 cache of the current device, for a pass that reads and writes `tensors` of them. 0 where
+// no two groups share 64 bytes, the least that the memory moves.
 inline cudaError_t cached_images(const ImageArg& image, const ScanShape& shape, size_t tensors, double& images) {
     images = 0.;
     const bool interleaved = shape.groups > 1 && image.group < image.token;
@@ -61,21 +61,21 @@ cudaError_t share_sm90(Kernel kernel, int threads, int shared, size_t tensors, A
     return error;
 }
 
-// As many blocks as run at once, `resident` an SM, each with several planes of one group: it loads the next plane while
-// it computes, and reads its parameters once (2% at 64 x 56 against a block a plane). Those that share planes wait for
-// one another and must all run. How an SM's memory is cut into shared memory and cache is left to the driver: asked for
-// the most shared memory, it leaves 28 KB of cache, too little for the features of two planes at 56 x 56, of which a
-// slab of columns reads a few of each row: 7% of the forward there, 13% at 112 x 112.
+// As many blocks as run at once, `resident` an SM, each with several planes of one group: a block loads its next plane
+// while it computes, and reads its parameters once (2% at 64 x 56 against a block a plane). Blocks that share planes
+// wait for one another, so all of them must run at once. The driver decides how an SM's memory is split between shared
+// memory and L1 cache. Asked for the most shared memory, it leaves 28 KB of cache, too little for the features of two
+// planes at 56 x 56, of which a tile of columns reads a few in each row: 7% of the forward there, 13% at 112 x 112.
 template <class Kernel, class Args>
 cudaError_t launch_sm90(Kernel kernel, int threads, int resident, int shared, cudaStream_t stream, const Args& args) {
     const ScanShape& shape = args.scan.shape;
-    if (args.plan.ways > 1) {
-        if (!args.exchange_marked) {
-            const size_t bytes = exchange_floats(shape, args.plan) * sizeof(float);
-            const cudaError_t error = cudaMemsetAsync(args.exchange, kAbsent & 0xff, bytes, stream);
+    if (args.plan.blocks_per_plane > 1) {
+        if (!args.inter_block_state_cleared) {
+            const size_t bytes = inter_block_floats(shape, args.plan) * sizeof(float);
+            const cudaError_t error = cudaMemsetAsync(args.inter_block_state, kNotReady & 0xff, bytes, stream);
             if (error != cudaSuccess) return error;
         }
-        const int64_t blocks = int64_t{args.plan.teams} * args.plan.ways * shape.groups;
+        const int64_t blocks = int64_t{args.plan.teams} * args.plan.blocks_per_plane * shape.groups;
         return launch_at_once(kernel, blocks, threads, shared, stream, args);
     }
     int multiprocessors = 0;
@@ -86,11 +86,11 @@ cudaError_t launch_sm90(Kernel kernel, int threads, int resident, int shared, cu
     return launch_kernel(kernel, blocks, threads, shared, stream, args);
 }
 
-// f(type tag, std::integral_constant<int, lanes>, std::bool_constant<whole>, std::bool_constant<runs>). Slabs of runs
-// are a kernel of their own: what their places cost, in instructions and registers, the others need not pay (5% of the
-// backward).
+// Calls f(type tag, std::integral_constant<int, lanes>, std::bool_constant<whole>, std::bool_constant<runs>). Tiles of
+// runs have a kernel of their own: finding a token's place costs instructions and registers there, 5% of the backward,
+// which the others need not pay.
 template <class F>
-cudaError_t dispatch_sm90(DType dtype, const ScanShape& shape, const SlabPlan& plan, F&& f) {
+cudaError_t dispatch_sm90(DType dtype, const ScanShape& shape, const TilePlan& plan, F&& f) {
     const int used = sm90_lanes(shape);
     const bool runs = plan.columns == 0,
                whole = shape.dim == used * kVec && shape.norm_dim == shape.dim && shape.param_dim == shape.dim;
@@ -107,7 +107,8 @@ cudaError_t dispatch_sm90(DType dtype, const ScanShape& shape, const SlabPlan& p
             case 8: return with_width(tag, std::integral_constant<int, 8>{});
             case 16: return with_width(tag, std::integral_constant<int, 16>{});
             case kNarrowLanes: return with_cut(tag, std::integral_constant<int, kNarrowLanes>{});
-            default: return with_cut(tag, std::integral_constant<int, 32>{});  // whole, a few would spill
+            default:
+                return with_cut(tag, std::integral_constant<int, 32>{});  // some of the whole-width kernels would spill
         }
     };
     return dtype == DType::kHalf ? with_lanes(TypeTag<__half>{}) : with_lanes(TypeTag<__nv_bfloat16>{});

@@ -8,12 +8,13 @@
 
 namespace gm {
 
-// `args.scan` to the rest of `args`, for images that allow slabs. False where the driver refuses.
+// Fills the rest of `args` from `args.scan`, for images that allows_tma takes. False where the driver refuses a tensor
+// map.
 bool prepare_grouped_scan_fwd_sm90(DType dtype, ScanFwdSm90Args& args);
 bool prepare_grouped_scan_bwd_sm90(DType dtype, ScanBwdSm90Args& args);
 
-// Whether the blocks of the kernel share planes on the current device: share_planes, to be called once `args` are
-// prepared and before memory is allocated by the plan.
+// Decides how many blocks share a plane on the current device (share_planes). To be called once `args` are prepared
+// and before memory is allocated by the plan.
 cudaError_t share_grouped_scan_fwd_sm90(ScanFwdSm90Args& args, DType dtype);
 cudaError_t share_grouped_scan_bwd_sm90(ScanBwdSm90Args& args, DType dtype);
 

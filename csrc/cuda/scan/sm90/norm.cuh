@@ -3,11 +3,11 @@
 #pragma once
 
 #include "cuda/common/math.cuh"
-#include "cuda/scan/sm90/walk.cuh"
+#include "cuda/scan/sm90/tile_scheduler.cuh"
 
 namespace gm {
 
-// Sums over the lanes of a token, several at once; every lane gets all of them.
+// Sums over the lanes of a token, several values at once; every lane gets all of the sums.
 template <int kLanes, int kCount>
 __device__ __forceinline__ void token_sums(float (&v)[kCount]) {
 #pragma unroll
@@ -16,8 +16,8 @@ __device__ __forceinline__ void token_sums(float (&v)[kCount]) {
         for (int k = 0; k < kCount; ++k) v[k] += __shfl_xor_sync(kFullWarp, v[k], d);
 }
 
-// The same sums, each left with some lanes only: at every step a lane passes on half of its values and keeps the
-// others, 9 shuffles in place of 35 for 32 lanes. Calls write(k, sum) on one lane a token.
+// The same sums, each on some lanes only: in every step a lane gives away half of its values and keeps the other half,
+// 9 shuffles instead of 35 for 32 lanes. Calls write(k, sum) on one lane a token.
 template <int kLanes, class F>
 __device__ __forceinline__ void scatter_token_sums(const float (&v)[kFwdTokens], F&& write) {
     const int lane = threadIdx.x % kLanes;
@@ -38,7 +38,7 @@ __device__ __forceinline__ void scatter_token_sums(const float (&v)[kFwdTokens],
     constexpr int kLeft = kLanes >= 8 ? 1 : 8 / kLanes;  // sums that a lane ends up with
 #pragma unroll
     for (; d > 0; d /= 2) w[0] += __shfl_xor_sync(kFullWarp, w[0], d);
-    constexpr int kSharing = kLanes > 8 ? kLanes / 8 : 1;  // lanes with the same sum
+    constexpr int kSharing = kLanes > 8 ? kLanes / 8 : 1;  // lanes that end up with the same sum
     const bool writes = lane % kSharing == 0;
 #pragma unroll
     for (int i = 0; i < kLeft; ++i) {
@@ -47,7 +47,7 @@ __device__ __forceinline__ void scatter_token_sums(const float (&v)[kFwdTokens],
     }
 }
 
-// Sums of eight values over the lanes of an octet: lane i gets that of v[i]. 7 shuffles in place of 24.
+// Sums of eight values over the lanes of an octet: lane i gets the sum of v[i]. 7 shuffles instead of 24.
 __device__ __forceinline__ float octet_sums(const float (&v)[8]) {
     const bool upper4 = threadIdx.x & 4, upper2 = threadIdx.x & 2, upper1 = threadIdx.x & 1;
     float w[4], x[2];
@@ -60,18 +60,18 @@ __device__ __forceinline__ float octet_sums(const float (&v)[8]) {
     return (upper1 ? x[1] : x[0]) + __shfl_xor_sync(kFullWarp, upper1 ? x[0] : x[1], 1);
 }
 
-// LayerNorm's sums over the lanes of a token. From 16 lanes on, lane i of an octet works out the token i of its chunk:
-// octets take the mean and the squared deviations of their own 32 channels, which are then put together (Chan, Golub
-// and LeVeque, 1983), through shared memory.
+// LayerNorm's sums over the lanes of a token. From 16 lanes on, lane i of an octet computes token i of its chunk: each
+// octet takes the mean and the squared deviations of its own 32 channels, and these are combined through shared memory
+// (Chan, Golub and LeVeque, 1983).
 template <class T, class Block>
 class TokenNorm {
     static constexpr bool kByOctets = Block::kLanes >= 16;
     static constexpr int kBlockOctets = Block::kThreads / 8, kOctets = Block::kOctets;
-    static constexpr int kShares = Block::kThreads;  // pairs (or sums) that octets exchange
+    static constexpr int kShares = Block::kThreads;  // pairs, or sums, that octets exchange
     const ScanShape& s;
     unsigned char* const shared;
     float inverse_dim;
-    float inverse_std[kFwdTokens];  // with few lanes
+    float inverse_std[kFwdTokens];  // used where the lanes are few
 
     // Of this thread's octet and chunk.
     __device__ float2* results() const { return reinterpret_cast<float2*>(shared) + threadIdx.x / 8 * 8; }
@@ -105,7 +105,7 @@ public:
 
     __device__ TokenNorm(const ScanShape& shape, unsigned char* shared_bytes)
         : s(shape), shared(shared_bytes), inverse_dim(Block::kWhole ? 1.f / Block::kWidth : 1.f / shape.norm_dim) {}
-    // Centres y, whose sums over a thread's channels are `moment`, as scale(k) expects it.
+    // Subtracts the mean from y. `moment` comes in as the sum of y over the thread's channels.
     __device__ __forceinline__ void centre(const float (&counted)[kVec], float (&y)[kFwdTokens][kVec],
                                            float (&moment)[kFwdTokens]) {
         const auto subtract = [&](int k, float mean) {
@@ -163,7 +163,7 @@ public:
         const float2 result = results()[k];
         return {result.x, result.y};
     }
-    // Sums of v over the lanes of a token, for every lane. `turn` is 0, then 1, in a slab.
+    // Sums of v over the lanes of a token, for every lane. `turn` is 0 in the first call in a tile, 1 in the second.
     __device__ __forceinline__ void sum(float (&v)[8], int turn) const {
         if constexpr (!kByOctets) {
             token_sums<Block::kLanes>(v);

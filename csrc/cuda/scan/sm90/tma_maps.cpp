@@ -6,16 +6,17 @@
 
 namespace gm {
 
-bool make_slab_maps(const ImageArg& image, const ScanShape& s, const SlabPlan& plan, DType dtype, CUtensorMap (&map)[2],
-                    SlabMapKind& kind) {
+bool make_tile_maps(const ImageArg& image, const ScanShape& s, const TilePlan& plan, DType dtype, CUtensorMap (&map)[2],
+                    TileMapKind& kind) {
     const int64_t dim = s.dim, width = s.width, height = s.height, tokens = width * height;
-    const bool padded = s.param_dim < s.dim;  // the engine reads zeros where channels are missing, and writes nothing
+    const bool padded = s.param_dim < s.dim;  // TMA reads zeros where channels are missing, and writes nothing there
     const bool contiguous = image.token == dim && !padded;
     const int64_t channels = padded ? s.param_dim : dim;
-    // Fetching whole lines ahead pays where a plane's tokens follow one another; elsewhere it drags in other groups.
+    // Promotion to whole L2 lines pays where the tokens of a plane are adjacent; elsewhere it reads other groups too.
     const auto promotion = contiguous ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_NONE;
 
-    // Rows: (channel, token). Fused for longer runs: the largest power of two of tokens that divides plane and slab.
+    // Along rows: (channel, token). Where tokens are adjacent, channels and tokens are fused for longer runs: the
+    // largest power of two of tokens that divides both plane and tile.
     kind.row_shift = 0;
     while (contiguous && (dim << (kind.row_shift + 1)) <= kBoxLimit && (tokens >> kind.row_shift) % 2 == 0 &&
            (plan.tokens >> kind.row_shift) % 2 == 0)
@@ -27,7 +28,7 @@ bool make_slab_maps(const ImageArg& image, const ScanShape& s, const SlabPlan& p
                                  {dim * fuse, plan.tokens / fuse / kind.row_boxes, 1}};
     if (!encode_tensor_map(map[0], image.ptr, dtype, by_rows, promotion)) return false;
 
-    // Columns: (channel, column, row), or (channel of a column, row) fused.
+    // Along columns: (channel, column, row), or where columns are adjacent (channel of a column, row).
     const int64_t columns = plan.columns > 0 ? plan.columns : 1, rows = plan.columns > 0 ? height : plan.run_rows;
     kind.column_fuse = contiguous && columns * dim <= kBoxLimit;
     TensorMapShape by_columns{{channels, width, height, s.groups, s.batch},
@@ -42,9 +43,9 @@ bool make_slab_maps(const ImageArg& image, const ScanShape& s, const SlabPlan& p
 
 bool prepare_grouped_scan_fwd_sm90(DType dtype, ScanFwdSm90Args& args) {
     const ScanShape& s = args.scan.shape;
-    args.plan = plan_slabs(s, sm90_fwd_parts(s.lanes));
-    const auto make = [&](const ImageArg& image, CUtensorMap(&map)[2], SlabMapKind& kind) {
-        return make_slab_maps(image, s, args.plan, dtype, map, kind);
+    args.plan = plan_tiles(s, sm90_fwd_parts(s.lanes));
+    const auto make = [&](const ImageArg& image, CUtensorMap(&map)[2], TileMapKind& kind) {
+        return make_tile_maps(image, s, args.plan, dtype, map, kind);
     };
     return make(args.scan.u, args.u, args.kind[0]) && make(args.scan.z, args.z, args.kind[1]) &&
            make(args.scan.y, args.y, args.kind[2]);
@@ -52,9 +53,9 @@ bool prepare_grouped_scan_fwd_sm90(DType dtype, ScanFwdSm90Args& args) {
 
 bool prepare_grouped_scan_bwd_sm90(DType dtype, ScanBwdSm90Args& args) {
     const ScanShape& s = args.scan.shape;
-    args.plan = plan_slabs(s, 1);
-    const auto make = [&](const ImageArg& image, CUtensorMap(&map)[2], SlabMapKind& kind) {
-        return make_slab_maps(image, s, args.plan, dtype, map, kind);
+    args.plan = plan_tiles(s, 1);
+    const auto make = [&](const ImageArg& image, CUtensorMap(&map)[2], TileMapKind& kind) {
+        return make_tile_maps(image, s, args.plan, dtype, map, kind);
     };
     return make(args.scan.u, args.u, args.kind[0]) && make(args.scan.z, args.z, args.kind[1]) &&
            make(args.scan.dy, args.dy, args.kind[2]) && make(args.scan.du, args.du, args.kind[3]) &&
