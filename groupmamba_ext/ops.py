@@ -17,7 +17,7 @@ from groupmamba_ext.dispatch import call, may_want_gradient
 DIRECTIONS = reference.DIRECTIONS
 ACTIVATIONS = (None, "silu", "gelu")
 MAX_STATES = 256
-MAX_GROUPS = 4096  # of a scan on CUDA, each tile of channels and each direction counted: csrc/cuda/params.h
+MAX_GROUPS = 4096  # of a scan on CUDA, each tile of channels and each direction counted: csrc/cuda/scan/args.h
 # A warp of the CUDA scan holds all channels of a token, 4 to a lane; wider groups are scanned in tiles.
 FUSED_CHANNELS = 128
 
