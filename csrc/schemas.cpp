@@ -3,13 +3,16 @@
 // any strides are accepted. An absent optional input has a gradient of shape (0,). A gradient has the dtype of its
 // input; a backward takes some inputs, such as the bias of a norm, for their dtype alone.
 //
-//   G groups, D channels a group, N states, R low-rank step features, S = ceil(H * W / chunk)
+//   G groups, D channels a group, N states, R low-rank step features, S saved states of a plane: ceil(H * W / chunk),
+//   or on CUDA more where tiles of columns are more (scan_saved_states in csrc/cuda/scan/plan.h)
 //   u, z, y, x, o     (batch, H, W, G, D)      B, C           (batch, H, W, G, N)
 //   dt                (batch, H, W, G, R) with dt_weight (G, D, R), else (batch, H, W, G, D)
 //   A                 (G, D, N)                D, dt_bias, norm_weight, norm_bias     (G, D)
 //   gate              (batch, G, D)
-//   states            (batch, G, S, N, D) in one dimension: h before path token s * chunk. A compiler for images of any
-//                     size asks of each dimension whether it is 1, which S may be.
+//   states            (batch, G, S, N, D) in one dimension: state s is h before path token s * chunk. The sm_90 kernels
+//                     save h before each part of their tiles, under its number in row-major or column-major order;
+//                     some of the S may be unused. One dimension, because a compiler for images of any size asks of
+//                     each dimension whether it is 1, which S may be.
 //   directions        one code a group: 0 lr (row-major), 1 rl (its reverse), 2 tb (column-major), 3 bt (its reverse)
 //   activation        0 none, 1 SiLU, 2 GELU (erf)
 #include <torch/csrc/stable/library.h>
