@@ -88,7 +88,7 @@ def test_equals_the_composed_layer(monkeypatch, dtype, dim, shape, options, vari
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_many_images_are_as_each_half_of_them(dtype, dim, directions, residual):
-    """Many tokens have product kernels of their own, here of a number that fills no block; few go to the library."""
+    """Many tokens have product kernels of their own, here of a number that fills no block; few go to cuBLAS."""
     layer, x = make(dim, directions=directions).to("cuda"), image(132, dim, 9, 14, device="cuda", dtype=dtype)
     x = x.to(memory_format=torch.channels_last)
     dy = torch.randn_like(x)
