@@ -15,6 +15,7 @@ from groupmamba.layers.plain import affine, call_in_own_dtype, call_on_rows, con
 from groupmamba.layers.token_linear import token_linear
 from groupmamba.layers.token_norm import TokenNorm
 from groupmamba.layers.tracing import Leaf, fx_call
+from groupmamba_ext import _explain
 from groupmamba_ext.layer_ops import feed_forward, takes_image
 
 
@@ -88,7 +89,11 @@ class ConvFeedForward(Leaf, nn.Module):
             return fx_call(self, x, norm, residual=residual, drop_path=drop_path)
         if drop_path is not None:
             drop_path.check(x, residual)
-        plain = self._why_called() is None
+        reason = self._why_called()
+        plain = reason is None
+        if _explain.active:
+            how = "reads its submodules' parameters" if plain else f"calls its submodules one by one: {reason}"
+            _explain.note(f"ConvFeedForward({x.shape[-1]}): {how}")
         if plain and norm is not None and takes_image(x) and why_called({"norm": norm}, self._norm_part) is None:
             modules = self._modules
             layers = {

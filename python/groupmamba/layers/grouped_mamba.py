@@ -27,9 +27,10 @@ from groupmamba.layers.plain import (
 from groupmamba.layers.token_linear import token_linear
 from groupmamba.layers.tracing import Leaf, fx_call
 from groupmamba.layers.vsss import GroupedVSSS
+from groupmamba_ext import _explain
 from groupmamba_ext._checks import boolean, choice
 from groupmamba_ext.layer_ops import can_fuse, grouped_mamba_layer, scan_constants
-from groupmamba_ext.ops import MAX_GROUPS
+from groupmamba_ext.ops import FUSED_CHANNELS, MAX_GROUPS
 
 CROSS_GROUPS = 4  # of scan="cross", where the number of directions says nothing of that of the groups
 GATE_SOURCES = ("input", "output")
@@ -259,7 +260,10 @@ class GroupedMamba2d(Leaf, nn.Module):
 
     def _tokens(self, x: Tensor, residual: bool, drop_path: DropPathMask | None) -> Tensor:
         """The released and fused variants on (batch, H, W, dim)."""
-        if self._why_called() is not None:
+        why_called = self._why_called()
+        if _explain.active:
+            _explain.note(f"GroupedMamba2d({self.dim}): {self._path(x, why_called)}")
+        if why_called is not None:
             return add(x, self._call_all(x), residual, drop_path)
         if self._one_op and can_fuse(x, self._inner_dim):
             if drop_path is None or self.variant == "released":
@@ -268,6 +272,18 @@ class GroupedMamba2d(Leaf, nn.Module):
         mixed = self._mix(x.contiguous())
         y = token_linear(mixed.flatten(0, 2).unsqueeze(0), self.proj.weight.unsqueeze(0), self.proj.bias)
         return add(x, y.view(*mixed.shape[:3], self.dim), residual, drop_path)
+
+    def _path(self, x: Tensor, why_called: str | None) -> str:
+        """How the layer computes ``x``, and why not in one op."""
+        if why_called is not None:
+            return f"calls its submodules one by one: {why_called}"
+        if not self._one_op:
+            return (
+                f"op by op, not one op: not for scan='cross', d_conv=1, gate_source='output', over {MAX_GROUPS} groups"
+            )
+        if self._inner_dim > FUSED_CHANNELS:
+            return f"op by op, not one op: a group scans {self._inner_dim} channels, one op up to {FUSED_CHANNELS}"
+        return "one op" if can_fuse(x, self._inner_dim) else "op by op, not one op: that is for images on CUDA"
 
     def _fused(self, x: Tensor, residual: bool, drop_path: DropPathMask | None) -> Tensor:
         """In one op, from the parameters of all submodules."""
