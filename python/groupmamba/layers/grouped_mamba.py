@@ -278,12 +278,10 @@ class GroupedMamba2d(Leaf, nn.Module):
         if why_called is not None:
             return f"calls its submodules one by one: {why_called}"
         if not self._one_op:
-            return (
-                f"op by op, not one op: not for scan='cross', d_conv=1, gate_source='output', over {MAX_GROUPS} groups"
-            )
+            return f"op by op: one op has no scan='cross', d_conv=1, gate_source='output' or {MAX_GROUPS + 1} groups"
         if self._inner_dim > FUSED_CHANNELS:
-            return f"op by op, not one op: a group scans {self._inner_dim} channels, one op up to {FUSED_CHANNELS}"
-        return "one op" if can_fuse(x, self._inner_dim) else "op by op, not one op: that is for images on CUDA"
+            return f"op by op: a group scans {self._inner_dim} channels, one op up to {FUSED_CHANNELS}"
+        return "one op" if can_fuse(x, self._inner_dim) else "op by op: one op is for images on CUDA"
 
     def _fused(self, x: Tensor, residual: bool, drop_path: DropPathMask | None) -> Tensor:
         """In one op, from the parameters of all submodules."""
