@@ -20,13 +20,16 @@ _PRINTS = os.environ.get("GROUPMAMBA_EXPLAIN", "") not in ("", "0")
 _lock = threading.Lock()  # one call is explained at a time
 _recorded: list[str] = []
 _printed: set[str] = set()
-active = _PRINTS  # whether anybody asks for notes
+active = _PRINTS
+
+
+def asked() -> bool:
+    """Whether anybody asks for notes. A compiler that traces takes none."""
+    return active and not torch.compiler.is_compiling()
 
 
 def note(text: str) -> None:
-    """Keeps ``text`` for who asks; call it behind ``if _explain.active``, so that nobody else pays for composing it."""
-    if torch.compiler.is_compiling():
-        return
+    """Keeps ``text`` for who asks; call it behind ``if _explain.asked()``, so that nobody else pays for composing it."""
     if _lock.locked():
         _recorded.append(text)
     if _PRINTS and text not in _printed:

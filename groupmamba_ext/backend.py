@@ -98,7 +98,7 @@ def _warn_once(key: str, text: str) -> None:
 def use_native(image: torch.Tensor, op: str) -> bool:
     """True where ``op`` on ``image`` goes to the compiled library; loads it, or raises what to do about it."""
     native = _use_native(image, op)
-    if _explain.active:
+    if _explain.asked():
         _explain.note(f"{op}: {_implementation(image, native)}")
     return native
 

@@ -230,7 +230,7 @@ def _tiled_scan(
     """
     batch, height, width, groups, dim = u.shape
     tiles = -(-dim // FUSED_CHANNELS)
-    if _explain.active:
+    if _explain.asked():
         _explain.note(
             f"grouped_selective_scan: {tiles} scans a group in float32, norm and gates by torch: a group has {dim} "
             f"channels, a warp holds {FUSED_CHANNELS}"

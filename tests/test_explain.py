@@ -72,6 +72,14 @@ def test_nothing_is_noted_outside():
     assert _explain._recorded == before
 
 
+def test_compiled_functions():
+    """They run as ever while they are explained; what was traced takes no notes."""
+    inputs = scan_inputs()
+    compiled = torch.compile(ext.grouped_selective_scan, fullgraph=True, backend="eager")
+    explained = ext.explain(compiled, **inputs)
+    assert explained.notes == [] and torch.equal(explained.result, ext.grouped_selective_scan(**inputs))
+
+
 def test_errors():
     with pytest.raises(TypeError, match="explain: function must be callable, got int"):
         ext.explain(3)

@@ -91,7 +91,7 @@ class ConvFeedForward(Leaf, nn.Module):
             drop_path.check(x, residual)
         reason = self._why_called()
         plain = reason is None
-        if _explain.active:
+        if _explain.asked():
             how = "reads its submodules' parameters" if plain else f"calls its submodules one by one: {reason}"
             _explain.note(f"ConvFeedForward({x.shape[-1]}): {how}")
         if plain and norm is not None and takes_image(x) and why_called({"norm": norm}, self._norm_part) is None:

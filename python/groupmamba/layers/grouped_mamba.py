@@ -261,7 +261,7 @@ class GroupedMamba2d(Leaf, nn.Module):
     def _tokens(self, x: Tensor, residual: bool, drop_path: DropPathMask | None) -> Tensor:
         """The released and fused variants on (batch, H, W, dim)."""
         why_called = self._why_called()
-        if _explain.active:
+        if _explain.asked():
             _explain.note(f"GroupedMamba2d({self.dim}): {self._path(x, why_called)}")
         if why_called is not None:
             return add(x, self._call_all(x), residual, drop_path)
