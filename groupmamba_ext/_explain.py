@@ -29,7 +29,7 @@ def asked() -> bool:
 
 
 def note(text: str) -> None:
-    """Keeps ``text`` for who asks; call it behind ``if _explain.asked()``, so that nobody else pays for composing it."""
+    """Keeps ``text`` for who asks; call it behind ``if _explain.asked()``: nobody else pays for composing it."""
     if _lock.locked():
         _recorded.append(text)
     if _PRINTS and text not in _printed:
