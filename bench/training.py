@@ -29,6 +29,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.distributed.fsdp import fully_shard  # noqa: E402
+from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
 from groupmamba.training import classification, options, setup  # noqa: E402
 from groupmamba.training.card import create_model  # noqa: E402
@@ -61,10 +62,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=positive, default=5, help="whose median counts (default: 5)")
     parser.add_argument("--no-kd", action="store_true", help=f"leave out the rows with a teacher, {TEACHER}")
     parser.add_argument("--no-eager", action="store_true", help="leave out the steps launched kernel by kernel")
-    parser.add_argument("--fsdp", action="store_true", help="FSDP2 beside DistributedDataParallel, under torchrun")
+    parser.add_argument("--fsdp", action="store_true", help="plain steps by FSDP2 and others, under torchrun")
     parser.add_argument("--pictures", type=positive, metavar="N", help="train from N JPEG files, too")
     parser.add_argument("--workers", type=positive, default=4, help="processes that load them (default: 4)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--profile", type=writable, metavar="PNG", help="draw when kernels and NCCL run in a step")
     parser.add_argument("--json", type=writable, metavar="FILE", help="write the results")
     parser.add_argument("--append", action="store_true", help="keep the runs that FILE already holds")
     return parser.parse_args(argv)
@@ -117,10 +119,9 @@ class Recipe:
 
         ema = ModelEmaV3(model, self.options.model_ema_decay)
         stream = torch.cuda.Stream(device) if graph and processes.world > 1 else None
-        distributed = setup.distribute(model, self.options, processes, stream)
         self.step = Step(
-            distributed, criterion, optimizer, ema=ema, clip=self.options.clip_grad, amp=self.amp,
-            rank=processes.rank, stream=stream,
+            model, criterion, optimizer, ema=ema, clip=self.options.clip_grad, amp=self.amp,
+            rank=processes.rank, replicas=setup.distribute(model, self.options, processes, stream), stream=stream,
         )  # fmt: skip
         self.step.train(False)
         plan = classification.Classification(self.options, processes, device, Screen(False)).plan(STEPS_AN_EPOCH)
@@ -151,29 +152,42 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class Plain:
-    """Forward, cross-entropy, backward, clipping, fused AdamW as called; the model sharded by blocks or replicated."""
+AVERAGING = ("replicas", "DistributedDataParallel", "FSDP2")
 
-    def __init__(self, name: str, args: argparse.Namespace, processes: Processes, images: Tensor, *, sharded: bool):
+
+class Plain:
+    """Forward, cross-entropy, backward, clipping, fused AdamW, as called, by one of `AVERAGING`."""
+
+    def __init__(self, name: str, args: argparse.Namespace, processes: Processes, images: Tensor, by: str):
         torch.manual_seed(0)
         self.images, self.labels = images, torch.arange(len(images), device=images.device) % CLASSES
         self.amp = setup.amp_dtype(images.device, None, None)
         recipe = options.complete({"data": ""})
         model: Any = create_model(name, num_classes=CLASSES, drop_path_rate=recipe.drop_path)
         model.to(images.device).train()
-        if sharded:  # FSDP2 takes contiguous weights alone
+        self.replicas = None
+        if by == "FSDP2":  # which takes contiguous weights alone
             for stage in model.stages:
                 for block in stage.blocks:
                     fully_shard(block)
-            self.model: Any = fully_shard(model)
+            fully_shard(model)
         else:
-            self.model = setup.distribute(model.to(memory_format=torch.channels_last), recipe, processes, None)
+            model.to(memory_format=torch.channels_last)
+        if by == "replicas":
+            self.replicas = setup.distribute(model, recipe, processes, None)
+        elif by == "DistributedDataParallel":
+            model = DistributedDataParallel(model, [images.device.index] if images.is_cuda else None)
+        self.model = model
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=images.is_cuda)
 
     def __call__(self, i: int) -> None:
         with torch.autocast(self.images.device.type, self.amp, enabled=self.amp is not None):
             loss = torch.nn.functional.cross_entropy(self.model(self.images), self.labels)
+        if self.replicas is not None:
+            self.replicas.begin()
         loss.backward()
+        if self.replicas is not None:
+            self.replicas.finish()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -231,15 +245,68 @@ def steps(name: str, args: argparse.Namespace, processes: Processes, device: tor
             title = f"step{' with teacher' if kd else ''}, {launched}"
             add(title, lambda k=kd, g=launched == "graph": Recipe(name, args, processes, images, kd=k, graph=g))
     if args.fsdp:
-        for title, sharded in (("DDP, plain step, as called", False), ("FSDP2, plain step, as called", True)):
-            add(title, lambda s=sharded: Plain(name, args, processes, images, sharded=s))
+        for by in AVERAGING:
+            add(f"plain step by {by}", lambda b=by: Plain(name, args, processes, images, b))
+    graphed = calls.get("step, graph")
+    if args.profile and graphed is not None:
+        draw_profile(graphed, args.profile, f"{name}, a step of {args.batch_size} images on each GPU", processes)
     rows = rates_of(calls, args.batch_size * processes.world, args.steps, args.rounds, processes)
+    for call in calls.values():
+        if isinstance(call, Recipe):
+            call.step.close()
     for title, gigabytes in memory.items():
         rows[title]["gigabytes"] = gigabytes
     if "bare step" in rows:
         for row in rows.values():
             row["of bare step"] = row["img_per_s"] / rows["bare step"]["img_per_s"]
     return rows
+
+
+def draw_profile(call: Callable[[int], None], file: Path, title: str, processes: Processes) -> None:
+    """One step as a picture: when NCCL's kernels run on the first GPU and when all others do."""
+    from matplotlib.figure import Figure
+
+    for i in range(3):
+        call(i)
+    wait(torch.device("cuda", processes.local_rank))
+    processes.barrier()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call(3)
+        wait(torch.device("cuda", processes.local_rank))
+    if not processes.first:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        profile.export_chrome_trace(f"{folder}/trace.json")
+        trace = json.loads(Path(folder, "trace.json").read_text())
+    kernels = [e for e in trace["traceEvents"] if e.get("cat") == "kernel"]
+    first = min(e["ts"] for e in kernels)
+    rows: dict[str, list[tuple[float, float]]] = {"NCCL": [], "other kernels": []}
+    for event in kernels:
+        rows["NCCL" if "nccl" in event["name"].lower() else "other kernels"].append(
+            ((event["ts"] - first) / 1e3, event["dur"] / 1e3)
+        )
+    covered = sum(_covered(span, rows["other kernels"]) for span in rows["NCCL"])
+    whole = sum(length for _, length in rows["NCCL"])
+    figure = Figure(figsize=(9, 2), layout="constrained")
+    axes = figure.subplots()
+    for i, (row, color) in enumerate(zip(rows, ("tab:orange", "tab:blue"), strict=True)):
+        axes.broken_barh(rows[row], (i - 0.35, 0.7), color=color)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_xlabel("milliseconds")
+    axes.set_title(
+        f"{title}: NCCL {whole:.1f} ms, {100 * covered / max(whole, 1e-9):.0f}% beside other kernels", size=10
+    )
+    figure.savefig(file, dpi=120)
+
+
+def _covered(span: tuple[float, float], others: Sequence[tuple[float, float]]) -> float:
+    """Of a (start, length) the part during which one of ``others`` runs."""
+    end, found, reached = span[0] + span[1], 0.0, span[0]
+    for start, length in sorted(others):
+        low, high = max(start, reached), min(start + length, end)
+        if high > low:
+            found, reached = found + high - low, high
+    return found
 
 
 def draw_picture(path: Path, seed: int) -> None:
@@ -300,6 +367,7 @@ def from_files(name: str, args: argparse.Namespace, root: Path, device: torch.de
     rows: dict[str, Any] = {
         title: {"img_per_s": statistics.median(values), "rounds": values} for title, values in found.items()
     }
+    training.step.close()
     smaller = min(rows["loader alone"]["img_per_s"], rows["step alone"]["img_per_s"])
     rows["both"]["of the smaller"] = rows["both"]["img_per_s"] / smaller
     return rows

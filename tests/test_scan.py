@@ -3,9 +3,11 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import groupmamba_ext as ext
 from common import FLOOR, group_major, padded_channels, relative_error, unaligned
+from groupmamba_ext.ops import MAX_GROUPS
 from scan_tools import DTYPES, IMAGES, MIXED, compare, inputs
 
 SIZES = [(1, 1), (1, 7), (7, 1), (2, 3), (7, 7), (14, 14), (13, 29), (28, 28), (31, 37), (1, 500), (500, 1)]
@@ -106,6 +108,28 @@ def test_gradients_of_tiles(device, dtype, layout, dim, rank, h, w):
 @pytest.mark.parametrize("rank", [None, 1, 2, 6, 7, 9, 16, 65])
 def test_ranks(device, rank):
     compare(inputs(device, rank=rank, dim=20))
+
+
+@pytest.mark.cuda
+def test_most_groups():
+    """As many as the kernels' parameters have directions for."""
+    compare(inputs("cuda", groups=MAX_GROUPS, dim=1, batch=1, h=2, w=3), directions=MIXED * (MAX_GROUPS // 4))
+
+
+def test_more_groups_than_cuda_takes(monkeypatch):
+    """Named before anything runs: by sizes alone, so that no GPU is needed to see it."""
+    monkeypatch.setattr("groupmamba_ext._load.check_device_supported", lambda *_: None)
+    most = f"must have at most {MAX_GROUPS}"
+    with torch.device("cuda"), FakeTensorMode():
+        for op, groups, dim, words in (
+            (ext.grouped_selective_scan, MAX_GROUPS + 1, 1, f"{most} groups, .* got {MAX_GROUPS + 1}"),
+            (ext.grouped_selective_scan, MAX_GROUPS // 2 + 1, 129, f"{most} .* tiles .* got {MAX_GROUPS + 2}"),
+            (ext.cross_selective_scan, MAX_GROUPS // 4 + 1, 1, f"{most} groups times directions .* {MAX_GROUPS + 4}"),
+        ):
+            scans = () if op is ext.grouped_selective_scan else (4,)
+            u, dt, B = (torch.empty(1, 1, 1, groups, *more) for more in ((dim,), (*scans, dim), (*scans, 1)))
+            with pytest.raises(ValueError, match=f"u {words}"):
+                op(u, dt, torch.empty(groups, *scans, dim, 1), B, B, directions=MIXED if scans else ("lr",) * groups)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 5, 17, 33])
