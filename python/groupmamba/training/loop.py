@@ -35,6 +35,7 @@ from groupmamba.training.task import Task, tensors_of
 from groupmamba_ext._command import CommandError
 
 SHOWN_INDICES = 8
+VALIDATIONS = 10  # in a run of a task without an interval of its own
 
 
 class NotFinite(CommandError):
@@ -317,7 +318,8 @@ class Training:
         metric = -math.inf
         better = MODEL
         parts = [f"loss {row['train_loss']:.4f}"]
-        if (epoch + 1) % args.val_interval == 0 or epoch + 1 == self.epochs:
+        interval = args.val_interval or max(self.epochs // VALIDATIONS, 1)
+        if (epoch + 1) % interval == 0 or epoch + 1 == self.epochs:
             models = [step.raw] if step.ema is None else [step.raw, step.ema.module]
             found = self.task.evaluate(models, self.data.validation, step.amp, self.data.bad_in_validation)
             for whose, title, weights, values in zip(("eval", "ema"), ("", "EMA "), (MODEL, EMA), found, strict=False):
