@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -11,7 +12,15 @@ from groupmamba_ext import reference
 from groupmamba_ext._checks import Arguments, last_size
 from groupmamba_ext.backend import use_native
 from groupmamba_ext.dispatch import call, may_want_gradient
-from groupmamba_ext.ops import DIRECTIONS, FUSED_CHANNELS, MAX_STATES, _autocast, chunk_tokens, saved_states
+from groupmamba_ext.ops import (
+    DIRECTIONS,
+    FUSED_CHANNELS,
+    MAX_STATES,
+    _autocast,
+    check_groups,
+    chunk_tokens,
+    saved_states,
+)
 
 
 def _slices(dim: int) -> list[int]:
@@ -123,6 +132,7 @@ def cross_selective_scan(
         return reference.cross_selective_scan(
             u, dt, A, B, C, D, dt_weight=dt_weight, dt_bias=dt_bias, directions=directions, softplus=softplus
         )
+    check_groups(op, u, math.prod(scans), "groups times directions")
     if u.dim() == 5:
         return _native_cross(u, dt, A, B, C, D, dt_weight, dt_bias, codes, softplus)
     images = (t.unsqueeze(3) for t in (u, dt))

@@ -17,6 +17,7 @@ from groupmamba_ext.dispatch import call, may_want_gradient
 DIRECTIONS = reference.DIRECTIONS
 ACTIVATIONS = (None, "silu", "gelu")
 MAX_STATES = 256
+MAX_GROUPS = 4096  # of a scan on CUDA, each tile of channels and each direction counted: csrc/cuda/params.h
 # A warp of the CUDA scan holds all channels of a token, 4 to a lane; wider groups are scanned in tiles.
 FUSED_CHANNELS = 128
 
@@ -36,6 +37,12 @@ def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         t.to(low) if isinstance(t, Tensor) and t.dtype in _CAST_BY_AUTOCAST and t.layout is torch.strided else t
         for t in tensors
     )
+
+
+def check_groups(op: str, image: Tensor, count: int, what: str) -> None:
+    """ValueError where kernels on CUDA would have to scan more than `MAX_GROUPS` groups at once."""
+    if image.device.type == "cuda" and count > MAX_GROUPS:
+        raise ValueError(f"{op}: u must have at most {MAX_GROUPS} {what} on CUDA, got {count}")
 
 
 def chunk_tokens(dim: int, device_type: str) -> int:
@@ -196,6 +203,7 @@ def grouped_selective_scan(
             u, dt, A, B, C, D, dt_weight=dt_weight, dt_bias=dt_bias, z=z, norm_weight=norm_weight,
             norm_bias=norm_bias, norm_eps=norm_eps, gate=gate, directions=directions, softplus=softplus,
         )  # fmt: skip
+    check_groups(op, u, groups * (-(-dim // FUSED_CHANNELS)), "groups, or tiles of 128 channels,")
     if u.device.type == "cuda" and dim > FUSED_CHANNELS:
         return _tiled_scan(
             u, dt, A, B, C, D, dt_weight, dt_bias, z, norm_weight, norm_bias, norm_eps, gate, codes, softplus

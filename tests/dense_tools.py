@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small data sets of rectangles and discs, in COCO's format and in ADE20K's layout, and runs of the commands on them."""
+"""Small data sets of rectangles and discs, in the formats of COCO and ADE20K, and runs of the commands on them."""
 
 import json
 from pathlib import Path
@@ -17,11 +17,13 @@ DETECTOR = [*COMMON, "-b", "2", "--min-size", "64", "--max-size", "96", "--detec
             "rpn_post_nms_top_n_test=20", "box_batch_size_per_image=16"]  # fmt: skip
 
 
-def draw(rng: np.random.Generator, height: int, width: int, count: int) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
+def draw(
+    rng: np.random.Generator, height: int, width: int, count: int
+) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
     """A noisy image, and (class, mask) of each shape on it; later ones are in front."""
     pixels = rng.normal(128, 20, (height, width, 3))
     rows, columns = np.mgrid[:height, :width]
-    found: list[tuple[int, np.ndarray]] = []
+    found: Shapes = []
     for _ in range(count):
         kind, side = int(rng.integers(2)), int(rng.integers(10, 18))
         top, left = int(rng.integers(0, height - side)), int(rng.integers(0, width - side))

@@ -17,6 +17,7 @@ PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "bench" / "README.md",
+    ROOT / "examples" / "README.md",
     ROOT / "CONTRIBUTING.md",
 ]
 BLOCK = re.compile(r"^```python([^\n]*)\n(.*?)^```", re.M | re.S)

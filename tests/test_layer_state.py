@@ -74,6 +74,34 @@ def test_state_dict_of_a_cross_scan(variant):
     assert {name: tuple(value.shape) for name, value in layer.state_dict().items()} == expected
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "directions, options",
+    [(("tb",), {}), (("lr", "rl"), {}), (("lr", "tb") * 4, {}), (("lr", "tb") * 4, {"gate_source": "output"})],
+)
+def test_state_dict_of_other_groups(variant, directions, options):
+    """Stacked entries have one row a group; what the affinity looks at changes no shape."""
+    groups = len(directions)
+    layer = GroupedMamba2d(32, variant=variant, d_state=2, directions=directions, **options)
+    core = layer.vsss.mamba if variant == "paper" else layer.mamba
+    assert (layer.groups, core.groups, core.dim, core.dt_rank) == (groups, groups, 32 // groups, -(-32 // groups // 16))
+    shapes = {name: tuple(value.shape) for name, value in layer.state_dict().items()}
+    assert list(shapes) == list(GroupedMamba2d(32, variant=variant, d_state=2).state_dict())
+    for name, shape in shapes.items():
+        if name.startswith(("mamba.", "vsss.")):
+            assert shape[0] == groups, name
+        else:
+            assert shape == STATES[variant][name], name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_weights_of_other_groups_are_refused_in_words(variant):
+    with pytest.raises(RuntimeError, match=r"mamba.in_proj_weight is of 4 groups, and the layer has 2 \(directions "):
+        GroupedMamba2d(16, variant=variant, directions=("lr", "rl")).load_state_dict(
+            GroupedMamba2d(16, variant=variant).state_dict()
+        )
+
+
 @pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_state_dict_round_trip(variant, scan):
@@ -139,8 +167,9 @@ def test_initialisation(variant, scan):
 def test_repr_names_the_configuration():
     assert "scan='cross'" in repr(GroupedMamba2d(16, scan="cross"))
     text = repr(GroupedMamba2d(64, d_state=2))
-    for part in ("dim=64", "variant='released'", "d_state=2", "('lr', 'tb', 'rl', 'bt')", "dt_rank=1"):
+    for part in ("dim=64", "variant='released'", "d_state=2", "('lr', 'tb', 'rl', 'bt')", "dt_rank=1", "groups=4"):
         assert part in text
+    assert "gate_source='output'" in repr(GroupedMamba2d(16, gate_source="output"))
 
 
 @pytest.mark.parametrize(
@@ -153,7 +182,16 @@ def test_repr_names_the_configuration():
         ({"scan": "zigzag"}, ValueError, ("scan", "'grouped', 'cross'", "'zigzag'")),
         ({"scan": "cross", "directions": ()}, ValueError, ("directions", "()")),
         ({"scan": "cross", "directions": ("lr", "up")}, ValueError, ("directions", "('lr', 'up')")),
-        ({"directions": ("lr", "rl")}, ValueError, ("directions", "('lr', 'rl')")),
+        ({"directions": ("lr", "rl", "tb")}, ValueError, ("dim must be a multiple of 3", "groups", "16")),
+        ({"directions": ("lr",) * 32}, ValueError, ("dim must be a multiple of 32", "16")),
+        ({"directions": ()}, ValueError, ("directions", "at least one", "()")),
+        ({"groups": 8}, ValueError, ("groups must be 4", "('lr', 'tb', 'rl', 'bt')", "got 8")),
+        ({"groups": 2, "directions": ("lr",)}, ValueError, ("groups must be 1", "('lr',)", "got 2")),
+        ({"groups": 0, "scan": "cross"}, ValueError, ("groups", "0")),
+        ({"groups": 3, "scan": "cross"}, ValueError, ("dim must be a multiple of 3", "16")),
+        ({"groups": "4"}, TypeError, ("groups", "'4'")),
+        ({"gate_source": "both"}, ValueError, ("gate_source", "'input', 'output'", "'both'")),
+        ({"gate_source": "output", "affinity": False}, ValueError, ("gate_source='output'", "affinity=False")),
         ({"directions": ("lr", "rl", "tb", "up")}, ValueError, ("directions", "'up'")),
         ({"directions": "lrrl"}, TypeError, ("directions", "'lrrl'")),
         ({"d_state": 0}, ValueError, ("d_state", "0")),

@@ -57,27 +57,33 @@ def naive_mamba(core, g, x, gate=None):
 def naive_layer(layer, x):
     x = x.permute(0, 2, 3, 1)
 
+    groups, by_input = layer.groups, layer.gate_source == "input"
+
     def affinity(t):
         if layer.affinity is None:
-            return t.new_ones(1, 4 if layer.variant == "fused" else layer.dim)
+            return t.new_ones(1, groups if layer.variant == "fused" else layer.dim)
         return torch.sigmoid(layer.affinity.fc2(F.relu(layer.affinity.fc1(t.mean((1, 2))))))
 
     if layer.variant == "paper":
         block, out = layer.vsss, []
-        for g, z in enumerate(x.chunk(4, -1)):
+        for g, z in enumerate(x.chunk(groups, -1)):
             n = F.layer_norm(z, z.shape[-1:], block.norm1_weight[g], block.norm1_bias[g], 1e-6)
             z = z + naive_mamba(block.mamba, g, n)
             n = F.layer_norm(z, z.shape[-1:], block.norm2_weight[g], block.norm2_bias[g], 1e-6)
             hidden = F.gelu(F.linear(n, block.fc1_weight[g], block.fc1_bias[g]))
             out.append(z + F.linear(hidden, block.fc2_weight[g], block.fc2_bias[g]))
-        y = torch.cat(out, -1) * affinity(x)[:, None, None]
+        y = torch.cat(out, -1)
+        y = y * affinity(x if by_input else y)[:, None, None]
     else:
         xn = layer.norm(x)
-        gate = affinity(xn)
-        gates = gate.chunk(4, -1) if layer.variant == "fused" else (None,) * 4
-        o = torch.cat([naive_mamba(layer.mamba, g, t, gates[g]) for g, t in enumerate(xn.chunk(4, -1))], -1)
+        gate = affinity(xn) if by_input else None
+        gates = gate.chunk(groups, -1) if layer.variant == "fused" and by_input else (None,) * groups
+        o = torch.cat([naive_mamba(layer.mamba, g, t, gates[g]) for g, t in enumerate(xn.chunk(groups, -1))], -1)
+        gate = affinity(o) if gate is None else gate
         if layer.variant == "released":
             o = layer.norm(o * layer.skip_scale * xn * gate[:, None, None])
+        elif not by_input:
+            o = o * gate[:, None, None]
         y = layer.proj(o)
     return y.permute(0, 3, 1, 2)
 
@@ -101,6 +107,17 @@ def naive_layer(layer, x):
         {"dim": 28},
         {"dim": 80},
         {"dim": 4},
+        {"dim": 7, "directions": ("tb",)},
+        {"dim": 14, "directions": ("bt", "lr")},
+        {"dim": 27, "directions": ("rl", "bt", "rl")},
+        {"dim": 40, "directions": ("lr", "rl", "tb", "bt", "bt", "tb", "rl", "lr"), "expand": 1.5},
+        {"dim": 3, "directions": ("lr", "tb", "rl")},
+        {"scan": "cross", "groups": 1},
+        {"dim": 15, "scan": "cross", "groups": 3, "directions": ("lr", "bt")},
+        {"gate_source": "output"},
+        {"gate_source": "output", "scan": "cross", "groups": 2},
+        {"gate_source": "output", "expand": 1.5, "reduction": 2, "d_conv": 1},
+        {"gate_source": "output", "dim": 27, "directions": ("rl", "bt", "rl"), "d_state": 3},
     ],
     ids=str,
 )

@@ -344,7 +344,11 @@ def test_compiles_as_one_graph_under_autocast(device, training):
         ({"stem_dim": 0}, "stem_dim .* got 0"),
         ({"mlp_ratios": (1, 1, 1, float("inf"))}, "mlp_ratios .* got inf"),
         ({"drop_path_rate": 1.5}, "drop_path_rate .* got 1.5"),
-        ({"dims": (16, 24, 32, 42)}, "dim must be a multiple of 4, got 42"),
+        ({"dims": (16, 24, 32, 42)}, r"dims must be multiples of 4, .* got 42 in \(16, 24, 32, 42\): 40 and 44 are"),
+        ({"directions": ("lr",) * 32}, r"dims must be multiples of 32, .* got 16 in .*: 32 is"),
+        ({"directions": ("lr", "up")}, "directions .* got 'up'"),
+        ({"groups": 2}, "groups must be 4 .* got 2"),
+        ({"gate_source": "scan"}, "gate_source .* got 'scan'"),
     ],
 )
 def test_errors(options, message):

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from PIL import Image
 from train_tools import PLAIN, command, losses, make_pictures, rows, train
 
 pytest.importorskip("timm")
+
+from timm.data import transforms
 
 from groupmamba.training import checkpoint, options
 from groupmamba.training.card import Card
@@ -27,6 +30,7 @@ from groupmamba.training.data import (
     training_transform,
     validation_transform,
 )
+from groupmamba.training.pixels import Normalize, Pixels, ToPixels
 from groupmamba.training.seeds import seed_of, seeded
 
 
@@ -52,16 +56,49 @@ def test_draws_do_not_depend_on_workers_nor_on_where_one_begins(data):
     alone, three, later = batches(data, 0), batches(data, 3), batches(data, 1, start=4)
     assert len(alone) == 10 and len(later) == 6
     for a, b in zip(alone, three, strict=True):
-        assert torch.equal(a.images, b.images) and torch.equal(a.indices, b.indices) and torch.equal(a.labels, b.labels)
+        assert (
+            all(map(torch.equal, a.images, b.images))
+            and torch.equal(a.indices, b.indices)
+            and torch.equal(a.labels, b.labels)
+        )
     for a, b in zip(alone[4:], later, strict=True):
-        assert torch.equal(a.images, b.images)
+        assert all(map(torch.equal, a.images, b.images))
     assert torch.cat([b.indices for b in alone]).unique().numel() == 40
     for other in (batches(data, 0, epoch=1), batches(data, 0, seed=2)):
         assert not torch.equal(torch.cat([b.indices for b in alone]), torch.cat([b.indices for b in other]))
         # One image is drawn otherwise in another epoch.
         index = alone[0].indices[0]
-        (found,) = (b.images[b.indices == index] for b in other if (b.indices == index).any())
-        assert not torch.equal(found[0], alone[0].images[0])
+        (found,) = (b.images.values[b.indices == index] for b in other if (b.indices == index).any())
+        assert not torch.equal(found[0], alone[0].images.values[0])
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"reprob": 1.0, "recount": 4}, {"remode": "rand"}, {"reprob": 0.0}, {"no_aug": True}]
+)
+def test_bytes_normalised_on_the_device_are_what_timm_gives(data, device, more):
+    """Crop, policy, erasing: the same draws and the same numbers, bit for bit."""
+    args = options.complete({"data": str(data), "img_size": 32, "reprob": 0.5, **more})
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    transform = training_transform(args, mean, std)
+    pictures = [Image.open(path).convert("RGB") for path, _ in Folder(data / "train").samples]
+    expected, found = [], []
+    for i, picture in enumerate(pictures):
+        with seeded(1, i):
+            expected.append(transform(picture))
+        with seeded(1, i):
+            found.append(ToPixels(transform)(picture))
+    images = Normalize(mean, std, torch.device(device))(Pixels.stack(found).to(torch.device(device)))
+    assert images.shape == (42, 3, 32, 32) and images.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(images.cpu(), torch.stack(expected))
+    erased = sum(pixels.erased.numel() > 0 for pixels in found)
+    assert erased == {0.0: 0, 1.0: 42}.get(args.reprob, erased) and (erased > 0) == (
+        args.reprob > 0 and not args.no_aug
+    )
+
+
+def test_a_transform_that_ends_otherwise_is_refused():
+    with pytest.raises(ValueError, match="must end in MaybeToTensor"):
+        ToPixels(SimpleNamespace(transforms=[transforms.MaybeToTensor()]))
 
 
 def test_seeding_leaves_the_generators_alone():
@@ -148,7 +185,7 @@ def test_corrupt_images_are_counted_named_and_skipped(data, tmp_path, capsys):
     assert command(*argv) == 0
     assert "1 images could not be read and do not count" in capsys.readouterr().out
     found = batches(data, 0, tries=5)
-    assert all((batch.labels >= 0).all() and len(batch.images) == 4 for batch in found)
+    assert all((batch.labels >= 0).all() and len(batch.images.values) == 4 for batch in found)
     assert sum(len(batch.bad) for batch in found) in (1, 2, 3)
 
 

@@ -3,18 +3,14 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
-from train_tools import PLAIN, SMALL, command, environment, losses, make_pictures, rows
+from train_tools import PLAIN, SMALL, children, command, losses, make_pictures, rows, torchrun
 
 pytest.importorskip("timm")
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1", "-m", "--nproc-per-node"]
 STILL = [*PLAIN, "--freeze-bn", "--lr", "1e-2", "--epochs", "2"]
 
 
@@ -27,11 +23,6 @@ def arguments(data, run, batch, *more):
     return ["train", str(data), "--output", str(run), *SMALL, "-b", str(batch), *STILL, *more]
 
 
-def start(processes, argv):
-    command = [*TORCHRUN, str(processes), "groupmamba", *argv]
-    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def numbers(run, column="loss", name="steps.csv"):
     return [float(row[column]) for row in rows(run / name)]
 
@@ -39,7 +30,7 @@ def numbers(run, column="loss", name="steps.csv"):
 def test_two_processes_give_the_losses_of_one(data, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     assert command(*arguments(data, one, 8)) == 0
-    process = start(2, arguments(data, two, 4))
+    process = torchrun(2, arguments(data, two, 4))
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert len(losses(two)) == 10 and numbers(two) == pytest.approx(numbers(one), abs=2e-5)
@@ -53,11 +44,11 @@ def test_two_processes_give_the_losses_of_one(data, tmp_path):
 def test_one_process_goes_on_from_what_two_wrote(data, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     assert command(*arguments(data, one, 8)) == 0
-    process = start(2, arguments(data, two, 4, "--checkpoint-steps", "2", "--checkpoint-hist", "1"))
+    process = torchrun(2, arguments(data, two, 4, "--checkpoint-steps", "2", "--checkpoint-hist", "1"))
     deadline = time.monotonic() + 120
     while not list(two.glob("checkpoints/step-*")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    pids = sorted(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
+    pids = children(process)
     assert len(pids) == 2
     os.kill(pids[1], signal.SIGKILL)
     _, err = process.communicate(timeout=120)
@@ -73,7 +64,7 @@ def test_one_process_goes_on_from_what_two_wrote(data, tmp_path):
 
 
 def test_an_error_of_all_processes_is_one_line(data, tmp_path):
-    process = start(2, ["train", str(data), "--output", str(tmp_path / "run"), *SMALL, "--num-classes", "9"])
+    process = torchrun(2, ["train", str(data), "--output", str(tmp_path / "run"), *SMALL, "--num-classes", "9"])
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
     said = [line for line in err.splitlines() if line.startswith("groupmamba train:")]

@@ -3,6 +3,7 @@
 
 import csv
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -59,3 +60,15 @@ def environment(**more: str) -> dict[str, str]:
     """For subprocesses: these sources, one thread."""
     path = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
+
+
+def torchrun(processes: int, argv: list[str]) -> subprocess.Popen:
+    """``groupmamba`` started in so many processes of this host."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--nproc-per-node"]
+    command = [*launcher, str(processes), "-m", "groupmamba", *argv]
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    """Of its main thread, the oldest first."""
+    return sorted(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))

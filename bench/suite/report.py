@@ -23,8 +23,8 @@ UNMEASURED = "-"
 THROUGHPUT = ("layer", "ffn", "ablation")  # ops whose table has images a second
 
 
-def environment(device: torch.device) -> dict:
-    """The device, versions and date that a run's figures hold for."""
+def environment(device: torch.device, script: str = "bench/run.py") -> dict:
+    """The device, versions and date that a run's figures hold for, and its command line."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         name = properties.name
@@ -46,7 +46,7 @@ def environment(device: torch.device) -> dict:
             "python": platform.python_version(),
         },
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": _command(sys.argv[1:]),
+        "command": _command(script, sys.argv[1:]),
     }
 
 
@@ -62,10 +62,10 @@ def sources() -> str:
     return found.hexdigest()[:12]
 
 
-def _command(arguments: Sequence[str]) -> str:
+def _command(script: str, arguments: Sequence[str]) -> str:
     """The command line as a shell takes it; of absolute paths the last part, which says nothing of the machine."""
     names = [Path(a).name if a.startswith("/") else a for a in arguments]
-    return shlex.join(["bench/run.py", *names])
+    return shlex.join([script, *names])
 
 
 def _cpu_name() -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-GROUPS = 4
+RELEASED_GROUPS = 4
 
 # Entry of one released group -> stacked entry of GroupCore and the released dimension of size 1 that it drops.
 _GROUP_ENTRIES = {
@@ -49,7 +49,7 @@ _MODEL_ENTRIES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]
 ]
 _GROUP_NAME = re.compile(r"(?P<layer>(?:.*\.)?)mamba_g(?P<group>\d+)\.(?P<entry>.+)")
 _MODEL_LAYER = re.compile(r"(?:block[1234]\.[0-9]+|post_network\.0)\.attn\.")
-_GROUP_NUMBERS = tuple(str(group) for group in range(1, GROUPS + 1))
+_GROUP_NUMBERS = tuple(str(group) for group in range(1, RELEASED_GROUPS + 1))
 
 # Where a training checkpoint keeps its weights: averages before the weights that they are of.
 _WEIGHTS_KEYS = ("model_ema", "state_dict_ema", "model", "state_dict", "module")
@@ -225,7 +225,7 @@ def _rename_layer_entry(name: str, layers: set[str]) -> str:
 
 def _stack_groups(sd: Mapping[str, Tensor], layer: str, entry: str) -> Tensor:
     """One entry of all four groups, stacked, without the released dimension of size 1."""
-    names = [f"{layer}mamba_g{group}.{entry}" for group in range(1, GROUPS + 1)]
+    names = [f"{layer}mamba_g{group}.{entry}" for group in range(1, RELEASED_GROUPS + 1)]
     missing = [name for name in names if name not in sd]
     if missing:
         raise ValueError(f"sd lacks {', '.join(map(repr, missing))}; the other groups have this entry")

@@ -217,7 +217,7 @@ def inspect(layer: GroupedMamba2d, x: Tensor, photo: Tensor, notes: list[str]) -
         output = layer(x)[0].permute(1, 2, 0)
     height, width = xn.shape[1:3]
     marked = (int(0.55 * height), int(0.5 * width))
-    groups = xn.unflatten(-1, (len(layer.directions), -1)).requires_grad_()
+    groups = xn.unflatten(-1, (layer.groups, -1)).requires_grad_()
     responses = layer.mamba(groups)
     responses[0, marked[0], marked[1]].sum().backward()
     reach = groups.grad[0].norm(dim=-1)
@@ -229,7 +229,7 @@ def inspect(layer: GroupedMamba2d, x: Tensor, photo: Tensor, notes: list[str]) -
         output=principal_colours(output.cpu()),
         reach=reach.cpu(),
         marked=marked,
-        gates=gates.cpu().unflatten(0, (len(layer.directions), -1)),
+        gates=gates.cpu().unflatten(0, (layer.groups, -1)),
         notes=notes,
     )
 

@@ -102,8 +102,9 @@ def _draw_gates(axes: Axes, gates: np.ndarray) -> None:
     groups, channels = gates.shape
     for g in range(groups):
         positions = np.arange(channels) + g * (channels + 1)
-        axes.bar(positions, gates[g], width=0.82, color=COLOURS[g])
-        axes.text(positions.mean(), -0.08, f"group {g + 1}", color=COLOURS[g], fontsize=9, ha="center", va="top")
+        colour = COLOURS[g % len(COLOURS)]
+        axes.bar(positions, gates[g], width=0.82, color=colour)
+        axes.text(positions.mean(), -0.08, f"group {g + 1}", color=colour, fontsize=9, ha="center", va="top")
     axes.axhline(0.5, color=FAINT, linewidth=0.8, linestyle=":")
     axes.set(xlim=(-1, groups * (channels + 1) - 1), ylim=(0, 1), yticks=[0, 0.5, 1], xticks=[], facecolor=BACKGROUND)
     axes.tick_params(colors=FAINT, labelsize=8)
@@ -151,8 +152,8 @@ def draw(picture: Picture, out: Path) -> None:
 
     headline("GroupMamba on a photograph", 0.36, color=TEXT, fontsize=19, fontweight="bold")
     headline(
-        "Four groups of channels, each scanned along its own path. The layer's weights are random: "
-        "this shows how information moves, not what training finds.",
+        f"{'Four' if groups == 4 else groups} groups of channels, each scanned along its own path. The layer's weights "
+        "are random: this shows how information moves, not what training finds.",
         0.72,
         color=FAINT,
         fontsize=10.5,
@@ -173,7 +174,7 @@ def draw(picture: Picture, out: Path) -> None:
     image(0, 0, photo, TEXT, f"the photograph, {columns} x {rows} pixels")
     image(1, 0, picture.output.numpy(), TEXT, f"the layer's output, {width} x {height} tokens", **tokens)
     for g, direction in enumerate(picture.directions):
-        colour = COLOURS[g]
+        colour = COLOURS[g % len(COLOURS)]
         dim: dict[str, Any] = {"extent": (0, columns, rows, 0)}
         axes = image(0, g + 1, photo * 0.42, colour, f"group {g + 1}: {NAMES[direction]}", **dim)
         _draw_path(axes, direction, rows, columns, colour)

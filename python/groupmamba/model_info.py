@@ -11,18 +11,20 @@ import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from groupmamba.training.option_table import keyword
 from groupmamba_ext._command import CommandError, UsageError, gpu_usable, is_out_of_memory, one_line, require_gpu
 from groupmamba_ext.backend import current_backend
 
 SECONDS = 2.0  # of measuring for each figure
 SIZE, LARGEST_SIZE = 224, 2048  # one image of 2048 x 2048 keeps 14 GB in training, of groupmamba_tiny in float32
 LARGEST_BATCH = 1 << 16
-MODEL_OPTIONS = ("batch", "size", "device")
+MODEL_OPTIONS = ("model-kwargs", "batch", "size", "device")
 
 
 def whole_number(lowest: int, highest: int, why: str = "") -> Callable[[str], int]:
@@ -41,6 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``groupmamba info``."""
     parser.add_argument("model", nargs="?", metavar="MODEL", help="groupmamba_tiny, or any other model of timm")
     parser.add_argument(
+        "--model-kwargs",
+        type=keyword,
+        nargs="+",
+        metavar="NAME=VALUE",
+        help="more arguments of the model, such as \"directions=('lr','rl')\"",
+    )
+    parser.add_argument(
         "--batch", type=whole_number(1, LARGEST_BATCH), help="images at a time (default: 128 on a GPU, 8 on the CPU)"
     )
     parser.add_argument(
@@ -53,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Leaves by ``args.parser.error`` where an option for a MODEL comes without one."""
-    given = [f"--{name}" for name in MODEL_OPTIONS if getattr(args, name) is not None]
+    given = [f"--{name}" for name in MODEL_OPTIONS if getattr(args, name.replace("-", "_")) is not None]
     if args.model is None and given:
         args.parser.error(f"{' and '.join(given)} must come with a MODEL, such as groupmamba_tiny")
 
@@ -140,7 +149,7 @@ def _check_memory(model: nn.Module, batch: int, size: int) -> None:
         )
 
 
-def _create(name: str) -> nn.Module:
+def _create(name: str, options: dict[str, Any]) -> nn.Module:
     try:
         import groupmamba.models  # registers the models, and names the extra where timm is missing
 
@@ -151,7 +160,10 @@ def _create(name: str) -> nn.Module:
     if not timm.is_model(name):
         names = ", ".join(timm.list_models("groupmamba*"))
         raise UsageError(f"MODEL must be one of {names}, or any other model of timm, got {name!r}")
-    return timm.create_model(name)
+    try:
+        return timm.create_model(name, **options)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"MODEL {name} can't be made so: {one_line(error)}") from error
 
 
 def _device(name: str, asked: str | None) -> str:
@@ -169,14 +181,15 @@ def main(args: argparse.Namespace) -> int:
     """Prints the table on ``args.model``.
 
     Raises:
-        UsageError: timm has no such model.
+        UsageError: timm has no such model, or it does not take an option.
         CommandError: an extra is missing, the device or the size cannot be had, or the memory does not suffice.
     """
     name, size = args.model, args.size or SIZE
     device = _device(name, args.device)
     half = device == "cuda"
     batch = args.batch or (128 if half else 8)
-    model = _create(name)
+    options = dict(args.model_kwargs or ())
+    model = _create(name, options)
     if not half:
         _check_memory(model, batch, size)
     model.to(device)
@@ -189,7 +202,7 @@ def main(args: argparse.Namespace) -> int:
         raise CommandError(f"{name} does not take images of {size} x {size} pixels: {one_line(error)}") from error
     say = functools.partial(print, flush=True)
     by = "" if current_backend() == "auto" else f", GROUPMAMBA_BACKEND={current_backend()}"
-    say(f"{name}, {size} x {size} pixels{by}")
+    say(", ".join([name, *(f"{key}={value!r}" for key, value in options.items()), f"{size} x {size} pixels{by}"]))
     say(f"  parameters      {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M")
     say(f"  multiply-adds   {count / 1e9:.2f} G an image")
     x = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)

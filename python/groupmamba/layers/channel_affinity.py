@@ -15,6 +15,12 @@ from groupmamba.layers.plain import Plain, call_on_rows, linear, why_called
 from groupmamba.layers.tracing import Leaf, fx_call
 
 
+def image_mean(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Mean over dimensions ``rows`` and ``columns`` in float32 (float64 for float64); 0 where there is no pixel."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.sum((rows, columns), dtype=wide) / max(x.shape[rows] * x.shape[columns], 1)
+
+
 class ChannelAffinity(Leaf, nn.Module):
     r"""``sigmoid(fc2(relu(fc1(mean over H, W of x))))``: one weight in (0, 1) a channel, which every group can see.
 
@@ -86,9 +92,8 @@ class ChannelAffinity(Leaf, nn.Module):
         if isinstance(x, Proxy):
             return fx_call(self, x)
         image_input(x, self.dim, None)
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        pooled = x.sum((-2, -1), dtype=wide) / max(x.shape[-2] * x.shape[-1], 1)
+        pooled = image_mean(x, -2, -1)
         if self._why_called() is None:
             return self.from_pooled(pooled)
         hidden = F.relu(call_on_rows(self.fc1, pooled, x.dtype))
-        return torch.sigmoid(call_on_rows(self.fc2, hidden, x.dtype).to(wide))
+        return torch.sigmoid(call_on_rows(self.fc2, hidden, x.dtype).to(pooled.dtype))

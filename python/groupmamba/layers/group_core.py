@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -204,6 +205,16 @@ class GroupCore(Leaf, nn.Module):
         y = torch.addcmul(self.out_norm_bias, layer_norm(y, None, None, NORM_EPS), self.out_norm_weight)
         y = y * nn.functional.silu(z)
         return (y if gate is None else y * gate[:, None, None]).to(dtype)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        found = state_dict.get(f"{prefix}in_proj_weight")
+        if isinstance(found, Tensor) and found.dim() == 3 and found.shape[0] != self.groups:
+            errors = args[-1]
+            errors.append(
+                f"{prefix}in_proj_weight is of {found.shape[0]} groups, and the layer has {self.groups} (directions "
+                f"{self.directions}); weights of the authors' code need 4 groups"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return (

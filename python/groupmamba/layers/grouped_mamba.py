@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The modulated group Mamba layer: four channel groups, each scanned along its own direction, and channel affinity."""
+"""The modulated group Mamba layer: channel groups, each scanned along its own direction, and channel affinity."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.fx import Proxy
 
 import groupmamba_ext as ext
 from groupmamba.layers._checks import direction_names, image_input, parameter_dtype, positive_int
-from groupmamba.layers.channel_affinity import ChannelAffinity
+from groupmamba.layers.channel_affinity import ChannelAffinity, image_mean
 from groupmamba.layers.group_core import SCANS, GroupCore
 from groupmamba.layers.plain import (
     Plain,
@@ -29,18 +29,39 @@ from groupmamba.layers.tracing import Leaf, fx_call
 from groupmamba.layers.vsss import GroupedVSSS
 from groupmamba_ext._checks import boolean, choice
 from groupmamba_ext.layer_ops import can_fuse, grouped_mamba_layer, scan_constants
+from groupmamba_ext.ops import MAX_GROUPS
 
-GROUPS = 4
+CROSS_GROUPS = 4  # of scan="cross", where the number of directions says nothing of that of the groups
+GATE_SOURCES = ("input", "output")
 PAPER_ORDER = ("lr", "rl", "tb", "bt")
 RELEASED_ORDER = ("lr", "tb", "rl", "bt")
 VARIANT_DIRECTIONS = {"released": RELEASED_ORDER, "fused": PAPER_ORDER, "paper": PAPER_ORDER}
 
 
+def directions_and_groups(
+    variant: str, scan: str, directions: Sequence[str] | None, groups: int | None
+) -> tuple[tuple[str, ...], int]:
+    """The directions of a layer with these arguments, and its number of channel groups.
+
+    Raises:
+        TypeError, ValueError: one of them has a wrong type or value, or they do not go together.
+    """
+    choice("", "variant", variant, tuple(VARIANT_DIRECTIONS))
+    choice("", "scan", scan, SCANS)
+    names = direction_names(VARIANT_DIRECTIONS[variant] if directions is None else directions, None)
+    default = CROSS_GROUPS if scan == "cross" else len(names)
+    count = default if groups is None else positive_int("groups", groups)
+    if scan == "grouped" and count != len(names):
+        raise ValueError(f"groups must be {len(names)} with scan='grouped' and directions {names}, got {count}")
+    return names, count
+
+
 class GroupedMamba2d(Leaf, nn.Module):
     r"""Modulated group Mamba layer (Shaker et al., GroupMamba, CVPR 2025, arXiv 2407.13772).
 
-    The channels are split into four groups, each with its own Mamba (:class:`~groupmamba.layers.group_core.GroupCore`)
-    and scan direction; channel affinity modulation (:class:`ChannelAffinity`) connects the groups. Variants:
+    The channels are split into groups, four by default, each with its own Mamba
+    (:class:`~groupmamba.layers.group_core.GroupCore`) and scan direction; channel affinity modulation
+    (:class:`ChannelAffinity`) connects the groups. Variants:
 
     .. code-block:: text
 
@@ -53,8 +74,17 @@ class GroupedMamba2d(Leaf, nn.Module):
         "paper", the paper's equations
             out = VSSS block of each group of x * affinity(x)
 
+    With ``gate_source="output"`` the affinity looks at what it gates, in place of the layer's input: squeeze-and-
+    excitation (Hu et al., CVPR 2018, arXiv 1709.01507), as a baseline for the paper's affinity.
+
+    .. code-block:: text
+
+        "released"    gate = affinity(o), the rest as above: gate and state have the same shapes
+        "fused"       y = the Mambas without a gate;  out = proj(y * affinity(y))
+        "paper"       y = VSSS block of each group of x;  out = y * affinity(y)
+
     Args:
-        dim: channels, a multiple of 4.
+        dim: channels, a multiple of the number of groups.
         variant: ``"released"``, ``"fused"`` or ``"paper"``.
         scan: ``"grouped"``: one direction a group. ``"cross"``: every group along all directions, each with its own
             parameters, and the results added (4-D scanning, the paper's ablation).
@@ -62,11 +92,16 @@ class GroupedMamba2d(Leaf, nn.Module):
         d_state: states a channel, up to 256.
         d_conv: 3, or 1 for no depthwise convolution before the scan.
         expand: scanned channels over channels.
-        dt_rank: step features a group, ``"auto"`` for ceil(dim / 64).
-        directions: four of ``"lr"`` (row-major path over the image), ``"rl"`` (its reverse), ``"tb"`` (column-major),
-            ``"bt"`` (its reverse). By default the variant's own: released (lr, tb, rl, bt), as weights of the authors'
-            code need it; fused and paper (lr, rl, tb, bt). With ``scan="cross"`` any number of them, for every group.
-        reduction: the affinity's hidden width is ``dim // reduction``.
+        dt_rank: step features a group, ``"auto"`` for ceil(dim / groups / 16).
+        directions: one of ``"lr"`` (row-major path over the image), ``"rl"`` (its reverse), ``"tb"`` (column-major),
+            ``"bt"`` (its reverse) for each group: any number of them, each as often as wanted. By default the
+            variant's own four: released (lr, tb, rl, bt), as weights of the authors' code need it; fused and paper
+            (lr, rl, tb, bt). With ``scan="cross"`` the directions of every group.
+        groups: number of channel groups. It follows from ``directions`` where ``scan="grouped"``; with
+            ``scan="cross"`` it is 4 by default, and 1 makes the layer a cross scan of all channels.
+        gate_source: what the channel affinity looks at: ``"input"`` (the paper's) or ``"output"``, see above.
+        reduction: the affinity's hidden width is ``dim // reduction``; in the fused variant that gates by its output
+            the scanned channels count in place of ``dim``.
         device, dtype: of the parameters.
 
     Shape:
@@ -74,7 +109,9 @@ class GroupedMamba2d(Leaf, nn.Module):
         of 8 channels apart. ``torch.channels_last`` inputs are used without a copy. Sizes of 0 are allowed.
 
     The input has the dtype of the parameters, or any that autocast converts. Norms, steps, states and gates are
-    computed in float32 (float64 for float64).
+    computed in float32 (float64 for float64). On CUDA the released and fused variants are one op, forward and backward,
+    where groups have up to 128 scanned channels, ``scan="grouped"``, ``d_conv=3`` and ``gate_source="input"``; else
+    several ops.
 
     State: ``mamba.*`` (see :class:`~groupmamba.layers.group_core.GroupCore`; no ``out_proj_weight`` in the fused
     variant, more dimensions with ``scan="cross"``), ``norm.weight``, ``norm.bias`` (dim,), ``affinity.fc1.*``,
@@ -99,23 +136,28 @@ class GroupedMamba2d(Leaf, nn.Module):
         expand: float = 1.0,
         dt_rank: int | str = "auto",
         directions: Sequence[str] | None = None,
+        groups: int | None = None,
+        gate_source: str = "input",
         reduction: int = 16,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if positive_int("dim", dim) % GROUPS:
-            raise ValueError(f"dim must be a multiple of {GROUPS}, got {dim}")
-        choice("", "variant", variant, tuple(VARIANT_DIRECTIONS))
-        choice("", "scan", scan, SCANS)
+        positive_int("dim", dim)
+        directions, groups = directions_and_groups(variant, scan, directions, groups)
+        if dim % groups:
+            raise ValueError(f"dim must be a multiple of {groups}, the number of groups, got {dim}")
         boolean("", "affinity", affinity)
+        choice("", "gate_source", gate_source, GATE_SOURCES)
+        if gate_source == "output" and not affinity:
+            raise ValueError("gate_source='output' needs affinity=True, got affinity=False")
         positive_int("reduction", reduction)
         parameter_dtype(dtype)
         self.dim = dim
         self.variant = variant
         self.scan = scan
-        directions = VARIANT_DIRECTIONS[variant] if directions is None else directions
-        self.directions = direction_names(directions, None if scan == "cross" else GROUPS)
+        self.directions, self.groups = directions, groups
+        self.gate_source = gate_source
         place = {"device": device, "dtype": dtype}
         options = {
             "directions": self.directions,
@@ -127,19 +169,21 @@ class GroupedMamba2d(Leaf, nn.Module):
             **place,
         }
         if variant == "paper":
-            self.vsss = GroupedVSSS(GROUPS, dim // GROUPS, **options)
+            self.vsss = GroupedVSSS(groups, dim // groups, **options)
             gates = dim
         else:
             self.norm = nn.LayerNorm(dim, **place)
-            self.mamba = GroupCore(GROUPS, dim // GROUPS, out_proj=variant == "released", **options)
-            gates = dim if variant == "released" else GROUPS * self.mamba.inner_dim
+            self.mamba = GroupCore(groups, dim // groups, out_proj=variant == "released", **options)
+            gates = dim if variant == "released" else groups * self.mamba.inner_dim
             self.proj = nn.Linear(gates, dim, **place)
             self.skip_scale = nn.Parameter(torch.empty(1, **place)) if variant == "released" else None
             # What every call would look up or work out again.
-            self._one_op = scan == "grouped" and d_conv == 3
+            by_input = gate_source == "input"
+            self._one_op = scan == "grouped" and d_conv == 3 and by_input and groups <= MAX_GROUPS
             self._inner_dim = self.mamba.inner_dim
             self._scan_constants = scan_constants(self.directions, self._inner_dim)
-        self.affinity = ChannelAffinity(dim, reduction, out_dim=gates, **place) if affinity else None
+        seen = gates if gate_source == "output" else dim
+        self.affinity = ChannelAffinity(seen, reduction, out_dim=gates, **place) if affinity else None
         # What the fused paths read of these in place of calling them.
         self._parts = () if variant == "paper" else self._read_parts()
         self._reset_own_parameters()
@@ -205,7 +249,9 @@ class GroupedMamba2d(Leaf, nn.Module):
         """Any variant on (batch, dim, H, W) or (dim, H, W)."""
         if self.variant == "paper":
             y = self.vsss(x)
-            y = y if self.affinity is None else y * self.affinity(x).to(y.dtype)[..., None, None]
+            if self.affinity is not None:
+                gate = self.affinity(x if self.gate_source == "input" else y)
+                y = y * gate.to(y.dtype)[..., None, None]
             return add(x, y, residual, kept)
         if x.dim() == 4:
             return self._tokens(x.permute(0, 2, 3, 1), residual, kept).permute(0, 3, 1, 2)
@@ -246,15 +292,23 @@ class GroupedMamba2d(Leaf, nn.Module):
             kept=kept,
         )
 
+    def _affinities(self) -> tuple[ChannelAffinity | None, ChannelAffinity | None]:
+        """The affinity as one of what goes into the Mambas, and as one of what comes out."""
+        return (self.affinity, None) if self.gate_source == "input" else (None, self.affinity)
+
     def _mix(self, x: Tensor) -> Tensor:
-        """What goes into proj, (batch, H, W, dim or 4 E), from the image (batch, H, W, dim), op by op; reads the
+        """What goes into proj, (batch, H, W, dim or G * E), from the image (batch, H, W, dim), op by op; reads the
         parameters of norm and affinity."""
         xn, pooled = ext.layer_norm_pool(x, self.norm.weight, self.norm.bias, self.norm.eps)
-        gate = None if self.affinity is None else self.affinity.from_pooled(pooled)
-        groups = xn.unflatten(-1, (GROUPS, self.dim // GROUPS))
+        before, after = self._affinities()
+        gate = None if before is None else before.from_pooled(pooled)
+        groups = xn.unflatten(-1, (self.groups, self.dim // self.groups))
         if self.variant == "fused":
-            return self.mamba(groups, None if gate is None else gate.unflatten(-1, (GROUPS, -1))).flatten(-2)
+            y = self.mamba(groups, None if gate is None else gate.unflatten(-1, (self.groups, -1))).flatten(-2)
+            return y if after is None else _gated(y, after.from_pooled(image_mean(y, 1, 2)))
         o = self.mamba(groups)
+        if after is not None:
+            gate = after.from_pooled(image_mean(o, 1, 2).flatten(1))
         # A view of the groups made after o: its token-major gradient is the first to arrive there, so that the sum with
         # o's group-major one is token-major and goes on to the norm without a copy.
         xn = groups.flatten(-2)
@@ -264,18 +318,33 @@ class GroupedMamba2d(Leaf, nn.Module):
     def _call_all(self, x: Tensor) -> Tensor:
         """The layer on the image (batch, H, W, dim) by calls of all submodules."""
         xn = self.norm(x)
-        gate = None if self.affinity is None else self.affinity(xn.permute(0, 3, 1, 2))
-        groups = xn.unflatten(-1, (GROUPS, self.dim // GROUPS))
+        before, after = self._affinities()
+        gate = None if before is None else before(xn.permute(0, 3, 1, 2))
+        groups = xn.unflatten(-1, (self.groups, self.dim // self.groups))
         if self.variant == "fused":
-            mixed = self.mamba(groups, None if gate is None else gate.unflatten(-1, (GROUPS, -1))).flatten(-2)
+            mixed = self.mamba(groups, None if gate is None else gate.unflatten(-1, (self.groups, -1))).flatten(-2)
+            if after is not None:
+                mixed = _gated(mixed, after(mixed.permute(0, 3, 1, 2)))
         else:
+            o = self.mamba(groups).flatten(-2)
+            if after is not None:
+                gate = after(o.permute(0, 3, 1, 2))
             # Not in 16 bits, where a product of what the norm brings back to its size may be infinite.
             wide = torch.promote_types(xn.dtype, torch.float32)
-            product = self.mamba(groups).flatten(-2).to(wide) * self.skip_scale * xn
+            product = o.to(wide) * self.skip_scale * xn
             if gate is not None:
                 product = product * gate[:, None, None]
             mixed = self.norm(product.to(xn.dtype))
         return call_on_rows(self.proj, mixed)
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, variant={self.variant!r}, scan={self.scan!r}, directions={self.directions}"
+        source = "" if self.affinity is None else f", gate_source={self.gate_source!r}"
+        return (
+            f"dim={self.dim}, groups={self.groups}, variant={self.variant!r}, scan={self.scan!r}, "
+            f"directions={self.directions}{source}"
+        )
+
+
+def _gated(y: Tensor, gate: Tensor) -> Tensor:
+    """(batch, H, W, C) times (batch, C), rounded once."""
+    return (y * gate[:, None, None]).to(y.dtype)

@@ -167,7 +167,8 @@ def why_not_fused(module: nn.Module) -> dict[str, str]:
     The layers of this package compute in few ops what their submodules compute one by one, as long as these submodules
     are exactly what the layer built, without hooks, a ``forward`` of their own, or parameters that are not plain
     tensors. Otherwise they call each of them: the same values, more slowly. (How few the ops are depends on more: on
-    the device, and whether the layer has ``scan="cross"``, ``d_conv=1``, or groups wider than a kernel takes.)
+    the device, and whether the layer has ``scan="cross"``, ``d_conv=1``, ``gate_source="output"``, or groups wider than
+    a kernel takes.)
 
     Args:
         module: a layer of this package or a model of any kind around such layers.

@@ -137,8 +137,8 @@ class GroupedVSSS(Leaf, nn.Module):
 class VSSSBlock(GroupedVSSS):
     """One group's VSSS block: its Mamba along one direction and its feed-forward network.
 
-    ``GroupedMamba2d(4 * dim, variant="paper")`` is four of these on a quarter of the channels each, with parameters
-    stacked, and the affinity. The state has the names and shapes of :class:`GroupedVSSS` with G = 1.
+    ``GroupedMamba2d(G * dim, variant="paper")`` is G of these on ``dim`` channels each, with parameters stacked, and
+    the affinity. The state has the names and shapes of :class:`GroupedVSSS` with G = 1.
 
     Args:
         dim: channels.

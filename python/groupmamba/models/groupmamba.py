@@ -15,6 +15,7 @@ from torch.fx import Proxy
 
 from groupmamba.layers import GroupedMamba2d
 from groupmamba.layers._checks import positive_int
+from groupmamba.layers.grouped_mamba import directions_and_groups
 from groupmamba.layers.plain import Plain, why_called
 from groupmamba.layers.token_norm import LayerNorm, TokenNorm
 from groupmamba.layers.tracing import any_size
@@ -43,9 +44,11 @@ class GroupMamba(
         num_classes: outputs of the head; 0 for none.
         global_pool: ``"avg"``, or ``""`` for the map of the last stage in place of pooled features. Class block, last
             norm and heads are not there then, and ``num_classes`` becomes 0.
-        stem_dim, dims, depths, mlp_ratios: sizes, one of each a stage.
-        variant, scan, affinity, d_state, directions: of every :class:`~groupmamba.GroupedMamba2d`. With
-            ``variant="paper"`` stem and blocks are the paper's too, see :mod:`groupmamba.models.blocks`.
+        stem_dim, dims, depths, mlp_ratios: sizes; all but the first have one entry a stage. Each of ``dims`` must be a
+            multiple of the number of groups: 8 groups need others than the released ones, such as (64, 128, 352, 448).
+        variant, scan, affinity, d_state, directions, groups, gate_source: of every
+            :class:`~groupmamba.GroupedMamba2d`. With ``variant="paper"`` stem and blocks are the paper's too, see
+            :mod:`groupmamba.models.blocks`.
         distillation: a second head, for a teacher's labels. Its output is averaged with the first's; in training
             after ``set_distilled_training(True)`` the pair is returned.
         drop_rate: dropout before the heads.
@@ -66,7 +69,8 @@ class GroupMamba(
     calls that nobody can see are left out.
 
     Raises:
-        ValueError: sizes that are not one a stage, an unknown ``global_pool``, or what the layer refuses.
+        ValueError: sizes that are not one a stage or no multiples of the number of groups, an unknown ``global_pool``,
+            or what the layer refuses.
     """
 
     def __init__(
@@ -83,6 +87,8 @@ class GroupMamba(
         affinity: bool = True,
         d_state: int = 1,
         directions: Sequence[str] | None = None,
+        groups: int | None = None,
+        gate_source: str = "input",
         distillation: bool = True,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -98,12 +104,16 @@ class GroupMamba(
                 raise ValueError(f"{name} must have one entry a stage ({len(dims)}), got {tuple(sizes)}")
         for depth in depths:
             positive_int("depths", depth)
+        directions, groups = directions_and_groups(variant, scan, directions, groups)
+        _check_dims(dims, groups)
         options = {
             "variant": variant,
             "scan": scan,
             "affinity": affinity,
             "d_state": d_state,
             "directions": directions,
+            "groups": groups,
+            "gate_source": gate_source,
         }
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = dims[-1]
@@ -327,6 +337,16 @@ class GroupMamba(
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         with any_size():
             return self.forward_head(self.forward_features(x))
+
+
+def _check_dims(dims: Sequence[int], groups: int) -> None:
+    for dim in dims:
+        if positive_int("dims", dim) % groups:
+            below = dim // groups * groups
+            near = f"{below} and {below + groups} are" if below else f"{groups} is"
+            raise ValueError(
+                f"dims must be multiples of {groups}, the number of groups, got {dim} in {tuple(dims)}: {near}"
+            )
 
 
 def _class_count(value: int) -> int:

@@ -11,13 +11,20 @@ import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from groupmamba.checkpoints import convert_released_state_dict, is_released_state_dict, unwrap_checkpoint
+from groupmamba.checkpoints import (
+    RELEASED_GROUPS,
+    convert_released_state_dict,
+    is_released_state_dict,
+    unwrap_checkpoint,
+)
+from groupmamba.layers.grouped_mamba import RELEASED_ORDER, GroupedMamba2d
 from groupmamba.models.pretrained import SIZES
 
 FIRST_CONV = "stem.conv.0.weight"
 HEADS = ("head", "dist_head")
 NAMES_SHOWN = 8
 _BLOCK = re.compile(r"stages\.(\d+)\.blocks\.(\d+)\.norm2\.weight")
+_GROUPS = re.compile(r"stages\.0\.blocks\.0\.attn\.(?:vsss\.)?mamba\.in_proj_weight")
 
 
 def load_strictly(model: nn.Module, checkpoint: object) -> None:
@@ -25,6 +32,8 @@ def load_strictly(model: nn.Module, checkpoint: object) -> None:
 
     - The first convolution of a checkpoint for 3 channels is adapted to the model's number of channels by timm.
     - Heads for another number of classes are left out, with a warning that names the entries.
+    - The authors' weights are for four groups, their order of directions and a gate by the input. A model of other
+      groups is an error, other directions or another gate a warning.
     - What the built model leaves away on purpose (heads, class block, stages behind the last one that is needed) may be
       in the checkpoint and is left out.
 
@@ -32,10 +41,14 @@ def load_strictly(model: nn.Module, checkpoint: object) -> None:
         RuntimeError: the checkpoint is no mapping of names to tensors, or an entry is missing, is none of the model's
             or has another shape.
     """
+    released = False
     try:
         state = dict(unwrap_checkpoint(checkpoint))
         if is_released_state_dict(state):
             state = convert_released_state_dict(state)
+            released = True
+            if (groups := _layer(model).groups) != RELEASED_GROUPS:
+                raise ValueError(f"the authors' weights are for {RELEASED_GROUPS} groups, and the model has {groups}")
     except (TypeError, ValueError) as error:
         raise RuntimeError(str(error)) from error
     expected = model.state_dict()
@@ -64,7 +77,9 @@ def load_strictly(model: nn.Module, checkpoint: object) -> None:
             ("Missing keys", missing), ("Unexpected keys", others), ("Wrong shapes", wrong), ("Wrong dtypes", types)
         )  # fmt: skip
         text = "; ".join(f"{title}: {_listed(names)}" for title, names in problems if names)
-        raise RuntimeError(f"it does not fit the model. {_other_sizes(state, expected)}{text}")
+        raise RuntimeError(
+            f"it does not fit the model. {_other_sizes(state, expected)}{_other_groups(state, expected)}{text}"
+        )
     if dropped:
         theirs, ours = (len(values[next(iter(dropped))]) for values in (dropped, expected))
         warnings.warn(
@@ -72,7 +87,24 @@ def load_strictly(model: nn.Module, checkpoint: object) -> None:
             f"not loaded and keep their initial values",
             stacklevel=2,
         )
+    if released:
+        _warn_of_other_options(_layer(model))
     model.load_state_dict({name: state.get(name, value) for name, value in expected.items()}, strict=True)
+
+
+def _layer(model: nn.Module) -> GroupedMamba2d:
+    """The first of the model's layers, which all have the same options."""
+    return model.get_submodule("stages.0.blocks.0.attn")  # type: ignore[return-value]
+
+
+def _warn_of_other_options(layer: GroupedMamba2d) -> None:
+    """Where weights of the authors' code fit and mean something else."""
+    for name, theirs in (("directions", RELEASED_ORDER), ("gate_source", "input")):
+        if getattr(layer, name) != theirs:
+            warnings.warn(
+                f"Weights of the authors' code are for {name}={theirs!r}, and the model has {getattr(layer, name)!r}",
+                stacklevel=3,
+            )
 
 
 def _other_heads(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -123,3 +155,12 @@ def _other_sizes(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
         f"It is of another size: dims {theirs[0]} and depths {theirs[1]}{is_one} in place of dims {ours[0]} and depths "
         f"{ours[1]}. "
     )
+
+
+def _other_groups(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """A sentence where the checkpoint has another number of channel groups."""
+    theirs, ours = (
+        next((len(value) for name, value in tensors.items() if _GROUPS.fullmatch(name) and value.dim()), None)
+        for tensors in (state, expected)
+    )
+    return "" if None in (theirs, ours) or theirs == ours else f"It has {theirs} groups in place of {ours}. "

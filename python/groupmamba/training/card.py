@@ -120,7 +120,10 @@ def made(name: str, make: Callable[[], nn.Module], *, option: str = "--model") -
 
 
 def load(model: nn.Module, file: Path) -> list[str]:
-    """Loads weights strictly; heads of another number of classes alone keep their values. What was said of them.
+    """Loads weights strictly; heads of another number of classes alone keep their values.
+
+    Returns:
+        What was said of them, and of options with which the weights were trained otherwise though they fit.
 
     Raises:
         CommandError: the file can't be read or does not fit.
@@ -137,9 +140,29 @@ def load(model: nn.Module, file: Path) -> list[str]:
                 load_strictly(model, checkpoint)
             else:
                 model.load_state_dict(state_of(checkpoint))
-        return [one_line(warning.message) for warning in caught]
+        return [*(one_line(warning.message) for warning in caught), *_other_options(model, file)]
     except RuntimeError as error:
         raise CommandError(f"{file} could not be loaded: {one_line(error)}") from error
+
+
+def _other_options(model: nn.Module, file: Path) -> list[str]:
+    """Lines on options of the layers that no shape of a weight shows, where those of a file's card differ."""
+    from groupmamba.layers import GroupedMamba2d
+    from groupmamba.layers.grouped_mamba import directions_and_groups
+
+    layer = next((module for module in model.modules() if isinstance(module, GroupedMamba2d)), None)
+    card = read_card(file)
+    if layer is None or card is None:
+        return []
+    given = card.model_kwargs
+    variant, scan = given.get("variant", "released"), given.get("scan", "grouped")
+    directions, _ = directions_and_groups(variant, scan, given.get("directions"), given.get("groups"))
+    trained = {"directions": directions, "gate_source": given.get("gate_source", "input")}
+    return [
+        f"{file} was trained with {name}={value!r}, and the model has {name}={getattr(layer, name)!r}"
+        for name, value in trained.items()
+        if value != getattr(layer, name)
+    ]
 
 
 def state_of(checkpoint: object) -> dict[str, Tensor]:

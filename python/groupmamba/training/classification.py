@@ -30,6 +30,7 @@ from groupmamba.training.distributed import Processes
 from groupmamba.training.evaluate import accuracies
 from groupmamba.training.option_table import TRAIN
 from groupmamba.training.output import Panel, Screen
+from groupmamba.training.pixels import Normalize
 from groupmamba.training.seeds import seeded
 from groupmamba.training.step import Plan
 from groupmamba.training.task import Sources, Task
@@ -51,6 +52,7 @@ class Classification(Task):
     def __init__(self, args: argparse.Namespace, processes: Processes, device: torch.device, screen: Screen):
         super().__init__(args, processes, device, screen)
         self.mixup: Any = None
+        self.normalize: Normalize | None = None
 
     def check(self) -> None:
         path = self.args.kd_model_path
@@ -109,7 +111,7 @@ class Classification(Task):
         images = Images(sources.training, transform, args.seed, args.max_bad_images, args.img_size)
         check = validation_transform(args.img_size, card)
         held_out = Images(sources.validation, check, args.seed, 0, args.img_size)
-        self.mixup = _mixup(args, card.num_classes)
+        self.mixup, self.normalize = mixup(args, card.num_classes), Normalize(card.mean, card.std, self.device)
         return (
             loader(images, orders[0], args.workers, pin=pin, keep=True),
             loader(held_out, orders[1], args.workers, pin=pin),
@@ -117,7 +119,7 @@ class Classification(Task):
 
     def make_criterion(self, model: nn.Module, card: Card) -> DistillationLoss:
         args = self.args
-        labels = _loss(args, self.mixup is not None)
+        labels = label_loss(args, self.mixup is not None)
         assert card.classes is not None
         name = teacher.wanted(args, card.num_classes, model, self.screen.say)
         if name is None:
@@ -140,23 +142,28 @@ class Classification(Task):
         if self.mixup is not None and self.args.mixup_off_epoch:
             self.mixup.mixup_enabled = epoch < self.args.mixup_off_epoch
 
-    def mixed(self, batch: Batch, step: int, piece: int) -> tuple[Any, Any]:
+    def to_device(self, batch: Batch) -> tuple[Any, Any]:
+        assert self.normalize is not None
+        return self.normalize(batch.images.to(self.device)), batch.labels.to(self.device, non_blocking=True)
+
+    def mixed(self, batch: tuple[Any, Any], step: int, piece: int) -> tuple[Any, Any]:
         if self.mixup is None:
-            return batch.images, batch.labels
+            return batch
         with seeded(self.args.seed, "mixup", step, piece, self.processes.rank):
-            return self.mixup(batch.images, batch.labels)
+            return self.mixup(*batch)
 
     def evaluate(
         self, models: Sequence[nn.Module], batches: DataLoader, amp: torch.dtype | None, bad: BadImages
     ) -> list[dict[str, float]]:
-        found = accuracies(models, batches, self.device, amp, bad, self.processes)
+        assert self.normalize is not None
+        found = accuracies(models, batches, self.normalize, self.device, amp, bad, self.processes)
         return [{name: getattr(result, name) for name in self.metrics} for result in found]
 
     def words(self, values: dict[str, float]) -> str:
         return f"top-1 {values['top1']:.2f}%"
 
 
-def _mixup(args: argparse.Namespace, num_classes: int) -> Any:
+def mixup(args: argparse.Namespace, num_classes: int) -> Any:
     """timm's Mixup, or None."""
     if not (args.mixup > 0 or args.cutmix > 0):
         return None
@@ -174,7 +181,7 @@ def _mixup(args: argparse.Namespace, num_classes: int) -> Any:
     )
 
 
-def _loss(args: argparse.Namespace, mixed: bool) -> nn.Module:
+def label_loss(args: argparse.Namespace, mixed: bool) -> nn.Module:
     """The loss by labels, as timm chooses it."""
     from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 

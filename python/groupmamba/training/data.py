@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from groupmamba.training.card import Card
 from groupmamba.training.pictures import read_picture
+from groupmamba.training.pixels import Pixels, ToPixels
 from groupmamba.training.seeds import seed_of, seeded
 from groupmamba_ext._command import CommandError, UsageError, one_line
 
@@ -114,7 +115,7 @@ class Images(Dataset):
 
     Args:
         folder: where they are.
-        transform: image to tensor; what it draws follows from (seed, epoch, index).
+        transform: of timm, image to normalised tensor; what it draws follows from (seed, epoch, index).
         seed: of the run.
         tries: how many images after one that can't be read take its place in turn; 0 gives zeros and the label -1.
         size: pixels of a side, for these zeros.
@@ -122,12 +123,13 @@ class Images(Dataset):
 
     def __init__(self, folder: Folder, transform: Callable, seed: int, tries: int, size: int):
         self.samples, self.root = folder.samples, folder.root
-        self.transform, self.seed, self.tries, self.size = transform, seed, tries, size
+        self.transform = ToPixels(transform)
+        self.seed, self.tries, self.size = seed, tries, size
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int, list[tuple[int, str]]]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Pixels, int, int, list[tuple[int, str]]]:
         epoch, first = key
         bad: list[tuple[int, str]] = []
         for i in range(min(self.tries, len(self.samples) - 1) + 1):
@@ -142,14 +144,14 @@ class Images(Dataset):
                 continue
             with seeded(self.seed, "image", epoch, first):
                 return self.transform(picture), label, index, bad
-        return torch.zeros(3, self.size, self.size), -1, first, bad
+        return Pixels.empty(self.size, self.size), -1, first, bad
 
 
-def collate(samples: Sequence[tuple[Tensor, int, int, list[tuple[int, str]]]]) -> Batch:
+def collate(samples: Sequence[tuple[Pixels, int, int, list[tuple[int, str]]]]) -> Batch:
     """Samples to a batch."""
     images, labels, indices, bad = zip(*samples, strict=True)
     found = [b for some in bad for b in some]
-    return Batch(torch.stack(images), torch.tensor(labels), torch.tensor(indices), found, min(labels) < 0)
+    return Batch(Pixels.stack(images), torch.tensor(labels), torch.tensor(indices), found, min(labels) < 0)
 
 
 class TrainingOrder(Sampler):

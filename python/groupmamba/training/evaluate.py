@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from groupmamba.training.data import BadImages
 from groupmamba.training.distributed import Processes
+from groupmamba.training.pixels import Normalize
 
 
 class Accuracy(NamedTuple):
@@ -28,6 +29,7 @@ class Accuracy(NamedTuple):
 def accuracies(
     models: Sequence[nn.Module],
     batches: DataLoader,
+    normalize: Normalize,
     device: torch.device,
     amp: torch.dtype | None,
     bad: BadImages,
@@ -39,7 +41,7 @@ def accuracies(
     sums = torch.zeros(len(models), 4, dtype=torch.float64, device=device)
     for batch in batches:
         bad.add(batch.bad)
-        images = batch.images.to(device, non_blocking=True).to(memory_format=torch.channels_last)
+        images = normalize(batch.images.to(device))
         labels = batch.labels.to(device, non_blocking=True)
         counts = labels >= 0
         for i, model in enumerate(models):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from groupmamba_ext._command import CommandError
 
 SHOWN_INDICES = 8
 VALIDATIONS = 10  # in a run of a task without an interval of its own
+STEPS_AHEAD = 3  # that the host may be ahead of the GPU
 
 
 class NotFinite(CommandError):
@@ -84,7 +86,7 @@ class Training:
         even = self.task.even_batches
         setup.settle_batch(args, len(sources.training), even, processes, "batch_size" in given, total, screen)
         model, self.card = self.task.make_model(sources, state is None)
-        self.data = setup.make_data(self.task, sources, self.card, self._pin())
+        self.data = setup.make_data(self.task, sources, self.card)
         self.total_batch, self.steps = self.data.order.total, self.data.order.steps
         model.to(device).to(memory_format=torch.channels_last)
         criterion = self.task.make_criterion(model, self.card)
@@ -134,9 +136,6 @@ class Training:
         saved = state["options"]
         return {name: value for name, value in saved.items() if name in task.command.options or name == "data"}, state
 
-    def _pin(self) -> bool:
-        return self.device.type == "cuda" if self.args.pin_mem is None else self.args.pin_mem
-
     def _prepare_folder(self, model: Any, ema: object) -> None:
         if self.processes.first:
             self.run.mkdir(parents=True, exist_ok=True)
@@ -184,20 +183,20 @@ class Training:
             self.tables[1].begin(self.position["step"])
         board = Board(self.run, self.processes.first)
         for epoch in range(self.position["epoch"], self.epochs):
-            self._train_epoch(epoch)
+            self.train_epoch(epoch)
             row = self._end_epoch(epoch)
             board.add(row)
         self.screen.say(f"done: {self.run}, best weights in {self.run / 'best.safetensors'}")
         return 0
 
-    def _train_epoch(self, epoch: int) -> None:
+    def train_epoch(self, epoch: int) -> None:
         args, data = self.args, self.data
         done, steps = self.position["batch"], self._steps_in(epoch)
         self.task.begin_epoch(epoch)
         data.order.begin(epoch, done, steps)
         self.step.train(args.freeze_bn)
         self.screen.begin_epoch(epoch, self.epochs, steps, done)
-        batches = self._on_device(iter(data.batches))
+        batches = self.on_device(iter(data.batches))
         for batch in range(done, steps):
             step = self.position["step"]
             pieces = [self.task.mixed(next(batches), step, piece) for piece in range(args.grad_accum_steps)]
@@ -221,27 +220,30 @@ class Training:
         """Those of an epoch: the last one may end early."""
         return min(self.steps, self.total - epoch * self.steps)
 
-    def _on_device(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Batches on the device; on a GPU the next one is copied while a step runs."""
+    def on_device(self, batches: Iterator[Batch]) -> Iterator[tuple[Any, Any]]:
+        """Images and labels on the device; on a GPU the next ones are copied while a step runs."""
         cuda = self.device.type == "cuda"
         stream = torch.cuda.Stream(self.device) if cuda else None
-        ahead: Batch | None = None
+        queued: deque[torch.cuda.Event] = deque()  # of steps that the host has launched
+        ahead: tuple[Any, Any] | None = None
         for batch in batches:
             self.data.bad.add(batch.bad)
             if batch.incomplete:
                 raise CommandError(f"no image of {self.data.sources.training.root} can be read")
             if stream is None:
-                images, labels = self.task.to_device(batch)
-                yield batch._replace(images=images, labels=labels)
+                yield self.task.to_device(batch)
                 continue
             with torch.cuda.stream(stream):
                 images, labels = self.task.to_device(batch)
             if ahead is not None:
                 yield ahead
+                queued.append(torch.cuda.current_stream(self.device).record_event())
+                if len(queued) > STEPS_AHEAD:  # what they need stays allocated until they ran
+                    queued.popleft().synchronize()
             torch.cuda.current_stream(self.device).wait_stream(stream)
             for tensor in tensors_of([images, labels]):
                 tensor.record_stream(torch.cuda.current_stream(self.device))
-            ahead = batch._replace(images=images, labels=labels)
+            ahead = images, labels
         if ahead is not None:
             yield ahead
 

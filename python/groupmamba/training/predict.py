@@ -121,7 +121,6 @@ def explain(model: nn.Module, image: Tensor) -> tuple[Tensor, list[tuple[str, Te
 
     stage: Any = model.stages[max(len(model.stages) - 2, 0)]
     layer = stage.blocks[-1].attn
-    directions: Sequence[str] = getattr(layer, "directions", None) or ()
     hooks = [model.stage_maps[-1].register_forward_hook(last)]
     if layer.variant != "paper":
         hooks.append(layer.mamba.register_forward_pre_hook(alone))
@@ -138,7 +137,7 @@ def explain(model: nn.Module, image: Tensor) -> tuple[Tensor, list[tuple[str, Te
     if "scan" in kept:
         draws = (kept["scan"] * gradients[1]).sum(-1)[0].abs()  # (h, w, groups)
         for group in range(draws.shape[-1]):
-            direction = f", {directions[group]}" if len(directions) == draws.shape[-1] else ""
+            direction = f", {layer.directions[group]}" if layer.scan == "grouped" else ""
             maps.append((f"group {group + 1}{direction}", _scaled(draws[..., group])))
     return logits.detach().cpu(), maps
 

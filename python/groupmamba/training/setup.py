@@ -132,12 +132,13 @@ def settle_batch(
         raise UsageError(f"--batch-size {args.batch_size} must be even for mixup and CutMix")
 
 
-def make_data(task: Task, sources: Sources, card: Card, pin: bool) -> Data:
+def make_data(task: Task, sources: Sources, card: Card) -> Data:
     """The images' loaders."""
     args, processes = task.args, task.processes
     rank, world = processes.rank, processes.world
     order = TrainingOrder(len(sources.training), args.batch_size, args.grad_accum_steps, rank, world, args.seed)
     held_out = ValidationOrder(len(sources.validation), args.validation_batch_size or args.batch_size, rank, world)
+    pin = task.device.type == "cuda" if args.pin_mem is None else args.pin_mem
     batches, validation = task.make_loaders(sources, card, (order, held_out), pin)
     bad = [BadImages(source, args.max_bad_images, task.screen.tell) for source in sources]
     return Data(sources, order, batches, validation, bad[0], bad[1])

@@ -110,9 +110,9 @@ class Task(ABC):
     def begin_epoch(self, epoch: int) -> None:  # noqa: B027
         """Called before the first batch of an epoch, and before the next one of an epoch that goes on."""
 
-    def mixed(self, batch: Batch, step: int, piece: int) -> tuple[Any, Any]:
-        """Images and labels of a batch on the device, for `step`."""
-        return batch.images, batch.labels
+    def mixed(self, batch: tuple[Any, Any], step: int, piece: int) -> tuple[Any, Any]:
+        """Images and labels as `to_device` gave them, for piece ``piece`` of a step."""
+        return batch
 
     @abstractmethod
     def evaluate(
@@ -124,10 +124,9 @@ class Task(ABC):
     ) -> list[dict[str, float]]:
         """`metrics` of each model, in evaluation mode, over the validation images of all processes."""
 
+    @abstractmethod
     def to_device(self, batch: Batch) -> tuple[Any, Any]:
-        """Images and labels of a batch on the device, without waiting for it."""
-        images = batch.images.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
-        return images, batch.labels.to(self.device, non_blocking=True)
+        """Normalised images and labels of a batch on the device, without waiting for it."""
 
     @abstractmethod
     def words(self, values: dict[str, float]) -> str:

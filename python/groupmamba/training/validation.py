@@ -66,6 +66,7 @@ def main(args: argparse.Namespace) -> int:
     )
     from groupmamba.training.distributed import Processes
     from groupmamba.training.evaluate import accuracies
+    from groupmamba.training.pixels import Normalize
     from groupmamba.training.setup import amp_dtype, choose_device
 
     data = Path(args.data)
@@ -92,7 +93,9 @@ def main(args: argparse.Namespace) -> int:
     amp = amp_dtype(device, None, None)
     models = [model.to(device).to(memory_format=torch.channels_last) for _, model, _ in found]
     print(f"{card.model}, {len(images):,} images of {root}, {len(folder.classes):,} classes, {size} x {size} pixels")
-    for (title, _, _), result in zip(found, accuracies(models, batches, device, amp, bad, Processes()), strict=True):
+    normalize = Normalize(card.mean, card.std, device)
+    results = accuracies(models, batches, normalize, device, amp, bad, Processes())
+    for (title, _, _), result in zip(found, results, strict=True):
         print(f"  {title:<22} top-1 {result.top1:.3f}%   top-5 {result.top5:.3f}%   loss {result.loss:.4f}")
     if bad.found:
         print(f"  {len(bad.found)} images could not be read and do not count")
