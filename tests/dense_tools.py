@@ -17,9 +17,10 @@ DETECTOR = [*COMMON, "-b", "2", "--min-size", "64", "--max-size", "96", "--detec
             "rpn_post_nms_top_n_test=20", "box_batch_size_per_image=16"]  # fmt: skip
 
 
-def draw(
-    rng: np.random.Generator, height: int, width: int, count: int
-) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
+Shapes = list[tuple[int, np.ndarray]]
+
+
+def draw(rng: np.random.Generator, height: int, width: int, count: int) -> tuple[np.ndarray, Shapes]:
     """A noisy image, and (class, mask) of each shape on it; later ones are in front."""
     pixels = rng.normal(128, 20, (height, width, 3))
     rows, columns = np.mgrid[:height, :width]

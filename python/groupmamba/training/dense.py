@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import colorsys
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,17 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
-from groupmamba.training.card import Card, find_weights, made, read_card, state_of
+from groupmamba.training.card import Card, find_weights, made, read_card
+from groupmamba.training.checkpoint import read_weights
 from groupmamba.training.step import Plan
 from groupmamba.training.task import Source, Sources, Task
-from groupmamba_ext._command import CommandError, UsageError, one_line
+from groupmamba_ext._command import CommandError, UsageError
 
+SHOWN = 4  # names in a message
 SHARE_OF_WARMUP = 10  # of a short run the warm-up takes one part in ten
 
 
 class DenseTask(Task):
     """A task whose model has a backbone inside."""
 
+    card: Card  # known after `make_loaders` or `validation_loader`
     heads: ClassVar[tuple[str, ...]]  # beginnings of names of parameters that depend on the number of classes
 
     @classmethod
@@ -54,6 +58,19 @@ class DenseTask(Task):
 
     detailed = False  # whether `evaluate` keeps details, for the command that validates
     details: list[list[str]]  # a line on each class, for each model that `evaluate` has seen
+
+    @abstractmethod
+    def drawn(
+        self, model: nn.Module, image: Tensor, amp: torch.dtype | None, threshold: float | None
+    ) -> tuple[Tensor, list[str]]:
+        """What is found in an image, uint8 (3, H, W), drawn on it, and in lines.
+
+        Args:
+            model: in evaluation mode.
+            image: on its device.
+            amp: the dtype of autocast, or None.
+            threshold: lowest score of what is shown, where there are scores.
+        """
 
     def make_model(self, sources: Sources, fresh: bool) -> tuple[nn.Module, Card]:
         args = self.args
@@ -115,19 +132,17 @@ def load_whole(model: nn.Module, file: Path, heads: Sequence[str]) -> list[str]:
     Raises:
         CommandError: the file can't be read or does not fit.
     """
-    from groupmamba.models.pretrained import read_checkpoint
-
-    try:
-        state: dict[str, Tensor] = dict(state_of(read_checkpoint(str(file))))
-        ours = model.state_dict()
-        other = [
-            name
-            for name, value in state.items()
-            if name in ours and ours[name].shape != value.shape and name.startswith(tuple(heads))
-        ]
-        model.load_state_dict({**state, **{name: ours[name] for name in other}})
-    except RuntimeError as error:
-        raise CommandError(f"{file} could not be loaded: {one_line(error)}") from error
+    state, ours = read_weights(file), model.state_dict()
+    other = [name for name in state if name in ours and ours[name].shape != state[name].shape]
+    problems = {
+        "Missing keys": [name for name in ours if name not in state],
+        "Unexpected keys": [name for name in state if name not in ours],
+        "Wrong shapes": [name for name in other if not name.startswith(tuple(heads))],
+    }
+    texts = [f"{title}: {', '.join(names[:SHOWN])}" for title, names in problems.items() if names]
+    if texts:
+        raise CommandError(f"{file} does not fit the model. {'; '.join(texts)}")
+    model.load_state_dict({**state, **{name: ours[name] for name in other}})
     if not other:
         return []
     return [f"the checkpoint is for other classes: {', '.join(other)} keep their initial values"]
@@ -140,8 +155,7 @@ def dense_model_of(file: Path, card: Card, task: type[DenseTask]) -> nn.Module:
         CommandError: the file can't be read or does not fit.
     """
     model = built(task, card)
-    for line in load_whole(model, file, ()):
-        raise CommandError(f"{file} could not be loaded: {line}")
+    load_whole(model, file, ())
     return model.eval()
 
 
@@ -151,3 +165,12 @@ def task_arguments(task: type[DenseTask], card: Card, given: Mapping[str, Any]) 
 
     known = {"model": card.model, "model_kwargs": dict(card.model_kwargs), **task.arguments(card)}
     return options.complete({**known, **{name: v for name, v in given.items() if v is not None}}, command=task.command)
+
+
+def palette(count: int) -> list[tuple[int, int, int]]:
+    """Colours for so many classes, neighbours far apart: hues by the golden ratio, in three brightnesses."""
+    found = []
+    for i in range(count):
+        color = colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.85, (1.0, 0.75, 0.55)[i % 3])
+        found.append(tuple(round(255 * value) for value in color))
+    return found

@@ -186,7 +186,8 @@ class Training:
             self.train_epoch(epoch)
             row = self._end_epoch(epoch)
             board.add(row)
-        self.screen.say(f"done: {self.run}, best weights in {self.run / 'best.safetensors'}")
+        better = RUN_FILES[0] if self.ranking else RUN_FILES[1]  # without an object in validation no epoch is the best
+        self.screen.say(f"done: {self.run}, {better.partition('.')[0]} weights in {self.run / better}")
         return 0
 
     def train_epoch(self, epoch: int) -> None:

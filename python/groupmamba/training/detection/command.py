@@ -30,6 +30,7 @@ RECIPE = (
     Value("hflip", 0.5, f"{_DATA}, RandomFlip"),
     Value("empty_images", False, f"{_DATA}, filter_cfg.filter_empty_gt"),
     Value("batch_size", 16, f"{_DATA}, batch_size = 2 on 8 GPUs: 16 in all"),
+    Value("validation_batch_size", 1, f"{_DATA}, val_dataloader: a padded image is seen with its padding"),
     Value("opt", "adamw", f"{_CONFIG}, optim_wrapper"),
     Value("opt_eps", 1e-8, "torch.optim.AdamW"),
     Value("opt_betas", (0.9, 0.999), f"{_CONFIG}, optimizer.betas"),

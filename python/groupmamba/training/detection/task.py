@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from torchmetrics.detection import MeanAveragePrecision
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from groupmamba.training.card import Card
 from groupmamba.training.data import BadImages, Batch
-from groupmamba.training.dense import DenseTask
+from groupmamba.training.dense import DenseTask, palette
 from groupmamba.training.detection.coco import TRAINING_NAMES, VALIDATION_NAMES, Objects, find_split
 from groupmamba.training.detection.command import DETECTOR
 from groupmamba.training.detection.transforms import TrainingTransform, as_they_are
@@ -217,9 +218,45 @@ class Detection(DenseTask):
             lines.append(f"{(self.card.classes or [])[label - 1]:<24} " + " ".join(f"{text:>7}" for text in texts))
         return lines
 
+    def drawn(
+        self, model: nn.Module, image: Tensor, amp: torch.dtype | None, threshold: float | None
+    ) -> tuple[Tensor, list[str]]:
+        (found,) = detect(model, [image.float() / 255], amp)
+        sure = found["scores"] >= (SURE if threshold is None else threshold)
+        found = {name: values[sure].cpu() for name, values in found.items()}
+        classes = self.card.classes or []
+        names = [classes[label - 1] for label in found["labels"].tolist()]
+        lines = [
+            f"{name:<24} {100 * score:5.1f}%  x {x0:.0f} to {x1:.0f}, y {y0:.0f} to {y1:.0f}"
+            for name, score, (x0, y0, x1, y1) in zip(
+                names, found["scores"].tolist(), found["boxes"].tolist(), strict=True
+            )
+        ]
+        return draw_objects(image.cpu(), found, names, len(classes)), lines or ["nothing"]
+
     def words(self, values: dict[str, float]) -> str:
         kinds = [kind for kind in KINDS.values() if f"{kind}_map" in self.metrics]
         return ", ".join(f"{kind} mAP {values[f'{kind}_map']:.2f}%" for kind in kinds)
+
+
+def draw_objects(image: Tensor, found: Mapping[str, Tensor], names: Sequence[str], classes: int) -> Tensor:
+    """Masks and boxes with their names on an image, uint8 (3, H, W), by torchvision, a colour for each class.
+
+    Args:
+        image: on the CPU.
+        found: ``boxes``, ``labels`` from 1 on, and perhaps ``masks``.
+        names: a text for each box.
+        classes: how many there are.
+    """
+    colors = palette(classes)
+    chosen = [colors[label - 1] for label in found["labels"].tolist()]
+    if not chosen:
+        return image
+    if "masks" in found:
+        image = draw_segmentation_masks(image, found["masks"].bool(), alpha=0.5, colors=chosen)
+    boxes = found["boxes"].clone()
+    boxes[:, 2:] = torch.maximum(boxes[:, 2:], boxes[:, :2])
+    return draw_bounding_boxes(image, boxes, list(names), chosen, width=2)
 
 
 @torch.no_grad()

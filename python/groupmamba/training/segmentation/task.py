@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+from torchvision.utils import draw_segmentation_masks
 
 from groupmamba.training.card import Card
 from groupmamba.training.data import BadImages, Batch
-from groupmamba.training.dense import DenseTask
+from groupmamba.training.dense import DenseTask, palette
 from groupmamba.training.output import Panel
 from groupmamba.training.samples import Samples, listed, loader, stacked
 from groupmamba.training.segmentation.command import SCALES, SEGMENTER
@@ -174,5 +175,26 @@ class Segmentation(DenseTask):
         texts = ["absent" if value != value else f"{100 * value:.1f}%" for value in values]
         return [f"{name:<24} {text:>7}" for name, text in zip(names, texts, strict=False)]
 
+    def drawn(
+        self, model: nn.Module, image: Tensor, amp: torch.dtype | None, threshold: float | None
+    ) -> tuple[Tensor, list[str]]:
+        (classes,) = segment(model, [image], self.testing(), amp)
+        counts = torch.bincount(classes.flatten(), minlength=self.card.num_classes).cpu()
+        names = self.card.classes or []
+        lines = [
+            f"{names[index]:<24} {100 * counts[index].item() / classes.numel():5.1f}% of the pixels"
+            for index in counts.argsort(descending=True).tolist()
+            if counts[index]
+        ]
+        return draw_classes(image.cpu(), classes.cpu(), self.card.num_classes), lines
+
     def words(self, values: dict[str, float]) -> str:
         return f"mean IoU {values['miou']:.2f}%"
+
+
+def draw_classes(image: Tensor, classes: Tensor, count: int) -> Tensor:
+    """Classes (H, W) of pixels as colours on an image, uint8 (3, H, W), by torchvision; both on the CPU."""
+    present = [index for index in classes.unique().tolist() if index != IGNORE]
+    masks = torch.stack([classes == index for index in present]) if present else torch.zeros(0, *classes.shape).bool()
+    colors = palette(count)
+    return draw_segmentation_masks(image, masks, alpha=0.6, colors=[colors[index] for index in present])
