@@ -88,6 +88,7 @@ class Training:
         model, self.card = self.task.make_model(sources, state is None)
         self.data = setup.make_data(self.task, sources, self.card)
         self.total_batch, self.steps = self.data.order.total, self.data.order.steps
+        plan = self.task.plan(self.steps)
         model.to(device).to(memory_format=torch.channels_last)
         criterion = self.task.make_criterion(model, self.card)
         rates = setup.run_rates(args, self.total_batch)
@@ -116,7 +117,6 @@ class Training:
         )
         if self.resumed is not None and state is not None:
             self._restore(self.resumed, state)
-        plan = self.task.plan(self.steps)
         self.schedule = Schedule(args.sched, optimizer, rates, plan)
         self.total, self.epochs = plan.total, -(-plan.total // self.steps)
         self.columns = summary_columns(self.task.columns)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import Any
 
@@ -36,8 +37,10 @@ def mask_rcnn(
         torchvision's model: a list of images (3, H, W) in [0, 1] to detections, or in training with targets to losses.
 
     Raises:
+        TypeError: torchvision's model does not have one of ``options``.
         ValueError: an unknown ``model``.
     """
+    _check_options(options, MaskRCNN, FasterRCNN)
     backbone = _backbone(model, pretrained, weights, backbone_options)
     return _for_any_size(MaskRCNN(backbone, num_classes, **options))
 
@@ -52,8 +55,17 @@ def faster_rcnn(
     **options: Any,
 ) -> FasterRCNN:
     """Faster R-CNN (Ren et al., NeurIPS 2015), for boxes without masks; arguments as for :func:`mask_rcnn`."""
+    _check_options(options, FasterRCNN)
     backbone = _backbone(model, pretrained, weights, backbone_options)
     return _for_any_size(FasterRCNN(backbone, num_classes, **options))
+
+
+def _check_options(options: dict[str, Any], *detectors: type) -> None:
+    """torchvision's detectors take every argument, and leave those that they do not know unused."""
+    known = {name for detector in detectors for name in inspect.signature(detector).parameters}
+    for name in options:
+        if name not in known - {"self", "backbone", "num_classes", "kwargs"} | {"_skip_resize", "fixed_size"}:
+            raise TypeError(f"{detectors[0].__name__} has no argument {name!r}, got {options[name]!r}")
 
 
 def _backbone(model: str, pretrained: bool, weights: str | os.PathLike | None, options: dict | None) -> PyramidBackbone:

@@ -106,7 +106,7 @@ GROUPS_OF_DETECTOR = {
 }  # fmt: skip
 
 _SHORT_HELP = """\
-usage: groupmamba train-detector DATA [options]     (--help-all lists every option)
+usage: groupmamba train-detector DATA [options]    (--help-all: every option)
 
 Train Mask R-CNN on images with annotations in COCO's format, by the recipe for
 COCO: DATA/annotations/instances_train*.json and instances_val*.json, or a
@@ -115,7 +115,7 @@ _annotations.coco.json or like it in DATA/train and DATA/val.
   --model NAME          the backbone, of this project or timm [groupmamba_tiny]
   --weights FILE        start from a checkpoint of a backbone or a detector
   --schedule 1x|3x      12 epochs, or 36 at several scales with crops [1x]
-  --epochs N            passes over the training images; --steps N in place of it
+  --epochs N            passes over the training images; or --steps N
   --min-size N...       pixels of the shorter side [800]; --max-size N [1333]
   --no-masks            boxes alone, by Faster R-CNN
   -b, --batch-size N    images a step of each GPU [16]
@@ -126,7 +126,7 @@ _annotations.coco.json or like it in DATA/train and DATA/val.
   --config FILE         options of a run: its args.yaml
   --seed N              of everything random [42]
 
-Many GPUs: torchrun --nproc-per-node N -m groupmamba train-detector DATA [options]
+Many GPUs: torchrun --nproc-per-node N -m groupmamba train-detector DATA
 """
 
 

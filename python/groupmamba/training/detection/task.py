@@ -189,6 +189,8 @@ class Detection(DenseTask):
             found.append(metric.to(self.device))
         for batch in batches:
             bad.add(batch.bad)
+            if not batch.images:
+                continue
             images, targets = self.to_device(batch)
             for target in targets:
                 if self.masks:

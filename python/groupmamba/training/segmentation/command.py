@@ -106,7 +106,7 @@ GROUPS_OF_SEGMENTER = {
 }
 
 _SHORT_HELP = """\
-usage: groupmamba train-segmenter DATA [options]    (--help-all lists every option)
+usage: groupmamba train-segmenter DATA [options]    (--help-all: every option)
 
 Train UPerNet on DATA/images/training with label images of the same names in
 DATA/annotations/training, checked on validation, by the recipe for ADE20K.
@@ -114,7 +114,7 @@ DATA/annotations/training, checked on validation, by the recipe for ADE20K.
   --model NAME          the backbone, of this project or timm [groupmamba_tiny]
   --weights FILE        start from a checkpoint of a backbone or a segmenter
   --img-size N          pixels of a side of the crop [512]
-  --no-reduce-zero-label  0 is a class; by default it is unlabelled, as in ADE20K
+  --no-reduce-zero-label  0 is a class, not unlabelled as it is in ADE20K
   --steps N             steps in all [160000]; --epochs N in place of it
   -b, --batch-size N    images a step of each GPU [16]
   --lr RATE             highest learning rate [6e-05 x images a step / 16]

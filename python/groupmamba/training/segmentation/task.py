@@ -64,6 +64,8 @@ class Segmentation(DenseTask):
         training = LabelledImages(data, TRAINING_NAMES, zero)
         validation = LabelledImages(data, VALIDATION_NAMES, zero)
         training.classes = settle_classes(data, training, self.args.num_classes, self.screen.say)
+        if len(training.classes) < 2:
+            raise CommandError(f"{data} has one class, {training.classes[0]}; there must be two at least")
         validation.classes = training.classes
         if zero:
             self.screen.say("0 in label images is no class; --no-reduce-zero-label makes it one")
@@ -151,7 +153,7 @@ class Segmentation(DenseTask):
         found: list[MetricCollection] = []
         for model in models:
             model.eval()
-            options: dict[str, Any] = {"num_classes": max(count, 2), "ignore_index": IGNORE}
+            options: dict[str, Any] = {"num_classes": count, "ignore_index": IGNORE}
             metric = MetricCollection(
                 {
                     "miou": MulticlassJaccardIndex(average="macro", **options),
