@@ -29,6 +29,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.distributed.fsdp import fully_shard  # noqa: E402
+from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
 from groupmamba.training import classification, options, setup  # noqa: E402
 from groupmamba.training.card import create_model  # noqa: E402
@@ -61,7 +62,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=positive, default=5, help="whose median counts (default: 5)")
     parser.add_argument("--no-kd", action="store_true", help=f"leave out the rows with a teacher, {TEACHER}")
     parser.add_argument("--no-eager", action="store_true", help="leave out the steps launched kernel by kernel")
-    parser.add_argument("--fsdp", action="store_true", help="FSDP2 beside DistributedDataParallel, under torchrun")
+    parser.add_argument("--fsdp", action="store_true", help="plain steps by FSDP2 and others, under torchrun")
     parser.add_argument("--pictures", type=positive, metavar="N", help="train from N JPEG files, too")
     parser.add_argument("--workers", type=positive, default=4, help="processes that load them (default: 4)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -118,10 +119,9 @@ class Recipe:
 
         ema = ModelEmaV3(model, self.options.model_ema_decay)
         stream = torch.cuda.Stream(device) if graph and processes.world > 1 else None
-        distributed = setup.distribute(model, self.options, processes, stream)
         self.step = Step(
-            distributed, criterion, optimizer, ema=ema, clip=self.options.clip_grad, amp=self.amp,
-            rank=processes.rank, stream=stream,
+            model, criterion, optimizer, ema=ema, clip=self.options.clip_grad, amp=self.amp,
+            rank=processes.rank, replicas=setup.distribute(model, self.options, processes, stream), stream=stream,
         )  # fmt: skip
         self.step.train(False)
         plan = classification.Classification(self.options, processes, device, Screen(False)).plan(STEPS_AN_EPOCH)
@@ -152,29 +152,42 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class Plain:
-    """Forward, cross-entropy, backward, clipping, fused AdamW as called; the model sharded by blocks or replicated."""
+AVERAGING = ("replicas", "DistributedDataParallel", "FSDP2")
 
-    def __init__(self, name: str, args: argparse.Namespace, processes: Processes, images: Tensor, *, sharded: bool):
+
+class Plain:
+    """Forward, cross-entropy, backward, clipping, fused AdamW, as called, by one of `AVERAGING`."""
+
+    def __init__(self, name: str, args: argparse.Namespace, processes: Processes, images: Tensor, by: str):
         torch.manual_seed(0)
         self.images, self.labels = images, torch.arange(len(images), device=images.device) % CLASSES
         self.amp = setup.amp_dtype(images.device, None, None)
         recipe = options.complete({"data": ""})
         model: Any = create_model(name, num_classes=CLASSES, drop_path_rate=recipe.drop_path)
         model.to(images.device).train()
-        if sharded:  # FSDP2 takes contiguous weights alone
+        self.replicas = None
+        if by == "FSDP2":  # which takes contiguous weights alone
             for stage in model.stages:
                 for block in stage.blocks:
                     fully_shard(block)
-            self.model: Any = fully_shard(model)
+            fully_shard(model)
         else:
-            self.model = setup.distribute(model.to(memory_format=torch.channels_last), recipe, processes, None)
+            model.to(memory_format=torch.channels_last)
+        if by == "replicas":
+            self.replicas = setup.distribute(model, recipe, processes, None)
+        elif by == "DistributedDataParallel":
+            model = DistributedDataParallel(model, [images.device.index] if images.is_cuda else None)
+        self.model = model
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=images.is_cuda)
 
     def __call__(self, i: int) -> None:
         with torch.autocast(self.images.device.type, self.amp, enabled=self.amp is not None):
             loss = torch.nn.functional.cross_entropy(self.model(self.images), self.labels)
+        if self.replicas is not None:
+            self.replicas.begin()
         loss.backward()
+        if self.replicas is not None:
+            self.replicas.finish()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -232,12 +245,15 @@ def steps(name: str, args: argparse.Namespace, processes: Processes, device: tor
             title = f"step{' with teacher' if kd else ''}, {launched}"
             add(title, lambda k=kd, g=launched == "graph": Recipe(name, args, processes, images, kd=k, graph=g))
     if args.fsdp:
-        for title, sharded in (("DDP, plain step, as called", False), ("FSDP2, plain step, as called", True)):
-            add(title, lambda s=sharded: Plain(name, args, processes, images, sharded=s))
+        for by in AVERAGING:
+            add(f"plain step by {by}", lambda b=by: Plain(name, args, processes, images, b))
     graphed = calls.get("step, graph")
     if args.profile and graphed is not None:
         draw_profile(graphed, args.profile, f"{name}, a step of {args.batch_size} images on each GPU", processes)
     rows = rates_of(calls, args.batch_size * processes.world, args.steps, args.rounds, processes)
+    for call in calls.values():
+        if isinstance(call, Recipe):
+            call.step.close()
     for title, gigabytes in memory.items():
         rows[title]["gigabytes"] = gigabytes
     if "bare step" in rows:
@@ -351,6 +367,7 @@ def from_files(name: str, args: argparse.Namespace, root: Path, device: torch.de
     rows: dict[str, Any] = {
         title: {"img_per_s": statistics.median(values), "rounds": values} for title, values in found.items()
     }
+    training.step.close()
     smaller = min(rows["loader alone"]["img_per_s"], rows["step alone"]["img_per_s"])
     rows["both"]["of the smaller"] = rows["both"]["img_per_s"] / smaller
     return rows

@@ -3,7 +3,7 @@
 
 ``run COMPILER ARGUMENTS...`` is nvcc's launcher: it runs the compiler and moves the lines of ``-Xptxas -v`` from stderr
 into ``OBJECT.ptxas``. ``table JSON HEADER OBJECTS...`` reads those files, prints one table, and writes the figures as
-JSON (installed beside the library) and the number of kernels as a C++ header.
+JSON (installed beside libgroupmamba.so) and the number of kernels as a C++ header.
 """
 
 from __future__ import annotations

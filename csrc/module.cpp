@@ -12,9 +12,9 @@
 
 #include "build_facts.h"
 #include "cpu/capability.h"
-#include "cuda/conv_plan.h"
-#include "cuda/norm_plan.h"
-#include "cuda/scan_plan.h"
+#include "cuda/depthwise_conv/plan.h"
+#include "cuda/layer_norm/plan.h"
+#include "cuda/scan/plan.h"
 #include "kernel_count.h"
 
 namespace py = pybind11;

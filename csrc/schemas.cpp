@@ -3,13 +3,16 @@
 // any strides are accepted. An absent optional input has a gradient of shape (0,). A gradient has the dtype of its
 // input; a backward takes some inputs, such as the bias of a norm, for their dtype alone.
 //
-//   G groups, D channels a group, N states, R low-rank step features, S = ceil(H * W / chunk)
+//   G groups, D channels a group, N states, R low-rank step features, S saved states of a plane: ceil(H * W / chunk),
+//   or on CUDA more where tiles of columns are more (scan_saved_states in csrc/cuda/scan/plan.h)
 //   u, z, y, x, o     (batch, H, W, G, D)      B, C           (batch, H, W, G, N)
 //   dt                (batch, H, W, G, R) with dt_weight (G, D, R), else (batch, H, W, G, D)
 //   A                 (G, D, N)                D, dt_bias, norm_weight, norm_bias     (G, D)
 //   gate              (batch, G, D)
-//   states            (batch, G, S, N, D) in one dimension: h before path token s * chunk. A compiler for images of any
-//                     size asks of each dimension whether it is 1, which S may be.
+//   states            (batch, G, S, N, D) in one dimension: state s is h before path token s * chunk. The sm_90 kernels
+//                     save h before each part of their tiles, under its number in row-major or column-major order;
+//                     some of the S may be unused. One dimension, because a compiler for images of any size asks of
+//                     each dimension whether it is 1, which S may be.
 //   directions        one code a group: 0 lr (row-major), 1 rl (its reverse), 2 tb (column-major), 3 bt (its reverse)
 //   activation        0 none, 1 SiLU, 2 GELU (erf)
 #include <torch/csrc/stable/library.h>
@@ -86,8 +89,8 @@ STABLE_TORCH_LIBRARY(groupmamba, m) {
     // R + 2 N up to 4 where Ep is 16 or 32. With
     // out_proj_weight (G, D, E): out = proj(LayerNorm(out_proj(y) * skip_scale * xn * gate)), gate (batch, G, D).
     // Without: out = proj(y), the gate (batch, G, Ep) meets the scan, and there is no o and mixed. Without fc1_weight
-    // there is no gate, pooled and hidden. residual: out += x, and with kept (batch,), float32, stochastic depth:
-    // out = x + kept[image] * kept_scale * (the rest), for kept of 0 and 1, with out_proj_weight. Group-major images
+    // there is no gate, pooled and hidden. residual: out += x, and with drop_path_mask (batch,), float32, of 0 and 1:
+    // out = x + drop_path_mask[image] * drop_path_scale * (the rest), with out_proj_weight. Group-major images
     // are stored (G, batch, H, W, .); T = batch * H * W.
     //   out, dx (batch, H, W, C), pixels Cp apart            xn (batch, H, W, G, Dp) group-major
     //   pooled (batch, C), hidden (batch, C'), states: float32   uz (G, T, 2 Ep), u (G, T, Ep)
@@ -101,22 +104,22 @@ STABLE_TORCH_LIBRARY(groupmamba, m) {
         "Tensor? fc2_weight, Tensor? fc2_bias, Tensor in_proj_weight, Tensor conv_weight, Tensor conv_bias, "
         "Tensor x_proj_weight, Tensor dt_weight, Tensor dt_bias, Tensor A_log, Tensor D, Tensor out_norm_weight, "
         "Tensor out_norm_bias, Tensor? out_proj_weight, Tensor? skip_scale, Tensor proj_weight, Tensor proj_bias, "
-        "int[] directions, float eps, float norm_eps, int chunk, bool residual, Tensor? kept, "
-        "float kept_scale) -> Tensor");
+        "int[] directions, float eps, float norm_eps, int chunk, bool residual, Tensor? drop_path_mask, "
+        "float drop_path_scale) -> Tensor");
     m.def(
         "grouped_mamba_layer_fwd(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor? fc1_weight, "
         "Tensor? fc1_bias, Tensor? fc2_weight, Tensor? fc2_bias, Tensor in_proj_weight, Tensor conv_weight, "
         "Tensor conv_bias, Tensor x_proj_weight, Tensor dt_weight, Tensor dt_bias, Tensor A_log, Tensor D, "
         "Tensor out_norm_weight, Tensor out_norm_bias, Tensor? out_proj_weight, Tensor? skip_scale, "
         "Tensor proj_weight, Tensor proj_bias, int[] directions, float eps, float norm_eps, int chunk, bool residual, "
-        "Tensor? kept, float kept_scale) -> (Tensor out, Tensor saved, Tensor saved_float)");
+        "Tensor? drop_path_mask, float drop_path_scale) -> (Tensor out, Tensor saved, Tensor saved_float)");
     m.def(
         "grouped_mamba_layer_bwd(Tensor dout, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor? fc1_weight, "
         "Tensor? fc1_bias, Tensor? fc2_weight, Tensor? fc2_bias, Tensor in_proj_weight, Tensor conv_weight, "
         "Tensor conv_bias, Tensor x_proj_weight, Tensor dt_weight, Tensor dt_bias, Tensor A_log, Tensor D, "
         "Tensor out_norm_weight, Tensor out_norm_bias, Tensor? out_proj_weight, Tensor? skip_scale, "
         "Tensor proj_weight, Tensor proj_bias, Tensor saved, Tensor saved_float, int[] directions, float eps, "
-        "float norm_eps, int chunk, bool residual, Tensor? kept, float kept_scale) "
+        "float norm_eps, int chunk, bool residual, Tensor? drop_path_mask, float drop_path_scale) "
         "-> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dfc1_weight, Tensor dfc1_bias, "
         "Tensor dfc2_weight, Tensor dfc2_bias, Tensor din_proj_weight, Tensor dconv_weight, Tensor dconv_bias, "
         "Tensor dx_proj_weight, Tensor ddt_weight, Tensor ddt_bias, Tensor dA_log, Tensor dD, "
@@ -124,20 +127,20 @@ STABLE_TORCH_LIBRARY(groupmamba, m) {
         "Tensor dproj_weight, Tensor dproj_bias)");
 
     // The feed-forward network on CUDA: [x +] fc2(gelu(conv3x3(fc1(LayerNorm(x))))); x, out, dx and
-    // kept as above, H hidden channels, Hp rounded up. saved: what the convolution reads, (T, Hp), up to a multiple of
-    // 128 elements.
+    // drop_path_mask as above, H hidden channels, Hp rounded up. saved: what the convolution reads, (T, Hp), up to a
+    // multiple of 128 elements.
     m.def(
         "feed_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor fc1_bias, "
         "Tensor conv_weight, Tensor conv_bias, Tensor fc2_weight, Tensor fc2_bias, float eps, bool residual, "
-        "Tensor? kept, float kept_scale) -> Tensor");
+        "Tensor? drop_path_mask, float drop_path_scale) -> Tensor");
     m.def(
         "feed_forward_fwd(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor fc1_bias, "
         "Tensor conv_weight, Tensor conv_bias, Tensor fc2_weight, Tensor fc2_bias, float eps, bool residual, "
-        "Tensor? kept, float kept_scale) -> (Tensor out, Tensor saved)");
+        "Tensor? drop_path_mask, float drop_path_scale) -> (Tensor out, Tensor saved)");
     m.def(
         "feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, "
         "Tensor fc1_bias, Tensor conv_weight, Tensor conv_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor saved, "
-        "float eps, bool residual, Tensor? kept, float kept_scale) "
+        "float eps, bool residual, Tensor? drop_path_mask, float drop_path_scale) "
         "-> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dfc1_weight, Tensor dfc1_bias, "
         "Tensor dconv_weight, Tensor dconv_bias, Tensor dfc2_weight, Tensor dfc2_bias)");
 }

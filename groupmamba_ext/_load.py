@@ -78,7 +78,7 @@ def load_ops() -> None:
     """Load ``libgroupmamba.so``, after which ``torch.ops.groupmamba`` has the ops; later calls do nothing.
 
     Raises:
-        RuntimeError: torch is too old, the library is missing or of another version, or it cannot be loaded; the
+        RuntimeError: torch is too old, libgroupmamba.so is missing or of another version, or it cannot be loaded; the
             message names the cure.
     """
     global _loaded

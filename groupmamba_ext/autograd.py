@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fake kernels and gradients of the compiled ops. `register()` runs once, after the library is loaded."""
+"""Fake kernels and gradients of the compiled ops. `register()` runs once, after libgroupmamba is loaded."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ _OPS = {
 
 
 def register() -> None:
-    """Gives every op its fakes and gradients; runs once, after the library is loaded."""
+    """Gives every op its fakes and gradients; runs once, after libgroupmamba is loaded."""
     for name, formulas in (_OPS | layer_ops.OPS).items():
         define(name, *formulas)
     for name, fake in layer_ops.ALONE.items():

@@ -67,7 +67,7 @@ def _conv_bwd(dy, x, weight, *args, out_shape=None, **kwargs) -> int:
 
 
 def register() -> None:
-    """Registers the formulas; runs once, after the library is loaded."""
+    """Registers the formulas; runs once, after libgroupmamba is loaded."""
     ops = torch.ops.groupmamba
     register_flop_formula(ops.grouped_selective_scan_fwd)(_scan_fwd)
     register_flop_formula(ops.grouped_selective_scan_bwd)(_scan_bwd)

@@ -20,8 +20,8 @@ from groupmamba_ext.dispatch import call, call_alone, call_backward, call_infere
 from groupmamba_ext.ops import DIRECTIONS, FUSED_CHANNELS, chunk_tokens, elements_of, saved_states
 
 _UNIT = 8  # widths are padded to multiples of this, but for _padded_features: csrc/host/tensor.h
-_BATCH_NORM_CHANNELS = 2048  # most of them: csrc/cuda/params.h
-BIASED_CHANNELS = 512  # most of an image whose bias `token_norm` adds: csrc/cuda/norm_plan.h's sums_dx_more
+_BATCH_NORM_CHANNELS = 2048  # most of them: csrc/cuda/batch_norm/args.h
+BIASED_CHANNELS = 512  # most of an image whose bias `token_norm` adds: csrc/cuda/layer_norm/plan.h's sums_dx_more
 _PIECE = 128  # pieces of a workspace start at multiples of this: csrc/host/workspace.h
 _LAYER_PARAMETERS = 20  # of grouped_mamba_layer_fwd, behind x
 _FEED_FORWARD_PARAMETERS = 8
@@ -32,7 +32,7 @@ def _padded(n: int) -> int:
 
 
 def _padded_features(n: int, inner_pad: int) -> int:
-    """csrc/ops/grouped_mamba.cpp's padded_features."""
+    """csrc/ops/layer/grouped_mamba.cpp's padded_features."""
     return 4 if n <= 4 and inner_pad in (16, 32) else _padded(n)
 
 

@@ -17,7 +17,7 @@ from groupmamba_ext.dispatch import call, may_want_gradient
 DIRECTIONS = reference.DIRECTIONS
 ACTIVATIONS = (None, "silu", "gelu")
 MAX_STATES = 256
-MAX_GROUPS = 4096  # of a scan on CUDA, each tile of channels and each direction counted: csrc/cuda/params.h
+MAX_GROUPS = 4096  # of a scan on CUDA, each tile of channels and each direction counted: csrc/cuda/scan/args.h
 # A warp of the CUDA scan holds all channels of a token, 4 to a lane; wider groups are scanned in tiles.
 FUSED_CHANNELS = 128
 
@@ -61,19 +61,19 @@ def chunk_tokens(dim: int, device_type: str) -> int:
 def saved_states(height: int, width: int, dim: int, device_type: str, chunk: int) -> int:
     """States that a forward saves of each plane for its backward, ``chunk`` tokens apart.
 
-    On the CPU one a chunk of the path; on CUDA the larger of that and of the slabs along columns, see
-    csrc/cuda/scan_plan.h.
+    On the CPU one a chunk of the path; on CUDA the larger of that and of the tiles along columns, see
+    csrc/cuda/scan/plan.h.
     """
     along_path = -(-height * width // chunk)
     if device_type == "cpu" or along_path == 0:
         return along_path
-    return max(along_path, _column_slabs(height, width, dim, chunk))
+    return max(along_path, _column_tiles(height, width, dim, chunk))
 
 
 def elements_of(image: Tensor, count: Callable[[], int]) -> int:
     """``count()``, a number of elements by `saved_states`, for an op's fake kernel.
 
-    The slabs of CUDA have no closed form: for an image of symbolic height or width, which a compiler would have to fix
+    The tiles of CUDA have no closed form: for an image of symbolic height or width, which a compiler would have to fix
     for it, a size that only the op itself tells.
     """
     symbolic = any(isinstance(size, torch.SymInt) for size in image.shape[1:3])
@@ -82,8 +82,8 @@ def elements_of(image: Tensor, count: Callable[[], int]) -> int:
     return count()
 
 
-def _column_slabs(height: int, width: int, dim: int, chunk: int) -> int:
-    """csrc/cuda/scan_plan.h's cut_columns."""
+def _column_tiles(height: int, width: int, dim: int, chunk: int) -> int:
+    """csrc/cuda/scan/plan.h's cut_columns."""
     columns = min(chunk // 7 // -(-height // 7), width)
     whole = -(-width // columns) if columns else 0
     if columns == width or 10 * columns * height >= 8 * chunk:

@@ -25,11 +25,11 @@ from test_norms import modulated_inputs, pool_inputs
 
 SCANS = [  # dim, rank, states, h, w: the portable kernels, aligned and not
     (3, 1, 1, 5, 7), (16, None, 1, 9, 11), (87, 6, 2, 7, 9), (20, 2, 3, 11, 13), (128, 8, 2, 6, 9), (3, 1, 1, 43, 43),
-    # the tensor-copy kernels: whole slabs, ragged columns, runs of columns, one token; rows of channels copied
+    # the TMA kernels: whole tiles, ragged columns, runs of columns, one token; rows of channels copied
     (16, 1, 1, 56, 56), (32, 2, 1, 14, 16), (88, 6, 1, 14, 14), (64, 6, 1, 56, 2), (128, 14, 1, 56, 14),
     (13, 1, 1, 60, 50), (20, 2, 1, 9, 11), (87, 6, 1, 14, 14), (16, 1, 1, 60, 50), (24, 2, 1, 29, 31),
     (112, 7, 1, 7, 7), (48, 3, 1, 1, 1), (16, 1, 1, 230, 5),
-    # planes of more slabs than a segment, shared like all those above of more than one slab
+    # planes of more tiles than a segment, shared like all those above of more than one tile
     (16, 1, 1, 30, 600), (128, 14, 1, 33, 29),
 ]  # fmt: skip
 MANY_IMAGES = [(24, 2, 1, 15, 16), (112, 7, 1, 7, 7)]  # planes that are not shared

@@ -135,18 +135,26 @@ def test_no_kernel_spills(kernels):
         warnings.warn("kernels spill registers: " + "; ".join(spilling), stacklevel=1)
 
 
+def test_sources_are_those_of_cmake():
+    """A source that the build does not list would rot; a folder of more than 20 files hides what it holds."""
+    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".cu")}
+    assert sources == set(re.findall(r"csrc/[\w/]+\.(?:cpp|cu)\b", (ROOT / "CMakeLists.txt").read_text()))
+    for folder in (p for p in (ROOT / "csrc").rglob("*") if p.is_dir()):
+        assert sum(p.is_file() for p in folder.iterdir()) <= 20, folder
+
+
 def test_every_kernel_waits_for_those_before():
-    """One that did not would read, from 9.0 on, what the kernel before it is still writing (cuda/launch_kernel.cuh)."""
+    """One that did not would read, from 9.0 on, what the kernel before it still writes (common/launch_kernel.cuh)."""
     kernel = re.compile(r"__global__.*?_kernel\(const __grid_constant__ \w+ \w+\) \{\n(?P<first>[^\n]*)", re.DOTALL)
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    sources = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
     assert sources
     for source in sources:
         text = source.read_text()
         first = [match["first"].strip() for match in kernel.finditer(text)]
         assert len(first) == text.count("__global__"), source.name
-        assert set(first) <= {"begin_kernel();", "let_next_come();"}, source.name
-        if "let_next_come();" in first:
-            assert text.count("wait_for_earlier();") > text.count("let_next_come();"), source.name
+        assert set(first) <= {"begin_kernel();", "pdl_launch_dependents();"}, source.name
+        if "pdl_launch_dependents();" in first:
+            assert text.count("pdl_wait();") > text.count("pdl_launch_dependents();"), source.name
 
 
 def test_build_info(kernels):

@@ -83,8 +83,8 @@ def test_sizes(device, dtype, h, w):
 @pytest.mark.parametrize(
     "dim, h, w, n", [(16, 43, 37, 1), (4, 43, 43, 2), (128, 9, 13, 1), (40, 29, 31, 3), (8, 90, 91, 1)]
 )
-def test_several_slabs_and_slices(device, dtype, dim, h, w, n):
-    """Several slabs of the path, the last of them partly filled."""
+def test_several_tiles_and_slices(device, dtype, dim, h, w, n):
+    """Several tiles of the path, the last of them partly filled."""
     if device == "cpu" and h * w > 2000:
         pytest.skip("one kernel on the CPU: the small images are enough")
     compare(inputs(device, dtype, batch=1, dim=dim, h=h, w=w, n=n))

@@ -15,7 +15,8 @@ import groupmamba_ext as ext
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     ROOT / "README.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "csrc").rglob("*.md")),
     ROOT / "bench" / "README.md",
     ROOT / "examples" / "README.md",
     ROOT / "CONTRIBUTING.md",

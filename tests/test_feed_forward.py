@@ -119,7 +119,7 @@ def kernels_of(function) -> list[str]:
 
 @pytest.mark.parametrize("batch, dim, hidden, shape", ONE_KERNEL)
 def test_feed_forward_is_one_kernel(batch, dim, hidden, shape):
-    """On 9.0 in 16 bits, where that pays; elsewhere, as for parameters that the copy engine can't read, it is several.
+    """On 9.0 in 16 bits, where that pays; elsewhere, as for parameters that TMA can't read, it is several.
 
     Parameters in pieces of one buffer, as some optimisers keep them, may begin anywhere.
     """

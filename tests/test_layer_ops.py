@@ -21,6 +21,8 @@ from layer_tools import (
 
 pytestmark = pytest.mark.cuda
 
+EIGHT = ("lr", "rl", "tb", "bt", "bt", "tb", "rl", "lr")
+
 
 def three_ways(monkeypatch, dtype, dim, shape, seed, **options):
     """Fused and composed on CUDA, and in float64 on the CPU: output, input and parameter gradients by name."""
@@ -57,6 +59,14 @@ def three_ways(monkeypatch, dtype, dim, shape, seed, **options):
         (64, (1, 1), {}),
         (64, (1, 40), {"directions": ("bt", "rl", "tb", "lr")}),
         (640, (3, 4), {"expand": 0.5}),  # tokens wider than the norms' registers
+        (64, (9, 14), {"directions": ("bt",)}),
+        (21, (7, 5), {"directions": ("tb",)}),  # pixels of an odd width
+        (128, (9, 14), {"directions": ("tb", "rl")}),
+        (27, (7, 5), {"directions": ("rl", "bt", "rl")}),  # 9 channels a group, padded to 16, of odd pixels
+        (64, (9, 14), {"directions": EIGHT}),
+        (352, (7, 7), {"directions": EIGHT}),  # 44, padded to 48
+        (40, (6, 7), {"directions": EIGHT, "d_state": 3, "expand": 1.5}),
+        (36, (5, 6), {"directions": ("lr", "bt") * 18}),  # 1, padded to 8
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -72,11 +82,14 @@ def test_equals_the_composed_layer(monkeypatch, dtype, dim, shape, options, vari
 
 
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("dim", [64, 96, 128, 192, 348, 448])
+@pytest.mark.parametrize(
+    "dim, directions",
+    [*((dim, None) for dim in (64, 96, 128, 192, 348, 448)), *((dim, EIGHT) for dim in (64, 128, 352)), (64, ("tb",))],
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_many_images_are_as_each_half_of_them(dtype, dim, residual):
-    """Many tokens have product kernels of their own, here of a number that fills no block; few go to the library."""
-    layer, x = make(dim).to("cuda"), image(132, dim, 9, 14, device="cuda", dtype=dtype)
+def test_many_images_are_as_each_half_of_them(dtype, dim, directions, residual):
+    """Many tokens have product kernels of their own, here of a number that fills no block; few go to cuBLAS."""
+    layer, x = make(dim, directions=directions).to("cuda"), image(132, dim, 9, 14, device="cuda", dtype=dtype)
     x = x.to(memory_format=torch.channels_last)
     dy = torch.randn_like(x)
 
@@ -102,7 +115,15 @@ def test_many_images_are_as_each_half_of_them(dtype, dim, residual):
 
 @pytest.mark.parametrize("variant", ["released", "fused"])
 @pytest.mark.parametrize(
-    "dim, shape, options", [(64, (56, 56), {}), (348, (21, 40), {}), (1280, (30, 30), {"expand": 0.25})]
+    "dim, shape, options",
+    [
+        (64, (56, 56), {}),
+        (348, (21, 40), {}),
+        (1280, (30, 30), {"expand": 0.25}),
+        (64, (56, 56), {"directions": EIGHT}),
+        (64, (56, 56), {"directions": ("bt",)}),
+        (87, (21, 40), {"directions": ("tb", "rl", "bt")}),
+    ],
 )
 def test_planes_shared_in_memory_used_before(monkeypatch, variant, dim, shape, options):
     """At batch 1 a scan's blocks share planes and wait for what they send one another: where that lies, the layer's
@@ -127,9 +148,18 @@ def test_planes_shared_in_memory_used_before(monkeypatch, variant, dim, shape, o
 
 
 @pytest.mark.parametrize("variant", ["released", "fused"])
-@pytest.mark.parametrize("dim, affinity, residual", [(32, True, True), (44, True, False), (44, False, True)])
-def test_opcheck(variant, dim, affinity, residual):
-    layer = make(dim, variant=variant, affinity=affinity).to("cuda")
+@pytest.mark.parametrize(
+    "dim, affinity, residual, directions",
+    [
+        (32, True, True, None),
+        (44, True, False, None),
+        (44, False, True, None),
+        (21, True, True, ("tb",)),
+        (72, True, True, EIGHT),
+    ],
+)
+def test_opcheck(variant, dim, affinity, residual, directions):
+    layer = make(dim, variant=variant, affinity=affinity, directions=directions).to("cuda")
     inputs = layer_arguments(layer, image(2, dim, 5, 6, device="cuda", dtype=torch.float32), residual)
     check_training_op(torch.ops.groupmamba.grouped_mamba_layer_fwd, inputs)
     detached = [t.detach() if isinstance(t, torch.Tensor) else t for t in inputs]
@@ -138,7 +168,17 @@ def test_opcheck(variant, dim, affinity, residual):
         torch.ops.groupmamba.grouped_mamba_layer(*inputs).sum().backward()
 
 
-@pytest.mark.parametrize("dim, options", [(64, {}), (44, {}), (44, {"affinity": False}), (32, {"expand": 2.0})])
+@pytest.mark.parametrize(
+    "dim, options",
+    [
+        (64, {}),
+        (44, {}),
+        (44, {"affinity": False}),
+        (32, {"expand": 2.0}),
+        (72, {"directions": EIGHT}),
+        (27, {"directions": ("rl", "bt", "rl")}),
+    ],
+)
 @pytest.mark.parametrize("variant", ["released", "fused"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_inference_equals_training(dtype, variant, dim, options):
@@ -220,6 +260,7 @@ def test_channels_last_parameters(dim):
 
 @pytest.mark.parametrize("dim, shape, options", [
     (64, (9, 14), {}), (348, (7, 7), {}), (44, (7, 5), {"affinity": False}), (640, (3, 4), {"expand": 0.5}),
+    (64, (9, 14), {"directions": EIGHT}), (21, (7, 5), {"directions": ("tb",)}),
 ])  # fmt: skip
 @pytest.mark.parametrize("variant", ["released", "fused"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

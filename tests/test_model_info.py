@@ -12,6 +12,7 @@ pytest.importorskip("timm", reason="needs the extra 'models'")
 
 from groupmamba.cli import main  # noqa: E402
 from groupmamba.model_info import multiply_adds, training_bytes  # noqa: E402
+from groupmamba.models import groupmamba_tiny  # noqa: E402
 from model_tools import small  # noqa: E402
 
 
@@ -21,6 +22,19 @@ def test_info_command(capsys, monkeypatch):
     text = capsys.readouterr().out
     assert "23.36 M" in text
     assert re.search(r"inference +[\d.,]+ images/s, float32, batch 1, cpu", text)
+
+
+def test_info_command_of_other_options(capsys, monkeypatch):
+    monkeypatch.setattr("groupmamba.model_info.SECONDS", 0.0)
+    small = ["--batch", "1", "--size", "64", "--device", "cpu"]
+    assert main(["info", "groupmamba_tiny", "--model-kwargs", "directions=('lr','tb')", "num_classes=10", *small]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("groupmamba_tiny, directions=('lr', 'tb'), num_classes=10, 64 x 64 pixels\n")
+    parameters = sum(p.numel() for p in groupmamba_tiny(directions=("lr", "tb"), num_classes=10).parameters())
+    assert f"parameters      {parameters / 1e6:.2f} M" in text
+    assert main(["info", "groupmamba_tiny", "--model-kwargs", f"directions={('lr',) * 8}", *small]) == 2
+    line = capsys.readouterr().err
+    assert "MODEL groupmamba_tiny can't be made so: dims must be multiples of 8" in line and line.count("\n") == 1
 
 
 @pytest.mark.cuda

@@ -88,7 +88,13 @@ def test_low_precision_logits_on_cuda(name):
 
 
 def test_variants_and_sizes(device):
-    for options in ({}, {"variant": "fused"}, {"variant": "paper"}, {"affinity": False}, {"distillation": False}):
+    eight = ("lr", "rl", "tb", "bt") * 2
+    for options in (
+        {}, {"variant": "fused"}, {"variant": "paper"}, {"affinity": False}, {"distillation": False},
+        {"directions": ("tb",)}, {"directions": eight}, {"directions": eight, "variant": "paper"},
+        {"gate_source": "output"}, {"gate_source": "output", "variant": "fused", "directions": ("lr", "rl")},
+        {"scan": "cross", "groups": 1},
+    ):  # fmt: skip
         model = small(**options).to(device).train()
         for shape in ((2, 3, 32, 32), (1, 3, 45, 71), (1, 3, 64, 33)):
             model.zero_grad()

@@ -19,7 +19,14 @@ from layer_tools import image, make  # noqa: E402
 from layer_tools import run as run_layer  # noqa: E402
 from model_tools import small  # noqa: E402
 
-VARIANTS = ({}, {"variant": "fused"}, {"variant": "paper"}, {"scan": "cross"}, {"affinity": False})
+VARIANTS = (
+    {},
+    {"variant": "fused"},
+    {"variant": "paper"},
+    {"scan": "cross"},
+    {"affinity": False},
+    {"gate_source": "output"},
+)
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 
 
@@ -311,9 +318,11 @@ def test_plain_models_take_the_fused_path(monkeypatch, device, options, mode):
         ops = {node.target.name() for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
         ours = {"cuda": "grouped_mamba_layer", "cpu": "grouped_selective_scan"}[device]
         ours = "cross_selective_scan" if "scan" in options else ours
+        several = "scan" in options or "gate_source" in options
+        ours = "grouped_selective_scan" if "gate_source" in options else ours
         if "variant" not in options or options["variant"] != "paper":
             assert any(name.startswith(f"groupmamba::{ours}") for name in ops)
-            assert ("groupmamba::layer_norm_pool_fwd" in ops) == (device == "cpu" or "scan" in options)
+            assert ("groupmamba::layer_norm_pool_fwd" in ops) == (device == "cpu" or several)
         y = program.module()(x)
     elif mode == "functional":
         y = torch.func.functional_call(net, dict(net.named_parameters()) | dict(net.named_buffers()), (x,))

@@ -11,6 +11,7 @@ pytest.importorskip("timm")
 import timm
 
 import groupmamba.models
+from groupmamba.training.card import model_of, read_card
 from groupmamba.training.predict import explain
 
 SIZES = {"depths": (1, 1, 2, 1), "dims": (16, 16, 32, 32), "stem_dim": 8, "mlp_ratios": (2, 2, 2, 2)}
@@ -78,6 +79,42 @@ def test_maps_are_of_the_groups_and_change_nothing(variant, device, monkeypatch)
     assert [bool(values.any()) for _, values in maps[1:]] == [True, False, True, True]
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not model.stage_maps[-1]._forward_hooks and not model.stages[2].blocks[-1].attn.mamba._forward_pre_hooks
+
+
+def test_maps_of_other_groups(device):
+    """One a group, named after its direction where it has one; a group of a cross scan has several."""
+    torch.manual_seed(0)
+    image = torch.randn(1, 3, 64, 64, device=device)
+    for options, names in (
+        ({"directions": ("tb",)}, ["group 1, tb"]),
+        ({"directions": ("lr", "bt") * 4}, [f"group {i + 1}, {('lr', 'bt')[i % 2]}" for i in range(8)]),
+        ({"scan": "cross"}, [f"group {i + 1}" for i in range(4)]),
+        ({"gate_source": "output"}, [f"group {i + 1}, {d}" for i, d in enumerate(("lr", "tb", "rl", "bt"))]),
+    ):
+        model = timm.create_model("groupmamba_tiny", num_classes=3, **options, **SIZES).to(device).eval()
+        _, maps = explain(model, image)
+        assert [title for title, _ in maps] == ["Grad-CAM", *names]
+        assert all(values.shape == (4, 4) and values.isfinite().all() for _, values in maps[1:])
+
+
+def test_a_checkpoint_names_its_groups_and_gate(data, tmp_path, capsys):
+    """From its header alone `validate` and `predict` build the model; training from it with others says so."""
+    run, more = tmp_path / "run", ("directions=('lr','tb','lr','tb','lr','tb','lr','tb')", "gate_source=output")
+    assert train(data, run, *more, "--epochs", "1", *PLAIN) == 0
+    card = read_card(run / "last.safetensors")
+    assert card.model_kwargs["directions"] == ["lr", "tb"] * 4 and card.model_kwargs["gate_source"] == "output"
+    model, _ = model_of(run / "last.safetensors")
+    layer = model.stages[0].blocks[0].attn
+    assert (layer.groups, layer.directions, layer.gate_source) == (8, ("lr", "tb") * 4, "output")
+    out, image = tmp_path / "picture.png", str(data / "validation" / "red" / "0.png")
+    assert command("predict", image, "--weights", str(run), "--device", "cpu", "--out", str(out)) == 0
+    assert command("validate", str(data), "--weights", str(run), "--device", "cpu", "-j", "0") == 0
+    capsys.readouterr()
+    again = ("directions=('lr','tb','rl','bt','lr','tb','rl','bt')", "--weights", str(run), "--epochs", "1", *PLAIN)
+    assert train(data, tmp_path / "again", *again) == 0
+    text = "".join(capsys.readouterr())
+    assert "was trained with gate_source='output', and the model has gate_source='input'" in text
+    assert f"was trained with directions={('lr', 'tb') * 4}, and the model has directions=" in text
 
 
 def test_other_models_have_classes_and_no_maps():

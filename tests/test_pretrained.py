@@ -161,7 +161,15 @@ def test_bad_checkpoints_are_named(tmp_path, capsys):
     assert "executed" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options", [{}, {"variant": "fused", "distillation": False, "in_chans": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"variant": "fused", "distillation": False, "in_chans": 1},
+        {"directions": ("lr", "tb") * 4, "gate_source": "output"},
+        {"scan": "cross", "groups": 1},
+    ],
+)
 def test_hub_round_trip(tmp_path, options):
     model = small(**options)
     model.save_pretrained(tmp_path)
@@ -169,6 +177,27 @@ def test_hub_round_trip(tmp_path, options):
     again = GroupMamba.from_pretrained(tmp_path).eval()
     x = torch.randn(1, model.in_chans, 32, 32)
     assert torch.equal(again(x), model(x))
+    timms = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(timms(x), model(x))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_released_weights_are_of_four_groups(hub, groups):
+    with pytest.raises(RuntimeError, match=f"the authors' weights are for 4 groups, and the model has {groups}$"):
+        groupmamba_tiny(pretrained=True, directions=("lr", "tb")[:groups])
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"gate_source": "output"}, r"are for gate_source='input', and the model has 'output'"),
+        ({"directions": ("lr", "rl", "tb", "bt")}, r"are for directions=\('lr', 'tb', 'rl', 'bt'\), and the model has"),
+    ],
+)
+def test_released_weights_with_other_options(hub, released, options, words):
+    """They fit, and mean something else."""
+    with pytest.warns(UserWarning, match=words):
+        _agree(groupmamba_tiny(pretrained=True, **options), released)
 
 
 def test_hub_round_trip_of_new_heads(tmp_path):

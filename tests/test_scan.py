@@ -3,9 +3,11 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import groupmamba_ext as ext
 from common import FLOOR, group_major, padded_channels, relative_error, unaligned
+from groupmamba_ext.ops import MAX_GROUPS
 from scan_tools import DTYPES, IMAGES, MIXED, compare, inputs
 
 SIZES = [(1, 1), (1, 7), (7, 1), (2, 3), (7, 7), (14, 14), (13, 29), (28, 28), (31, 37), (1, 500), (500, 1)]
@@ -33,8 +35,8 @@ def test_sizes(device, dtype, h, w):
 
 @pytest.mark.parametrize("dim, h, w", [(16, 21, 43), (4, 43, 43), (128, 9, 13)])
 @pytest.mark.parametrize("n", [1, 2])
-def test_many_slabs(device, dim, h, w, n):
-    """Several slabs and saved states, the last of them partly filled."""
+def test_many_tiles(device, dim, h, w, n):
+    """Several tiles and saved states, the last of them partly filled."""
     compare(inputs(device, batch=1, dim=dim, h=h, w=w, n=n))
 
 
@@ -85,14 +87,14 @@ def test_inference(device, h, w, dim, rank, layout):
     [
         (16, 1, 56, 56), (16, 1, 28, 16), (24, 2, 28, 28), (32, 2, 14, 16), (48, 3, 28, 28), (64, 6, 56, 2),
         (88, 6, 14, 14), (80, 3, 9, 14), (88, 7, 14, 9), (112, 7, 14, 14), (128, 14, 56, 14),
-        # slabs that are not full, columns that are no multiple of a chunk, columns in runs
+        # tiles that are not full, columns that are no multiple of a chunk, columns in runs
         (16, 1, 60, 50), (24, 2, 29, 31), (16, 1, 13, 9), (112, 7, 7, 7), (48, 3, 1, 1), (16, 1, 230, 5),
         (16, 1, 500, 3), (32, 2, 150, 2), (88, 6, 40, 3),
         # channels that are no multiple of 8
         (87, 6, 14, 14), (87, 6, 40, 3), (13, 1, 60, 50), (30, 2, 29, 31), (111, 7, 7, 7),
     ],
 )  # fmt: skip
-def test_gradients_of_slabs(device, dtype, layout, dim, rank, h, w):
+def test_gradients_of_tiles(device, dtype, layout, dim, rank, h, w):
     """The tensor-copy kernels."""
     if device == "cpu" and h * w > 500:
         pytest.skip("one kernel on the CPU: the small planes are enough")
@@ -106,6 +108,28 @@ def test_gradients_of_slabs(device, dtype, layout, dim, rank, h, w):
 @pytest.mark.parametrize("rank", [None, 1, 2, 6, 7, 9, 16, 65])
 def test_ranks(device, rank):
     compare(inputs(device, rank=rank, dim=20))
+
+
+@pytest.mark.cuda
+def test_most_groups():
+    """As many as the kernels' parameters have directions for."""
+    compare(inputs("cuda", groups=MAX_GROUPS, dim=1, batch=1, h=2, w=3), directions=MIXED * (MAX_GROUPS // 4))
+
+
+def test_more_groups_than_cuda_takes(monkeypatch):
+    """Named before anything runs: by sizes alone, so that no GPU is needed to see it."""
+    monkeypatch.setattr("groupmamba_ext._load.check_device_supported", lambda *_: None)
+    most = f"must have at most {MAX_GROUPS}"
+    with torch.device("cuda"), FakeTensorMode():
+        for op, groups, dim, words in (
+            (ext.grouped_selective_scan, MAX_GROUPS + 1, 1, f"{most} groups, .* got {MAX_GROUPS + 1}"),
+            (ext.grouped_selective_scan, MAX_GROUPS // 2 + 1, 129, f"{most} .* tiles .* got {MAX_GROUPS + 2}"),
+            (ext.cross_selective_scan, MAX_GROUPS // 4 + 1, 1, f"{most} groups times directions .* {MAX_GROUPS + 4}"),
+        ):
+            scans = () if op is ext.grouped_selective_scan else (4,)
+            u, dt, B = (torch.empty(1, 1, 1, groups, *more) for more in ((dim,), (*scans, dim), (*scans, 1)))
+            with pytest.raises(ValueError, match=f"u {words}"):
+                op(u, dt, torch.empty(groups, *scans, dim, 1), B, B, directions=MIXED if scans else ("lr",) * groups)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 5, 17, 33])
@@ -186,7 +210,7 @@ def test_cropped_image(device):
 
 @pytest.mark.parametrize("dim", [13, 17])
 def test_only_its_own_output_is_written(device, dim):
-    """Sentinels round the inputs survive forward and backward; of 13 channels and 3 NaN the copy engine reads 13."""
+    """Sentinels round the inputs survive forward and backward; of 13 channels and 3 NaN TMA reads 13."""
     tensors = inputs(device, torch.bfloat16, dim=dim)
     views = {k: padded_channels(v) if k in IMAGES else v for k, v in tensors.items()}
     compare(views)

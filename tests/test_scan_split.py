@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""grouped_selective_scan on sm_90 where blocks share planes: at batch 1 or 2 they do, given several slabs,
+"""grouped_selective_scan on sm_90 where blocks share planes: at batch 1 or 2 they do, given several tiles,
 and where the groups of a token interleave and have 16 channels.
 
-Slabs of a plane along rows and columns, forward / backward, stand behind the shapes; a segment has 32.
+Tiles of a plane along rows and columns, forward / backward, stand behind the shapes; a segment has 32.
 """
 
 import pytest
@@ -16,9 +16,9 @@ pytestmark = pytest.mark.cuda
 
 COLUMNS_FIRST = ("tb", "bt", "lr", "rl")
 MANY = 128  # images whose 512 planes, group-major, have a block each
-SHAPES = [  # dim, rank, batch, h, w: slabs of a plane along rows, along columns (of the forward / of the backward)
+SHAPES = [  # dim, rank, batch, h, w: tiles of a plane along rows, along columns (of the forward / of the backward)
     (16, 1, 2, 56, 56),    # whole columns: 7 / 14, 7 / 14
-    (16, 1, 1, 60, 50),    # ragged ones, and a last slab that is not full: 7 / 14, 9 / 17
+    (16, 1, 1, 60, 50),    # ragged ones, and a last tile that is not full: 7 / 14, 9 / 17
     (16, 1, 2, 500, 5),    # runs of 56 rows: 6 / 12, 6 / 12
     (16, 1, 1, 120, 130),  # of 28: 35 / 70, 41 / 82
     (24, 2, 2, 29, 131),   # 34, 44
@@ -26,9 +26,9 @@ SHAPES = [  # dim, rank, batch, h, w: slabs of a plane along rows, along columns
     (32, 2, 1, 300, 10),   # runs of 28: 27, 28
     (64, 6, 1, 60, 40),    # runs of 7: 43, 45
     (88, 6, 2, 14, 14),    # 7, 7
-    (88, 6, 1, 100, 10),   # runs that are slabs: 36, 40
+    (88, 6, 1, 100, 10),   # runs that are tiles: 36, 40
     (87, 6, 1, 33, 20),    # padded to 88: 24, 40
-    (112, 7, 2, 7, 7),     # 2, 2: fewer slabs of a group than blocks
+    (112, 7, 2, 7, 7),     # 2, 2: fewer tiles of a group than blocks
     (112, 7, 1, 45, 42),   # 68, 84
     (128, 14, 1, 1, 930),  # 34, 233: a path that turns only one way
 ]  # fmt: skip
@@ -58,7 +58,7 @@ def test_groups_and_float16(dim, rank, h, w, groups):
 
 @pytest.mark.parametrize("dim, rank, batch, h, w", [*SHAPES, (16, 1, 1, 170, 171)])
 def test_as_if_a_block_had_the_plane(dim, rank, batch, h, w):
-    """What enters a slab is computed in one order whoever does it: image by image, the bits are those of a large batch.
+    """What enters a tile is computed in one order whoever does it: image by image, the bits are those of a large batch.
     Only sums over an image, the gate's gradient, depend on who adds."""
     few = inputs("cuda", torch.bfloat16, batch=batch, h=h, w=w, dim=dim, rank=rank)
     per_image = (*IMAGES, "gate")
@@ -117,7 +117,7 @@ def test_graph_replays(dim, rank, h, w):
 
 @pytest.mark.parametrize("dim, rank, h, w", [(16, 1, 60, 50), (112, 7, 45, 42), (16, 1, 170, 171)])
 def test_nan_is_passed_on(dim, rank, h, w):
-    """Not a number that all later slabs of its group get; nobody waits for it forever, and no other group sees it."""
+    """Not a number that all later tiles of its group get; nobody waits for it forever, and no other group sees it."""
     tensors = inputs("cuda", torch.bfloat16, batch=1, h=h, w=w, dim=dim, rank=rank)
     nan = torch.full((), -1, dtype=torch.int16, device="cuda").view(torch.bfloat16)  # all ones
     clean = ext.grouped_selective_scan(**tensors)

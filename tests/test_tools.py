@@ -98,7 +98,10 @@ def test_ptflops(tiny):
     assert count(custom_modules_hooks=counters.PTFLOPS) == pytest.approx(truth, rel=0.015)
 
 
-@pytest.mark.parametrize("options", [{}, {"variant": "fused"}, {"variant": "paper"}, {"scan": "cross"}, {"d_state": 4}])
+@pytest.mark.parametrize("options", [
+    {}, {"variant": "fused"}, {"variant": "paper"}, {"scan": "cross"}, {"d_state": 4}, {"directions": ("lr",)},
+    {"directions": ("lr", "tb") * 4}, {"gate_source": "output"}, {"scan": "cross", "groups": 1},
+])  # fmt: skip
 def test_counters_of_variants(options):
     thop = pytest.importorskip("thop", reason="needs the extra 'tools'")
     net = small(**options)

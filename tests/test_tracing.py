@@ -174,16 +174,25 @@ def test_export_fixes_no_size_of_cuda(dim, scan):
 
 
 @pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("variant", ["released", "paper"])
-def test_export_model_for_cuda(variant, grad):
+@pytest.mark.parametrize(
+    "options, one_op",
+    [
+        ({}, True),
+        ({"variant": "paper"}, False),
+        ({"directions": ("lr", "tb") * 4}, True),
+        ({"directions": ("bt",), "variant": "fused"}, True),
+        ({"gate_source": "output"}, False),
+    ],
+)
+def test_export_model_for_cuda(options, one_op, grad):
     """By fake tensors, which need no GPU: the fused ops, in one program from 32 x 32 on."""
     with FakeTensorMode(shape_env=ShapeEnv()), torch.device("cuda"):
-        model, x = small(depths=(1, 1, 1, 1), variant=variant), torch.empty(2, 3, 64, 96)
+        model, x = small(depths=(1, 1, 1, 1), **options), torch.empty(2, 3, 64, 96)
     with torch.set_grad_enabled(grad):
         program = exported(model, x, 32)
     ops = {node.target.name() for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
     fused = {"groupmamba::feed_forward" + "_fwd" * grad, "groupmamba::token_norm_fwd"}
-    layer = "grouped_mamba_layer" + "_fwd" * grad if variant == "released" else "grouped_selective_scan_fwd"
+    layer = "grouped_mamba_layer" + "_fwd" * grad if one_op else "grouped_selective_scan_fwd"
     assert fused | {f"groupmamba::{layer}"} <= ops
     sizes = [size for node in program.graph.nodes if node.op == "placeholder" for size in node.meta["val"].shape]
     shapes = next(size.node.shape_env for size in sizes if isinstance(size, torch.SymInt))

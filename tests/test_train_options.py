@@ -82,6 +82,7 @@ def test_help_fits_a_screen_and_the_long_one_has_everything(capsys):
         (["{data}", "--model", "groupmamba_huge"], ("--model", "'groupmamba_huge'")),
         (["{data}", "--model-kwargs", "depths=(1,1)"], ("groupmamba_tiny", "depths")),
         (["{data}", "--model-kwargs", "nonsense=1"], ("groupmamba_tiny", "nonsense")),
+        (["{data}", "--model-kwargs", f"directions={('lr',) * 8}"], ("dims must be multiples of 8", "348", "352")),
         (["{data}", "--model-kwargs", "=1"], ("--model-kwargs", "'=1'")),
         (["{data}", "--num-classes", "1"], ("--num-classes", "'1'")),
         (["{data}", "--no-kd", "--kd-model-name", "resnet18"], ("--no-kd", "--kd-model-name resnet18")),

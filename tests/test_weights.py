@@ -152,6 +152,11 @@ def test_own_channels(tmp_path):
         tiny(weights=path, in_chans=5, num_classes=10)
 
 
+def test_another_number_of_groups_is_named(file):
+    with pytest.raises(RuntimeError, match="does not fit the model. It has 4 groups in place of 8. Wrong shapes: "):
+        tiny(num_classes=10, directions=("lr", "tb") * 4, weights=file)
+
+
 def test_another_size_is_named(tmp_path):
     path = saved(groupmamba_tiny().state_dict(), tmp_path)
     words = r"another size: dims \(64, 128, 348, 448\) and depths \(3, 4, 9, 3\) \(groupmamba_tiny\) in place of dims"

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Matrix products of torch's CUDA library, and views, by the C interface of the stable ABI: no dispatcher in between.
+// Matrix products by torch's cuBLAS, through the C interface of the stable ABI: no dispatcher in between.
 #pragma once
 
 #include "host/tensor.h"
 
-// CPU builds of torch do not export these; weak, so that one library loads under both.
+// CPU builds of torch do not export these. They are weak, so that one libgroupmamba loads under both.
 extern "C" {
 __attribute__((weak)) AOTITorchError aoti_torch_cuda_bmm_out(AtenTensorHandle out, AtenTensorHandle self,
                                                              AtenTensorHandle mat2);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Work of an op beside the rest of it.
+// Work of an op beside its other work.
 #pragma once
 
 #include <utility>
@@ -9,10 +9,10 @@
 
 namespace gm {
 
-// A second stream from here to join(), for kernels of a few microseconds that the next ones of the first stream need
-// not wait for. Only while a CUDA graph is captured, where it costs nothing: in eager calls the events would take the
-// host longer than such kernels take the GPU, and everything stays on the first stream. What the branch reads or writes
-// must live until join(): memory freed before that is the first stream's to use again.
+// A second stream from here to join(), for kernels of a few microseconds that the next kernels of the first stream
+// need not wait for. Only while a CUDA graph is captured, where it costs nothing: in eager calls the events would take
+// the host longer than such kernels take the GPU, and everything stays on the first stream. What the branch reads or
+// writes must live until join(): memory freed before that may be used again by the first stream.
 class Branch {
 public:
     explicit Branch(const CudaContext& context) : main_(context.stream()), stream_(main_) {
@@ -21,8 +21,8 @@ public:
         check_cuda(cudaStreamGetCaptureInfo(main_, &status, &id), "asking for a capture");
         if (status != cudaStreamCaptureStatusActive) return;
         const Side& side = side_of_thread();
-        // A stream stays in the capture that it joined until that ends; one graph within another has a capture of its
-        // own.
+        // A stream stays in the capture that it joined until that ends; a graph captured within another has a capture
+        // of its own.
         cudaStreamCaptureStatus side_status = cudaStreamCaptureStatusNone;
         unsigned long long side_id = 0;
         check_cuda(cudaStreamGetCaptureInfo(side.stream, &side_status, &side_id), "asking for a capture");
@@ -33,7 +33,7 @@ public:
     }
     Branch(const Branch&) = delete;
     Branch& operator=(const Branch&) = delete;
-    // An open branch would spoil the capture, and an error from here would hide the one that unwinds.
+    // An open branch would invalidate the capture, and an error from here would hide the one that unwinds.
     ~Branch() {
         if (stream_ != main_) close();
     }
@@ -52,7 +52,7 @@ private:
         cudaEvent_t event;
     };
 
-    // One a thread and device, kept for good: a thread that captures does so again.
+    // One for each thread and device, never freed: a thread that captures once will do so again.
     static const Side& side_of_thread() {
         thread_local std::vector<Side> sides;
         int device = 0;

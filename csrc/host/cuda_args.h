@@ -2,8 +2,8 @@
 // Tensors to the plain arguments of the CUDA launchers.
 #pragma once
 
-#include "cuda/params.h"
-#include "cuda/scan_plan.h"
+#include "cuda/common/args.h"
+#include "cuda/scan/plan.h"
 #include "host/tensor.h"
 
 namespace gm {
@@ -19,10 +19,10 @@ inline DType dtype_of(const Tensor& t) {
     return DType::kFloat;
 }
 
-// Of a scan of `dim` channels a group: the kernels save states that many tokens apart.
+// For a scan of `dim` channels a group: the kernels save states that many tokens apart.
 inline void check_cuda_chunk(int64_t dim, int64_t chunk) {
     GM_CHECK(dim <= kMaxScanDim, "the CUDA scan takes up to ", kMaxScanDim, " channels a group, got ", dim);
-    const int expected = kBwdSlab / scan_lanes(static_cast<int>(dim));
+    const int expected = kBwdTile / scan_lanes(static_cast<int>(dim));
     GM_CHECK(chunk == expected, "on CUDA chunk must be ", expected, " for ", dim, " channels, got ", chunk);
 }
 

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The inputs of the grouped and the cross scan as both devices' entries see them: sizes, and checks that repeat the
-// Python layer's.
+// The inputs of the grouped and the cross scan as the entries of both devices see them: sizes, and checks that repeat
+// those of the Python layer.
 #pragma once
 
 #include "host/tensor.h"
 
 namespace gm {
 
-// What both scans ask of the codes of directions and of the tokens between two saved states.
+// What both scans require of the codes of directions and of the tokens between two saved states.
 inline void check_path(const std::vector<int64_t>& directions, int64_t chunk) {
     GM_CHECK(chunk >= 1 && chunk <= INT32_MAX, "chunk must be 1 to 2^31 - 1, got ", chunk);
     for (const int64_t code : directions) GM_CHECK(code >= 0 && code <= 3, "a direction must be 0 to 3, got ", code);

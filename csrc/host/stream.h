@@ -7,7 +7,7 @@
 
 #include "host/tensor.h"
 
-// CPU builds of torch do not export this symbol; weak, so that one library loads under both.
+// CPU builds of torch do not export this symbol. It is weak, so that one libgroupmamba loads under both.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
                                                                                    void** ret_stream);
 
@@ -18,8 +18,8 @@ class CudaContext {
 public:
     explicit CudaContext(const Tensor& t) : guard_(device_of(t)) {
         GM_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch is a CPU build and has no CUDA streams");
-        // A thread that has not met the driver yet, such as autograd's at its first backward, has no context, which
-        // tensor maps and cuBLAS need: setting the device gives it that of the device.
+        // A thread that has not used the driver yet, such as autograd's at its first backward, has no context, which
+        // tensor maps and cuBLAS need: setting the device creates it.
         thread_local int32_t met = -1;
         if (met != t.get_device_index()) {
             const cudaError_t error = cudaSetDevice(t.get_device_index());

@@ -196,8 +196,8 @@ inline Tensor alias(const Tensor& t, const Shape& sizes) { return alias(t, sizes
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-// The library's products are several times slower where rows of channels do not start at multiples of 16 bytes, or are
-// not multiples of them long.
+// cuBLAS' products are several times slower where rows of channels do not start at multiples of 16 bytes, or are not
+// multiples of them long.
 constexpr int64_t kPixelUnit = 8;
 
 // (batch, H, W, C) whose pixels are C rounded up to kPixelUnit channels apart; a kernel that writes it puts zeros

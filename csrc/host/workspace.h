@@ -46,7 +46,7 @@ public:
     Tensor get(const Piece& piece, const Shape& sizes) const { return get(piece, sizes, contiguous_strides(sizes)); }
 
 private:
-    // At least 256 bytes, which every vector access, copy engine and product is aligned to.
+    // At least 256 bytes: enough for every vector access, TMA and matrix products.
     static constexpr int64_t kAlignment = 128;
 
     static int64_t take(int64_t& end, int64_t elements) {

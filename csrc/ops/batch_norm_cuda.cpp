@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // batch_norm_relu and batch_norm_fold on CUDA: checks, device guard, allocation, launch. Schemas: csrc/schemas.cpp.
-#include "cuda/launch.h"
+#include "cuda/batch_norm/launch.h"
 #include "host/cuda_args.h"
 #include "host/stream.h"
 
 namespace gm {
 namespace {
 
-// Rows of channels that every thread may read in 16-byte pieces; a copy where `t` is not that.
+// Rows of channels that every thread may read 16 bytes at a time; a copy where `t` does not allow that.
 Tensor dense_image(const Tensor& t) {
     if (t.is_contiguous() && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0) return t;
     Tensor copy = empty(shape_of(t), t.scalar_type(), t);

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// cross_selective_scan on CUDA, by the kernels of the grouped scan: K scans of each of G groups are G * K groups, which
-// share images u and dy; their results are K images, which one more kernel adds. More channels than a warp holds go in
-// slices, a launch each. Schemas and layouts: csrc/schemas.cpp.
-#include "cuda/launch.h"
+// cross_selective_scan on CUDA, by the kernels of the grouped scan: K scans of each of G groups are G * K groups that
+// share the images u and dy. They give K images, which one more kernel adds. Where there are more channels than a warp
+// holds, they are scanned in slices, one launch each. Schemas and layouts: csrc/schemas.cpp.
+#include "cuda/images/launch.h"
+#include "cuda/scan/launch.h"
 #include "host/cuda_args.h"
 #include "host/scan_args.h"
 #include "host/stream.h"
@@ -23,7 +24,7 @@ struct CrossInputs {
     int64_t chunk;
 };
 
-// All of one width, a multiple of kVec, but the last. groupmamba_ext.cross_scan._slices repeats it.
+// All of one width, a multiple of kVec, except the last. groupmamba_ext.cross_scan._slices repeats it.
 std::vector<Slice> slices_of(const CrossSizes& s) {
     const int64_t count = (s.dim + kMaxScanDim - 1) / kMaxScanDim;
     const int64_t width = count == 1 ? s.dim : round_up((s.dim + count - 1) / count, kVec);
@@ -31,7 +32,7 @@ std::vector<Slice> slices_of(const CrossSizes& s) {
     int64_t states = 0;
     for (int64_t first = 0; first < s.dim; first += width) {
         Slice slice{first, std::min(width, s.dim - first), 0, 0, states};
-        slice.chunk = kBwdSlab / scan_lanes(static_cast<int>(slice.dim));
+        slice.chunk = kBwdTile / scan_lanes(static_cast<int>(slice.dim));
         slice.saved = scan_saved_states(s.height, s.width, slice.dim, slice.chunk);
         states += s.batch * s.groups * s.scans * slice.saved * s.states * slice.dim;
         slices.push_back(slice);
@@ -55,7 +56,7 @@ CrossSizes check_inputs(const CrossInputs& in) {
     return s;
 }
 
-// Elements behind those of `p`, in the dtype of the images or float32.
+// The parameter `elements` further on, in the dtype of the images or float32.
 ParamArg behind(const ParamArg& p, int64_t elements, int64_t image_size) {
     if (p.ptr == nullptr) return p;
     return {static_cast<const char*>(p.ptr) + elements * (p.is_float ? 4 : image_size), p.is_float};
@@ -76,7 +77,8 @@ ImageArg scans_arg(const Tensor& t) {
     return image;
 }
 
-// K images like `like`, one after another, or where K is 1 that one alone; each dense, with the strides of `like`.
+// K images like `like`, one after another, or where K is 1 that one alone; each dense, with the order of `like`'s
+// strides.
 struct Parts {
     Tensor values, sum;
     int64_t count;
@@ -93,7 +95,7 @@ struct Parts {
     }
 };
 
-// What forward and backward have in common; `in` and `param` hold what `args` points to.
+// What forward and backward have in common; `in` and `param` own what `args` points to.
 template <class Args>
 void prepare(Args& args, CrossInputs& in, const CrossSizes& s, const Slice& slice, ParamHolder& param) {
     ScanShape& shape = args.shape;

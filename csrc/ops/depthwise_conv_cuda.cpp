@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // depthwise_conv3x3 on CUDA: checks, device guard, allocation, launch. Schemas and layouts: csrc/schemas.cpp.
-#include "cuda/launch.h"
+#include "cuda/depthwise_conv/launch.h"
 #include "host/cuda_args.h"
 #include "host/stream.h"
 #include "ops/entries_cuda.h"
@@ -8,7 +8,7 @@
 namespace gm {
 namespace {
 
-// True where the groups of a pixel follow one another, so that the image is one group of G * D channels.
+// True where the groups of a pixel are adjacent, so that the image is one group of G * D channels.
 bool groups_adjacent(const Tensor& t) { return t.size(3) == 1 || t.stride(3) == t.size(4); }
 
 ConvShape conv_shape(const Tensor& x, bool merge, int64_t activation) {
@@ -35,7 +35,7 @@ void check_conv(const Tensor& x, const Tensor& weight, const OptTensor& bias, in
 }  // namespace
 
 void depthwise_conv3x3_fwd_into(const Tensor& y, Tensor x, Tensor weight, OptTensor bias, int64_t activation,
-                                const CudaContext& context, const KeptArg& kept) {
+                                const CudaContext& context, const DropPathArg& drop_path) {
     check_conv(x, weight, bias, activation);
     check_image(y, "y", shape_of(x), x);
     const DType dtype = dtype_of(x);
@@ -48,14 +48,15 @@ void depthwise_conv3x3_fwd_into(const Tensor& y, Tensor x, Tensor weight, OptTen
     ConvShape& s = args.shape;
     args.plan = conv_fwd_plan(s.batch, s.height, s.width, s.groups, s.dim);
     args.x = image_arg(x), args.y = image_arg(y);
-    args.weight = param(weight), args.bias = param(bias), args.kept = kept;
+    args.weight = param(weight), args.bias = param(bias), args.drop_path = drop_path;
     const int64_t size = static_cast<int64_t>(x.element_size());
     s.aligned = s.dim % kVec == 0 && allows_vectors(args.x, size) && allows_vectors(args.y, size);
     check_cuda(launch_depthwise_conv_fwd(args, dtype, context.stream()), "depthwise_conv3x3 forward");
 }
 
 PartialRows conv3x3_bwd_into(const Tensor& dx, Tensor dy, Tensor x, Tensor weight, OptTensor bias, int64_t activation,
-                             const CudaContext& context, const OptTensor& y, bool sum_dx, const KeptArg& kept) {
+                             const CudaContext& context, const OptTensor& y, bool sum_dx,
+                             const DropPathArg& drop_path) {
     check_conv(x, weight, bias, activation);
     check_image(dy, "dy", shape_of(x), x);
     GM_CHECK(!y || activation != 0, "y without an activation is x's convolution, which is not computed");
@@ -77,7 +78,7 @@ PartialRows conv3x3_bwd_into(const Tensor& dx, Tensor dy, Tensor x, Tensor weigh
         check_image(*y, "y", shape_of(x), x);
         args.y = image_arg(*y);
     }
-    args.weight = param(weight), args.bias = param(bias), args.kept = kept;
+    args.weight = param(weight), args.bias = param(bias), args.drop_path = drop_path;
     const int64_t size = static_cast<int64_t>(x.element_size());
     s.aligned = s.dim % kConvBwdVector == 0;
     for (const ImageArg* image : {&args.x, &args.dy, &args.dx, &args.y})

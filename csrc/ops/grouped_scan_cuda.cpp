@@ -3,13 +3,14 @@
 #include <optional>
 #include <vector>
 
-#include "cuda/grouped_scan_sm90.h"
-#include "cuda/launch.h"
+#include "cuda/scan/launch.h"
+#include "cuda/scan/sm90/launch.h"
+#include "cuda/scan/sm90/select.h"
 #include "host/cuda_args.h"
 #include "host/scan_args.h"
 #include "host/stream.h"
 #include "ops/entries_cuda.h"
-#include "ops/movable_images.h"
+#include "ops/tma_images.h"
 
 namespace gm {
 namespace {
@@ -53,33 +54,33 @@ ScanSizes check_inputs(const ScanInputs& in) {
     return s;
 }
 
-// What the blocks of a copy-engine kernel need to share planes, held until its launch is queued.
+// The memory through which blocks of a sm_90 kernel that share planes pass states; held until the launch is queued.
 template <class Args>
-Tensor exchange_scratch(Args& args, const Tensor& device_of) {
-    const int64_t floats = exchange_floats(args.scan.shape, args.plan);
+Tensor inter_block_scratch(Args& args, const Tensor& device_of) {
+    const int64_t floats = inter_block_floats(args.scan.shape, args.plan);
     if (floats == 0) return {};
     Tensor scratch = empty({floats}, ScalarType::Float, device_of);
-    args.exchange = static_cast<float*>(scratch.data_ptr());
+    args.inter_block_state = static_cast<float*>(scratch.data_ptr());
     return scratch;
 }
 
-// Makes inputs, and in the backward `dy`, such as a kernel walks: images that the copy engine moves, `movable`, where a
-// kernel of such takes the scan, else canonical ones.
-void prepare_inputs(std::optional<MovableImages>& movable, ScanInputs& in, Tensor* dy, ScanShape& shape, DType dtype,
+// Prepares the inputs, and in the backward `dy`, for the kernel that takes the scan: for a sm_90 kernel images that
+// TMA moves, in `tma_images`, else canonical ones.
+void prepare_inputs(std::optional<TmaImages>& tma_images, ScanInputs& in, Tensor* dy, ScanShape& shape, DType dtype,
                     const CudaContext& context) {
     for (Tensor* t : {&in.dt, &in.B, &in.C}) *t = canonical_image(*t);
     std::vector<Tensor*> images{&in.u};
     if (in.z) images.push_back(&*in.z);
     if (dy != nullptr) images.push_back(dy);
     if (takes_grouped_scan_sm90(shape, in.z.has_value(), in.norm_weight.has_value(), dtype)) {
-        movable.emplace(shape, context);
-        movable->read(images);
+        tma_images.emplace(shape, context);
+        tma_images->read(images);
     } else {
         for (Tensor* t : images) *t = canonical_image(*t);
     }
 }
 
-// What forward and backward read, of canonical inputs.
+// What forward and backward read; the inputs must be canonical.
 template <class Args>
 void set_inputs(Args& args, const ScanInputs& in, ParamHolder& param) {
     args.u = image_arg(in.u), args.dt = image_arg(in.dt), args.B = image_arg(in.B), args.C = image_arg(in.C);
@@ -131,9 +132,9 @@ struct ScanForward::Planned {
     DType dtype;
     ScanInputs in;
     ParamHolder param{};
-    ScanFwdSm90Args args{};  // args.scan alone for the portable kernels
-    std::optional<MovableImages> movable{};
-    Tensor carry{}, exchange{};
+    ScanFwdSm90Args args{};  // the portable kernels use args.scan alone
+    std::optional<TmaImages> tma_images{};
+    Tensor carry{}, inter_block_state{};
 
     static constexpr const char* kName = "grouped_selective_scan forward";
 };
@@ -152,9 +153,9 @@ ScanForward::ScanForward(const Tensor& y, const OptTensor& states, ScanInputs in
     Planned& p = *planned_;
     ScanFwdArgs& args = p.args.scan;
     args.shape = shape;
-    prepare_inputs(p.movable, p.in, nullptr, args.shape, dtype, context);
+    prepare_inputs(p.tma_images, p.in, nullptr, args.shape, dtype, context);
     set_inputs(args, p.in, p.param);
-    args.y = p.movable ? p.movable->write(y, *p.in.z) : image_arg(y);
+    args.y = p.tma_images ? p.tma_images->write(y, *p.in.z) : image_arg(y);
     if (states) {
         args.states = static_cast<float*>(states->data_ptr());
         args.num_chunks = saved_states(s, p.in.chunk);
@@ -165,30 +166,30 @@ ScanForward::ScanForward(const Tensor& y, const OptTensor& states, ScanInputs in
     const int64_t size = static_cast<int64_t>(p.in.u.element_size());
     args.shape.aligned = s.dim % kVec == 0 && allows_vectors(args.u, size) && allows_vectors(args.z, size) &&
                          allows_vectors(args.y, size) && (s.rank > 0 || allows_vectors(args.dt, size));
-    if (!p.movable) {
+    if (!p.tma_images) {
         args.shape.threads = scan_fwd_threads(args.shape.lanes, s.tokens());
         return;
     }
     GM_CHECK(prepare_grouped_scan_fwd_sm90(dtype, p.args), Planned::kName, ": the driver refused a tensor map of u ",
              show(shape_of(p.in.u)));
     check_cuda(share_grouped_scan_fwd_sm90(p.args, dtype), Planned::kName);
-    p.exchange = exchange_scratch(p.args, p.in.u);
+    p.inter_block_state = inter_block_scratch(p.args, p.in.u);
 }
 
-OptTensor ScanForward::words_to_mark() {
-    if (planned_ == nullptr || planned_->args.exchange == nullptr) return std::nullopt;
-    planned_->args.exchange_marked = true;
-    return planned_->exchange;
+OptTensor ScanForward::inter_block_state_to_clear() {
+    if (planned_ == nullptr || planned_->args.inter_block_state == nullptr) return std::nullopt;
+    planned_->args.inter_block_state_cleared = true;
+    return planned_->inter_block_state;
 }
 
 void ScanForward::launch() {
     if (planned_ == nullptr) return;
     Planned& p = *planned_;
     const cudaStream_t stream = p.context.stream();
-    if (p.movable) {
-        p.movable->start();
+    if (p.tma_images) {
+        p.tma_images->start();
         check_cuda(launch_grouped_scan_fwd_sm90(p.args, p.dtype, stream), Planned::kName);
-        p.movable->finish();
+        p.tma_images->finish();
     } else {
         check_cuda(launch_grouped_scan_fwd(p.args.scan, p.dtype, stream), Planned::kName);
     }
@@ -215,15 +216,15 @@ ScanParameterGradients scan_bwd_into(const ScanImageGradients& images, Tensor dy
         return p;
     }
 
-    std::optional<MovableImages> movable;
-    prepare_inputs(movable, in, &dy, args.shape, dtype, context);
-    if (movable) movable->start();
+    std::optional<TmaImages> tma_images;
+    prepare_inputs(tma_images, in, &dy, args.shape, dtype, context);
+    if (tma_images) tma_images->start();
     ParamHolder param;
     set_inputs(args, in, param);
     args.dy = image_arg(dy);
-    args.du = movable ? movable->write(images.du, in.u) : image_arg(images.du);
+    args.du = tma_images ? tma_images->write(images.du, in.u) : image_arg(images.du);
     args.ddt = image_arg(images.ddt), args.dB = image_arg(images.dB), args.dC = image_arg(images.dC);
-    if (in.z) args.dz = movable ? movable->write(*images.dz, *in.z) : image_arg(*images.dz);
+    if (in.z) args.dz = tma_images ? tma_images->write(*images.dz, *in.z) : image_arg(*images.dz);
     args.states = static_cast<const float*>(states.data_ptr());
     args.num_chunks = saved_states(s, in.chunk);
     Tensor scratch;
@@ -236,8 +237,9 @@ ScanParameterGradients scan_bwd_into(const ScanImageGradients& images, Tensor dy
                          allows_vectors(args.dy, size) && allows_vectors(args.du, size) &&
                          allows_vectors(args.dz, size) &&
                          (s.rank > 0 || (allows_vectors(args.dt, size) && allows_vectors(args.ddt, size)));
-    args.shape.threads =
-        movable ? kSlabThreads : scan_bwd_threads(args.shape.lanes, s.tokens(), s.states == 1, static_cast<int>(size));
+    args.shape.threads = tma_images
+                             ? kTileThreads
+                             : scan_bwd_threads(args.shape.lanes, s.tokens(), s.states == 1, static_cast<int>(size));
     const int64_t rows = s.states + kFixedRows + s.rank;
     int64_t parts = args.shape.threads / 32;
     Tensor partials;
@@ -246,17 +248,17 @@ ScanParameterGradients scan_bwd_into(const ScanImageGradients& images, Tensor dy
         return static_cast<float*>(partials.data_ptr());
     };
     constexpr const char* kName = "grouped_selective_scan backward";
-    if (movable) {
+    if (tma_images) {
         ScanBwdSm90Args sm90_args{};
         sm90_args.scan = args;
         GM_CHECK(prepare_grouped_scan_bwd_sm90(dtype, sm90_args), kName, ": the driver refused a tensor map of u ",
                  show(shape_of(in.u)));
         check_cuda(share_grouped_scan_bwd_sm90(sm90_args, dtype), kName);
-        const Tensor exchange = exchange_scratch(sm90_args, in.u);
-        parts = sm90_args.plan.ways;
+        const Tensor inter_block_state = inter_block_scratch(sm90_args, in.u);
+        parts = sm90_args.plan.blocks_per_plane;
         sm90_args.scan.partials = args.partials = make_partials();
         check_cuda(launch_grouped_scan_bwd_sm90(sm90_args, dtype, context.stream()), kName);
-        movable->finish();
+        tma_images->finish();
     } else {
         args.partials = make_partials();
         check_cuda(launch_grouped_scan_bwd(args, dtype, context.stream()), kName);

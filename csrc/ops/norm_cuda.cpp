@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // layer_norm_pool and modulated_layer_norm on CUDA: checks, device guard, allocation, launch. Schemas and layouts:
 // csrc/schemas.cpp.
-#include "cuda/launch.h"
+#include "cuda/layer_norm/launch.h"
+#include "cuda/parameters/launch.h"
 #include "host/cuda_args.h"
 #include "host/stream.h"
 #include "ops/entries_cuda.h"
@@ -9,7 +10,7 @@
 namespace gm {
 namespace {
 
-// An image (batch, H, W, C), or (batch, H, W, G, width) with D channels a group and zeros behind them.
+// An image (batch, H, W, C), or (batch, H, W, G, width) with D channels a group followed by zeros.
 struct NormSizes {
     int64_t batch, height, width, channels, groups;
     int64_t group_dim() const { return groups > 0 ? channels / groups : 0; }
@@ -46,15 +47,15 @@ NormImage norm_image(const Tensor& t, const NormSizes& s) {
     return image;
 }
 
-// An image that the kernel writes, pixels padded or not: zeros go behind their channels.
+// An image that the kernel writes, with pixels padded or not: zeros go after their channels.
 NormImage padded_norm_image(const Tensor& t, const NormSizes& s) {
     NormImage image = norm_image(t, s);
     if (t.dim() == 4) image.tail = static_cast<int>(std::min<int64_t>(image.token - s.channels, kPixelUnit - 1));
     return image;
 }
 
-// Where a kernel writes `t`, which must lie as `like` does and is written by the accesses that `image`, that of `like`,
-// is read by.
+// Where a kernel writes `t`. It must have the layout of `like`, and is written by the same accesses by which `like`,
+// described by `image`, is read.
 void* place_like(const Tensor& t, const char* name, const Tensor& like, NormImage& image, const NormSizes& s) {
     check_image(t, name, shape_of(like), like);
     for (int64_t d = 0; d < like.dim(); ++d)
@@ -110,23 +111,25 @@ void layer_norm_pool_fwd_into(const Tensor& xn, NormPoolInputs in, const CudaCon
     const NormShape& s = args.shape;
     args.plan = norm_plan(s.batch, s.tokens, s.slots(), kNormFwdBlocks);
     args.weight = param(in.weight), args.bias = param(in.bias), args.sum_bias = param(in.sum_bias);
-    args.x_bias = param(in.x_bias), args.kept = in.kept;
+    args.x_bias = param(in.x_bias), args.drop_path = in.drop_path;
     check_biased(in.x_bias, args.plan, sizes);
     if (in.partials) {
         check_shape(*in.partials, "partials", {s.batch, args.plan.strips, sizes.channels});
         args.partials = static_cast<float*>(in.partials->data_ptr());
     }
-    if (in.words) {
-        GM_CHECK(is_float(*in.words) && in.words->is_contiguous() && same_device(*in.words, x),
-                 "words must be contiguous, float32 and on the device of x");
-        args.words = static_cast<float*>(in.words->data_ptr()), args.word_count = in.words->numel();
+    if (in.inter_block_state) {
+        GM_CHECK(is_float(*in.inter_block_state) && in.inter_block_state->is_contiguous() &&
+                     same_device(*in.inter_block_state, x),
+                 "inter_block_state must be contiguous, float32 and on the device of x");
+        args.inter_block_state = static_cast<float*>(in.inter_block_state->data_ptr()),
+        args.inter_block_floats = in.inter_block_state->numel();
     }
     check_cuda(launch_layer_norm_pool_fwd(args, dtype, context.stream()), "layer_norm_pool forward");
 }
 
 NormPoolResult layer_norm_pool_bwd(NormPoolGradients gradients, Tensor x, Tensor weight, double eps,
                                    const CudaContext& context) {
-    auto& [dxn, dxn_more, dpooled, dx_more, padded, xn, bias, kept, x_bias] = gradients;
+    auto& [dxn, dxn_more, dpooled, dx_more, padded, xn, bias, drop_path, x_bias] = gradients;
     GM_CHECK(x.dim() == 4, "x must be (batch, H, W, C), got ", show(shape_of(x)));
     const NormSizes sizes = norm_sizes(x, "dxn", weight, dxn.dim() == 5 ? dxn.size(3) : 1);
     check_norm_image(x, "x", sizes, x);
@@ -167,7 +170,7 @@ NormPoolResult layer_norm_pool_bwd(NormPoolGradients gradients, Tensor x, Tensor
         args.xn = nullptr;
     }
     if (dpooled) args.dpooled = static_cast<const float*>(param(dpooled).ptr);
-    args.weight = param(weight), args.bias = param(bias), args.x_bias = param(x_bias), args.kept = kept;
+    args.weight = param(weight), args.bias = param(bias), args.x_bias = param(x_bias), args.drop_path = drop_path;
     check_biased(x_bias, args.plan, sizes);
     args.sum_dx_more = dx_more && sums_dx_more(args.plan.vecs);
     const int64_t columns = (args.sum_dx_more || x_bias ? 3 : 2) * static_cast<int64_t>(s.dim);
@@ -195,7 +198,7 @@ NormSizes check_modulated(const Tensor& o, const Tensor& x, const Tensor& scale,
 }  // namespace
 
 void modulated_layer_norm_fwd_into(const Tensor& y, Tensor o, Tensor x, Tensor scale, OptTensor gate, Tensor weight,
-                                   Tensor bias, double eps, const CudaContext& context, const KeptArg& kept) {
+                                   Tensor bias, double eps, const CudaContext& context, const DropPathArg& drop_path) {
     const NormSizes sizes = check_modulated(o, x, scale, gate, weight, bias);
     check_norm_image(y, "y", sizes, x);
     const DType dtype = dtype_of(x);
@@ -208,7 +211,7 @@ void modulated_layer_norm_fwd_into(const Tensor& y, Tensor o, Tensor x, Tensor s
     args.shape = norm_shape(sizes, eps, args.o, args.x, args.y);
     const NormShape& s = args.shape;
     args.plan = norm_plan(s.batch, s.tokens, s.slots(), kNormFwdBlocks);
-    args.kept = kept;
+    args.drop_path = drop_path;
     args.scale = param(scale), args.gate = param(gate), args.weight = param(weight), args.bias = param(bias);
     check_cuda(launch_modulated_layer_norm_fwd(args, dtype, context.stream()), "modulated_layer_norm forward");
 }

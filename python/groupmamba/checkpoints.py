@@ -192,7 +192,9 @@ def convert_released_state_dict(sd: Mapping[str, Tensor]) -> dict[str, Tensor]:
             new = _rename_layer_entry(name, layers)
         else:
             if match["entry"] not in _GROUP_ENTRIES or match["group"] not in _GROUP_NUMBERS:
-                raise ValueError(f"sd[{name!r}] is no entry of a released group Mamba layer")
+                raise ValueError(
+                    f"sd[{name!r}] is no entry of a released group Mamba layer, which has {RELEASED_GROUPS} groups"
+                )
             new = f"{match['layer']}mamba.{_GROUP_ENTRIES[match['entry']][0]}"
             if new in stacked:
                 continue  # the first of the four brought all

@@ -177,7 +177,7 @@ class GroupCore(Leaf, nn.Module):
             u = ext.depthwise_conv3x3(u, self.conv_weight, self.conv_bias, activation="silu")
         else:
             u = nn.functional.silu(u)
-        # The library is several times slower where an output is not a multiple of 8 channels wide.
+        # cuBLAS is several times slower where an output is not a multiple of 8 channels wide.
         x_proj = self.x_proj_weight.flatten(1, -2)  # with all directions of a cross scan in one product
         pad = -x_proj.shape[1] % 8 if u.is_cuda else 0
         features = token_linear(rows(u), nn.functional.pad(x_proj, (0, 0, 0, pad)))

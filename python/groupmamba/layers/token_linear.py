@@ -34,7 +34,7 @@ class _TokenLinear(torch.autograd.Function):
     """x (G, T, K) @ weight (G, N, K)^T, or for G = 1 with bias (N,).
 
     The gradient of the weight is a (N, K) product with T terms: one tile of work for hundreds of thousands of terms,
-    which the library runs on one multiprocessor a group. Here the terms are summed in parts side by side, then the
+    which cuBLAS runs on one multiprocessor a group. Here the terms are summed in parts side by side, then the
     parts: in a fixed order, so still repeatable.
     """
 

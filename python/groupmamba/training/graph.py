@@ -8,12 +8,11 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from groupmamba.training.step import GRAPHED, Step
 from groupmamba_ext._command import is_out_of_memory, one_line
 
-WARM_UP, WARM_UP_DDP = 3, 11  # DistributedDataParallel rebuilds its buckets and takes statistics in its first ten
+WARM_UP = 3
 
 
 def why_not(args: argparse.Namespace, device: torch.device, amp: torch.dtype | None) -> str | None:
@@ -38,8 +37,8 @@ class Snapshot:
         self.had_state = bool(step.optimizer.state)
 
     def _tensors(self) -> Iterator[Tensor]:
-        yield from self.step.raw.parameters()
-        yield from self.step.raw.buffers()
+        yield from self.step.model.parameters()
+        yield from self.step.model.buffers()
         if self.step.ema is not None:
             yield from self.step.ema.module.state_dict().values()
         for state in self.step.optimizer.state.values():
@@ -78,7 +77,7 @@ class GraphedStep:
         self.graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.stream(stream):
-                for _ in range(WARM_UP_DDP if isinstance(step.model, DistributedDataParallel) else WARM_UP):
+                for _ in range(WARM_UP):
                     step.body([(self.images, self.labels)])
             torch.cuda.current_stream(device).wait_stream(stream)
             step.optimizer.zero_grad(set_to_none=True)
@@ -97,6 +96,11 @@ class GraphedStep:
         self.labels.copy_(labels)
         self.graph.replay()
         return self.loss
+
+    def close(self) -> None:
+        """Gives the graph's memory back; it can't be called any more."""
+        torch.cuda.synchronize(self.step.device)
+        self.graph.reset()
 
 
 def capture(step: Step, images: Tensor, labels: Tensor) -> str | None:

@@ -103,7 +103,7 @@ class Training:
         self.no_graph = self.task.no_graph or why_not(args, device, amp)
         stream = torch.cuda.Stream(device) if self.no_graph is None and processes.world > 1 else None
         self.step = self.task.step(
-            setup.distribute(model, args, processes, stream),
+            model,
             criterion,
             optimizer,
             ema=ema,
@@ -113,6 +113,7 @@ class Training:
             ema_by_step=args.model_ema_warmup,
             seed=args.seed,
             rank=processes.rank,
+            replicas=setup.distribute(model, args, processes, stream),
             stream=stream,
         )
         if self.resumed is not None and state is not None:
@@ -151,7 +152,7 @@ class Training:
 
     def _restore(self, checkpoint: Path, state: dict[str, Any]) -> None:
         step = self.step
-        step.raw.load_state_dict(read_weights(checkpoint / MODEL))
+        step.model.load_state_dict(read_weights(checkpoint / MODEL))
         if step.ema is not None:
             step.ema.module.load_state_dict(read_weights(checkpoint / EMA))
         step.optimizer.load_state_dict(state["optimizer"])
@@ -182,10 +183,12 @@ class Training:
             self.tables[0].begin(self.position["epoch"])
             self.tables[1].begin(self.position["step"])
         board = Board(self.run, self.processes.first)
-        for epoch in range(self.position["epoch"], self.epochs):
-            self.train_epoch(epoch)
-            row = self._end_epoch(epoch)
-            board.add(row)
+        try:
+            for epoch in range(self.position["epoch"], self.epochs):
+                self.train_epoch(epoch)
+                board.add(self._end_epoch(epoch))
+        finally:
+            self.step.close()
         better = RUN_FILES[0] if self.ranking else RUN_FILES[1]  # without an object in validation no epoch is the best
         self.screen.say(f"done: {self.run}, {better.partition('.')[0]} weights in {self.run / better}")
         return 0
@@ -290,7 +293,7 @@ class Training:
         """Writes a checkpoint of where the run is."""
         step = self.step
         if self.processes.world > 1:
-            distribute_bn(step.raw, self.processes.world, reduce=True)
+            distribute_bn(step.model, self.processes.world, reduce=True)
         if self.processes.first:
             state = {
                 **self.position,
@@ -305,14 +308,14 @@ class Training:
                 "scaler": None if step.scaler is None else step.scaler.state_dict(),
             }
             average = None if step.ema is None else step.ema.module.state_dict()
-            self.checkpoints.write(self.position["step"], step.raw.state_dict(), average, self.card, state)
+            self.checkpoints.write(self.position["step"], step.model.state_dict(), average, self.card, state)
             self.checkpoints.prune(self.ranking)
         self.processes.barrier()
 
     def _end_epoch(self, epoch: int) -> dict[str, Any]:
         step, args = self.step, self.args
         if self.processes.world > 1:
-            distribute_bn(step.raw, self.processes.world, reduce=True)
+            distribute_bn(step.model, self.processes.world, reduce=True)
         self.data.bad.found = self.processes.union(self.data.bad.found)
         row: dict[str, Any] = dict.fromkeys(self.columns, "")
         row.update(epoch=epoch, step=self.position["step"], train_loss=self.loss_sum / self._steps_in(epoch))
@@ -323,7 +326,7 @@ class Training:
         parts = [f"loss {row['train_loss']:.4f}"]
         interval = args.val_interval or max(self.epochs // VALIDATIONS, 1)
         if (epoch + 1) % interval == 0 or epoch + 1 == self.epochs:
-            models = [step.raw] if step.ema is None else [step.raw, step.ema.module]
+            models = [step.model] if step.ema is None else [step.model, step.ema.module]
             found = self.task.evaluate(models, self.data.validation, step.amp, self.data.bad_in_validation)
             for whose, title, weights, values in zip(("eval", "ema"), ("", "EMA "), (MODEL, EMA), found, strict=False):
                 row.update({f"{whose}_{name}": value for name, value in values.items()})

@@ -4,16 +4,13 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from groupmamba.training.card import Card
@@ -21,6 +18,7 @@ from groupmamba.training.data import BadImages, TrainingOrder, ValidationOrder
 from groupmamba.training.distributed import Processes
 from groupmamba.training.output import Screen
 from groupmamba.training.recipe import rates
+from groupmamba.training.replicas import Replicas
 from groupmamba.training.task import Source, Sources, Task
 from groupmamba_ext._command import CommandError, UsageError, gpu_usable, require_gpu
 
@@ -146,31 +144,22 @@ def make_data(task: Task, sources: Sources, card: Card) -> Data:
 
 def distribute(
     model: nn.Module, args: argparse.Namespace, processes: Processes, stream: torch.cuda.Stream | None
-) -> nn.Module:
-    """The model for all processes; buffers are averaged at checkpoints and epochs, not sent in each step.
+) -> Replicas | None:
+    """The model becomes one of all processes; buffers are averaged at checkpoints and epochs, not sent in each step.
 
-    ``stream`` is for a CUDA graph, which takes what is made here along: DistributedDataParallel makes the nodes that
-    sum up gradients once, and they stay on the stream where they were made.
+    ``stream`` is for a CUDA graph, which takes what is made here along.
     """
     if processes.world == 1:
-        return model
+        return None
     if args.sync_bn:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    known = inspect.signature(DistributedDataParallel).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its name from 2.14 on
-    options: dict[str, Any] = {name: False}
-    # Of depthwise weights, whose strides say channels-last and not at once: their gradients are copied, nothing more.
-    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        options["device_ids"] = [device.index]
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if stream is None:
-        return DistributedDataParallel(model, **options)
-    stream.wait_stream(torch.cuda.current_stream(device))
+        return Replicas(model, processes.world)
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
     with torch.cuda.stream(stream):
-        wrapped = DistributedDataParallel(model, **options)
-    torch.cuda.current_stream(device).wait_stream(stream)
-    return wrapped
+        replicas = Replicas(model, processes.world)
+    torch.cuda.current_stream(stream.device).wait_stream(stream)
+    return replicas
 
 
 def run_rates(args: argparse.Namespace, total_batch: int) -> Any:

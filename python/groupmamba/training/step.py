@@ -8,10 +8,10 @@ kept in a checkpoint, and a CUDA graph draws what the step launched kernel by ke
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
@@ -25,10 +25,10 @@ from timm.scheduler import (
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from groupmamba.layers import no_weight_decay
 from groupmamba.training.recipe import Rates
+from groupmamba.training.replicas import Replicas
 from groupmamba.training.seeds import seed_device
 from groupmamba_ext._command import UsageError, one_line
 
@@ -74,6 +74,14 @@ def put_rates_on(optimizer: torch.optim.Optimizer, device: torch.device) -> None
     """Each group's learning rate becomes a tensor on the device, to be filled in place."""
     for group in optimizer.param_groups:
         group["lr"] = torch.full((), float(group["lr"]), device=device)
+
+
+class Graph(Protocol):
+    """A captured step."""
+
+    def __call__(self, images: Any, labels: Any) -> Tensor: ...
+
+    def close(self) -> None: ...
 
 
 class Plan(NamedTuple):
@@ -133,7 +141,7 @@ class Step:
     """Forward, loss, backward, clipping, optimizer and moving average of one step.
 
     Args:
-        model: in training mode; may be wrapped by DistributedDataParallel.
+        model: in training mode.
         criterion: (images, output, labels) to a scalar, such as a DistillationLoss.
         optimizer: of its parameters.
         ema: moving average of the model, or None.
@@ -141,7 +149,8 @@ class Step:
         amp: the dtype of autocast, or None.
         ema_by_step: the average's decay depends on the step.
         seed, rank: what the steps draw from.
-        stream: on which DistributedDataParallel was made, for a graph to be captured on.
+        replicas: of the model, where there are several processes.
+        stream: on which they were made, for a graph to be captured on.
     """
 
     def __init__(
@@ -157,27 +166,29 @@ class Step:
         ema_by_step: bool = False,
         seed: int = 0,
         rank: int = 0,
+        replicas: Replicas | None = None,
         stream: torch.cuda.Stream | None = None,
     ):
         self.model, self.criterion, self.optimizer, self.ema = model, criterion, optimizer, ema
-        self.raw: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
         self.clip, self.mode, self.amp, self.ema_by_step = clip, mode, amp, ema_by_step
-        self.seed, self.rank, self.stream = seed, rank, stream
+        self.seed, self.rank, self.replicas, self.stream = seed, rank, replicas, stream
         self.device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(self.device.type) if amp == torch.float16 else None
-        self.graph: Callable[[Tensor, Tensor], Tensor] | None = None  # replays `body`
+        self.graph: Graph | None = None  # replays `body`
 
     def __call__(self, step: int, pieces: Pieces) -> Tensor:
         """Takes step number ``step``; its loss, a scalar on the device that the next step may overwrite."""
         seed_device(self.device, self.seed, "step", step, self.rank)
         loss = self.graph(*pieces[0]) if self.graph is not None and len(pieces) == 1 else self.body(pieces)
         if self.ema is not None and self.ema_by_step:
-            self.ema.update(self.raw, step=step + 1)
+            self.ema.update(self.model, step=step + 1)
         return loss
 
     def body(self, pieces: Pieces) -> Tensor:
         """All that a graph captures: no value is read back to the host."""
         self.optimizer.zero_grad(set_to_none=True)
+        if self.replicas is not None:
+            self.replicas.begin()
         total: Tensor | None = None
         for i, (images, labels) in enumerate(pieces):
             with self._gradients_stay_local(i + 1 < len(pieces)):
@@ -185,9 +196,11 @@ class Step:
                 (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
+        if self.replicas is not None:
+            self.replicas.finish()
         self._update()
         if self.ema is not None and not self.ema_by_step:
-            self.ema.update(self.raw)
+            self.ema.update(self.model)
         return total
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -196,18 +209,24 @@ class Step:
             return self.criterion(images, self.model(images), labels)
 
     def _gradients_stay_local(self, local: bool) -> AbstractContextManager:
-        return self.model.no_sync() if local and isinstance(self.model, DistributedDataParallel) else nullcontext()
+        return self.replicas.local() if local and self.replicas is not None else nullcontext()
 
     def _update(self) -> None:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         if self.clip > 0:
-            dispatch_clip_grad(list(self.raw.parameters()), self.clip, mode=self.mode)
+            dispatch_clip_grad(list(self.model.parameters()), self.clip, mode=self.mode)
         if self.scaler is not None:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
             self.optimizer.step()
+
+    def close(self) -> None:
+        """Releases the graph. NCCL's communicators can't be destroyed while a graph holds them."""
+        if self.graph is not None:
+            self.graph.close()
+            self.graph = None
 
     def train(self, freeze_norms: bool) -> None:
         """Training mode; BatchNorm in evaluation mode where it is frozen."""

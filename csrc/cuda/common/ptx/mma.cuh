@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: Apache-2.0
+// Matrix products by tensor cores. sm_90a: wgmma, by a warpgroup, asynchronous, both factors in shared memory. sm_80
+// and newer: mma, by a warp, all operands in registers, with the loads (ldmatrix) that lay them out.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace gm {
+
+// A panel: rows of 64 16-bit elements (128 bytes) in shared memory, swizzled. The 16-byte chunk c of row r is at place
+// c ^ (r & 7), so that neither the chunks of a row nor those of a column meet in a bank. Panels begin at multiples of
+// 1024 bytes.
+constexpr int kPanelRow = 128;
+__device__ __forceinline__ uint32_t panel_offset(int row, int chunk) {
+    return static_cast<uint32_t>(row * kPanelRow + ((chunk ^ row) & 7) * 16);
+}
+
+// The descriptor of a panel as a factor of wgmma, K along its rows; 8 rows are 1024 bytes. The next 16 elements along
+// K begin 32 bytes, 2 units, further on.
+__device__ __forceinline__ uint64_t panel_descriptor(uint32_t address) {
+    constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kRowsApart = uint64_t{1024 >> 4} << 32,
+                       kLeading = uint64_t{1} << 16;
+    return kSwizzle128 | kRowsApart | kLeading | ((address & 0x3ffff) >> 4);
+}
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Waits until all but the last kPending groups are done; `ready` are then the results of a group that is.
+template <int kPending, int kCount>
+__device__ __forceinline__ void wgmma_wait(float (&ready)[kCount]) {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(ready[i])::"memory");
+}
+
+// sums (64, kColumns) [+]= a (64, 16) b (kColumns, 16)^T. A thread holds, of row 16 (warp % 4) + lane / 4 [+ 8],
+// columns 8 j + 2 (lane % 4) [+ 1], at index 4 j [+ 2] [+ 1]. Without `add` the sums begin at 0.
+template <class T, int kColumns>
+struct Wgmma;
+
+#define GM_D4(i) "+f"(d[i]), "+f"(d[(i) + 1]), "+f"(d[(i) + 2]), "+f"(d[(i) + 3])
+#define GM_D16(i) GM_D4(i), GM_D4((i) + 4), GM_D4((i) + 8), GM_D4((i) + 12)
+#define GM_WGMMA(COLUMNS, COUNT, REGISTERS, A, B, ADD, ...)                                                            \
+    template <class T>                                                                                                 \
+    struct Wgmma<T, COLUMNS> {                                                                                         \
+        static __device__ __forceinline__ void run(float (&d)[COUNT], uint64_t a, uint64_t b, bool add) {              \
+            if constexpr (std::is_same_v<T, __half>) {                                                                 \
+                asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD                                               \
+                             ", 0;\n"                                                                                  \
+                             "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32.f16.f16 {" REGISTERS "}, " A ", " B \
+                             ", add, 1, 1, 0, 0;\n}"                                                                   \
+                             : __VA_ARGS__                                                                             \
+                             : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                            \
+            } else {                                                                                                   \
+                asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD                                               \
+                             ", 0;\n"                                                                                  \
+                             "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32.bf16.bf16 {" REGISTERS "}, " A      \
+                             ", " B ", add, 1, 1, 0, 0;\n}"                                                            \
+                             : __VA_ARGS__                                                                             \
+                             : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                            \
+            }                                                                                                          \
+        }                                                                                                              \
+    };
+#define GM_REGISTERS_28                                                                                              \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+    "%24, %25, %26, %27"
+#define GM_REGISTERS_32 GM_REGISTERS_28 ", %28, %29, %30, %31"
+#define GM_REGISTERS_36 GM_REGISTERS_32 ", %32, %33, %34, %35"
+GM_WGMMA(56, 28, GM_REGISTERS_28, "%28", "%29", "%30", GM_D16(0), GM_D4(16), GM_D4(20), GM_D4(24))
+GM_WGMMA(64, 32, GM_REGISTERS_32, "%32", "%33", "%34", GM_D16(0), GM_D16(16))
+GM_WGMMA(72, 36, GM_REGISTERS_36, "%36", "%37", "%38", GM_D16(0), GM_D16(16), GM_D4(32))
+#undef GM_D4
+#undef GM_D16
+#undef GM_WGMMA
+#undef GM_REGISTERS_28
+#undef GM_REGISTERS_32
+#undef GM_REGISTERS_36
+
+// d (16, 8) = a (16, 16) b (16, 8) + c. A lane holds of a: row lane / 4, then + 8, then both again 8 columns further
+// on; of b: rows 2 (lane % 4), then + 8; of c and d: row lane / 4, then + 8. Its adjacent elements are numbers 2 (lane
+// % 4) and + 1 along the other side.
+template <class T>
+__device__ __forceinline__ void warp_mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                         const float (&c)[4]) {
+    if constexpr (std::is_same_v<T, __half>) {
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%10, %11, %12, %13};"
+            : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+    } else {
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%10, %11, %12, %13};"
+            : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+    }
+}
+
+// Loads four matrices of 8 rows of 16 bytes. Lane l gives the address of row l % 8 of matrix l / 8, and gets elements
+// 2 (l % 4) and + 1 of row l / 4 of each matrix.
+__device__ __forceinline__ void ldmatrix(uint32_t (&out)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(address)
+                 : "memory");
+}
+// Two matrices; lanes 0 to 15 give the addresses.
+__device__ __forceinline__ void ldmatrix(uint32_t (&out)[2], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(out[0]), "=r"(out[1])
+                 : "r"(address)
+                 : "memory");
+}
+// Transposed: lane l gets rows 2 (l % 4) and + 1 of column l / 4.
+__device__ __forceinline__ void ldmatrix_trans(uint32_t (&out)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+// Transposes a matrix of 8 rows of 8 elements that the warp holds: lane l has elements 2 (l % 4) and + 1 of row l / 4.
+__device__ __forceinline__ uint32_t movmatrix_trans(uint32_t pair) {
+    uint32_t out;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
+    return out;
+}
+
+// Two floats as one 32-bit word of 16-bit elements, the first in its low half.
+template <class T>
+__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
+    uint32_t word;
+    if constexpr (std::is_same_v<T, __half>) {
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    } else {
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    }
+    return word;
+}
+
+}  // namespace gm

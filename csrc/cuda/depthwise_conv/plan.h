@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0
+// Block shapes of the depthwise convolution, shared by the kernels, their launchers and the op entries (which allocate
+// partial sums by them). They follow from the sizes alone, never from the device, so that sums have the same order
+// everywhere.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace gm {
+
+constexpr int kConvVec = 2;      // channels of a thread: 4 bytes of a 16-bit type, 8 of float
+constexpr int kConvColumns = 4;  // adjacent columns of a thread; they share weights and two neighbours
+constexpr int kConvTaps = 9;
+
+constexpr int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Halves the rows of a strip until there are `wanted` strips in all, down to `least` rows.
+inline int strip_rows(int height, int64_t strips_at_full_height, int64_t wanted, int least) {
+    int rows = std::max(height, 1);
+    while (rows > least && strips_at_full_height * div_up(height, rows) < wanted) rows = (rows + 1) / 2;
+    return rows;
+}
+
+// Forward: `lanes` neighbouring threads hold adjacent channels; together they are a walker, which owns kConvColumns
+// columns and goes down one strip of rows. Walkers are numbered by column first, then by strip, then by image.
+constexpr int kConvFwdThreads = 128;
+constexpr int kConvFwdLanes = 32;
+
+struct ConvFwdPlan {
+    int lanes, chunks;      // threads of a walker; blocks that share a token's channels
+    int walkers, threads;   // of a block
+    int quads;              // runs of kConvColumns columns of an image
+    int rows, strips;       // of a strip; of an image
+    int64_t walker_blocks;  // of a group
+};
+
+inline ConvFwdPlan conv_fwd_plan(int64_t batch, int height, int width, int groups, int dim) {
+    ConvFwdPlan p{};
+    const int64_t vecs = div_up(dim, kConvVec);
+    p.chunks = static_cast<int>(div_up(vecs, kConvFwdLanes));
+    p.lanes = static_cast<int>(div_up(vecs, p.chunks));
+    p.quads = static_cast<int>(div_up(width, kConvColumns));
+    // A strip reads two rows beyond its own. With less than about four waves of threads, strips of 14 rows balance the
+    // load; with less than one, latency counts and strips go down to 2 rows.
+    constexpr int64_t kManyThreads = 1 << 18, kFewThreads = 3 << 14;
+    const int64_t threads = p.quads * batch * groups * p.chunks * p.lanes;
+    const int balanced = strip_rows(height, threads, kManyThreads, 14);
+    p.rows = std::min(balanced, strip_rows(height, threads, kFewThreads, 2));
+    p.strips = static_cast<int>(div_up(height, p.rows));
+    const int64_t walkers = static_cast<int64_t>(p.quads) * p.strips * batch;
+    p.walkers = static_cast<int>(std::min<int64_t>(kConvFwdThreads / p.lanes, walkers));
+    p.threads = p.walkers * p.lanes;
+    p.walker_blocks = p.walkers > 0 ? div_up(walkers, p.walkers) : 0;
+    return p;
+}
+
+// Backward: a block owns a tile of columns and `lanes` * kConvVec channels, and goes down one strip of rows of one
+// image, then of the next. Its threads exchange their gradients through shared memory, so a tile that does not end at
+// the edge of the image also computes columns there that its neighbour owns.
+constexpr int kConvBwdThreads = 128;
+constexpr int kConvBwdLanes = 64;
+constexpr int kConvBwdHalo = kConvColumns;  // the columns of a whole thread
+constexpr int kConvBwdUnit = 8;             // lanes of 32 bytes of a 16-bit type, a sector
+constexpr int kConvBwdVector = 8;  // channels that a thread copies: a row of a tile takes as many threads as compute it
+static_assert(kConvBwdVector == kConvVec * kConvColumns);
+
+struct ConvBwdPlan {
+    int lanes, chunks;
+    int quads, threads;    // runs of kConvColumns columns of a tile; threads = lanes * quads
+    int tiles, tile_step;  // of a row; between the first columns of two
+    int rows, strips;
+    int images;            // that a block walks one after the other
+    int64_t segments;      // runs of `images` images
+    int64_t partial_rows;  // segments * strips * tiles
+};
+
+inline ConvBwdPlan conv_bwd_plan(int64_t batch, int height, int width, int groups, int dim) {
+    ConvBwdPlan p{};
+    const int64_t vecs = div_up(dim, kConvVec);
+    const int least_lanes = static_cast<int>(std::min<int64_t>(vecs, kConvBwdUnit));
+    const auto quads_of = [](int columns) { return static_cast<int>(div_up(columns, kConvColumns)); };
+    p.quads = quads_of(width);
+    p.tiles = 1;
+    if (static_cast<int64_t>(p.quads) * least_lanes > kConvBwdThreads) {
+        const int inner = width - 2 * kConvBwdHalo;
+        const int widest = kConvBwdThreads / least_lanes * kConvColumns - 2 * kConvBwdHalo;
+        p.tiles = static_cast<int>(div_up(inner, widest));
+        p.quads = quads_of(static_cast<int>(div_up(inner, p.tiles)) + 2 * kConvBwdHalo);
+    }
+    p.tile_step = p.quads * kConvColumns - 2 * kConvBwdHalo;
+    // Whole sectors where there are that many channels: as many chunks as the widest lanes need, then as few lanes as
+    // those chunks need.
+    int most = std::min(kConvBwdThreads / p.quads, kConvBwdLanes);
+    if (most > kConvBwdUnit) most -= most % kConvBwdUnit;
+    p.chunks = static_cast<int>(div_up(vecs, most));
+    p.lanes = static_cast<int>(div_up(vecs, p.chunks));
+    if (p.chunks > 1 && most >= kConvBwdUnit) p.lanes = static_cast<int>(div_up(p.lanes, kConvBwdUnit)) * kConvBwdUnit;
+    p.threads = p.lanes * p.quads;
+    // A block leaves 10 or 11 floats a channel. Small images share a block while there are blocks for two waves; where
+    // blocks are few, images are split by rows, and a strip reads four rows beyond its own.
+    constexpr int64_t kEnoughBlocks = 768, kFewBlocks = 1024, kEnoughTokens = 384;
+    const int64_t blocks = batch * groups * p.tiles * p.chunks;
+    const int64_t tokens = std::max<int64_t>(static_cast<int64_t>(height) * width, 1);
+    p.images = static_cast<int>(std::clamp<int64_t>(std::min(blocks / kEnoughBlocks, div_up(kEnoughTokens, tokens)), 1,
+                                                    std::max<int64_t>(batch, 1)));
+    p.rows = strip_rows(height, blocks, kFewBlocks, 7);
+    p.strips = static_cast<int>(div_up(height, p.rows));
+    p.segments = div_up(batch, p.images);
+    p.partial_rows = p.segments * p.strips * p.tiles;
+    return p;
+}
+
+}  // namespace gm

@@ -1,0 +1,379 @@
+// SPDX-License-Identifier: Apache-2.0
+// Backward of the grouped selective scan. It goes through the tiles from the last to the first. Each tile is first
+// recomputed forward from the state saved at its start, then differentiated:
+//
+//   g_t = C_t dy_t + a_{t+1} g_{t+1}                   (the adjoint of h_t: the same scan, reversed and shifted)
+//   dstep = g (A a h_{t-1} + B u),  dA = sum g step a h_{t-1},  du = sum_n g step B + D dy
+//   dB = sum_d g step u,  dC = sum_d dy h
+//
+// The step and its gradient are in units of Math<T>::kStepUnit throughout.
+//
+// Parameter gradients: each warp adds up its own part in a fixed order, in registers over all tiles or in its own row
+// of `partials`; reduce.cu adds the rows.
+#include "cuda/common/dispatch.h"
+#include "cuda/common/launch_kernel.cuh"
+#include "cuda/scan/launch.h"
+#include "cuda/scan/tile.cuh"
+
+namespace gm {
+namespace {
+
+template <class T, bool kSingle, bool kAligned>
+__global__ void __launch_bounds__(kBwdTile / kBwdTokens<T, kSingle>, kSingle&& kAligned && sizeof(T) == 2 ? 2 : 1)
+    grouped_scan_bwd_kernel(const __grid_constant__ ScanBwdArgs args) {
+    begin_kernel();
+    constexpr int kTokens = kBwdTokens<T, kSingle>, kThreads = kBwdTile / kTokens;
+    __shared__ ScanExchange exchange;
+    enum { kBias, kSkip, kNormWeight, kNormBias, kGate };
+    __shared__ ChannelTable<5> table;
+    extern __shared__ float4 dynamic_shared[];
+
+    const ScanShape& s = args.shape;
+    const ThreadCoord coord(s);
+    const int c0 = coord.channel, valid = coord.valid, lanes = coord.lanes;
+    const int64_t param = static_cast<int64_t>(coord.group) * s.param_dim + c0;
+    const bool has_norm = args.norm_weight.ptr != nullptr, has_z = args.z.ptr != nullptr;
+    const Plane<const T> u(args.u, coord, c0);
+    // What a phase needs once or twice is kept in shared memory, from the group's first channel on: 3 registers each.
+    __shared__ Plane<const T> dout, z, dt, B, C;
+    __shared__ Plane<T> du_out, dz_out, dB_out, dC_out, ddt_out;
+    if (threadIdx.x == 0) {
+        dt = Plane<const T>(args.dt, coord, 0), B = Plane<const T>(args.B, coord, 0),
+        C = Plane<const T>(args.C, coord, 0);
+        dout = Plane<const T>(args.dy, coord, 0), z = Plane<const T>(args.z, coord, 0);
+        du_out = Plane<T>(args.du, coord, 0), dz_out = Plane<T>(args.dz, coord, 0),
+        ddt_out = Plane<T>(args.ddt, coord, 0);
+        dB_out = Plane<T>(args.dB, coord, 0), dC_out = Plane<T>(args.dC, coord, 0);
+    }
+    const StepWeight<T> weight(s, args.dt_weight, coord, reinterpret_cast<float*>(dynamic_shared));
+    table.fill(s.dim, [&](int c, float(&row)[5]) {
+        const int64_t i = static_cast<int64_t>(coord.group) * s.param_dim + c;
+        row[kBias] = load_param_or<T>(args.dt_bias, i, 0.f) / Math<T>::kStepUnit;
+        row[kSkip] = load_param_or<T>(args.D, i, 0.f);
+        row[kNormWeight] = load_param_or<T>(args.norm_weight, i, 1.f);
+        row[kNormBias] = load_param_or<T>(args.norm_bias, i, 0.f);
+        row[kGate] = load_param_or<T>(args.gate, static_cast<int64_t>(coord.batch) * s.groups * s.dim + i, 1.f);
+    });
+    __syncthreads();
+
+    const int tokens = s.height * s.width, tile_tokens = coord.num_chunks() * kTokens;
+    const int states = kSingle ? 1 : s.states;
+    const int64_t plane_states = static_cast<int64_t>(states) * s.dim;
+    const float* saved_plane = args.states + static_cast<int64_t>(blockIdx.x) * args.num_chunks * plane_states + c0;
+    float* scratch =
+        args.carry == nullptr ? nullptr : args.carry + static_cast<int64_t>(blockIdx.x) * 2 * plane_states + c0;
+    const int64_t rows = states + kFixedRows + s.rank;
+    float* partials =
+        args.partials +
+        ((static_cast<int64_t>(coord.batch) * coord.num_warps() + coord.warp()) * s.groups + coord.group) * rows *
+            s.dim +
+        c0;
+    const bool writes_partials = coord.chunk_in_warp == 0;
+    const auto add_partial = [&](int64_t row, const float(&sum)[kVec], bool first_time) {
+        if (!writes_partials) return;
+        float* p = partials + row * s.dim;
+#pragma unroll
+        for (int j = 0; j < kVec; ++j)
+            if (j < valid) p[j] = first_time ? sum[j] : p[j] + sum[j];
+    };
+
+    // Sums over the channels of each token, written by one lane a token.
+    const auto write_token_sums = [&](float(&sum)[kTokens], float unit, const Plane<T>& out, const Path<kTokens>& path,
+                                      int i) {
+        lane_sums(sum, lanes);
+#pragma unroll
+        for (int k = 0; k < kTokens; ++k)
+            if (k < path.count && coord.lane() == (k & (lanes - 1)))
+                out.at(path.token[k])[i] = from_float<T>(unit * sum[k]);
+    };
+
+    int buffer = 0;
+    const auto states_forward = [&](int n, const Path<kTokens>& path, const float(&A)[kVec],
+                                    const float(&step)[kTokens][kVec], const float* saved, float(&h)[kTokens][kVec],
+                                    float(&entering)[kVec]) {
+        float carry[kVec];
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) carry[j] = j < valid ? saved[static_cast<int64_t>(n) * s.dim + j] : 0.f;
+        tile_states<T>(
+            coord, exchange, buffer, A, step,
+            [&](int k) { return Math<T>::kStepUnit * to_float(B.at(path.token[k])[n]); },
+            [&](int k) { return load4<kAligned>(u.at(path.token[k]), valid); }, carry, h, entering);
+    };
+    // Each thread's sums for the parameters, kept in shared memory between the phases that add to them.
+    __shared__ float4 parked[kFixedRows + 1][kThreads];
+    constexpr int kParkedA = kFixedRows;
+    const auto park = [&](int row, const float(&sum)[kVec]) {
+        parked[row][threadIdx.x] = make_float4(sum[0], sum[1], sum[2], sum[3]);
+    };
+    const auto unpark = [&](int row, float(&sum)[kVec]) {
+        const float4 v = parked[row][threadIdx.x];
+        sum[0] = v.x, sum[1] = v.y, sum[2] = v.z, sum[3] = v.w;
+    };
+    for (int row = 0; row <= kFixedRows; ++row) parked[row][threadIdx.x] = make_float4(0.f, 0.f, 0.f, 0.f);
+    float A[kVec], adjoint_carry[kVec] = {};
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) A[j] = kSingle && j < valid ? load_param<T>(args.A, param + j) : 0.f;
+
+    const int num_tiles = (tokens + tile_tokens - 1) / tile_tokens;
+    for (int tile = num_tiles - 1; tile >= 0; --tile) {
+        const bool first_time = tile == num_tiles - 1;
+        const Path<kTokens> path(s, coord.direction, tile * tile_tokens + coord.chunk * kTokens);
+        const float* saved = saved_plane + static_cast<int64_t>(tile) * plane_states;
+        float step[kTokens][kVec], h[kTokens][kVec], dy[kTokens][kVec], entering[kVec];
+        {
+            float bias[kVec];
+            table.get(kBias, c0, bias);
+            load_steps<kAligned>(s, dt, weight, bias, path, c0, valid, step);
+        }
+
+        // y = C . h + D u, kept in dy until its derivative takes its place
+        for (int n = 0; n < states; ++n) {
+            if (!kSingle) {
+#pragma unroll
+                for (int j = 0; j < kVec; ++j) A[j] = j < valid ? load_param<T>(args.A, (param + j) * states + n) : 0.f;
+            }
+            states_forward(n, path, A, step, saved, h, entering);
+#pragma unroll
+            for (int k = 0; k < kTokens; ++k) {
+                const float c = to_float(C.at(path.token[k])[n]);
+#pragma unroll
+                for (int j = 0; j < kVec; ++j) dy[k][j] = kSingle || n == 0 ? c * h[k][j] : fmaf(c, h[k][j], dy[k][j]);
+            }
+        }
+
+        {
+            float skip[kVec];
+            table.get(kSkip, c0, skip);
+            const float inverse_dim = 1.f / s.norm_dim;
+            const int normed_channels = min(valid, s.norm_dim - c0);
+            float inverse_std[kTokens], m1[kTokens], m2[kTokens];
+#pragma unroll
+            for (int k = 0; k < kTokens; ++k) {
+                const Vec4<T> uv = load4<kAligned>(u.at(path.token[k]), valid);
+                inverse_std[k] = 1.f;
+                m1[k] = m2[k] = 0.f;
+#pragma unroll
+                for (int j = 0; j < kVec; ++j) {
+                    dy[k][j] = fmaf(skip[j], to_float(uv.v[j]), dy[k][j]);
+                    m1[k] += dy[k][j];
+                }
+            }
+            if (has_norm) {  // dy: y -> (y - mean) / std
+                lane_sums(m1, lanes);
+#pragma unroll
+                for (int k = 0; k < kTokens; ++k) {
+                    const float mean = mean_of(m1[k], s.norm_dim, inverse_dim);
+#pragma unroll
+                    for (int j = 0; j < kVec; ++j) {
+                        dy[k][j] = j < normed_channels ? dy[k][j] - mean : 0.f;
+                        m2[k] = fmaf(dy[k][j], dy[k][j], m2[k]);
+                    }
+                }
+                lane_sums(m2, lanes);
+#pragma unroll
+                for (int k = 0; k < kTokens; ++k) {
+                    inverse_std[k] = Math<T>::rsqrt(fmaf(m2[k], inverse_dim, s.norm_eps));
+#pragma unroll
+                    for (int j = 0; j < kVec; ++j) dy[k][j] *= inverse_std[k];
+                }
+            }
+            float norm_weight[kVec], norm_bias[kVec], gate[kVec];
+            table.get(kNormWeight, c0, norm_weight);
+            table.get(kNormBias, c0, norm_bias);
+            table.get(kGate, c0, gate);
+            // A part of the tokens at a time: the derivatives of all of them would not fit beside the states.
+            constexpr int kPart = 4;
+            float product[kVec], total[kVec];
+            unpark(kRowProduct, product);
+            unpark(kRowSum, total);
+#pragma unroll
+            for (int k0 = 0; k0 < kTokens; k0 += kPart) {
+                float dnormed[kPart][kVec], moments[2 * kPart] = {};
+#pragma unroll
+                for (int i = 0; i < kPart && k0 + i < kTokens; ++i) {
+                    const int k = k0 + i;
+                    const bool real = k < path.count;
+                    const Vec4<T> gv = load4<kAligned>(dout.at(path.token[k]) + c0, real ? valid : 0);
+                    float dz[kVec];
+                    Vec4<T> zv = {};
+                    if (has_z) zv = load4<kAligned>(z.at(path.token[k]) + c0, valid);
+#pragma unroll
+                    for (int j = 0; j < kVec; ++j) {
+                        const float g = to_float(gv.v[j]), normed = real ? dy[k][j] : 0.f;
+                        float gated = g;
+                        if (has_z) {
+                            const float x = to_float(zv.v[j]), sigmoid = Math<T>::sigmoid(x), silu = x * sigmoid;
+                            gated = g * silu;
+                            dz[j] = g * gate[j] * fmaf(normed, norm_weight[j], norm_bias[j]) *
+                                    fmaf(silu, 1.f - sigmoid, sigmoid);
+                        }
+                        product[j] = fmaf(gated, normed, product[j]);
+                        total[j] += gated;
+                        dnormed[i][j] = gated * gate[j] * norm_weight[j];
+                        moments[2 * i] += dnormed[i][j];
+                        moments[2 * i + 1] = fmaf(dnormed[i][j], normed, moments[2 * i + 1]);
+                    }
+                    if (has_z && real) store4<kAligned>(dz_out.at(path.token[k]) + c0, dz, valid);
+                }
+                if (has_norm) lane_sums(moments, lanes);
+#pragma unroll
+                for (int i = 0; i < kPart && k0 + i < kTokens; ++i) {
+                    const int k = k0 + i;
+#pragma unroll
+                    for (int j = 0; j < kVec; ++j) {
+                        if (has_norm)
+                            dnormed[i][j] =
+                                inverse_std[k] *
+                                (dnormed[i][j] - inverse_dim * fmaf(dy[k][j], moments[2 * i + 1], moments[2 * i]));
+                        dy[k][j] = k < path.count && j < valid ? dnormed[i][j] : 0.f;
+                    }
+                }
+            }
+            park(kRowProduct, product);
+            park(kRowSum, total);
+        }
+
+        float du[kTokens][kVec], dstep[kTokens][kVec], dA[kVec], skip[kVec], dskip[kVec];
+        table.get(kSkip, c0, skip);
+        unpark(kRowSkip, dskip);
+        if (kSingle) unpark(kParkedA, dA);
+        for (int n = 0; n < states; ++n) {
+            if (!kSingle) {
+#pragma unroll
+                for (int j = 0; j < kVec; ++j) {
+                    A[j] = j < valid ? load_param<T>(args.A, (param + j) * states + n) : 0.f;
+                    adjoint_carry[j] = !first_time && j < valid
+                                           ? scratch[(tile & 1) * plane_states + static_cast<int64_t>(n) * s.dim + j]
+                                           : 0.f;
+                    dA[j] = 0.f;
+                }
+                states_forward(n, path, A, step, saved, h, entering);
+            }
+            float P[kVec], local[kVec], adjoint[kVec], dC[kTokens], dB[kTokens];
+            hide(A);
+#pragma unroll
+            for (int j = 0; j < kVec; ++j) P[j] = 1.f, local[j] = 0.f;
+#pragma unroll
+            for (int k = kTokens - 1; k >= 0; --k) {
+                const float c = to_float(C.at(path.token[k])[n]);
+                dC[k] = 0.f;
+#pragma unroll
+                for (int j = 0; j < kVec; ++j) {
+                    const float decay = Math<T>::decay(step[k][j], A[j]);
+                    local[j] = decay * fmaf(c, dy[k][j], local[j]);
+                    P[j] *= decay;
+                    dC[k] = fmaf(dy[k][j], h[k][j], dC[k]);
+                }
+            }
+            write_token_sums(dC, 1.f, dC_out, path, n);
+            block_scan<true>(coord, exchange, buffer, P, local, adjoint_carry, adjoint);
+            if (!kSingle && tile > 0 && coord.chunk == 0) {
+#pragma unroll
+                for (int j = 0; j < kVec; ++j)
+                    if (j < valid)
+                        scratch[((tile - 1) & 1) * plane_states + static_cast<int64_t>(n) * s.dim + j] =
+                            adjoint_carry[j];
+            }
+            hide(A);
+#pragma unroll
+            for (int k = kTokens - 1; k >= 0; --k) {
+                const float b = Math<T>::kStepUnit * to_float(B.at(path.token[k])[n]);
+                const float c = to_float(C.at(path.token[k])[n]);
+                const Vec4<T> uv = load4<kAligned>(u.at(path.token[k]), valid);
+                dB[k] = 0.f;
+#pragma unroll
+                for (int j = 0; j < kVec; ++j) {
+                    const float x = to_float(uv.v[j]), g = fmaf(c, dy[k][j], adjoint[j]);
+                    const float decay = Math<T>::decay(step[k][j], A[j]);
+                    const float through = g * decay * (k > 0 ? h[k > 0 ? k - 1 : 0][j] : entering[j]);
+                    const float ds = fmaf(Math<T>::kStepUnit * A[j], through, g * (b * x)), gs = g * step[k][j];
+                    dA[j] = fmaf(through, step[k][j], dA[j]);
+                    dstep[k][j] = kSingle || n == 0 ? ds : dstep[k][j] + ds;
+                    du[k][j] = fmaf(gs, b, kSingle || n == 0 ? skip[j] * dy[k][j] : du[k][j]);
+                    dB[k] = fmaf(gs, x, dB[k]);
+                    adjoint[j] = decay * g;
+                    if (kSingle || n == 0) dskip[j] = fmaf(dy[k][j], x, dskip[j]);
+                }
+                if (kSingle && k < path.count) store4<kAligned>(du_out.at(path.token[k]) + c0, du[k], valid);
+            }
+            write_token_sums(dB, Math<T>::kStepUnit, dB_out, path, n);
+            if (!kSingle) {
+#pragma unroll
+                for (int j = 0; j < kVec; ++j) dA[j] = Math<T>::kStepUnit * chunk_sum(dA[j], lanes);
+                add_partial(n, dA, first_time);
+            }
+        }
+
+        park(kRowSkip, dskip);
+        if (kSingle) park(kParkedA, dA);
+        float dbias[kVec];
+        unpark(kRowBias, dbias);
+#pragma unroll
+        for (int k = 0; k < kTokens; ++k) {
+            if (!kSingle && k < path.count) store4<kAligned>(du_out.at(path.token[k]) + c0, du[k], valid);
+#pragma unroll
+            for (int j = 0; j < kVec; ++j) {
+                if (s.softplus) dstep[k][j] = Math<T>::through_softplus(dstep[k][j], step[k][j]);
+                if (k >= path.count) dstep[k][j] = 0.f;
+                dbias[j] += dstep[k][j];
+            }
+            if (s.rank == 0 && k < path.count) {
+                float ddt[kVec];
+#pragma unroll
+                for (int j = 0; j < kVec; ++j) ddt[j] = dstep[k][j] / Math<T>::kStepUnit;
+                store4<kAligned>(ddt_out.at(path.token[k]) + c0, ddt, valid);
+            }
+        }
+        park(kRowBias, dbias);
+        for (int r = 0; r < s.rank; ++r) {
+            float w[kVec], dw[kVec] = {}, ddt[kTokens];
+            weight.get(r, w);
+#pragma unroll
+            for (int k = 0; k < kTokens; ++k) {
+                const float d = to_float(dt.at(path.token[k])[r]);
+                ddt[k] = 0.f;
+#pragma unroll
+                for (int j = 0; j < kVec; ++j) {
+                    ddt[k] = fmaf(dstep[k][j], w[j], ddt[k]);
+                    dw[j] = fmaf(dstep[k][j], d, dw[j]);
+                }
+            }
+            write_token_sums(ddt, 1.f, ddt_out, path, r);
+#pragma unroll
+            for (int j = 0; j < kVec; ++j) dw[j] = chunk_sum(dw[j], lanes) / Math<T>::kStepUnit;
+            add_partial(states + kFixedRows + r, dw, first_time);
+        }
+    }
+
+    const auto finish = [&](int row, int64_t partial, float unit) {
+        float sum[kVec];
+        unpark(row, sum);
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) sum[j] = unit * chunk_sum(sum[j], lanes);
+        add_partial(partial, sum, true);
+    };
+    if (kSingle) finish(kParkedA, 0, Math<T>::kStepUnit);
+    finish(kRowSkip, states + kRowSkip, 1.f);
+    finish(kRowBias, states + kRowBias, 1.f / Math<T>::kStepUnit);
+    finish(kRowProduct, states + kRowProduct, 1.f);
+    finish(kRowSum, states + kRowSum, 1.f);
+}
+
+template <class T, bool kSingle>
+cudaError_t launch(const ScanBwdArgs& args, cudaStream_t stream) {
+    const size_t shared = args.shape.rank <= kMaxStagedRank ? sizeof(float) * 32 * kVec * args.shape.rank : 0;
+    const auto kernel =
+        args.shape.aligned ? grouped_scan_bwd_kernel<T, kSingle, true> : grouped_scan_bwd_kernel<T, kSingle, false>;
+    return launch_kernel(kernel, args.shape.batch * args.shape.groups, args.shape.threads, shared, stream, args);
+}
+
+}  // namespace
+
+cudaError_t launch_grouped_scan_bwd(const ScanBwdArgs& args, DType dtype, cudaStream_t stream) {
+    return dispatch_dtype(dtype, [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        return args.shape.states == 1 ? launch<T, true>(args, stream) : launch<T, false>(args, stream);
+    });
+}
+
+}  // namespace gm

@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0
+// The table of channel parameters that the sm_90 scan kernels keep in shared memory.
+#pragma once
+
+#include "cuda/common/math.cuh"
+#include "cuda/scan/sm90/tile_scheduler.cuh"
+
+namespace gm {
+
+// Rows of the table, kWidth floats each. The gate is folded into the norm's scale and shift, which are kept for two
+// images. Row kWeight + r is dt_weight of step feature r; the number of such rows is even.
+enum TableRow { kBias, kSkip, kA, kCounted, kScale, kShift = kScale + 2, kWeight = kShift + 2 };
+
+template <class Block>
+__host__ __device__ int table_rows(const ScanShape& s) {
+    return kWeight + (Block::kConstantRank > 0 ? Block::kConstantRank : (s.rank + 1) / 2 * 2);
+}
+
+// The bits of a parameter, made a float only when all loads of a thread are in flight.
+__device__ __forceinline__ uint32_t load_param_bits(const ParamArg& p, int64_t i) {
+    return p.is_float ? static_cast<const uint32_t*>(p.ptr)[i] : static_cast<const uint16_t*>(p.ptr)[i];
+}
+template <class T>
+__device__ __forceinline__ float param_of(const ParamArg& p, uint32_t bits) {
+    const uint16_t half = static_cast<uint16_t>(bits);
+    return p.is_float ? __uint_as_float(bits) : to_float(reinterpret_cast<const T&>(half));
+}
+
+// Writes the rows with the gate of an image, in the middle of a tile. This stays a loop: if the compiler spread its
+// loads over the tile's code, they would cost registers there, 4 to 8% of the forward and a seventh of the backward.
+template <class T, class Block, class Args>
+__device__ __forceinline__ void put_gated_rows(const Args& args, float* table, int image, int batch, int group) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < 2 * Block::kWidth; i += Block::kThreads) {
+        const int row = i / Block::kWidth, c = i % Block::kWidth, dim = Block::real_dim(args.shape);
+        const int64_t channel = static_cast<int64_t>(group) * dim + c;
+        float value = 0.f;
+        if (c < dim) {
+            const float gate =
+                load_param_or<T>(args.gate, static_cast<int64_t>(batch) * args.shape.groups * dim + channel, 1.f);
+            value = gate * load_param_or<T>(row == 0 ? args.norm_weight : args.norm_bias, channel, 0.f);
+        }
+        table[(row == 0 ? kScale : kShift) * Block::kWidth + image * Block::kWidth + c] = value;
+    }
+}
+
+// Writes all rows, for the first image. A thread fills a column, or every kRows-th weight of it, and has all of its
+// loads in flight before it waits for one. Lanes without channels get a step of 0 and no skip, which keeps their
+// values at 0 and out of all sums. Their step weights are those of the last channel that counts: a weight of 0 would
+// make NaN of a feature of -inf, which masks a token.
+template <class T, class Block, class Args>
+__device__ __forceinline__ void put_rows(const Args& args, float* table, int batch, int group) {
+    constexpr int kRows = Block::kThreads / Block::kWidth, kLoads = (Block::kFeatures - 2 + kRows - 1) / kRows;
+    const ScanShape& s = args.shape;
+    const int c = threadIdx.x % Block::kWidth, first = threadIdx.x / Block::kWidth;
+    const int dim = Block::real_dim(s);
+    const bool in = first < kRows && c < dim;
+    const int64_t channel = static_cast<int64_t>(group) * dim + c;
+    const int64_t weights = (static_cast<int64_t>(group) * dim + min(c, s.norm_dim - 1)) * s.rank;
+    const auto bits_of = [&](const ParamArg& p, bool wanted, int64_t i) {
+        return wanted && p.ptr != nullptr ? load_param_bits(p, i) : 0u;
+    };
+    const bool fills = in && first == 0;
+    const uint32_t bias = bits_of(args.dt_bias, fills, channel), skip = bits_of(args.D, fills, channel),
+                   A = bits_of(args.A, fills, channel),
+                   gate = bits_of(args.gate, fills, static_cast<int64_t>(batch) * s.groups * dim + channel),
+                   norm_weight = bits_of(args.norm_weight, fills, channel),
+                   norm_bias = bits_of(args.norm_bias, fills, channel);
+    uint32_t weight[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+        const int r = first + i * kRows;
+        weight[i] = bits_of(args.dt_weight, first < kRows && r < s.rank, weights + r);
+    }
+    if (first >= kRows) return;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+        const int r = first + i * kRows;
+        if (r < table_rows<Block>(s) - kWeight)
+            table[(kWeight + r) * Block::kWidth + c] = param_of<T>(args.dt_weight, weight[i]) * kLog2e;
+    }
+    if (first != 0) return;
+    const float open = args.gate.ptr != nullptr ? param_of<T>(args.gate, gate) : 1.f;
+    table[kScale * Block::kWidth + c] = open * param_of<T>(args.norm_weight, norm_weight);
+    table[kShift * Block::kWidth + c] = open * param_of<T>(args.norm_bias, norm_bias);
+    table[kBias * Block::kWidth + c] = in ? param_of<T>(args.dt_bias, bias) * kLog2e : -1e30f;
+    table[kSkip * Block::kWidth + c] = param_of<T>(args.D, skip);
+    table[kA * Block::kWidth + c] = param_of<T>(args.A, A);
+    table[kCounted * Block::kWidth + c] = c < s.norm_dim ? 1.f : 0.f;
+}
+
+}  // namespace gm

@@ -1,0 +1,262 @@
+// SPDX-License-Identifier: Apache-2.0
+// The feed-forward network of a block on CUDA as one op: LayerNorm, fc1, depthwise convolution with GELU, fc2, and the
+// addition to the residual stream. Where it is faster, one kernel does all of it, and writes the hidden image only for
+// a backward (cuda/feed_forward/plan.h). Elsewhere that image is written twice, before and after the convolution. The
+// backward keeps the first of the two, and computes the second and the normed image again.
+#include "cuda/feed_forward/launch.h"
+#include "host/blas.h"
+#include "host/branch.h"
+#include "host/workspace.h"
+#include "ops/entries_cuda.h"
+#include "ops/layer/drop_path.h"
+#include "ops/layer/parameter_pack.h"
+#include "ops/layer/token_sums.h"
+
+namespace gm {
+namespace {
+
+enum Packed { kFc1, kFc1Bias, kConv, kConvBias, kFc2, kFc2Bias };
+
+struct FeedForwardParameters {
+    Tensor fc1_weight, fc1_bias, conv_weight, conv_bias, fc2_weight, fc2_bias;
+};
+
+struct FeedForwardSizes {
+    int64_t batch, height, width, channels, channels_pad, hidden, hidden_pad;
+    int64_t tokens() const { return batch * height * width; }
+    Shape image(int64_t width_of_pixel) const { return {batch, height, width, 1, width_of_pixel}; }
+};
+
+FeedForwardSizes feed_forward_sizes(const Tensor& x, const FeedForwardParameters& p) {
+    GM_CHECK(x.dim() == 4 && x.numel() > 0, "x must be (batch, H, W, C) with elements, got ", show(shape_of(x)));
+    GM_CHECK(p.fc1_weight.dim() == 2 && p.fc1_weight.size(0) >= 1, "fc1_weight must be (hidden, C), got ",
+             show(shape_of(p.fc1_weight)));
+    FeedForwardSizes s{x.size(0), x.size(1), x.size(2), x.size(3), 0, p.fc1_weight.size(0), 0};
+    s.channels_pad = round_up(s.channels, kPixelUnit), s.hidden_pad = round_up(s.hidden, kPixelUnit);
+    check_parameter(p.fc1_weight, "fc1_weight", {s.hidden, s.channels}, x);
+    check_parameter(p.fc1_bias, "fc1_bias", {s.hidden}, x);
+    check_parameter(p.conv_weight, "conv_weight", {s.hidden, 1, 3, 3}, x);
+    check_parameter(p.conv_bias, "conv_bias", {s.hidden}, x);
+    check_parameter(p.fc2_weight, "fc2_weight", {s.channels, s.hidden}, x);
+    check_parameter(p.fc2_bias, "fc2_bias", {s.channels}, x);
+    return s;
+}
+
+// The one kernel reads the taps of a channel as three rows of four in the dtype of the images, and vectors that are
+// whole blocks of channels long.
+ParameterPack feed_forward_pack(const FeedForwardParameters& p, const FeedForwardSizes& s, ScalarType dtype,
+                                Workspace& workspace, bool one_kernel = false) {
+    ParameterPack pack(dtype, workspace);
+    const bool pads = s.hidden != s.hidden_pad;
+    const auto per_channel = [&](const Tensor& t, int64_t row) {
+        pack.add(t, {1, s.hidden, row}, s.hidden_pad, row, pads ? ScalarType::Float : t.scalar_type());
+    };
+    pack.add(p.fc1_weight, {1, s.hidden, s.channels}, s.hidden_pad, s.channels_pad, dtype);
+    const int64_t vector = one_kernel ? round_up(s.hidden, kFeedForwardBlock) : s.hidden_pad;
+    pack.add(p.fc1_bias, {1, 1, s.hidden}, 1, vector, dtype);
+    if (one_kernel) {
+        pack.add(p.conv_weight, {1, 3 * s.hidden, 3}, 3 * vector, 4, dtype);
+        pack.add(p.conv_bias, {1, 1, s.hidden}, 1, vector, ScalarType::Float);
+    } else {
+        per_channel(p.conv_weight, 9), per_channel(p.conv_bias, 1);
+    }
+    pack.add(p.fc2_weight, {1, s.channels, s.hidden}, s.channels_pad, s.hidden_pad, dtype);
+    pack.add(p.fc2_bias, {1, 1, s.channels}, 1, s.channels_pad, dtype);
+    return pack;
+}
+
+struct FeedForward {
+    Tensor out;
+    Workspace saved;  // what the backward reads; without `save` empty
+};
+
+// True where the one kernel takes x and the parameters, and is the faster way.
+bool takes_one_kernel(const Tensor& x, const FeedForwardParameters& p, const FeedForwardSizes& s, DType dtype) {
+#if GM_WITH_SM90A
+    if (!is_canonical_image(x) || std::max({s.height * s.width, s.channels, s.hidden * 12}) > INT32_MAX / 2)
+        return false;
+    if (!suits_feed_forward(s.batch, static_cast<int>(s.height), static_cast<int>(s.width),
+                            static_cast<int>(s.channels), static_cast<int>(s.hidden), dtype))
+        return false;
+    // TMA reads these in place.
+    for (const Tensor* t : {&p.fc1_weight, &p.fc1_bias, &p.conv_bias, &p.fc2_weight})
+        if (reinterpret_cast<uintptr_t>(t->data_ptr()) % 16 != 0) return false;
+    const ImageArg image = image_arg(x);
+    return allows_vectors(image, static_cast<int64_t>(x.element_size()), 8) && image.token > 0 &&
+           (image.batch > 0 || s.batch == 1) && has_feed_forward_sm90a();
+#else
+    static_cast<void>(x), static_cast<void>(p), static_cast<void>(s), static_cast<void>(dtype);
+    return false;
+#endif
+}
+
+FeedForward one_kernel_forward(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias,
+                               const FeedForwardParameters& p, const FeedForwardSizes& s, double eps, bool residual,
+                               const DropPathArg& drop_path, bool save, const CudaContext& context) {
+    const DType dtype = dtype_of(x);
+    const ScalarType type = x.scalar_type();
+    Workspace scratch(type), saved(type);
+    ParameterPack pack = feed_forward_pack(p, s, type, scratch, true);
+    const Workspace::Piece hidden_place = saved.reserve_image(save ? s.tokens() * s.hidden_pad : 0);
+    scratch.allocate(x), saved.allocate(x);
+    const Tensor out = empty_padded_image(s.batch, s.height, s.width, s.channels, x);
+    pack.prepare();
+    pack.launch(dtype, context.stream());
+
+    ParamHolder param;
+    FeedForwardArgs args;
+    args.batch = s.batch, args.height = static_cast<int>(s.height), args.width = static_cast<int>(s.width);
+    args.channels = static_cast<int>(s.channels), args.hidden_pad = static_cast<int>(s.hidden_pad);
+    args.plan = feed_forward_plan(s.batch, args.height, args.width, args.channels, static_cast<int>(s.hidden));
+    args.x = image_arg(x), args.out = image_arg(out);
+    if (save) args.hidden = saved.address(hidden_place);
+    args.residual = residual, args.drop_path = drop_path, args.eps = static_cast<float>(eps);
+    args.norm_weight = param(norm_weight), args.norm_bias = param(norm_bias), args.fc2_bias = param(p.fc2_bias);
+    args.fc1_weight = pack.get(kFc1, {s.hidden_pad, s.channels_pad}).data_ptr();
+    const int64_t vector = round_up(s.hidden, kFeedForwardBlock);
+    args.fc1_bias = pack.get(kFc1Bias, {vector}).data_ptr();
+    args.conv_weight = pack.get(kConv, {vector, 12}).data_ptr();
+    args.conv_bias = static_cast<const float*>(pack.get(kConvBias, {vector}).data_ptr());
+    args.fc2_weight = pack.get(kFc2, {s.channels_pad, s.hidden_pad}).data_ptr();
+#if GM_WITH_SM90A
+    check_cuda(launch_feed_forward_sm90a(args, dtype, context.stream()), "feed-forward");
+#endif
+    return {out, saved};
+}
+
+FeedForward feed_forward_forward(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias,
+                                 const FeedForwardParameters& p, double eps, bool residual,
+                                 const OptTensor& drop_path_mask, double drop_path_scale, bool save) {
+    const FeedForwardSizes s = feed_forward_sizes(x, p);
+    const DType dtype = dtype_of(x);
+    const ScalarType type = x.scalar_type();
+    const CudaContext context(x);
+    const int64_t tokens = s.tokens();
+    const DropPathArg drop_path = drop_path_arg(drop_path_mask, drop_path_scale, residual, s.batch, x);
+    check_parameter(norm_weight, "norm_weight", {s.channels}, x);
+    check_parameter(norm_bias, "norm_bias", {s.channels}, x);
+    if (takes_one_kernel(x, p, s, dtype))
+        return one_kernel_forward(x, norm_weight, norm_bias, p, s, eps, residual, drop_path, save, context);
+    Workspace scratch(type), saved(type);
+    Workspace& held = save ? saved : scratch;
+    ParameterPack pack = feed_forward_pack(p, s, type, scratch);
+    // Nothing reads xn any more when the convolution runs.
+    const Workspace::Piece hidden_place = held.reserve_image(tokens * s.hidden_pad);
+    const Workspace::Piece place = scratch.reserve_image(tokens * std::max(s.channels_pad, s.hidden_pad));
+    scratch.allocate(x), saved.allocate(x);
+    const Tensor out = empty_padded_image(s.batch, s.height, s.width, s.channels, x);
+    pack.prepare();
+    Branch packing(context);
+    pack.launch(dtype, packing.stream());
+
+    NormPoolInputs norm{x, norm_weight, norm_bias, eps};
+    if (residual) norm.sum = out, norm.sum_bias = p.fc2_bias, norm.drop_path = drop_path;
+    layer_norm_pool_fwd_into(scratch.get(place, s.image(s.channels_pad)), norm, context);
+    packing.join();
+    const Tensor hidden = held.get(hidden_place, {tokens, s.hidden_pad});
+    matmul_bias_out(hidden, pack.get(kFc1Bias, {s.hidden_pad}), scratch.get(place, {tokens, s.channels_pad}),
+                    pack.get_transposed(kFc1, {s.hidden_pad, s.channels_pad}));
+    const Tensor activated = scratch.get(place, {tokens, s.hidden_pad});
+    const Shape image = s.image(s.hidden_pad);
+    depthwise_conv3x3_fwd_into(alias(activated, image), alias(hidden, image), pack.get(kConv, {1, s.hidden_pad, 3, 3}),
+                               pack.get(kConvBias, {1, s.hidden_pad}), kGelu, context, drop_path);
+    const Tensor out_rows = alias(out, {tokens, s.channels_pad});
+    const Tensor fc2 = pack.get_transposed(kFc2, {s.channels_pad, s.hidden_pad});
+    if (residual) {
+        add_matmul(out_rows, activated, fc2, drop_path_scale);
+    } else {
+        matmul_bias_out(out_rows, pack.get(kFc2Bias, {s.channels_pad}), activated, fc2);
+    }
+    return {out, saved};
+}
+
+// With kSave groupmamba::feed_forward_fwd, without groupmamba::feed_forward.
+template <bool kSave>
+std::conditional_t<kSave, std::tuple<Tensor, Tensor>, Tensor> feed_forward(
+    Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor fc1_bias, Tensor conv_weight,
+    Tensor conv_bias, Tensor fc2_weight, Tensor fc2_bias, double eps, bool residual, OptTensor drop_path_mask,
+    double drop_path_scale) {
+    const FeedForward done = feed_forward_forward(x, norm_weight, norm_bias,
+                                                  {fc1_weight, fc1_bias, conv_weight, conv_bias, fc2_weight, fc2_bias},
+                                                  eps, residual, drop_path_mask, drop_path_scale, kSave);
+    if constexpr (kSave) {
+        return {done.out, done.saved.images()};
+    } else {
+        return done.out;
+    }
+}
+
+using FeedForwardGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight,
+                                      Tensor fc1_bias, Tensor conv_weight, Tensor conv_bias, Tensor fc2_weight,
+                                      Tensor fc2_bias, Tensor saved, double eps, bool residual,
+                                      OptTensor drop_path_mask, double drop_path_scale) {
+    const FeedForwardParameters parameters{fc1_weight, fc1_bias, conv_weight, conv_bias, fc2_weight, fc2_bias};
+    const FeedForwardSizes s = feed_forward_sizes(x, parameters);
+    check_image(dout, "dout", shape_of(x), x);
+    const DType dtype = dtype_of(x);
+    const ScalarType type = x.scalar_type();
+    const CudaContext context(x);
+    const int64_t tokens = s.tokens();
+    const DropPathArg drop_path = drop_path_arg(drop_path_mask, drop_path_scale, residual, s.batch, x);
+    Workspace held(type), scratch(type);
+    const Workspace::Piece hidden_place = held.reserve_image(tokens * s.hidden_pad);
+    held.adopt_images(saved, x);
+    const Tensor hidden = held.get(hidden_place, {tokens, s.hidden_pad});
+    ParameterPack pack = feed_forward_pack(parameters, s, type, scratch);
+    scratch.allocate(x);
+    pack.prepare();
+    pack.launch(dtype, context.stream());
+    ParameterSums sums;
+    const auto as_batch = [](const Tensor& rows) { return alias(rows, {1, rows.size(0), rows.size(1)}); };
+
+    const PaddedRows dout_padded(dout, context);
+    const Tensor dout_rows = dout_padded.rows();
+    Tensor dactivated = empty({tokens, s.hidden_pad}, type, x);
+    matmul_out(dactivated, dout_rows, pack.get(kFc2, {s.channels_pad, s.hidden_pad}), drop_path_scale);
+    Tensor dhidden = empty({tokens, s.hidden_pad}, type, x), activated = empty({tokens, s.hidden_pad}, type, x);
+    const Shape image = s.image(s.hidden_pad);
+    const PartialRows conv = conv3x3_bwd_into(
+        alias(dhidden, image), alias(dactivated, image), alias(hidden, image), pack.get(kConv, {1, s.hidden_pad, 3, 3}),
+        pack.get(kConvBias, {1, s.hidden_pad}), kGelu, context, alias(activated, image), true, drop_path);
+    dactivated = Tensor();
+    const WeightPartials fc2 = weight_partials(as_batch(dout_rows), as_batch(activated), drop_path_scale);
+    activated = Tensor();
+    const Tensor dfc2_weight =
+        sums.add(fc2_weight, {1, s.channels, s.hidden}, fc2.values, s.channels_pad, s.hidden_pad, fc2.parts);
+    const auto of_conv = [&](const Tensor& parameter, int64_t row, int64_t first) {
+        return sums.add_rows(parameter, {1, s.hidden, row}, conv, first * s.hidden_pad, s.hidden_pad, row);
+    };
+    const Tensor dconv_weight = of_conv(conv_weight, 9, 0), dconv_bias = of_conv(conv_bias, 1, 9);
+    const Tensor dfc1_bias = of_conv(fc1_bias, 1, 10);  // sums of dhidden
+    const Tensor dxn = empty({tokens, s.channels_pad}, type, x);
+    matmul_out(dxn, dhidden, pack.get(kFc1, {s.hidden_pad, s.channels_pad}));
+    const Tensor xn = empty({tokens, s.channels_pad}, type, x);
+    NormPoolGradients norm{alias(dxn, s.image(s.channels_pad)), std::nullopt, std::nullopt, std::nullopt, true};
+    norm.xn = alias(xn, s.image(s.channels_pad)), norm.bias = norm_bias;
+    if (residual) norm.dx_more = dout, norm.drop_path = drop_path;
+    const NormPoolResult normed = layer_norm_pool_bwd(norm, x, norm_weight, eps, context);
+    const WeightPartials fc1 = weight_partials(as_batch(dhidden), as_batch(xn));
+    dhidden = Tensor();
+    const Tensor dfc1_weight =
+        sums.add(fc1_weight, {1, s.hidden, s.channels}, fc1.values, s.hidden_pad, s.channels_pad, fc1.parts);
+    const Tensor dnorm_weight = sums.add_rows(norm_weight, {1, 1, s.channels}, normed.sums, 0, 1, s.channels);
+    const Tensor dnorm_bias = sums.add_rows(norm_bias, {1, 1, s.channels}, normed.sums, s.channels, 1, s.channels);
+    const Tensor dfc2_bias =
+        normed.sums_dx_more ? sums.add_rows(fc2_bias, {1, 1, s.channels}, normed.sums, 2 * s.channels, 1, s.channels)
+                            : sum_of_columns(sums, fc2_bias, dout_rows, s.channels, dtype, context.stream(), drop_path,
+                                             s.height * s.width);
+    sums.launch(dtype, context.stream());
+    return {normed.dx,    dnorm_weight, dnorm_bias,  dfc1_weight, dfc1_bias,
+            dconv_weight, dconv_bias,   dfc2_weight, dfc2_bias};
+}
+
+}  // namespace
+}  // namespace gm
+
+STABLE_TORCH_LIBRARY_IMPL(groupmamba, CUDA, m) {
+    m.impl("feed_forward", TORCH_BOX(&gm::feed_forward<false>));
+    m.impl("feed_forward_fwd", TORCH_BOX(&gm::feed_forward<true>));
+    m.impl("feed_forward_bwd", TORCH_BOX(&gm::feed_forward_bwd));
+}
