@@ -4,6 +4,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 from PIL import Image
 
 from dense_tools import DETECTOR, annotation, detector, make_coco
-from train_tools import command, losses, rows
+from train_tools import command, environment, losses, rows
 
 for package in ("timm", "torchvision", "yaml", "safetensors", "pycocotools", "torchmetrics"):
     pytest.importorskip(package, reason="needs the extra 'train'")
@@ -109,6 +111,18 @@ def test_an_interrupted_run_goes_on_bit_for_bit(data, tmp_path, monkeypatch, cap
     assert losses(broken) == losses(whole) and len(losses(whole)) == 4
     ours, theirs = (load_file(run / "last.safetensors") for run in (broken, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_two_processes_measure_what_one_measures(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    argv = ["train-detector", str(data), "--output", str(run), *DETECTOR, "-b", "1", "--steps", "1"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "groupmamba"]
+    subprocess.run([*torchrun, *argv], check=True, capture_output=True, env=environment())
+    assert command("validate", str(data), "--weights", str(run / "last.safetensors"), "--device", "cpu", "-j", "0") == 0
+    text = capsys.readouterr().out
+    for name in ("box_map", "box_map50", "mask_map"):
+        found = float(re.search(rf"{name} ([\d.]+)%", text)[1])
+        assert found == pytest.approx(float(rows(run / "summary.csv")[-1][f"eval_{name}"]), abs=0.01)
 
 
 def test_fine_tuning_from_a_detector_of_other_classes(learned, tmp_path, capsys):

@@ -21,8 +21,8 @@ class PyramidBackbone(nn.Module):
     """A model of ``groupmamba.models``, or another one of timm with maps at strides 4 to 32, with a feature pyramid
     over its four stages, as torchvision's detectors take it.
 
-    Maps of this project's models are normalised by themselves; those of others get a LayerNorm each, as detectors on
-    Swin and ConvNeXt have it.
+    Each map is normalised, as detectors on Swin and ConvNeXt have it: the first three maps of this project's models are
+    by themselves, the last one and those of other models get a LayerNorm.
 
     Args:
         model: ``"groupmamba_tiny"``, ``"groupmamba_small"``, ``"groupmamba_base"``, or a name of timm's.
@@ -43,15 +43,13 @@ class PyramidBackbone(nn.Module):
                 f"model must have maps at strides 4, 8, 16 and 32, got {model!r} with "
                 f"{self.body.feature_info.reduction()}"
             )
-        foreign = not model.startswith("groupmamba")
-        self.norms = nn.ModuleList(LayerNorm2d(width) for width in channels) if foreign else None
+        normed = len(channels) - 1 if model.startswith("groupmamba") else 0
+        self.norms = nn.ModuleList(LayerNorm2d(n) if i >= normed else nn.Identity() for i, n in enumerate(channels))
         self.fpn = FeaturePyramidNetwork(channels, FPN_CHANNELS, LastLevelMaxPool())
         self.out_channels = FPN_CHANNELS
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
-        maps = self.body(x)
-        if self.norms is not None:
-            maps = [norm(feature) for norm, feature in zip(self.norms, maps, strict=True)]
+        maps = [norm(feature) for norm, feature in zip(self.norms, self.body(x), strict=True)]
         return self.fpn(OrderedDict((str(i), feature) for i, feature in enumerate(maps)))
 
 
