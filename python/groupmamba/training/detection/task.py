@@ -184,22 +184,26 @@ class Detection(DenseTask):
         found = []
         for model in models:
             model.eval()
-            metric = MeanAveragePrecision(iou_type=kinds, class_metrics=self.detailed)
+            # torchmetrics can't gather lists of which processes have more or fewer images.
+            metric = MeanAveragePrecision(iou_type=kinds, class_metrics=self.detailed, sync_on_compute=False)
             metric.warn_on_many_detections = False
-            found.append(metric.to(self.device))
+            found.append(metric)
         for batch in batches:
             bad.add(batch.bad)
             if not batch.images:
                 continue
-            images, targets = self.to_device(batch)
-            for target in targets:
-                if self.masks:
-                    target["masks"] = target["masks"].bool()
+            images = [image.to(self.device, non_blocking=True).float() / 255 for image in batch.images]
+            targets = [
+                {**target, **({"masks": target["masks"].bool()} if self.masks else {})} for target in batch.labels
+            ]
             for model, metric in zip(models, found, strict=True):
-                metric.update(detect(model, images, amp), targets)
-        values = [metric.compute() for metric in found]
-        self.details = [self._per_class(value) if self.detailed else [] for value in values]
-        return [self._named(value) for value in values]
+                metric.update(_on_cpu(detect(model, images, amp)), targets)
+        for metric in found:
+            for name, values in metric.metric_state.items():
+                setattr(metric, name, self.processes.interleaved(values))
+        results = [metric.compute() for metric in found]
+        self.details = [self._per_class(value) if self.detailed else [] for value in results]
+        return [self._named(value) for value in results]
 
     def _named(self, values: Mapping[str, Tensor]) -> dict[str, float]:
         named = {}
@@ -239,6 +243,10 @@ class Detection(DenseTask):
     def words(self, values: dict[str, float]) -> str:
         kinds = [kind for kind in KINDS.values() if f"{kind}_map" in self.metrics]
         return ", ".join(f"{kind} mAP {values[f'{kind}_map']:.2f}%" for kind in kinds)
+
+
+def _on_cpu(results: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+    return [{name: value.cpu() for name, value in result.items()} for result in results]
 
 
 def draw_objects(image: Tensor, found: Mapping[str, Tensor], names: Sequence[str], classes: int) -> Tensor:
