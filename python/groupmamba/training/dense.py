@@ -72,6 +72,10 @@ class DenseTask(Task):
             threshold: lowest score of what is shown, where there are scores.
         """
 
+    @abstractmethod
+    def drawn_truth(self, image: Tensor, target: Any) -> Tensor:
+        """A target, as a source of images loads it, drawn on its image, uint8 (3, H, W), as `drawn` does it."""
+
     def make_model(self, sources: Sources, fresh: bool) -> tuple[nn.Module, Card]:
         args = self.args
         torch.manual_seed(args.seed)

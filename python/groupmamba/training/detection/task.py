@@ -240,6 +240,11 @@ class Detection(DenseTask):
         ]
         return draw_objects(image.cpu(), found, names, len(classes)), lines or ["nothing"]
 
+    def drawn_truth(self, image: Tensor, target: Any) -> Tensor:
+        classes = self.card.classes or []
+        found = {name: values.as_subclass(Tensor) for name, values in target.items()}
+        return draw_objects(image, found, [classes[label - 1] for label in found["labels"].tolist()], len(classes))
+
     def words(self, values: dict[str, float]) -> str:
         kinds = [kind for kind in KINDS.values() if f"{kind}_map" in self.metrics]
         return ", ".join(f"{kind} mAP {values[f'{kind}_map']:.2f}%" for kind in kinds)

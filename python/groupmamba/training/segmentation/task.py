@@ -190,6 +190,9 @@ class Segmentation(DenseTask):
         ]
         return draw_classes(image.cpu(), classes.cpu(), self.card.num_classes), lines
 
+    def drawn_truth(self, image: Tensor, target: Any) -> Tensor:
+        return draw_classes(image, target.as_subclass(Tensor), self.card.num_classes)
+
     def words(self, values: dict[str, float]) -> str:
         return f"mean IoU {values['miou']:.2f}%"
 
