@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from groupmamba_ext import reference
+from groupmamba_ext import _explain, reference
 from groupmamba_ext._checks import Arguments, choice, last_size
 from groupmamba_ext.backend import use_native
 from groupmamba_ext.dispatch import call, may_want_gradient
@@ -230,15 +230,21 @@ def _tiled_scan(
     """
     batch, height, width, groups, dim = u.shape
     tiles = -(-dim // FUSED_CHANNELS)
+    if _explain.asked():
+        _explain.note(
+            f"grouped_selective_scan: {tiles} scans a group in float32, norm and gates by torch: a group has {dim} "
+            f"channels, a warp holds {FUSED_CHANNELS}"
+        )
     tile = -(-dim // tiles)
     pad = tiles * tile - dim
 
     def split(t: Tensor | None) -> Tensor | None:  # (..., G, D) -> (..., G * tiles, tile)
-        return None if t is None else F.pad(t, (0, pad)).reshape(*t.shape[:-2], groups * tiles, tile)
+        return None if t is None else F.pad(t.float(), (0, pad)).reshape(*t.shape[:-2], groups * tiles, tile)
 
     def split_rows(t: Tensor) -> Tensor:  # (G, D, K) -> (G * tiles, tile, K)
         # Channels that do not exist take the rows of the last one: their steps are finite where its steps are. A
         # dt_weight of 0 would make NaN of a feature of -inf, which masks a token.
+        t = t.float()
         if pad > 0:
             t = torch.cat([t, t[:, -1:].detach().expand(groups, pad, t.shape[-1])], 1)
         return t.reshape(groups * tiles, tile, t.shape[-1])
@@ -247,11 +253,10 @@ def _tiled_scan(
         t = t.float().unsqueeze(4).expand(*t.shape[:4], tiles, t.shape[4])
         return t.reshape(batch, height, width, groups * tiles, t.shape[-1])
 
-    wide = u.float()
     y = _native_scan(
-        split(wide), split(dt.float()) if dt_weight is None else repeat(dt), split_rows(A.float()), repeat(B),
-        repeat(C), split(D), None if dt_weight is None else split_rows(dt_weight.float()), split(dt_bias), None, None,
-        None, None, tuple(code for code in codes for _ in range(tiles)), softplus, norm_eps,
+        split(u), split(dt) if dt_weight is None else repeat(dt), split_rows(A), repeat(B), repeat(C), split(D),
+        None if dt_weight is None else split_rows(dt_weight), split(dt_bias), None, None, None, None,
+        tuple(code for code in codes for _ in range(tiles)), softplus, norm_eps,
     )  # fmt: skip
     y = y.reshape(batch, height, width, groups, tiles * tile)[..., :dim]
     if norm_weight is not None:

@@ -6,7 +6,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import groupmamba_ext as ext
-from common import FLOOR, group_major, padded_channels, relative_error, unaligned
+from common import FLOOR, check, group_major, padded_channels, relative_error, unaligned
+from groupmamba_ext import ops
 from groupmamba_ext.ops import MAX_GROUPS
 from scan_tools import DTYPES, IMAGES, MIXED, compare, inputs
 
@@ -172,12 +173,29 @@ def test_without_softplus(device, rank):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["A", "D", "dt_weight", "dt_bias", "norm_weight", "norm_bias", "gate", "all"])
-def test_low_precision_parameters(device, dtype, name):
-    tensors = inputs(device, dtype)
+@pytest.mark.parametrize("dim", [16, 136])
+def test_low_precision_parameters(device, dtype, name, dim):
+    tensors = inputs(device, dtype, dim=dim, h=5 if dim == 16 else 2)
     for key in tensors:
         if key not in IMAGES and name in (key, "all"):
             tensors[key] = tensors[key].to(dtype)
     compare(tensors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [None, 1])
+@pytest.mark.parametrize("dim", [130, 256])
+def test_tiles_of_wide_groups(dtype, rank, dim):
+    """What CUDA does with more than 128 channels a group, by the CPU's kernels: parameters of any dtype."""
+
+    def tiled(u, dt, A, B, C, D, *, directions, norm_eps, **more):
+        codes = tuple(ext.DIRECTIONS.index(direction) for direction in directions)
+        names = ("dt_weight", "dt_bias", "z", "norm_weight", "norm_bias")
+        return ops._tiled_scan(u, dt, A, B, C, D, *map(more.get, names), norm_eps, more.get("gate"), codes, True)
+
+    tensors = inputs("cpu", dtype, dim=dim, rank=rank, h=3, w=4)
+    tensors = {key: value if key in IMAGES or value is None else value.to(dtype) for key, value in tensors.items()}
+    check(tiled, ext.reference.grouped_selective_scan, tensors, {"directions": MIXED, "norm_eps": 1e-5})
 
 
 def images_apart(x: torch.Tensor) -> torch.Tensor:
