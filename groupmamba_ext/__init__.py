@@ -6,6 +6,7 @@ missing says so and names the cure.
 """
 
 from groupmamba_ext import _load, reference
+from groupmamba_ext._explain import explain
 from groupmamba_ext._load import build_info
 from groupmamba_ext._version import __version__
 from groupmamba_ext.backend import backend
@@ -25,6 +26,7 @@ __all__ = [
     "build_info",
     "cross_selective_scan",
     "depthwise_conv3x3",
+    "explain",
     "grouped_selective_scan",
     "layer_norm_pool",
     "modulated_layer_norm",

@@ -124,7 +124,7 @@ def build_info() -> dict[str, Any]:
 
 
 def launch_plan(op: str, **sizes: int) -> dict[str, int]:
-    """How the CUDA kernels of ``op`` divide an image; their variants for sm_90 and newer divide it differently.
+    """How the CUDA kernels of ``op`` divide an image; their variants for sm_90 divide it differently.
 
     Args:
         op: ``"grouped_selective_scan"`` with sizes ``tokens``, ``dim`` (a group's channels), ``states=1`` and

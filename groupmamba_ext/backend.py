@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from groupmamba_ext import _load
+from groupmamba_ext import _explain, _load
 from groupmamba_ext.transforms import forward_ad_active
 
 CHOICES = ("auto", "native", "reference")
@@ -92,11 +92,32 @@ def current_backend() -> str:
 def _warn_once(key: str, text: str) -> None:
     if key not in _warned:
         _warned.add(key)
-        warnings.warn(text, stacklevel=4)
+        warnings.warn(text, stacklevel=5)
 
 
 def use_native(image: torch.Tensor, op: str) -> bool:
     """True where ``op`` on ``image`` goes to the compiled library; loads it, or raises what to do about it."""
+    native = _use_native(image, op)
+    if _explain.asked():
+        _explain.note(f"{op}: {_implementation(image, native)}")
+    return native
+
+
+def _implementation(image: torch.Tensor, native: bool) -> str:
+    kind = image.device.type
+    if native:
+        kernels = f"CPU kernels ({_load.build_info()['cpu_capability']})" if kind == "cpu" else f"{kind} kernels"
+        return f"{kernels}, {image.dtype}"
+    if current_backend() == "reference":
+        why = "the backend is 'reference'"
+    elif forward_ad_active():
+        why = "the compiled ops have no forward-mode derivative"
+    else:
+        why = f"there is no compiled kernel for {image.dtype} on {kind}"
+    return f"the plain PyTorch reference: {why}"
+
+
+def _use_native(image: torch.Tensor, op: str) -> bool:
     choice = current_backend()
     if choice == "reference":
         return False

@@ -132,7 +132,7 @@ def _layer_alone_fake(x, *args):
 
 def _layer_fake(x, *args):
     out = _layer_alone_fake(x, *args)
-    *parameters, _codes, _eps, _norm_eps, chunk, _residual, _kept, _kept_scale = args
+    *parameters, _codes, _eps, _norm_eps, chunk, _residual, _drop_path_mask, _drop_path_scale = args
     fc1_weight, x_proj_weight, A_log, out_proj_weight = (parameters[i] for i in (2, 9, 12, 16))
     batch, height, width, channels = x.shape
     groups, inner, states = A_log.shape
@@ -163,19 +163,19 @@ def _layer_bwd_fake(dout, x, *args):
 
 
 def _layer_setup(ctx, inputs, output):
-    *tensors, codes, eps, norm_eps, chunk, residual, kept, kept_scale = inputs
+    *tensors, codes, eps, norm_eps, chunk, residual, mask, scale = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*tensors, *output[1:], kept)
+    ctx.save_for_backward(*tensors, *output[1:], mask)
     ctx.scalars = (codes, eps, norm_eps, chunk, residual)
-    ctx.kept_scale = kept_scale
+    ctx.drop_path_scale = scale
 
 
 def _layer_backward(ctx, dout, *_):
     if dout is None:
         return (None,) * (_LAYER_PARAMETERS + 8)
-    *saved, kept = ctx.saved_tensors
-    grads = call_backward("grouped_mamba_layer", dout, *saved, *ctx.scalars, kept, ctx.kept_scale)
+    *saved, mask = ctx.saved_tensors
+    grads = call_backward("grouped_mamba_layer", dout, *saved, *ctx.scalars, mask, ctx.drop_path_scale)
     grads = (g if t is not None else None for g, t in zip(grads, saved[: _LAYER_PARAMETERS + 1], strict=True))
     return (*grads, *(None,) * 7)
 
@@ -200,19 +200,19 @@ def _feed_forward_bwd_fake(dout, x, *args):
 
 
 def _feed_forward_setup(ctx, inputs, output):
-    *tensors, eps, residual, kept, kept_scale = inputs
+    *tensors, eps, residual, mask, scale = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*tensors, *output[1:], kept)
+    ctx.save_for_backward(*tensors, *output[1:], mask)
     ctx.scalars = (eps, residual)
-    ctx.kept_scale = kept_scale
+    ctx.drop_path_scale = scale
 
 
 def _feed_forward_backward(ctx, dout, *_):
     if dout is None:
         return (None,) * (_FEED_FORWARD_PARAMETERS + 5)
-    *saved, kept = ctx.saved_tensors
-    grads = call_backward("feed_forward", dout, *saved, *ctx.scalars, kept, ctx.kept_scale)
+    *saved, mask = ctx.saved_tensors
+    grads = call_backward("feed_forward", dout, *saved, *ctx.scalars, mask, ctx.drop_path_scale)
     return (*grads, None, None, None, None)
 
 
@@ -318,7 +318,7 @@ def feed_forward(
     fc2: Sequence[Tensor],
     eps: float,
     residual: bool = False,
-    kept: tuple[Tensor, float] | None = None,
+    drop_path: tuple[Tensor, float] | None = None,
 ) -> Tensor:
     """``fc2(gelu(conv3x3(fc1(LayerNorm(x)))))``, with ``residual`` added to ``x``, where `takes_image`.
 
@@ -328,8 +328,8 @@ def feed_forward(
         fc1: weight (hidden, C) and bias (hidden,).
         conv: weight (hidden, 1, 3, 3) and bias (hidden,).
         fc2: weight (C, hidden) and bias (C,).
-        kept: with ``residual``, stochastic depth: (batch,) in float32, 1 for images whose result counts, ``scale``
-            times, and 0 for others; and ``scale``.
+        drop_path: with ``residual``, stochastic depth, (mask, scale): the mask (batch,) in float32, 1 for images whose
+            result counts, ``scale`` times, and 0 for the others.
 
     Returns:
         (batch, H, W, C) in the dtype of ``x``, under autocast in its dtype; pixels lie C rounded up to a multiple of 8
@@ -339,7 +339,7 @@ def feed_forward(
         RuntimeError: shapes or dtypes that the compiled op does not take; on a second derivative.
     """
     x = _autocast(x)
-    return call_alone("feed_forward", x, *norm, *fc1, *conv, *fc2, float(eps), residual, *(kept or (None, 1.0)))
+    return call_alone("feed_forward", x, *norm, *fc1, *conv, *fc2, float(eps), residual, *(drop_path or (None, 1.0)))
 
 
 def grouped_mamba_layer(
@@ -356,7 +356,7 @@ def grouped_mamba_layer(
     eps: float,
     norm_eps: float = 1e-5,
     residual: bool = False,
-    kept: tuple[Tensor, float] | None = None,
+    drop_path: tuple[Tensor, float] | None = None,
 ) -> Tensor:
     r"""The layer of GroupMamba (arXiv 2407.13772) on CUDA, as the authors' code computes it or in one pass.
 
@@ -380,7 +380,7 @@ def grouped_mamba_layer(
         codes, chunk: from `scan_constants`.
         eps, norm_eps: of ``norm``, of ``out_norm``.
         residual: add ``x`` to the result.
-        kept: as `feed_forward` takes it, with ``out_proj_weight`` only.
+        drop_path: as `feed_forward` takes it, with ``out_proj_weight`` only.
 
     Returns:
         (batch, H, W, C) in the dtype of ``x``, under autocast in its dtype; pixels lie C rounded up to a multiple of 8
@@ -393,4 +393,4 @@ def grouped_mamba_layer(
     fc = (None, None, None, None) if affinity is None else affinity
     tensors = (x, *norm, *fc, *core, out_proj_weight, skip_scale, *proj)
     scalars = (codes, eps, norm_eps, chunk, residual)
-    return call_alone("grouped_mamba_layer", *tensors, *scalars, *(kept or (None, 1.0)))
+    return call_alone("grouped_mamba_layer", *tensors, *scalars, *(drop_path or (None, 1.0)))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from groupmamba_ext import reference
+from groupmamba_ext import _explain, reference
 from groupmamba_ext._checks import Arguments, choice, last_size
 from groupmamba_ext.backend import use_native
 from groupmamba_ext.dispatch import call, may_want_gradient
@@ -230,6 +230,11 @@ def _tiled_scan(
     """
     batch, height, width, groups, dim = u.shape
     tiles = -(-dim // FUSED_CHANNELS)
+    if _explain.asked():
+        _explain.note(
+            f"grouped_selective_scan: {tiles} scans a group in float32, norm and gates by torch: a group has {dim} "
+            f"channels, a warp holds {FUSED_CHANNELS}"
+        )
     tile = -(-dim // tiles)
     pad = tiles * tile - dim
 

@@ -5,7 +5,7 @@ import torch
 
 from common import FLOOR, relative_error
 from groupmamba import GroupedMamba2d
-from groupmamba.layers.stochastic_depth import KeptImages
+from groupmamba.layers.drop_path import DropPathMask
 from groupmamba_ext import layer_ops
 from groupmamba_ext.ops import DIRECTIONS, chunk_tokens
 
@@ -47,8 +47,8 @@ def layer_arguments(layer, x, residual=False):
     chunk = chunk_tokens(layer_ops._padded(mamba.inner_dim), "cuda")
     tokens = x.permute(0, 2, 3, 1).contiguous().detach().requires_grad_()
     norm, proj = (layer.norm.weight, layer.norm.bias), (layer.proj.weight, layer.proj.bias)
-    kept = torch.tensor([1.0, 0.0], device=x.device) if residual and layer.variant == "released" else None
-    scalars = (codes, layer.norm.eps, 1e-5, chunk, residual, kept, 1.0 if kept is None else 1.5)
+    mask = torch.tensor([1.0, 0.0], device=x.device) if residual and layer.variant == "released" else None
+    scalars = (codes, layer.norm.eps, 1e-5, chunk, residual, mask, 1.0 if mask is None else 1.5)
     return tokens, *norm, *fc, *mamba.core_parameters(), mamba.out_proj_weight, layer.skip_scale, *proj, *scalars
 
 
@@ -75,8 +75,8 @@ def stochastic_depth(function, parameters, x, dy, scale, dtype, device):
     """Of every second image: output, input and parameter gradients."""
     t = x.to(device, dtype).requires_grad_()
     dy = dy.to(device, dtype)
-    kept = KeptImages(torch.arange(1.0, len(x) + 1, device=device) % 2, scale)
-    y = function(t, residual=True, kept=kept)
+    drop_path = DropPathMask(torch.arange(1.0, len(x) + 1, device=device) % 2, scale)
+    y = function(t, residual=True, drop_path=drop_path)
     dx, *gradients = torch.autograd.grad(y, [t, *parameters], dy)
     assert torch.equal(y[1::2], t[1::2]) and torch.equal(dx[1::2], dy[1::2])
     return [y.detach(), dx, *(g.clone() for g in gradients)]

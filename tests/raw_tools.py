@@ -58,8 +58,8 @@ def fold_arguments(device):
 def feed_forward_arguments(device, hidden=20):
     mlp, norm = ConvFeedForward(16, hidden).to(device), torch.nn.LayerNorm(16).to(device)
     parameters = (t for m in (norm, mlp.fc1, mlp.dwconv, mlp.fc2) for t in (m.weight, m.bias))
-    kept = torch.tensor([0.0, 1.0], device=device)
-    return detached([torch.randn(2, 3, 5, 16, device=device), *parameters, 1e-6, True, kept, 1.5])
+    mask = torch.tensor([0.0, 1.0], device=device)
+    return detached([torch.randn(2, 3, 5, 16, device=device), *parameters, 1e-6, True, mask, 1.5])
 
 
 def saved(name, forward, device, count):

@@ -12,7 +12,7 @@ import torch
 import groupmamba_ext as ext
 from common import group_major, padded_channels
 from groupmamba import GroupedMamba2d
-from groupmamba.layers.stochastic_depth import KeptImages
+from groupmamba.layers.drop_path import DropPathMask
 from groupmamba_ext import layer_ops
 from scan_tools import IMAGES
 from scan_tools import inputs as scan_inputs
@@ -48,22 +48,22 @@ def run_layers(dtype: torch.dtype, dim: int, h: int, w: int) -> None:
     for variant in ("released", "fused"):
         layer = GroupedMamba2d(dim, variant=variant).to("cuda", dtype, memory_format=torch.channels_last)
         run(lambda x, layer=layer: layer(x, residual=True), {"x": x})
-    kept = KeptImages(torch.tensor([1.0, 0.0], device="cuda"), 2.0)
+    drop_path = DropPathMask(torch.tensor([1.0, 0.0], device="cuda"), 2.0)
     layer = GroupedMamba2d(dim).to("cuda", dtype)
-    run(lambda x: layer(x, residual=True, kept=kept), {"x": x})
+    run(lambda x: layer(x, residual=True, drop_path=drop_path), {"x": x})
     modules = feed_forward(dim, 2 * dim + 2).to("cuda", dtype)
     mlp, norm = modules["mlp"], modules["norm"]
-    for images in (None, kept):
-        run(lambda x, images=images: mlp(x, norm, residual=True, kept=images), {"x": x.permute(0, 2, 3, 1)})
+    for mask in (None, drop_path):
+        run(lambda x, mask=mask: mlp(x, norm, residual=True, drop_path=mask), {"x": x.permute(0, 2, 3, 1)})
 
 
 def run_feed_forward(dtype: torch.dtype, batch: int, dim: int, hidden: int, shape: tuple[int, int]) -> None:
     """The feed-forward network as one kernel, where there is one."""
     modules = feed_forward(dim, hidden).to("cuda", dtype)
     x = torch.randn(batch, *shape, dim, device="cuda").to(dtype)
-    kept = KeptImages(torch.arange(batch, device="cuda") % 2.0, 2.0)
-    for images in (None, kept):
-        run(lambda x, images=images: modules["mlp"](x, modules["norm"], residual=True, kept=images), {"x": x})
+    drop_path = DropPathMask(torch.arange(batch, device="cuda") % 2.0, 2.0)
+    for mask in (None, drop_path):
+        run(lambda x, mask=mask: modules["mlp"](x, modules["norm"], residual=True, drop_path=mask), {"x": x})
 
 
 def run(function, tensors: dict, **options) -> None:

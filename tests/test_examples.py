@@ -142,7 +142,8 @@ def test_runs_and_skips_what_is_finished(tmp_path, pictures, capsys, monkeypatch
     assert "5 of 5 runs are finished in" in capsys.readouterr().err
     first = results.read_all([tmp_path])
     for name in names:
-        assert first[name]["steps"] == TRAIN // 8 and len(first[name]["history"]) == 1
+        epochs = 3 if name == "teacher" else 1
+        assert first[name]["steps"] == epochs * (TRAIN // 8) and len(first[name]["history"]) == epochs
         assert 0 <= first[name]["accuracy"] <= 100 and first[name]["not_finite_at"] is None
     assert first["affinity-0"]["processes_on_device"] == 2
     losses = {name: first[name]["history"][0]["loss"] for name in names}
@@ -153,6 +154,24 @@ def test_runs_and_skips_what_is_finished(tmp_path, pictures, capsys, monkeypatch
     assert {name: second[name] for name in first} == first and "grouped-1" in second
     assert quick(tmp_path, pictures, "--only", "arms", "--arms", "affinity", "--lr", "0.5") == 1
     assert "with lr 0.001 and not 0.5: choose another --output" in capsys.readouterr().err
+
+
+def test_runs_of_an_earlier_file_are_finished(tmp_path, pictures, capsys):
+    """But for the teacher, whose weights are not in it, and what learnt from it."""
+    first, second, packed = tmp_path / "first", tmp_path / "second", tmp_path / "all.json"
+    argv = ["--data", str(pictures), "--quick", "--device", "cpu", "--workers", "1", "--only", "arms"]
+    arms = ["--arms", "grouped", "distilled"]
+    assert run.main(["--output", str(first), *argv, *arms, "--batch", "8"]) == 0
+    assert report.main([str(first), "--json", str(packed)]) == 0
+    teacher = json.loads((first / "teacher.json").read_text())
+    assert teacher["steps"] == 3 * json.loads((first / "grouped-0.json").read_text())["steps"]
+    capsys.readouterr()
+    assert run.main(["--output", str(second), *argv, *arms, "--batch", "8", "--earlier", str(packed)]) == 0
+    said = capsys.readouterr().err
+    assert "teacher:" in said and "distilled-0:" in said and "grouped-0:" not in said
+    assert (second / "grouped-0.json").read_text() == (first / "grouped-0.json").read_text()
+    assert run.main(["--output", str(second), *argv, "--batch", "4", "--earlier", str(packed)]) != 0
+    assert "batch" in capsys.readouterr().err
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, data):

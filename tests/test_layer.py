@@ -9,7 +9,7 @@ import torch
 
 import groupmamba_ext as ext
 from groupmamba import VSSSBlock
-from groupmamba.layers.stochastic_depth import KeptImages
+from groupmamba.layers.drop_path import DropPathMask
 from layer_tools import SCANS, VARIANTS, image, make, run
 
 
@@ -208,24 +208,24 @@ def test_stochastic_depth(variant):
     """Images left out are returned as they are; the others get the branch, scaled."""
     layer = make(16, variant=variant).double()
     x = image(3, 16, 4, 5)
-    kept = KeptImages(torch.tensor([1.0, 0.0, 1.0]), 1.25)
-    y = layer(x, residual=True, kept=kept)
+    drop_path = DropPathMask(torch.tensor([1.0, 0.0, 1.0]), 1.25)
+    y = layer(x, residual=True, drop_path=drop_path)
     assert torch.equal(y[1], x[1])
     torch.testing.assert_close(y[::2], x[::2] + 1.25 * layer(x[::2]))
-    with pytest.raises(ValueError, match="kept needs residual=True, got residual=False"):
-        layer(x, kept=kept)
-    with pytest.raises(ValueError, match=r"kept must be \(2,\) in torch.float32 for this batch, got \(3,\)"):
-        layer(x[:2], residual=True, kept=kept)
-    with pytest.raises(ValueError, match=r"kept needs a batch of images, got x of shape \(16, 4, 5\)"):
-        layer(x[0], residual=True, kept=kept)
+    with pytest.raises(ValueError, match="drop_path needs residual=True, got residual=False"):
+        layer(x, drop_path=drop_path)
+    with pytest.raises(ValueError, match=r"drop_path must be \(2,\) in torch.float32 for this batch, got \(3,\)"):
+        layer(x[:2], residual=True, drop_path=drop_path)
+    with pytest.raises(ValueError, match=r"drop_path needs a batch of images, got x of shape \(16, 4, 5\)"):
+        layer(x[0], residual=True, drop_path=drop_path)
 
 
-def test_kept_images_are_drawn():
+def test_drop_path_masks_are_drawn():
     torch.manual_seed(0)
     x = torch.zeros(4000, 1)
-    kept, scale = KeptImages.draw(x, 0.25)
-    assert scale == 1 / 0.75 and set(kept.tolist()) == {0.0, 1.0} and abs(kept.mean().item() - 0.75) < 0.03
-    kept, scale = KeptImages.draw(x, 0.25, scale_by_keep=False)
+    mask, scale = DropPathMask.draw(x, 0.25)
+    assert scale == 1 / 0.75 and set(mask.tolist()) == {0.0, 1.0} and abs(mask.mean().item() - 0.75) < 0.03
+    mask, scale = DropPathMask.draw(x, 0.25, scale_by_keep=False)
     assert scale == 1.0
-    kept, scale = KeptImages.draw(x, 1.0)
-    assert scale == 1.0 and not kept.any()
+    mask, scale = DropPathMask.draw(x, 1.0)
+    assert scale == 1.0 and not mask.any()

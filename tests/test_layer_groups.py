@@ -8,7 +8,7 @@ from torch.export import Dim, export
 import groupmamba_ext as ext
 from common import relative_error
 from groupmamba import GroupedMamba2d, why_not_fused
-from groupmamba.layers.stochastic_depth import KeptImages
+from groupmamba.layers.drop_path import DropPathMask
 from layer_tools import VARIANTS, image, make, run
 
 ALL = ("lr", "rl", "tb", "bt")
@@ -77,8 +77,8 @@ def test_layouts_tokens_and_residual(name, variant, device):
     torch.testing.assert_close(layer(x[0]), y[0], rtol=1e-4, atol=1e-4)
     tokens = layer(x.permute(0, 2, 3, 1), residual=True, tokens=True).permute(0, 3, 1, 2)
     torch.testing.assert_close(tokens, x + y, rtol=1e-4, atol=1e-4)
-    kept = KeptImages(torch.tensor([0.0, 1.0], device=device), 1.25)
-    some = layer(x, residual=True, kept=kept)
+    drop_path = DropPathMask(torch.tensor([0.0, 1.0], device=device), 1.25)
+    some = layer(x, residual=True, drop_path=drop_path)
     assert torch.equal(some[0], x[0])
     torch.testing.assert_close(some[1], x[1] + 1.25 * y[1], rtol=1e-4, atol=1e-4)
 

@@ -5,6 +5,7 @@
 #include "cuda/images/launch.h"
 #include "cuda/scan/launch.h"
 #include "host/cuda_args.h"
+#include "host/explain.h"
 #include "host/scan_args.h"
 #include "host/stream.h"
 
@@ -161,6 +162,7 @@ std::tuple<Tensor, Tensor> cross_selective_scan_fwd(Tensor u, Tensor dt, Tensor 
         args.shape.aligned = allows_scan_vectors({args.u, args.y}, slice.dim, size) &&
                              (s.rank > 0 || allows_scan_vectors({args.dt}, slice.dim, size));
         args.shape.threads = scan_fwd_threads(args.shape.lanes, s.tokens());
+        note("cross_selective_scan forward: the portable kernel: the sm_90 one scans one direction a group");
         check_cuda(launch_grouped_scan_fwd(args, dtype, context.stream()), "cross_selective_scan forward");
     }
     parts.add_up(dtype, context);
@@ -220,6 +222,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross
         const int64_t warps = args.shape.threads / 32, rows = s.states + kFixedRows + s.rank;
         const Tensor partials = empty({s.batch, warps, all, rows, slice.dim}, ScalarType::Float, u);
         args.partials = static_cast<float*>(partials.data_ptr());
+        note("cross_selective_scan backward: the portable kernel: the sm_90 one scans one direction a group");
         check_cuda(launch_grouped_scan_bwd(args, dtype, context.stream()), "cross_selective_scan backward");
 
         ScanReduceArgs reduce;

@@ -2,11 +2,16 @@
 // depthwise_conv3x3 on CUDA: checks, device guard, allocation, launch. Schemas and layouts: csrc/schemas.cpp.
 #include "cuda/depthwise_conv/launch.h"
 #include "host/cuda_args.h"
+#include "host/explain.h"
 #include "host/stream.h"
 #include "ops/entries_cuda.h"
 
 namespace gm {
 namespace {
+
+const char* accesses(const ConvShape& s) {
+    return s.aligned ? "vector accesses" : "element by element: channels or addresses are no multiples of a vector";
+}
 
 // True where the groups of a pixel are adjacent, so that the image is one group of G * D channels.
 bool groups_adjacent(const Tensor& t) { return t.size(3) == 1 || t.stride(3) == t.size(4); }
@@ -51,6 +56,7 @@ void depthwise_conv3x3_fwd_into(const Tensor& y, Tensor x, Tensor weight, OptTen
     args.weight = param(weight), args.bias = param(bias), args.drop_path = drop_path;
     const int64_t size = static_cast<int64_t>(x.element_size());
     s.aligned = s.dim % kVec == 0 && allows_vectors(args.x, size) && allows_vectors(args.y, size);
+    note("depthwise_conv3x3 forward: ", accesses(s));
     check_cuda(launch_depthwise_conv_fwd(args, dtype, context.stream()), "depthwise_conv3x3 forward");
 }
 
@@ -85,6 +91,7 @@ PartialRows conv3x3_bwd_into(const Tensor& dx, Tensor dy, Tensor x, Tensor weigh
         s.aligned = s.aligned && allows_vectors(*image, size, 16 / size);
     const PartialRows sums = partial_rows(args.plan.partial_rows, channels * args.sums, x);
     args.partials = static_cast<float*>(sums.values.data_ptr());
+    note("depthwise_conv3x3 backward: ", accesses(s));
     check_cuda(launch_depthwise_conv_bwd(args, dtype, context.stream()), "depthwise_conv3x3 backward");
     return sums;
 }

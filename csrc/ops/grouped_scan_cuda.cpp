@@ -7,6 +7,7 @@
 #include "cuda/scan/sm90/launch.h"
 #include "cuda/scan/sm90/select.h"
 #include "host/cuda_args.h"
+#include "host/explain.h"
 #include "host/scan_args.h"
 #include "host/stream.h"
 #include "ops/entries_cuda.h"
@@ -72,10 +73,14 @@ void prepare_inputs(std::optional<TmaImages>& tma_images, ScanInputs& in, Tensor
     std::vector<Tensor*> images{&in.u};
     if (in.z) images.push_back(&*in.z);
     if (dy != nullptr) images.push_back(dy);
-    if (takes_grouped_scan_sm90(shape, in.z.has_value(), in.norm_weight.has_value(), dtype)) {
+    const char* const why_not = why_not_grouped_scan_sm90(shape, in.z.has_value(), in.norm_weight.has_value(), dtype);
+    const char* const pass = dy == nullptr ? "forward" : "backward";
+    if (why_not == nullptr) {
+        note("grouped_selective_scan ", pass, ": the sm_90 kernel");
         tma_images.emplace(shape, context);
         tma_images->read(images);
     } else {
+        note("grouped_selective_scan ", pass, ": the portable kernel, not the sm_90 one: ", why_not);
         for (Tensor* t : images) *t = canonical_image(*t);
     }
 }

@@ -9,6 +9,7 @@
 #include "cuda/images/launch.h"
 #include "cuda/scan/sm90/select.h"
 #include "host/cuda_args.h"
+#include "host/explain.h"
 #include "host/stream.h"
 #include "host/tensor.h"
 
@@ -25,6 +26,9 @@ public:
     void read(const std::vector<Tensor*>& images) {
         for (Tensor* image : images) {
             if (is_canonical_image(*image) && allows_tma(image_arg(*image), shape_)) continue;
+            note(
+                "grouped_selective_scan: copies an image that TMA can't move: its address and strides, or the channels "
+                "of a group, are no multiples of 16 bytes");
             const Tensor place = place_like(*image);
             read_.push_back({*image, place});
             places_.push_back(place.data_ptr());

@@ -11,6 +11,7 @@ from typing import Any
 RELEASED_ORDER = ("lr", "tb", "rl", "bt")
 EIGHT_DIMS = (64, 128, 352, 448)  # GroupMamba-T's 348 channels are no multiple of 8
 EIGHTFOLD = RELEASED_ORDER * 2
+TEACHER_BUDGET = 3  # times an arm's epochs: in as many as an arm has, RegNetY stays below what it is to teach
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Settings:
     """What all runs in a folder have in common.
 
     Args:
-        epochs: of each run of an arm, and of the teacher.
+        epochs: of each run of an arm; the teacher has `TEACHER_BUDGET` times as many.
         batch: images a step.
         lr: the highest learning rate of the arms.
         seeds: how many; the first is 0.
@@ -169,6 +170,9 @@ LARGE = tuple(
     Arm(f"large-{'distilled' if distilled else 'plain'}", title, {"variant": "paper"}, distilled=distilled)
     for distilled, title in ((False, "labels alone"), (True, "with hard distillation"))
 )
+
+
+LEARNT = {arm.name for arm in (*ARMS.values(), *LARGE) if arm.distilled}  # from a teacher
 
 
 def teacher_run(settings: Settings) -> Run:

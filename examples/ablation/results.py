@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ablation.arms import Run, Settings
+from ablation.arms import LEARNT, Run, Settings
 from groupmamba_ext._command import CommandError, one_line
 
 FAILED_BELOW = 50.0  # percent of the test images; a linear classifier gets 84
@@ -78,6 +78,18 @@ class Folder:
                 yield False
             else:
                 yield not self.done(run)
+
+    def take(self, file: Path) -> None:
+        """Puts the runs of a file that :func:`pack` wrote there, but for those that are there, and for the teacher,
+        whose weights it lacks, and runs that learnt from it.
+
+        Raises:
+            CommandError: the file can't be read.
+        """
+        for name, result in _unpacked(file).items():
+            target = self.path / f"{name}.json"
+            if result["kind"] != "teacher" and result["arm"] not in LEARNT and not target.exists():
+                target.write_text(json.dumps(result, indent=1) + "\n")
 
     def error(self, run: Run) -> Path:
         """The traceback of a run that raised one; others leave the run alone."""

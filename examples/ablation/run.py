@@ -47,6 +47,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--minutes", type=positive, metavar="X", help="stop cleanly after so long; start again to go on"
     )
+    parser.add_argument(
+        "--earlier", type=Path, metavar="JSON", help="file of report.py --json, whose runs count as finished"
+    )
     parser.add_argument("--only", choices=PARTS, help="the arms alone, or the large model at rising rates alone")
     parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="NAME", help=f"of {', '.join(ARMS)}")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
@@ -271,6 +274,8 @@ def command(args: argparse.Namespace, argv: Sequence[str]) -> int:
     cuda = (args.device or ("cuda" if gpu_usable() else "cpu")) == "cuda"
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
     folder = Folder(args.output, settings_of(args))
+    if args.earlier is not None and args.worker is None:
+        folder.take(args.earlier)
     for run in plan(folder, args):
         if folder.done(run):
             folder.result(run)  # raises where it had other settings

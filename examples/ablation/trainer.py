@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import groupmamba.models  # noqa: F401  registers them with timm
 import groupmamba_ext as ext
-from ablation.arms import Run, Settings
+from ablation.arms import TEACHER_BUDGET, Run, Settings
 from ablation.fashion import CLASSES, Batches, Split, shown
 from groupmamba import DistillationLoss
 from groupmamba.training import options
@@ -73,7 +73,8 @@ class Training:
         self.run, self.settings, self.data, self.checkpoint, self.sharing = run, settings, data, checkpoint, sharing
         self.device = data.train.images.device
         self.batches = Batches(data.train, settings.batch, settings.side, run.seed)
-        self.steps = settings.epochs * len(self.batches) if run.steps is None else run.steps
+        epochs = settings.epochs * (TEACHER_BUDGET if run.kind == "teacher" else 1)
+        self.steps = epochs * len(self.batches) if run.steps is None else run.steps
         self.interval = len(self.batches) if run.steps is None else max(self.steps // REPORTS, 1)
         self.args = options.complete({"data": ""})
         self.model = make_model(run, settings).to(self.device).to(memory_format=torch.channels_last)

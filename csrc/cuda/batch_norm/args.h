@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cuda/common/args.h"
+#include "cuda/common/tuning.h"
 
 namespace gm {
 
@@ -36,12 +37,12 @@ struct FoldArgs {
     void *folded = nullptr, *bias = nullptr;
 };
 
-// Eight blocks an SM of an H100, all at once, unless that leaves a thread fewer than four rows.
+// tuning::kBatchNormBlocks, unless that leaves a thread fewer than four rows.
 inline int batch_norm_blocks(int64_t rows, int channels) {
-    constexpr int64_t kMostBlocks = 8 * 132, kLeastRows = 4;
+    constexpr int64_t kLeastRows = 4;
     const int64_t rows_of_block = kBatchNormThreads / (channels / kBatchNormUnit) * kLeastRows;
     const int64_t blocks = (rows + rows_of_block - 1) / rows_of_block;
-    return static_cast<int>(blocks < kMostBlocks ? blocks : kMostBlocks);
+    return static_cast<int>(blocks < tuning::kBatchNormBlocks ? blocks : tuning::kBatchNormBlocks);
 }
 
 }  // namespace gm

@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cuda/common/tuning.h"
+
 namespace gm {
 
 constexpr int kConvVec = 2;      // channels of a thread: 4 bytes of a 16-bit type, 8 of float
@@ -41,12 +43,10 @@ inline ConvFwdPlan conv_fwd_plan(int64_t batch, int height, int width, int group
     p.chunks = static_cast<int>(div_up(vecs, kConvFwdLanes));
     p.lanes = static_cast<int>(div_up(vecs, p.chunks));
     p.quads = static_cast<int>(div_up(width, kConvColumns));
-    // A strip reads two rows beyond its own. With less than about four waves of threads, strips of 14 rows balance the
-    // load; with less than one, latency counts and strips go down to 2 rows.
-    constexpr int64_t kManyThreads = 1 << 18, kFewThreads = 3 << 14;
+    // A strip reads two rows beyond its own.
     const int64_t threads = p.quads * batch * groups * p.chunks * p.lanes;
-    const int balanced = strip_rows(height, threads, kManyThreads, 14);
-    p.rows = std::min(balanced, strip_rows(height, threads, kFewThreads, 2));
+    const int balanced = strip_rows(height, threads, tuning::kConvManyThreads, 14);
+    p.rows = std::min(balanced, strip_rows(height, threads, tuning::kConvFewThreads, 2));
     p.strips = static_cast<int>(div_up(height, p.rows));
     const int64_t walkers = static_cast<int64_t>(p.quads) * p.strips * batch;
     p.walkers = static_cast<int>(std::min<int64_t>(kConvFwdThreads / p.lanes, walkers));
@@ -97,14 +97,13 @@ inline ConvBwdPlan conv_bwd_plan(int64_t batch, int height, int width, int group
     p.lanes = static_cast<int>(div_up(vecs, p.chunks));
     if (p.chunks > 1 && most >= kConvBwdUnit) p.lanes = static_cast<int>(div_up(p.lanes, kConvBwdUnit)) * kConvBwdUnit;
     p.threads = p.lanes * p.quads;
-    // A block leaves 10 or 11 floats a channel. Small images share a block while there are blocks for two waves; where
-    // blocks are few, images are split by rows, and a strip reads four rows beyond its own.
-    constexpr int64_t kEnoughBlocks = 768, kFewBlocks = 1024, kEnoughTokens = 384;
+    // A block leaves 10 or 11 floats a channel, so small images share one. A strip reads four rows beyond its own.
+    using tuning::kConvEnoughBlocks, tuning::kConvEnoughTokens, tuning::kConvFewBlocks;
     const int64_t blocks = batch * groups * p.tiles * p.chunks;
     const int64_t tokens = std::max<int64_t>(static_cast<int64_t>(height) * width, 1);
-    p.images = static_cast<int>(std::clamp<int64_t>(std::min(blocks / kEnoughBlocks, div_up(kEnoughTokens, tokens)), 1,
-                                                    std::max<int64_t>(batch, 1)));
-    p.rows = strip_rows(height, blocks, kFewBlocks, 7);
+    p.images = static_cast<int>(std::clamp<int64_t>(
+        std::min(blocks / kConvEnoughBlocks, div_up(kConvEnoughTokens, tokens)), 1, std::max<int64_t>(batch, 1)));
+    p.rows = strip_rows(height, blocks, kConvFewBlocks, 7);
     p.strips = static_cast<int>(div_up(height, p.rows));
     p.segments = div_up(batch, p.images);
     p.partial_rows = p.segments * p.strips * p.tiles;

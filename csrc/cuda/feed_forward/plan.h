@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cuda/common/args.h"
+#include "cuda/common/tuning.h"
 
 namespace gm {
 
@@ -41,13 +42,16 @@ inline FeedForwardPlan feed_forward_plan(int64_t batch, int height, int width, i
     return p;
 }
 
-// True where the kernel is the faster way: enough tiles for three quarters of an H100's multiprocessors, and most of
-// their pixels inside the image.
-inline bool suits_feed_forward(int64_t batch, int height, int width, int channels, int hidden, DType dtype) {
-    if (dtype == DType::kFloat || channels > kFeedForwardChannels || channels % 8 != 0) return false;
+// Why several kernels are the faster way, or null where one is.
+inline const char* why_not_feed_forward(int64_t batch, int height, int width, int channels, int hidden, DType dtype) {
+    if (dtype == DType::kFloat) return "images are float32, not float16 or bfloat16";
+    if (channels > kFeedForwardChannels) return "there are more than 192 channels";
+    if (channels % 8 != 0) return "the channels are no multiple of 8";
     const FeedForwardPlan p = feed_forward_plan(batch, height, width, channels, hidden);
+    if (p.blocks < tuning::kFeedForwardTiles) return "there are too few tiles for the GPU";
     const double computed = static_cast<double>(p.blocks) * kFeedForwardColumns * feed_forward_rows(p.channel_blocks);
-    return p.blocks >= 96 && static_cast<double>(batch) * height * width >= 0.7 * computed;
+    const bool filled = static_cast<double>(batch) * height * width >= tuning::kFeedForwardFilled * computed;
+    return filled ? nullptr : "the image fills its tiles of 14 columns badly";
 }
 
 }  // namespace gm

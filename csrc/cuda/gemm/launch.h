@@ -13,8 +13,8 @@ bool takes_skinny_gemm(DType dtype, int64_t in, int64_t out);
 cudaError_t plan_skinny_gemm_bwd(DType dtype, SkinnyGemmArgs& args);
 cudaError_t launch_skinny_gemm_fwd(const SkinnyGemmArgs& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_skinny_gemm_bwd(const SkinnyGemmArgs& args, DType dtype, cudaStream_t stream);
-// The same for tall_gemm.
-bool takes_tall_gemm(DType dtype, int64_t in, int64_t out);
+// Why tall_gemm does not take them, or null where it does.
+const char* why_not_tall_gemm(DType dtype, int64_t in, int64_t out);
 // True where the current device and this build have the kernels of both.
 bool has_warp_mma();
 cudaError_t launch_tall_gemm(const TallGemmArgs& args, DType dtype, cudaStream_t stream);

@@ -171,12 +171,15 @@ __global__ void __launch_bounds__(kThreads, kResident) tall_gemm_kernel(const __
 
 }  // namespace
 
-bool takes_tall_gemm(DType dtype, int64_t in, int64_t out) {
+const char* why_not_tall_gemm(DType dtype, int64_t in, int64_t out) {
     constexpr int64_t kMostShared = 99 << 10;  // fits a block on the smallest GPUs, and two on an SM of the largest
-    if (dtype == DType::kFloat || in % 8 != 0 || out % 8 != 0 || in > kMostWindows * kWindow) return false;
+    if (dtype == DType::kFloat) return "the images are float32, not float16 or bfloat16";
+    if (in % 8 != 0 || out % 8 != 0) return "the columns are no multiples of 8";
+    if (in > kMostWindows * kWindow) return "there are more than 128 input columns";
     TallGemmArgs args;
     args.in = static_cast<int>(in), args.out = static_cast<int>(std::min<int64_t>(out, 1 << 12));
-    return weight_bytes(args) <= kMostShared && has_warp_mma();
+    if (weight_bytes(args) > kMostShared) return "the weight does not fit in shared memory";
+    return has_warp_mma() ? nullptr : "the GPU or the build is older than compute capability 8.0";
 }
 
 cudaError_t launch_tall_gemm(const TallGemmArgs& given, DType dtype, cudaStream_t stream) {

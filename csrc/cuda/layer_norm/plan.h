@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cuda/common/tuning.h"
 #include "cuda/common/vec.h"
 
 namespace gm {
@@ -17,10 +18,6 @@ constexpr int kNormThreads = 128;
 // shuffles.
 constexpr int kRowVecs = 4, kMaxRowVecs = 8;
 constexpr int kWideTokens = 16;  // tokens of a block where rows do not fit in registers
-// Blocks wanted: two waves of an H100, no more. Each block begins with tables of parameters and, in the backward, ends
-// with sums over its threads, which take a fifth of the time of a block of 16 tokens; and each leaves a row for the
-// second stage of the sums.
-constexpr int64_t kNormFwdBlocks = 1280, kNormBwdBlocks = 768;
 
 // True where layer_norm_pool's backward has registers for the sums of dx_more, or of dx.
 constexpr bool sums_dx_more(int vecs) { return vecs <= kRowVecs; }
@@ -47,13 +44,11 @@ inline NormPlan norm_plan(int64_t batch, int64_t tokens, int slots, int64_t want
         p.step = p.strip_tokens = kWideTokens;
     } else {
         p.step = kNormThreads / p.lanes;
-        // Many short strips balance the load. But each strip leaves a row of sums, which is already an eighth of the
-        // traffic of 16 tokens, so strips are only shorter than that where the GPU would otherwise be idle.
-        constexpr int64_t kFewBlocks = 1024, kEnoughTokens = 16;
+        using tuning::kNormEnoughTokens, tuning::kNormFewBlocks;
         const auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
         const int64_t images = std::max<int64_t>(batch, 1);
         const int64_t strips =
-            std::min(up(wanted_blocks, images), std::max(up(kFewBlocks, images), up(tokens, kEnoughTokens)));
+            std::min(up(wanted_blocks, images), std::max(up(kNormFewBlocks, images), up(tokens, kNormEnoughTokens)));
         p.strip_tokens = static_cast<int>(up(up(tokens, p.step), strips) * p.step);
     }
     p.strips = p.strip_tokens > 0 ? (tokens + p.strip_tokens - 1) / p.strip_tokens : 0;

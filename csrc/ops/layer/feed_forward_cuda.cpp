@@ -6,6 +6,7 @@
 #include "cuda/feed_forward/launch.h"
 #include "host/blas.h"
 #include "host/branch.h"
+#include "host/explain.h"
 #include "host/workspace.h"
 #include "ops/entries_cuda.h"
 #include "ops/layer/drop_path.h"
@@ -70,23 +71,26 @@ struct FeedForward {
     Workspace saved;  // what the backward reads; without `save` empty
 };
 
-// True where the one kernel takes x and the parameters, and is the faster way.
-bool takes_one_kernel(const Tensor& x, const FeedForwardParameters& p, const FeedForwardSizes& s, DType dtype) {
+// Why the one kernel does not take x and the parameters, or is not the faster way; null where it does and is.
+const char* why_not_one_kernel(const Tensor& x, const FeedForwardParameters& p, const FeedForwardSizes& s,
+                               DType dtype) {
 #if GM_WITH_SM90A
-    if (!is_canonical_image(x) || std::max({s.height * s.width, s.channels, s.hidden * 12}) > INT32_MAX / 2)
-        return false;
-    if (!suits_feed_forward(s.batch, static_cast<int>(s.height), static_cast<int>(s.width),
-                            static_cast<int>(s.channels), static_cast<int>(s.hidden), dtype))
-        return false;
+    if (std::max({s.height * s.width, s.channels, s.hidden * 12}) > INT32_MAX / 2) return "the image is too large";
+    const char* const shape = why_not_feed_forward(s.batch, static_cast<int>(s.height), static_cast<int>(s.width),
+                                                   static_cast<int>(s.channels), static_cast<int>(s.hidden), dtype);
+    if (shape != nullptr) return shape;
     // TMA reads these in place.
     for (const Tensor* t : {&p.fc1_weight, &p.fc1_bias, &p.conv_bias, &p.fc2_weight})
-        if (reinterpret_cast<uintptr_t>(t->data_ptr()) % 16 != 0) return false;
+        if (reinterpret_cast<uintptr_t>(t->data_ptr()) % 16 != 0) return "a parameter is not aligned to 16 bytes";
+    if (!is_canonical_image(x)) return "no one stride walks the pixels of x";
     const ImageArg image = image_arg(x);
-    return allows_vectors(image, static_cast<int64_t>(x.element_size()), 8) && image.token > 0 &&
-           (image.batch > 0 || s.batch == 1) && has_feed_forward_sm90a();
+    if (!allows_vectors(image, static_cast<int64_t>(x.element_size()), 8) || image.token <= 0 ||
+        (image.batch <= 0 && s.batch != 1))
+        return "the pixels of x are not aligned to 16 bytes";
+    return has_feed_forward_sm90a() ? nullptr : "the GPU is not of compute capability 9.0";
 #else
     static_cast<void>(x), static_cast<void>(p), static_cast<void>(s), static_cast<void>(dtype);
-    return false;
+    return "this build has no code for compute capability 9.0";
 #endif
 }
 
@@ -135,7 +139,10 @@ FeedForward feed_forward_forward(const Tensor& x, const Tensor& norm_weight, con
     const DropPathArg drop_path = drop_path_arg(drop_path_mask, drop_path_scale, residual, s.batch, x);
     check_parameter(norm_weight, "norm_weight", {s.channels}, x);
     check_parameter(norm_bias, "norm_bias", {s.channels}, x);
-    if (takes_one_kernel(x, p, s, dtype))
+    const char* const why_not = why_not_one_kernel(x, p, s, dtype);
+    note("feed_forward forward: ", why_not == nullptr ? "one kernel" : "several kernels, not one: ",
+         why_not == nullptr ? "" : why_not);
+    if (why_not == nullptr)
         return one_kernel_forward(x, norm_weight, norm_bias, p, s, eps, residual, drop_path, save, context);
     Workspace scratch(type), saved(type);
     Workspace& held = save ? saved : scratch;

@@ -5,7 +5,9 @@
 #include <initializer_list>
 #include <utility>
 
+#include "cuda/common/tuning.h"
 #include "cuda/gemm/launch.h"
+#include "host/explain.h"
 #include "host/stream.h"
 
 namespace gm {
@@ -16,11 +18,18 @@ bool aligned(std::initializer_list<const Tensor*> tensors) {
                        [](const Tensor* t) { return reinterpret_cast<uintptr_t>(t->data_ptr()) % 16 == 0; });
 }
 
-// With few tokens, copying a large weight to shared memory takes most of the kernel's time, and cuBLAS is faster: at
-// 448 x 7, with 6,272 tokens a group and 50 KB, but not at 348 x 14, with 25,088 tokens and 37 KB.
-bool takes_tall(const Tensor& x, int64_t tokens, int64_t in, int64_t out) {
-    constexpr int64_t kManyTokens = 1 << 14, kSmallWeight = 1 << 12;  // elements
-    return (tokens >= kManyTokens || in * out <= kSmallWeight) && takes_tall_gemm(dtype_of(x), in, out);
+// Why cuBLAS takes a product of `tokens` tokens a group and not tall_gemm, or null where tall_gemm does.
+const char* why_cublas(std::initializer_list<const Tensor*> tensors, int64_t tokens, int64_t in, int64_t out) {
+    if (tokens < tuning::kTallGemmTokens && in * out > tuning::kTallGemmWeight)
+        return "the tokens are few for so large a weight";
+    if (!aligned(tensors)) return "an address is not aligned to 16 bytes";
+    return why_not_tall_gemm(dtype_of(**tensors.begin()), in, out);
+}
+
+void note_gemm(const char* kernel, const Tensor& x, const Tensor& weight, const char* why_not = nullptr) {
+    if (!explains()) return;
+    const std::string reason = why_not == nullptr ? "" : message(", not tall_gemm: ", why_not);
+    note("tokens ", show(shape_of(x)), " times weight ", show(shape_of(weight)), ": ", kernel, reason);
 }
 
 // x (G, T, K), or (T, K), and weight (G, N, K), or (N, K).
@@ -42,34 +51,39 @@ bool is_skinny(const Tensor& dx, const Tensor& dy, const Tensor& x, const Tensor
 
 bool has_own_gemm(const Tensor& out, const Tensor& x, const Tensor& weight) {
     const int64_t in = weight.size(2), columns = weight.size(1);
-    return aligned({&out, &x, &weight}) &&
-           (takes_skinny_gemm(dtype_of(x), in, columns) || takes_tall(x, x.size(1), in, columns));
+    return (aligned({&out, &x, &weight}) && takes_skinny_gemm(dtype_of(x), in, columns)) ||
+           why_cublas({&out, &x, &weight}, x.size(1), in, columns) == nullptr;
 }
 
 void token_gemm(const Tensor& out, const Tensor& x, const Tensor& weight, const CudaContext& context) {
     const DType dtype = dtype_of(x);
-    if (!has_own_gemm(out, x, weight)) {
-        matmul_out(out, x, transposed(weight));
-    } else if (takes_skinny_gemm(dtype, weight.size(2), weight.size(1))) {
+    const int64_t in = weight.size(2), columns = weight.size(1);
+    if (aligned({&out, &x, &weight}) && takes_skinny_gemm(dtype, in, columns)) {
         auto args = gemm_args<SkinnyGemmArgs>(x, weight);
         args.y = out.data_ptr();
+        note_gemm("skinny_gemm", x, weight);
         check_cuda(launch_skinny_gemm_fwd(args, dtype, context.stream()), "skinny_gemm");
+    } else if (const char* const why = why_cublas({&out, &x, &weight}, x.size(1), in, columns)) {
+        note_gemm("cuBLAS", x, weight, why);
+        matmul_out(out, x, transposed(weight));
     } else {
         auto args = gemm_args<TallGemmArgs>(x, weight);
         args.y = out.data_ptr();
+        note_gemm("tall_gemm", x, weight);
         check_cuda(launch_tall_gemm(args, dtype, context.stream()), "tall_gemm");
     }
 }
 
 void token_gemm_onto(const Tensor& out, double scale, const OptTensor& bias, const Tensor& x, const Tensor& weight,
                      const CudaContext& context) {
-    const DType dtype = dtype_of(x);
-    if (aligned({&out, &x, &weight}) && (!bias || aligned({&*bias})) &&
-        takes_tall(x, x.size(0), weight.size(1), weight.size(0))) {
+    const Tensor& row = bias ? *bias : x;
+    const char* const why = why_cublas({&out, &x, &weight, &row}, x.size(0), weight.size(1), weight.size(0));
+    note_gemm(why == nullptr ? "tall_gemm" : "cuBLAS", x, weight, why);
+    if (why == nullptr) {
         auto args = gemm_args<TallGemmArgs>(x, weight);
         args.y = out.data_ptr(), args.scale = static_cast<float>(scale), args.add = !bias;
         if (bias) args.bias = bias->data_ptr();
-        check_cuda(launch_tall_gemm(args, dtype, context.stream()), "tall_gemm");
+        check_cuda(launch_tall_gemm(args, dtype_of(x), context.stream()), "tall_gemm");
     } else if (bias) {
         matmul_bias_out(out, *bias, x, transposed(weight));
     } else {
@@ -80,7 +94,9 @@ void token_gemm_onto(const Tensor& out, double scale, const OptTensor& bias, con
 void token_gemm_input(const Tensor& dx, double scale, bool add, const Tensor& dy, const Tensor& weight,
                       const CudaContext& context) {
     const int64_t last = weight.dim() - 1, tokens = dy.size(last - 1);
-    if (aligned({&dx, &dy, &weight}) && takes_tall(dy, tokens, weight.size(last - 1), weight.size(last))) {
+    const char* const why = why_cublas({&dx, &dy, &weight}, tokens, weight.size(last - 1), weight.size(last));
+    note_gemm(why == nullptr ? "tall_gemm" : "cuBLAS", dy, weight, why);
+    if (why == nullptr) {
         auto args = gemm_args<TallGemmArgs>(dy, weight);
         std::swap(args.in, args.out);
         args.y = dx.data_ptr(), args.scale = static_cast<float>(scale), args.add = add, args.transposed = true;
@@ -104,6 +120,7 @@ WeightPartials token_gemm_bwd(const Tensor& dx, bool add, const Tensor& dy, cons
         token_gemm_input(dx, 1., add, dy, weight, context);
         return partials;
     }
+    note_gemm("skinny_gemm backward", x, weight);
     auto args = gemm_args<SkinnyGemmArgs>(x, weight);
     args.dy = dy.data_ptr(), args.dx = dx.data_ptr(), args.add = add, args.used = static_cast<int>(used);
     check_cuda(plan_skinny_gemm_bwd(dtype, args), "skinny_gemm backward");

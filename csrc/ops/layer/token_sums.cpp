@@ -2,16 +2,16 @@
 // Sums over all tokens of an image as many small ones side by side, and rows padded with zeros.
 #include "ops/layer/token_sums.h"
 
+#include "cuda/common/tuning.h"
 #include "host/stream.h"
 
 namespace gm {
 
 WeightPartials weight_partials(const Tensor& dy, const Tensor& x, double alpha) {
     const int64_t groups = dy.size(0), tokens = dy.size(1), n = dy.size(2), k = x.size(2);
-    // Enough products to fill a GPU of about 132 multiprocessors twice, each of at least 256 terms.
-    constexpr int64_t kProducts = 264, kTile = 64, kMinTerms = 256, kMaxParts = 64;
+    constexpr int64_t kTile = 64, kMinTerms = 256, kMaxParts = 64;
     const int64_t tiles = groups * ((n + kTile - 1) / kTile) * ((k + kTile - 1) / kTile);
-    const int64_t wanted = std::min(std::max<int64_t>((kProducts + tiles - 1) / tiles, 1), kMaxParts);
+    const int64_t wanted = std::min(std::max<int64_t>((tuning::kWeightProducts + tiles - 1) / tiles, 1), kMaxParts);
     const int64_t most = std::max<int64_t>(std::min(wanted, tokens / kMinTerms), 1);
     int64_t parts = most;
     while (tokens % parts != 0) --parts;
@@ -42,12 +42,13 @@ WeightPartials weight_partials(const Tensor& dy, const Tensor& x, double alpha) 
 
 Tensor sum_of_columns(ParameterSums& sums, const Tensor& bias, const Tensor& rows, int64_t columns, DType dtype,
                       cudaStream_t stream, const DropPathArg& drop_path, int64_t rows_of_image) {
-    constexpr int64_t kBlocks = 264, kLeastRows = 16;  // two blocks an SM of an H100
+    constexpr int64_t kLeastRows = 16;
     ColumnSumArgs args;
     args.x = rows.data_ptr(), args.rows = rows.size(0), args.row_stride = rows.stride(0);
     args.columns = static_cast<int>(columns);
     args.drop_path = drop_path, args.rows_of_image = rows_of_image;
-    args.blocks = static_cast<int>(std::min<int64_t>(kBlocks, (rows.size(0) + kLeastRows - 1) / kLeastRows));
+    args.blocks =
+        static_cast<int>(std::min<int64_t>(tuning::kColumnSumBlocks, (rows.size(0) + kLeastRows - 1) / kLeastRows));
     const PartialRows partials = partial_rows(args.blocks, columns, rows);
     args.partials = static_cast<float*>(partials.values.data_ptr());
     check_cuda(launch_column_sums(args, dtype, stream), "bias gradient");

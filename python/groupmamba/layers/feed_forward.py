@@ -10,11 +10,12 @@ from torch.fx import Proxy
 
 import groupmamba_ext as ext
 from groupmamba.layers._checks import parameter_dtype, positive_int
+from groupmamba.layers.drop_path import DropPathMask, add
 from groupmamba.layers.plain import affine, call_in_own_dtype, call_on_rows, convolution, layer_norm, linear, why_called
-from groupmamba.layers.stochastic_depth import KeptImages, add
 from groupmamba.layers.token_linear import token_linear
 from groupmamba.layers.token_norm import TokenNorm
 from groupmamba.layers.tracing import Leaf, fx_call
+from groupmamba_ext import _explain
 from groupmamba_ext.layer_ops import feed_forward, takes_image
 
 
@@ -71,7 +72,7 @@ class ConvFeedForward(Leaf, nn.Module):
         norm: nn.LayerNorm | None = None,
         *,
         residual: bool = False,
-        kept: KeptImages | None = None,
+        drop_path: DropPathMask | None = None,
     ) -> Tensor:
         """``[x +] mlp(norm(x))``: with ``norm`` and ``residual`` the whole second half of a block in one op on CUDA.
 
@@ -79,16 +80,20 @@ class ConvFeedForward(Leaf, nn.Module):
             x: (batch, H, W, dim).
             norm: applied to ``x`` first, or None.
             residual: add ``x``.
-            kept: with ``residual``, the images whose branch is added, and its scale.
+            drop_path: with ``residual``, the images whose branch is added, and its scale.
 
         Returns:
             (batch, H, W, dim); on CUDA with ``norm``, pixels lie a multiple of 8 channels apart.
         """
         if isinstance(x, Proxy):
-            return fx_call(self, x, norm, residual=residual, kept=kept)
-        if kept is not None:
-            kept.check(x, residual)
-        plain = self._why_called() is None
+            return fx_call(self, x, norm, residual=residual, drop_path=drop_path)
+        if drop_path is not None:
+            drop_path.check(x, residual)
+        reason = self._why_called()
+        plain = reason is None
+        if _explain.asked():
+            how = "reads its submodules' parameters" if plain else f"calls its submodules one by one: {reason}"
+            _explain.note(f"ConvFeedForward({x.shape[-1]}): {how}")
         if plain and norm is not None and takes_image(x) and why_called({"norm": norm}, self._norm_part) is None:
             modules = self._modules
             layers = {
@@ -97,7 +102,7 @@ class ConvFeedForward(Leaf, nn.Module):
                 "conv": affine(modules["dwconv"]),
                 "fc2": affine(modules["fc2"]),
             }
-            return feed_forward(x, **layers, eps=norm.eps, residual=residual, kept=kept)
+            return feed_forward(x, **layers, eps=norm.eps, residual=residual, drop_path=drop_path)
         y = x if norm is None else norm(x)
         if plain:
             hidden = ext.depthwise_conv3x3(
@@ -109,7 +114,7 @@ class ConvFeedForward(Leaf, nn.Module):
             if hidden.numel():  # torch convolves no empty image
                 hidden = F.gelu(call_in_own_dtype(self.dwconv, hidden))
             y = call_on_rows(self.fc2, hidden.permute(0, 2, 3, 1))
-        return add(x, y, residual, kept)
+        return add(x, y, residual, drop_path)
 
 
 def _linear(x: Tensor, layer: nn.Linear) -> Tensor:

@@ -12,6 +12,7 @@ from torch.fx import Proxy
 import groupmamba_ext as ext
 from groupmamba.layers._checks import direction_names, image_input, parameter_dtype, positive_int
 from groupmamba.layers.channel_affinity import ChannelAffinity, image_mean
+from groupmamba.layers.drop_path import DropPathMask, add
 from groupmamba.layers.group_core import SCANS, GroupCore
 from groupmamba.layers.plain import (
     Plain,
@@ -23,13 +24,13 @@ from groupmamba.layers.plain import (
     linear,
     why_called,
 )
-from groupmamba.layers.stochastic_depth import KeptImages, add
 from groupmamba.layers.token_linear import token_linear
 from groupmamba.layers.tracing import Leaf, fx_call
 from groupmamba.layers.vsss import GroupedVSSS
+from groupmamba_ext import _explain
 from groupmamba_ext._checks import boolean, choice
 from groupmamba_ext.layer_ops import can_fuse, grouped_mamba_layer, scan_constants
-from groupmamba_ext.ops import MAX_GROUPS
+from groupmamba_ext.ops import FUSED_CHANNELS, MAX_GROUPS
 
 CROSS_GROUPS = 4  # of scan="cross", where the number of directions says nothing of that of the groups
 GATE_SOURCES = ("input", "output")
@@ -219,57 +220,70 @@ class GroupedMamba2d(Leaf, nn.Module):
         self._reset_own_parameters()
 
     def forward(
-        self, x: Tensor, *, residual: bool = False, tokens: bool = False, kept: KeptImages | None = None
+        self, x: Tensor, *, residual: bool = False, tokens: bool = False, drop_path: DropPathMask | None = None
     ) -> Tensor:
         """The layer, or with ``residual`` ``x`` plus it, which on CUDA costs no pass of its own.
 
         With ``tokens`` ``x`` and the result are (batch, H, W, dim), as they lie in memory: a network that keeps its
-        images so is spared the views. ``kept``, with ``residual`` and a batch, is stochastic depth:
-        ``x + kept.kept * kept.scale * layer(x)``, in the released variant again without a pass of its own.
+        images so is spared the views. ``drop_path``, with ``residual`` and a batch, is stochastic depth:
+        ``x + drop_path.mask * drop_path.scale * layer(x)``, in the released variant again without a pass of its own.
         """
         if isinstance(x, Proxy):
-            return fx_call(self, x, residual=residual, tokens=tokens, kept=kept)
+            return fx_call(self, x, residual=residual, tokens=tokens, drop_path=drop_path)
         paper = self.variant == "paper"
         first = self._parameters.get("skip_scale")
         if first is None:
             part, name = ("vsss", "norm1_weight") if paper else ("norm", "weight")
             first = floating_parameter(self._modules[part], name)
         image_input(x, self.dim, first, tokens=tokens)
-        if kept is not None:
+        if drop_path is not None:
             if x.dim() == 3:
-                raise ValueError(f"kept needs a batch of images, got x of shape {tuple(x.shape)}")
-            kept.check(x, residual)
+                raise ValueError(f"drop_path needs a batch of images, got x of shape {tuple(x.shape)}")
+            drop_path.check(x, residual)
         if not tokens:
-            return self._image(x, residual, kept)
+            return self._image(x, residual, drop_path)
         if paper:
-            return self._image(x.permute(0, 3, 1, 2), residual, kept).permute(0, 2, 3, 1)
-        return self._tokens(x, residual, kept)
+            return self._image(x.permute(0, 3, 1, 2), residual, drop_path).permute(0, 2, 3, 1)
+        return self._tokens(x, residual, drop_path)
 
-    def _image(self, x: Tensor, residual: bool, kept: KeptImages | None) -> Tensor:
+    def _image(self, x: Tensor, residual: bool, drop_path: DropPathMask | None) -> Tensor:
         """Any variant on (batch, dim, H, W) or (dim, H, W)."""
         if self.variant == "paper":
             y = self.vsss(x)
             if self.affinity is not None:
                 gate = self.affinity(x if self.gate_source == "input" else y)
                 y = y * gate.to(y.dtype)[..., None, None]
-            return add(x, y, residual, kept)
+            return add(x, y, residual, drop_path)
         if x.dim() == 4:
-            return self._tokens(x.permute(0, 2, 3, 1), residual, kept).permute(0, 3, 1, 2)
-        return self._tokens(x.unsqueeze(0).permute(0, 2, 3, 1), residual, kept).permute(0, 3, 1, 2).squeeze(0)
+            return self._tokens(x.permute(0, 2, 3, 1), residual, drop_path).permute(0, 3, 1, 2)
+        return self._tokens(x.unsqueeze(0).permute(0, 2, 3, 1), residual, drop_path).permute(0, 3, 1, 2).squeeze(0)
 
-    def _tokens(self, x: Tensor, residual: bool, kept: KeptImages | None) -> Tensor:
+    def _tokens(self, x: Tensor, residual: bool, drop_path: DropPathMask | None) -> Tensor:
         """The released and fused variants on (batch, H, W, dim)."""
-        if self._why_called() is not None:
-            return add(x, self._call_all(x), residual, kept)
+        why_called = self._why_called()
+        if _explain.asked():
+            _explain.note(f"GroupedMamba2d({self.dim}): {self._path(x, why_called)}")
+        if why_called is not None:
+            return add(x, self._call_all(x), residual, drop_path)
         if self._one_op and can_fuse(x, self._inner_dim):
-            if kept is None or self.variant == "released":
-                return self._fused(x, residual, kept)
-            return kept.added(x, self._fused(x, False, None))
+            if drop_path is None or self.variant == "released":
+                return self._fused(x, residual, drop_path)
+            return drop_path.added(x, self._fused(x, False, None))
         mixed = self._mix(x.contiguous())
         y = token_linear(mixed.flatten(0, 2).unsqueeze(0), self.proj.weight.unsqueeze(0), self.proj.bias)
-        return add(x, y.view(*mixed.shape[:3], self.dim), residual, kept)
+        return add(x, y.view(*mixed.shape[:3], self.dim), residual, drop_path)
 
-    def _fused(self, x: Tensor, residual: bool, kept: KeptImages | None) -> Tensor:
+    def _path(self, x: Tensor, why_called: str | None) -> str:
+        """How the layer computes ``x``, and why not in one op."""
+        if why_called is not None:
+            return f"calls its submodules one by one: {why_called}"
+        if not self._one_op:
+            return f"op by op: one op has no scan='cross', d_conv=1, gate_source='output' or {MAX_GROUPS + 1} groups"
+        if self._inner_dim > FUSED_CHANNELS:
+            return f"op by op: a group scans {self._inner_dim} channels, one op up to {FUSED_CHANNELS}"
+        return "one op" if can_fuse(x, self._inner_dim) else "op by op: one op is for images on CUDA"
+
+    def _fused(self, x: Tensor, residual: bool, drop_path: DropPathMask | None) -> Tensor:
         """In one op, from the parameters of all submodules."""
         modules = self._modules
         norm, mamba, affinity = modules["norm"], modules["mamba"], modules.get("affinity")
@@ -289,7 +303,7 @@ class GroupedMamba2d(Leaf, nn.Module):
             chunk=chunk,
             eps=norm.eps,
             residual=residual,
-            kept=kept,
+            drop_path=drop_path,
         )
 
     def _affinities(self) -> tuple[ChannelAffinity | None, ChannelAffinity | None]:

@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from groupmamba.layers import GroupedMamba2d
 from groupmamba.layers._checks import scaled_width
+from groupmamba.layers.drop_path import DropPathMask
 from groupmamba.layers.feed_forward import ConvFeedForward
 from groupmamba.layers.plain import AFFINE, Plain, convolution, layer_norm, why_called
-from groupmamba.layers.stochastic_depth import KeptImages
 from groupmamba.layers.token_norm import LayerNorm, TokenNorm
 from groupmamba.layers.tracing import Leaf, fx_call
 from groupmamba.models.entry_conv import conv_on_blocks, pixel_blocks, taps_to_channels
@@ -208,17 +208,17 @@ class GroupMambaBlock(nn.Module):
             mixed = self.attn(x, tokens=True).contiguous()
             return x + self.drop_path(self.mlp(mixed, self.norm2) if plain else self.mlp(self.norm2(mixed)))
         if plain:
-            x = self.attn(x, residual=True, tokens=True, kept=self._kept(x))
-            return self.mlp(x, self.norm2, residual=True, kept=self._kept(x))
+            x = self.attn(x, residual=True, tokens=True, drop_path=self._drop_path_mask(x))
+            return self.mlp(x, self.norm2, residual=True, drop_path=self._drop_path_mask(x))
         x = x + self.drop_path(self.attn(x, tokens=True))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
-    def _kept(self, x: Tensor) -> KeptImages | None:
+    def _drop_path_mask(self, x: Tensor) -> DropPathMask | None:
         """What `drop_path` would draw for one branch; the branch then counts it on its way to the residual stream."""
         drop = self.drop_path
         if isinstance(drop, nn.Identity) or not drop.training or not drop.drop_prob:
             return None
-        return KeptImages.draw(x, drop.drop_prob, scale_by_keep=drop.scale_by_keep)
+        return DropPathMask.draw(x, drop.drop_prob, scale_by_keep=drop.scale_by_keep)
 
 
 class Stage(nn.Module):

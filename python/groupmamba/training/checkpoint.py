@@ -106,6 +106,7 @@ class Checkpoints:
         except OSError:  # a file system without links
             shutil.copyfile(weights, beside)
         os.replace(beside, self.run / f"{name}.safetensors")
+        beside.unlink(missing_ok=True)  # where both were links to one file, the system has done nothing
 
     def link_best(self, ranking: Mapping[int, tuple[float, str]]) -> None:
         """``best`` weights become those of the best epoch, if its checkpoint is in this run."""

@@ -24,6 +24,7 @@
 #include <cstdint>
 
 #include "cuda/common/tensor_map.h"
+#include "cuda/common/tuning.h"
 #include "cuda/scan/args.h"
 #include "cuda/scan/plan.h"
 
@@ -90,21 +91,18 @@ inline TilePlan plan_tiles(const ScanShape& shape, int parts) {
 }
 
 // `at_once`: blocks that the device runs at once. `cached`: images that fit in its L2 cache, or 0 where a memory
-// access never serves two groups. Times are in units of a tile's time and were fitted to one H100
-// (docs/performance.md).
+// access never serves two groups. Takes the number of blocks of the least time by a model of it (tuning.h).
 inline void share_planes(const ScanShape& shape, int64_t at_once, double cached, TilePlan& plan) {
-    // kWaits: what a tile waits for the other blocks, for each doubling of the team. kOnce: paid once, a cooperative
-    // launch and, outside a layer's forward, clearing the memory for the states. kLost: how much longer a tile takes
-    // where more images are read at once than the cache holds.
-    constexpr double kWaits = 0.09, kOnce = 1., kLost = 0.65;
+    using namespace tuning;
     if (std::min(plan.row_tiles, plan.column_tiles) <= 1) return;
     const int64_t members = std::max<int64_t>(at_once / shape.groups, 1);
     const auto time = [&](int64_t teams, int64_t blocks_per_plane) {
         const int64_t planes = (shape.batch + teams - 1) / teams,
                       tiles = (planes * plan.tiles + blocks_per_plane - 1) / blocks_per_plane;
-        const double lost = cached > 0. ? std::clamp((static_cast<double>(teams) / cached - 0.4) / 1.2, 0., 1.) : 0.;
-        const double waits = blocks_per_plane > 1 ? kWaits * std::log2(static_cast<double>(blocks_per_plane)) : 0.;
-        return static_cast<double>(tiles) * (1. + kLost * lost + waits) + (blocks_per_plane > 1 ? kOnce : 0.);
+        const double lost =
+            cached > 0. ? std::clamp((static_cast<double>(teams) / cached - kShareCached) / kShareRise, 0., 1.) : 0.;
+        const double waits = blocks_per_plane > 1 ? kShareWaits * std::log2(static_cast<double>(blocks_per_plane)) : 0.;
+        return static_cast<double>(tiles) * (1. + kShareLost * lost + waits) + (blocks_per_plane > 1 ? kShareOnce : 0.);
     };
     double least = time(std::min(members, shape.batch), 1);
     for (int64_t teams = std::min(members / 2, shape.batch); teams > 0; --teams) {

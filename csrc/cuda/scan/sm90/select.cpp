@@ -7,11 +7,19 @@
 
 namespace gm {
 
-bool takes_grouped_scan_sm90(const ScanShape& s, bool has_z, bool has_norm, DType dtype) {
-    const bool shape = dtype != DType::kFloat && s.states == 1 && s.rank > 0 && s.softplus && s.lanes >= 4 &&
-                       s.rank + 2 <= sm90_features(s.lanes) && s.param_dim == s.dim && has_z && has_norm;
-    if (!shape || !has_tensor_maps()) return false;
-    return capability_of_device() == 90 && grouped_scan_sm90_built();
+const char* why_not_grouped_scan_sm90(const ScanShape& s, bool has_z, bool has_norm, DType dtype) {
+    if (dtype == DType::kFloat) return "images are float32, not float16 or bfloat16";
+    if (s.states != 1) return "there is more than one state";
+    if (s.rank == 0) return "dt_weight is absent, so the step is not of low rank";
+    if (!s.softplus) return "softplus is off";
+    if (!has_z) return "z is absent";
+    if (!has_norm) return "norm_weight is absent";
+    if (s.lanes < 4) return "a group has 8 channels or fewer";
+    if (s.rank + 2 > sm90_features(s.lanes)) return "there are too many step features for the channels of a group";
+    if (s.param_dim != s.dim) return "the channels are a slice of wider groups";
+    if (capability_of_device() != 90) return "the GPU is not of compute capability 9.0";
+    if (!has_tensor_maps()) return "the driver encodes no tensor maps";
+    return grouped_scan_sm90_built() ? nullptr : "this build has no code for compute capability 9.0";
 }
 
 }  // namespace gm

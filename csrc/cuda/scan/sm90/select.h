@@ -31,10 +31,9 @@ inline int sm90_features(int lanes) {
 // 256.
 constexpr int sm90_fwd_parts(int lanes) { return lanes == 4 ? 2 : 1; }
 
-// True for a scan that these kernels take: 16-bit storage, one state, step of low rank with softplus, norm and z
-// given, a device of compute capability 9.0 and a build with its code. It does not depend on strides, so forward and
-// backward of one scan agree.
-bool takes_grouped_scan_sm90(const ScanShape& shape, bool has_z, bool has_norm, DType dtype);
+// Why these kernels do not take a scan, or null where they do. It does not depend on strides, so forward and backward
+// of one scan agree.
+const char* why_not_grouped_scan_sm90(const ScanShape& shape, bool has_z, bool has_norm, DType dtype);
 
 // True where TMA can move an image: its address and strides are multiples of 16 bytes.
 inline bool allows_tma(const ImageArg& image, const ScanShape& s) {

@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every number that was fitted to one GPU, an H100 of 132 multiprocessors, and not derived from the sizes or the
+// device. They decide how fast kernels are and, through block counts, in which order partial sums of parameter
+// gradients are added; nothing else. To tune for another GPU, measure each of them anew (bench/run.py).
+#pragma once
+
+#include <cstdint>
+
+namespace gm::tuning {
+
+constexpr int64_t kMultiprocessors = 132;
+
+// LayerNorm: blocks wanted, about two waves. Each block begins with tables of parameters and, in the backward, ends
+// with sums over its threads, which take a fifth of the time of a block of 16 tokens; and each leaves a row for the
+// second stage of the sums. With fewer blocks than kNormFewBlocks, strips become shorter than kNormEnoughTokens, where
+// that row is already an eighth of the traffic.
+constexpr int64_t kNormFwdBlocks = 1280, kNormBwdBlocks = 768, kNormFewBlocks = 1024, kNormEnoughTokens = 16;
+
+// Depthwise convolution, forward: with fewer threads than kConvManyThreads, some four waves, strips of 14 rows balance
+// the load; with fewer than kConvFewThreads, less than one wave, latency counts and strips go down to 2 rows.
+constexpr int64_t kConvManyThreads = 1 << 18, kConvFewThreads = 3 << 14;
+// Backward: small images share a block of up to kConvEnoughTokens while there are kConvEnoughBlocks, two waves; with
+// fewer blocks than kConvFewBlocks images are split by rows.
+constexpr int64_t kConvEnoughBlocks = 768, kConvFewBlocks = 1024, kConvEnoughTokens = 384;
+
+// BatchNorm: at most eight blocks an SM.
+constexpr int64_t kBatchNormBlocks = 8 * kMultiprocessors;
+
+// The feed-forward network in one kernel: tiles for three quarters of the multiprocessors, 70% of their pixels inside
+// the image.
+constexpr int64_t kFeedForwardTiles = 96;
+constexpr double kFeedForwardFilled = 0.7;
+
+// tall_gemm: with fewer tokens a group, copying a weight of more elements to shared memory takes most of its time, and
+// cuBLAS is faster: at 448 x 7, with 6,272 tokens and 50 KB, but not at 348 x 14, with 25,088 tokens and 37 KB.
+constexpr int64_t kTallGemmTokens = 1 << 14, kTallGemmWeight = 1 << 12;
+
+// Weight gradients: products that fill the GPU twice. Sums over columns: two blocks an SM.
+constexpr int64_t kWeightProducts = 2 * kMultiprocessors, kColumnSumBlocks = 2 * kMultiprocessors;
+
+// Blocks that share a plane of the scan, in units of a tile's time: what a tile waits for the others for each doubling
+// of the team; what is paid once, a cooperative launch and, outside a layer's forward, clearing the memory for the
+// states; how much longer a tile takes where more images are read at once than the L2 cache holds, from kShareCached of
+// its size on, rising over kShareRise of it.
+constexpr double kShareWaits = 0.09, kShareOnce = 1., kShareLost = 0.65, kShareCached = 0.4, kShareRise = 1.2;
+
+}  // namespace gm::tuning
