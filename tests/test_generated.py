@@ -64,11 +64,11 @@ def fuzz_seed(config) -> int:
 def check(case, device):
     try:
         note(case, device, generated_cases.check(case, device))
-    except Exception:
-        # The last one is what hypothesis made of it, as small as it found.
+    except Exception as error:
+        # The last one is what hypothesis made of it, as small as it found. It would keep all tensors of all of them.
         line = f"pytest tests/test_generated.py -k {device}-{case['op']} --case '{json.dumps(case)}'"
         REPLAYS[device, case["op"]] = line
-        raise
+        raise AssertionError(f"{type(error).__name__}: {error}\nreplay: {line}") from None
 
 
 @pytest.fixture(autouse=True)
