@@ -19,7 +19,7 @@ from groupmamba.training.card import RUN_FILES
 from groupmamba.training.checkpoint import EMA, MODEL, Checkpoints, read_weights, to_resume
 from groupmamba.training.data import Batch
 from groupmamba.training.distributed import Processes
-from groupmamba.training.graph import capture, why_not
+from groupmamba.training.graph import capture, settle, why_not
 from groupmamba.training.output import (
     STEP_COLUMNS,
     STEPS,
@@ -124,6 +124,7 @@ class Training:
         self.tables = Table(self.run / SUMMARY, self.columns), Table(self.run / STEPS, STEP_COLUMNS)
         self.pending: list[tuple[int, Tensor, float]] = []
         self.interval = args.log_interval
+        self.settled = False
 
     def _earlier(self, task: type[Task], known: argparse.Namespace) -> tuple[dict | None, dict | None]:
         """Options and state of the run that goes on."""
@@ -205,6 +206,9 @@ class Training:
             step = self.position["step"]
             pieces = [self.task.mixed(next(batches), step, piece) for piece in range(args.grad_accum_steps)]
             lr = self.schedule.set(step)
+            if not self.settled:
+                settle(self.step, pieces)
+                self.settled = True
             if self.no_graph is None and self.step.graph is None:
                 self._capture(pieces)
             loss = self.step(step, pieces)
