@@ -10,7 +10,7 @@ import torch
 import groupmamba_ext as ext
 from common import group_major, padded_channels
 from common import run as run_op
-from groupmamba.layers.stochastic_depth import KeptImages
+from groupmamba.layers.drop_path import DropPathMask
 from groupmamba_ext import layer_ops
 from layer_tools import image, make, run
 from scan_tools import IMAGES, MIXED
@@ -93,7 +93,7 @@ def test_layer(dtype, variant, dim, shape, options):
     x = image(2, dim, *shape, device="cuda", dtype=dtype).to(memory_format=torch.channels_last)
     ways = [{}, {"residual": True}]
     if variant == "released":
-        ways.append({"residual": True, "kept": KeptImages(torch.tensor([0.0, 1.0], device="cuda"), 1.5)})
+        ways.append({"residual": True, "drop_path": DropPathMask(torch.tensor([0.0, 1.0], device="cuda"), 1.5)})
     for way in ways:
         check(lambda way=way: run(functools.partial(layer, **way), x, layer))
 
@@ -111,8 +111,8 @@ def test_layer(dtype, variant, dim, shape, options):
 def test_feed_forward(dtype, batch, dim, hidden, shape):
     modules = feed_forward(dim, hidden).to("cuda", dtype)
     x = image(batch, *shape, dim, device="cuda", dtype=dtype)
-    kept = KeptImages(torch.arange(batch, device="cuda") % 2.0, 1.5)
-    for way in ({}, {"residual": True}, {"residual": True, "kept": kept}):
+    mask = DropPathMask(torch.arange(batch, device="cuda") % 2.0, 1.5)
+    for way in ({}, {"residual": True}, {"residual": True, "drop_path": mask}):
         check(lambda way=way: run(lambda t: modules["mlp"](t, modules["norm"], **way), x, modules))
 
 
