@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA ops of whole layers (`groupmamba_ext.layer_ops`) against the same layers composed of the public ops."""
+"""The CUDA ops of whole layers (`groupmamba_ext.ops`) against the same layers composed of the public ops."""
 
 import functools
 

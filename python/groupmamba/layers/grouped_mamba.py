@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 import groupmamba_ext as ext
-from groupmamba.layers._checks import direction_names, image_input, parameter_dtype, positive_int
+from groupmamba.layers._checks import image_input, parameter_dtype, positive_int
 from groupmamba.layers.channel_affinity import ChannelAffinity, image_mean
 from groupmamba.layers.drop_path import DropPathMask, add
 from groupmamba.layers.group_core import SCANS, GroupCore
@@ -29,8 +29,9 @@ from groupmamba.layers.tracing import Leaf, fx_call
 from groupmamba.layers.vsss import GroupedVSSS
 from groupmamba_ext import _explain
 from groupmamba_ext._checks import boolean, choice
-from groupmamba_ext.layer_ops import can_fuse, grouped_mamba_layer, scan_constants
-from groupmamba_ext.ops import FUSED_CHANNELS, MAX_GROUPS
+from groupmamba_ext.directions import Directions
+from groupmamba_ext.layouts import FUSED_CHANNELS, MAX_GROUPS
+from groupmamba_ext.ops.grouped_mamba_layer import LayerParameters, can_fuse, grouped_mamba_layer, scan_path
 
 CROSS_GROUPS = 4  # of scan="cross", where the number of directions says nothing of that of the groups
 GATE_SOURCES = ("input", "output")
@@ -41,7 +42,7 @@ VARIANT_DIRECTIONS = {"released": RELEASED_ORDER, "fused": PAPER_ORDER, "paper":
 
 def directions_and_groups(
     variant: str, scan: str, directions: Sequence[str] | None, groups: int | None
-) -> tuple[tuple[str, ...], int]:
+) -> tuple[Directions, int]:
     """The directions of a layer with these arguments, and its number of channel groups.
 
     Raises:
@@ -49,7 +50,7 @@ def directions_and_groups(
     """
     choice("", "variant", variant, tuple(VARIANT_DIRECTIONS))
     choice("", "scan", scan, SCANS)
-    names = direction_names(VARIANT_DIRECTIONS[variant] if directions is None else directions, None)
+    names = Directions.of(VARIANT_DIRECTIONS[variant] if directions is None else directions, None)
     default = CROSS_GROUPS if scan == "cross" else len(names)
     count = default if groups is None else positive_int("groups", groups)
     if scan == "grouped" and count != len(names):
@@ -157,7 +158,8 @@ class GroupedMamba2d(Leaf, nn.Module):
         self.dim = dim
         self.variant = variant
         self.scan = scan
-        self.directions, self.groups = directions, groups
+        self.directions: tuple[str, ...] = directions
+        self.groups = groups
         self.gate_source = gate_source
         place = {"device": device, "dtype": dtype}
         options = {
@@ -182,7 +184,7 @@ class GroupedMamba2d(Leaf, nn.Module):
             by_input = gate_source == "input"
             self._one_op = scan == "grouped" and d_conv == 3 and by_input and groups <= MAX_GROUPS
             self._inner_dim = self.mamba.inner_dim
-            self._scan_constants = scan_constants(self.directions, self._inner_dim)
+            self._scan_path = scan_path(directions, self._inner_dim)
         seen = gates if gate_source == "output" else dim
         self.affinity = ChannelAffinity(seen, reduction, out_dim=gates, **place) if affinity else None
         # What the fused paths read of these in place of calling them.
@@ -287,23 +289,15 @@ class GroupedMamba2d(Leaf, nn.Module):
         """In one op, from the parameters of all submodules."""
         modules = self._modules
         norm, mamba, affinity = modules["norm"], modules["mamba"], modules.get("affinity")
+        fc: tuple[Tensor | None, ...] = (None,) * 4
         if affinity is not None:
             parts = affinity._modules
-            affinity = (*affine(parts["fc1"]), *affine(parts["fc2"]))
-        codes, chunk = self._scan_constants
+            fc = (*affine(parts["fc1"]), *affine(parts["fc2"]))
+        merge = (mamba._parameters.get("out_proj_weight"), self.skip_scale)
+        held = (*affine(norm), *fc, *mamba.core_parameters(), *merge, *affine(modules["proj"]))
+        parameters = LayerParameters(*held)
         return grouped_mamba_layer(
-            x,
-            norm=affine(norm),
-            affinity=affinity,
-            core=mamba.core_parameters(),
-            out_proj_weight=mamba._parameters.get("out_proj_weight"),
-            skip_scale=self.skip_scale,
-            proj=affine(modules["proj"]),
-            codes=codes,
-            chunk=chunk,
-            eps=norm.eps,
-            residual=residual,
-            drop_path=drop_path,
+            x, parameters, path=self._scan_path, eps=norm.eps, residual=residual, drop_path=drop_path
         )
 
     def _affinities(self) -> tuple[ChannelAffinity | None, ChannelAffinity | None]:

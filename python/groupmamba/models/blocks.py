@@ -20,14 +20,10 @@ from groupmamba.layers.plain import AFFINE, Plain, convolution, layer_norm, why_
 from groupmamba.layers.token_norm import LayerNorm, TokenNorm
 from groupmamba.layers.tracing import Leaf, fx_call
 from groupmamba.models.entry_conv import conv_on_blocks, pixel_blocks, taps_to_channels
-from groupmamba_ext.layer_ops import (
-    BIASED_CHANNELS,
-    batch_norm_fold,
-    batch_norm_relu,
-    takes_batch_norm,
-    takes_batch_norm_fold,
-    takes_image,
-)
+from groupmamba_ext.backend import takes_image
+from groupmamba_ext.layouts import BIASED_CHANNELS
+from groupmamba_ext.ops.batch_norm_fold import batch_norm_fold, takes_batch_norm_fold
+from groupmamba_ext.ops.batch_norm_relu import batch_norm_relu, takes_batch_norm
 from groupmamba_ext.transforms import watched
 
 BLOCK_EPS = 1e-6  # block, class-block and stage norms
