@@ -2,7 +2,7 @@
 """What Python repeats of csrc: sizes and strides of what the compiled ops allocate, and limits of their kernels.
 
 The public functions and the fake kernels need them where no compiled op runs, also with symbolic sizes. Nothing else of
-the package repeats a layout; tests compare every function here with what the library reports (`_load.layouts`).
+the package repeats a layout; tests compare what is here with what the library reports (`_load.library_layouts`).
 """
 
 from __future__ import annotations
