@@ -35,7 +35,7 @@ from groupmamba.training import classification, options, setup  # noqa: E402
 from groupmamba.training.card import create_model  # noqa: E402
 from groupmamba.training.distillation import DistillationLoss  # noqa: E402
 from groupmamba.training.distributed import Processes, found_processes, process_group  # noqa: E402
-from groupmamba.training.graph import capture  # noqa: E402
+from groupmamba.training.graph import capture, settle  # noqa: E402
 from groupmamba.training.loop import Training  # noqa: E402
 from groupmamba.training.output import Screen  # noqa: E402
 from groupmamba.training.recipe import TEACHER  # noqa: E402
@@ -100,7 +100,15 @@ class Recipe:
     the step's rate, moving average; with a teacher on request. Images are on the device."""
 
     def __init__(
-        self, name: str, args: argparse.Namespace, processes: Processes, images: Tensor, *, kd: bool, graph: bool
+        self,
+        name: str,
+        args: argparse.Namespace,
+        processes: Processes,
+        images: Tensor,
+        *,
+        kd: bool,
+        graph: bool,
+        averaged: bool = True,
     ):
         torch.manual_seed(0)
         device = images.device
@@ -118,15 +126,17 @@ class Recipe:
         from timm.utils import ModelEmaV3
 
         ema = ModelEmaV3(model, self.options.model_ema_decay)
-        stream = torch.cuda.Stream(device) if graph and processes.world > 1 else None
+        group = processes if averaged else Processes()
+        stream = torch.cuda.Stream(device) if graph and group.world > 1 else None
         self.step = Step(
             model, criterion, optimizer, ema=ema, clip=self.options.clip_grad, amp=self.amp,
-            rank=processes.rank, replicas=setup.distribute(model, self.options, processes, stream), stream=stream,
+            rank=processes.rank, replicas=setup.distribute(model, self.options, group, stream), stream=stream,
         )  # fmt: skip
         self.step.train(False)
         plan = classification.Classification(self.options, processes, device, Screen(False)).plan(STEPS_AN_EPOCH)
         self.schedule = Schedule(self.options.sched, optimizer, rates, plan)
         self.images, self.labels = images, torch.arange(len(images), device=device) % CLASSES
+        settle(self.step, [self.mixed(0)])
         if graph:
             problem = capture(self.step, *self.mixed(0))
             if problem is not None:
@@ -244,6 +254,11 @@ def steps(name: str, args: argparse.Namespace, processes: Processes, device: tor
                 continue
             title = f"step{' with teacher' if kd else ''}, {launched}"
             add(title, lambda k=kd, g=launched == "graph": Recipe(name, args, processes, images, kd=k, graph=g))
+    if processes.world > 1 and graph:  # what both GPUs do at the same time by themselves
+        add(
+            "step, graph, not averaged",
+            lambda: Recipe(name, args, processes, images, kd=False, graph=True, averaged=False),
+        )
     if args.fsdp:
         for by in AVERAGING:
             add(f"plain step by {by}", lambda b=by: Plain(name, args, processes, images, b))
@@ -256,9 +271,10 @@ def steps(name: str, args: argparse.Namespace, processes: Processes, device: tor
             call.step.close()
     for title, gigabytes in memory.items():
         rows[title]["gigabytes"] = gigabytes
-    if "bare step" in rows:
-        for row in rows.values():
-            row["of bare step"] = row["img_per_s"] / rows["bare step"]["img_per_s"]
+    for whole in ("bare step", "step, graph, not averaged"):
+        if whole in rows:
+            for row in rows.values():
+                row[f"of {whole}"] = row["img_per_s"] / rows[whole]["img_per_s"]
     return rows
 
 

@@ -2,9 +2,25 @@
 """Every op test runs on the CPU and, marked ``cuda``, on a GPU; without one the latter are skipped and counted."""
 
 import os
+import sys
 
 import pytest
 import torch
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("generated cases", "tests/test_generated.py")
+    group.addoption("--fuzz", type=int, metavar="N", help="so many new cases on each device, in place of the same 210")
+    group.addoption("--fuzz-seed", type=int, metavar="S", help="of --fuzz; by default a new one, which is printed")
+    group.addoption("--case", metavar="JSON", help="replay the case of a failure")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """What was generated: counts and worst errors, and for each failure the line that replays it."""
+    module = sys.modules.get("test_generated")
+    if module is not None and (config.getoption("fuzz") or module.REPLAYS):
+        terminalreporter.section("generated cases")
+        terminalreporter.write_line(module.summary(config))
 
 
 def pytest_configure():

@@ -40,7 +40,8 @@ CROSS = [  # dim, rank, states, h, w: the last in two slices of its channels
     (132, 3, 1, 6, 5),
 ]  # fmt: skip
 
-LAYERS = [(64, 9, 14), (128, 9, 7), (44, 7, 5), (348, 6, 7), (448, 1, 1)]  # dim, h, w: groups of 16, 32, 11, 87, 112
+# dim, h, w: groups of 16, 32, 11, 87, 112 channels, and of 1 in the portable scan, padded to 8
+LAYERS = [(64, 9, 14), (128, 9, 7), (44, 7, 5), (348, 6, 7), (448, 1, 1), (4, 5, 6)]
 MANY_TOKENS = [(64, 91, 91), (348, 91, 91)]  # enough of them for the products that keep a weight in shared memory
 
 

@@ -81,6 +81,26 @@ def test_equals_the_composed_layer(monkeypatch, dtype, dim, shape, options, vari
     check_over_draws(dtype, draws)
 
 
+@pytest.mark.parametrize("dim, directions", [(36, ("lr", "bt") * 18), (44, None)])
+def test_gradients_overflow_no_earlier_than_composed_ones(monkeypatch, dim, directions):
+    """Loss scales that float16 gradients bear: what the op stores in the pads of groups must not overflow first, since
+    the zeros of a weight make NaN of it. The norm of one channel multiplies by 316, which its own gradient survives."""
+    layer = make(dim, seed=2, directions=directions).to("cuda", torch.float16)
+    x = image(2, dim, 5, 6, seed=3, device="cuda", dtype=torch.float16).requires_grad_()
+    dy = image(2, dim, 5, 6, seed=2, device="cuda", dtype=torch.float16)
+
+    def largest_scale():
+        for power in range(-4, 14):
+            gradients = torch.autograd.grad(layer(x), [x, *layer.parameters()], dy * 2.0**power)
+            if not all(g.isfinite().all() for g in gradients):
+                return power - 1
+        return 13
+
+    fused = largest_scale()
+    monkeypatch.setattr(grouped_mamba, "can_fuse", lambda *_: False)
+    assert fused >= largest_scale() - 1 >= 0
+
+
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize(
     "dim, directions",

@@ -50,6 +50,7 @@ def worker(rank, folder):
     twin = copy.deepcopy(model)
     for p in twin.parameters():
         p._post_accumulate_grad_hooks = None
+    names = {id(p): name for name, p in model.named_parameters()}
     torch.manual_seed(10 + rank)
     for i in range(3):
         x = torch.randn(2, 4, 3, 6, 5)
@@ -68,6 +69,10 @@ def worker(rank, folder):
         ours.finish()
         for part in x:
             twin(part).square().sum().backward()
+        if i == 0:  # from now on in the order in which gradients came
+            ours.regroup()
+            found = [names[id(p)].partition(".")[0] for bucket in ours.buckets for p in bucket.parameters]
+            assert list(dict.fromkeys(found)) == ["head", "scale", "norm", "depthwise", "first", "unused"]
         for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
             if not p.requires_grad:
                 assert p.grad is None

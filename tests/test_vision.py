@@ -141,7 +141,10 @@ def test_backbones_out_of_whole_models(quick_weights, tmp_path):
     """A detector's or segmenter's file fills a backbone, and a warning says what of it is left out."""
     weights, state = quick_weights
     for model, left_out in (
-        (vision.mask_rcnn(weights=weights, backbone_options=SMALL, num_classes=3), "backbone.fpn., rpn., roi_heads."),
+        (
+            vision.mask_rcnn(weights=weights, backbone_options=SMALL, num_classes=3),
+            "backbone.fpn., backbone.norms., rpn., roi_heads.",
+        ),
         (vision.upernet(weights=weights, backbone_options=SMALL, decoder_channels=16), "decoder., segmentation_head."),
     ):
         torch.save({"model": model.state_dict()}, tmp_path / "whole.pth")
@@ -156,3 +159,47 @@ def test_backbones_out_of_whole_models(quick_weights, tmp_path):
 def test_unknown_backbones_are_named(build):
     with pytest.raises(ValueError, match="model must be one of 'groupmamba_base'.* got 'GroupMamba'"):
         build("GroupMamba")
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "convnext_atto", "resnet10t"])
+def test_backbones_of_timm(name):
+    """For comparisons by the same code: maps at strides 4 to 32, each normalised, of any size."""
+    model = vision.mask_rcnn(name, num_classes=3, min_size=72, max_size=110).train()
+    assert [type(norm).__name__ for norm in model.backbone.norms] == ["LayerNorm2d"] * 4
+    maps = model.backbone(torch.rand(1, 3, 96, 160))
+    assert [tuple(feature.shape[2:]) for feature in maps.values()] == [(24, 40), (12, 20), (6, 10), (3, 5), (2, 3)]
+    with pytest.raises(
+        ValueError, match=r"model must have maps at strides 4, 8, 16 and 32, got 'vit_tiny_patch16_224'"
+    ):
+        vision.PyramidBackbone("vit_tiny_patch16_224")
+
+
+def test_detectors_without_masks():
+    torch.manual_seed(0)
+    model = vision.faster_rcnn(num_classes=3, min_size=64, max_size=96, backbone_options=SMALL).train()
+    target = {"boxes": torch.tensor([[5.0, 4, 40, 30]]), "labels": torch.tensor([1])}
+    losses = model([torch.rand(3, 50, 60)], [target])
+    assert "loss_mask" not in losses
+    sum(losses.values()).backward()
+    _all_have_gradients(model)
+
+
+@pytest.mark.parametrize("build", [vision.mask_rcnn, vision.faster_rcnn])
+def test_arguments_that_torchvision_would_leave_unused(build):
+    with pytest.raises(TypeError, match="has no argument 'box_score_treshold', got 0.1"):
+        build(num_classes=2, box_score_treshold=0.1)
+
+
+def test_batches_of_a_detector_are_channels_last_and_padded_with_zeros():
+    from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+    model = vision.faster_rcnn(num_classes=2, min_size=64, max_size=96, backbone_options=SMALL)
+    images = [torch.rand(3, 50, 60), torch.rand(3, 90, 40), torch.rand(3, 1, 300)]
+    batch, _ = model.eval().transform(images)
+    plain = GeneralizedRCNNTransform(64, 96, model.transform.image_mean, model.transform.image_std).eval()
+    expected, _ = plain(images[:2])
+    assert batch.tensors.is_contiguous(memory_format=torch.channels_last)
+    assert batch.image_sizes == [*expected.image_sizes, (1, 96)]
+    height, width = expected.tensors.shape[2:]
+    assert torch.equal(batch.tensors[:2, :, :height, :width], expected.tensors)
+    assert not batch.tensors[2, :, 1:].any()

@@ -62,7 +62,7 @@ _WRAPPERS = re.compile(
 _INNER_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # What stands beside a backbone in the models of groupmamba.vision.
 _BESIDE = {
-    "backbone.": ("backbone.fpn.", "rpn.", "roi_heads."),
+    "backbone.": ("backbone.fpn.", "backbone.norms.", "rpn.", "roi_heads."),
     "encoder.": ("decoder.", "segmentation_head.", "classification_head."),
 }
 _MODEL_STARTS = ("stem.", "patch_embed1.")  # of this project and of the authors' code

@@ -17,10 +17,14 @@ from groupmamba.demo import command as demo
 from groupmamba.training import command as train
 from groupmamba.training import options as train_options
 from groupmamba.training import predict, validation
+from groupmamba.training.detection.command import DETECTOR
 from groupmamba.training.option_table import TRAIN
+from groupmamba.training.segmentation.command import SEGMENTER
 from groupmamba_ext import selftest
 from groupmamba_ext._command import run_command
 from groupmamba_ext._version import __version__
+
+COMMANDS = ("demo", "info", "selftest", "train", "train-detector", "train-segmenter", "validate", "predict")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,7 +37,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="groupmamba", description="Grouped selective-scan vision layers for PyTorch.")
     parser.add_argument("--version", action="version", version=f"groupmamba {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo|info|selftest|train|validate|predict")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
 
     def add(
         name: str, help: str, run: Callable[[argparse.Namespace], int], *, own_help: bool = False
@@ -47,7 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     about = add("info", "versions, the build and the devices, for a bug report; with MODEL, facts on a model", _info)
     model_info.add_arguments(about)
     add("selftest", "check every op against its reference on the devices present", lambda args: selftest.main())
-    for table, help in ((TRAIN, "train a model on folders of images"),):
+    for table, help in (
+        (TRAIN, "train a model on folders of images"),
+        (DETECTOR, "train a detector on images with boxes and masks in COCO's format"),
+        (SEGMENTER, "train a segmenter on images with label images in ADE20K's layout"),
+    ):
         train_options.add_arguments(add(table.name, help, partial(train.main, command=table), own_help=True), table)
     validation.add_arguments(add("validate", "accuracy of a checkpoint on folders of images", validation.main))
     predict.add_arguments(add("predict", "the most likely classes of images, and what speaks for them", predict.main))

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
 from timm.models import filter_pretrained_cfg
 
+from groupmamba.checksum import check, with_checksum
 from groupmamba.models.pretrained import SIZES, default_cfgs, read_checkpoint, weights_file
 from groupmamba.models.weights import load_strictly
 
@@ -50,6 +52,19 @@ class HubModel(PyTorchModelHubMixin):
                 f"{len(self.stages)}; save its state_dict instead"
             )
         return super().save_pretrained(save_directory, config=config or self._config_for_both(), **options)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        super()._save_pretrained(save_directory)
+        path = save_directory / SAFETENSORS_SINGLE_FILE
+        path.write_bytes(with_checksum(path.read_bytes()))
+
+    @classmethod
+    def _load_as_safetensor(cls, model: HubModel, model_file: str, map_location: str, strict: bool) -> HubModel:
+        try:
+            check(model_file)
+        except RuntimeError as error:
+            raise RuntimeError(f"{cls.__name__}: {model_file!r} could not be loaded: {error}") from error
+        return super()._load_as_safetensor(model, model_file, map_location, strict)
 
     def _config_for_both(self) -> dict:
         config = self.init_arguments

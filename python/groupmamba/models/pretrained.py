@@ -11,6 +11,8 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import PretrainedCfg, generate_default_cfgs, load_state_dict_from_hf
 
+from groupmamba.checksum import check
+
 SIZES = {
     "groupmamba_tiny": {"stem_dim": 32, "dims": (64, 128, 348, 448), "depths": (3, 4, 9, 3)},
     "groupmamba_small": {"stem_dim": 64, "dims": (64, 128, 348, 512), "depths": (3, 4, 16, 3)},
@@ -73,9 +75,13 @@ def weights_file(path: str | os.PathLike) -> str:
 def read_checkpoint(path: str) -> object:
     """What the file holds, on the CPU: safetensors by its name, or anything that torch reads without executing it.
 
+    A safetensors file that this project wrote is compared with its checksum.
+
     Raises:
-        RuntimeError: the file can't be read so.
+        RuntimeError: the file can't be read so, or is damaged.
     """
+    if path.endswith(".safetensors"):
+        check(path)
     try:
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file

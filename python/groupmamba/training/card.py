@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class Card:
     interpolation: str = "bicubic"
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    options: dict[str, Any] = field(default_factory=dict)  # of the task, beside those of the model
 
     def header(self) -> dict[str, str]:
         """For the header of a safetensors file, which holds text."""
@@ -90,11 +92,26 @@ def create_model(name: str, *, option: str = "--model", **options: Any) -> nn.Mo
     import groupmamba.models  # registers them
 
     assert groupmamba.models
+    return made(name, lambda: timm.create_model(name, **options), option=option)
+
+
+def made(name: str, make: Callable[[], nn.Module], *, option: str = "--model") -> nn.Module:
+    """What ``make`` makes of the model ``name`` of this project or timm.
+
+    Raises:
+        UsageError: there is no such model, or it does not take an option.
+        CommandError: its weights can't be had or do not fit.
+    """
+    import timm
+
+    import groupmamba.models  # registers them
+
+    assert groupmamba.models
     if not timm.is_model(name):
         names = ", ".join(timm.list_models("groupmamba*"))
         raise UsageError(f"{option} must be one of {names}, or another model of timm, got {name!r}")
     try:
-        return timm.create_model(name, **options)
+        return make()
     except (TypeError, ValueError, AssertionError) as error:
         advice = "; --drop-path 0 leaves that out" if "drop_path_rate" in str(error) else ""
         raise UsageError(f"{option} {name} can't be made so: {one_line(error)}{advice}") from error
@@ -182,6 +199,11 @@ def model_of(file: Path, name: str | None = None, *, num_classes: int | None = N
     if card is None:
         assert name is not None
         card = Card(name, num_classes or _classes_of(name, file))
+    if card.task != "classification":
+        from groupmamba.training.dense import dense_model_of
+        from groupmamba.training.task import task_of
+
+        return dense_model_of(file, card, task_of(card.task)), card
     model = create_model(card.model, num_classes=card.num_classes, **card.model_kwargs)
     for line in load(model, file):
         raise CommandError(f"{file} could not be loaded: {line}")

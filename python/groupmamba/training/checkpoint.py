@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of a run: folders ``checkpoints/step-00001234`` that are there as a whole or not at all.
 
-    model.safetensors, ema.safetensors   weights; what they are for stands in the header, see :mod:`.card`
+    model.safetensors, ema.safetensors   weights; what they are for stands in the header, see :mod:`.card`, with a
+                                         checksum of the file, see :mod:`groupmamba.checksum`
     state.pt                             optimizer, scaler, position; read with weights_only=True
 
 A folder is written under another name, flushed to the disk, read back and compared, and then renamed. ``last`` and
@@ -13,6 +14,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from groupmamba.checksum import check, with_checksum
 from groupmamba.training.card import Card
 from groupmamba_ext._command import CommandError, one_line
 
@@ -103,6 +106,7 @@ class Checkpoints:
         except OSError:  # a file system without links
             shutil.copyfile(weights, beside)
         os.replace(beside, self.run / f"{name}.safetensors")
+        beside.unlink(missing_ok=True)  # where both were links to one file, the system has done nothing
 
     def link_best(self, ranking: Mapping[int, tuple[float, str]]) -> None:
         """``best`` weights become those of the best epoch, if its checkpoint is in this run."""
@@ -140,7 +144,7 @@ def _step(path: Path) -> int:
 
 def _weights(state: Mapping[str, Tensor], card: Card) -> bytes:
     values = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-    return safetensors.torch.save(values, card.header())
+    return with_checksum(safetensors.torch.save(values, card.header()))
 
 
 def _write(path: Path, data: bytes | memoryview) -> None:
@@ -165,12 +169,17 @@ def _flush(folder: Path) -> None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The state of a checkpoint's folder, on the CPU.
+    """The state of a checkpoint's folder, on the CPU, after a look at the checksums of all its files.
 
     Raises:
-        CommandError: it can't be read.
+        CommandError: it can't be read, or a file is damaged.
     """
     try:
+        for weights in checkpoint.glob("*.safetensors"):
+            check(weights)
+        with zipfile.ZipFile(checkpoint / STATE) as archive:
+            if damaged := archive.testzip():
+                raise RuntimeError(f"{damaged} in {STATE} does not fit its CRC-32")
         return torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises exceptions of many kinds on bytes that are no checkpoint
         raise CommandError(f"{checkpoint} is no checkpoint that can be read: {one_line(error)}") from error
@@ -183,6 +192,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         CommandError: they can't be read.
     """
     try:
+        check(file)
         return safetensors.torch.load_file(file, device="cpu")
     except Exception as error:  # as above
         raise CommandError(f"{file} can't be read: {one_line(error)}") from error

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from groupmamba.training.card import Card
+from groupmamba.training.pictures import read_picture
 from groupmamba.training.pixels import Pixels, ToPixels
 from groupmamba.training.seeds import seed_of, seeded
 from groupmamba_ext._command import CommandError, UsageError, one_line
@@ -32,17 +32,18 @@ NAMES_SHOWN = 3
 
 
 class Batch(NamedTuple):
-    """Images, their labels (-1: can't be read), their indices, and (index, reason) of those that can't be read."""
+    """Images, their labels or targets (of classes -1: can't be read), their indices, and (index, reason) of those that
+    can't be read. ``incomplete``: there was no image to take the place of one of these."""
 
-    images: Pixels
-    labels: Tensor
+    images: Any
+    labels: Any
     indices: Tensor
     bad: list[tuple[int, str]]
+    incomplete: bool = False
 
-    @property
-    def incomplete(self) -> bool:
-        """Whether there is no image in place of one that can't be read."""
-        return bool((self.labels < 0).any())
+
+class Broken(str):
+    """A reason that ends the run at once: an annotation that can't be right, and is the user's to correct."""
 
 
 class Folder:
@@ -135,7 +136,7 @@ class Images(Dataset):
             index = (first + i) % len(self.samples)
             path, label = self.samples[index]
             try:
-                picture = _read(path)
+                picture = read_picture(path)
             except MemoryError:
                 raise
             except Exception as error:  # Pillow's decoders raise exceptions of many kinds on bytes that are no image
@@ -146,16 +147,11 @@ class Images(Dataset):
         return Pixels.empty(self.size, self.size), -1, first, bad
 
 
-def _read(path: str) -> Image.Image:
-    with open(path, "rb") as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of metadata that Pillow does not understand
-        return Image.open(file).convert("RGB")
-
-
 def collate(samples: Sequence[tuple[Pixels, int, int, list[tuple[int, str]]]]) -> Batch:
     """Samples to a batch."""
     images, labels, indices, bad = zip(*samples, strict=True)
-    return Batch(Pixels.stack(images), torch.tensor(labels), torch.tensor(indices), [b for some in bad for b in some])
+    found = [b for some in bad for b in some]
+    return Batch(Pixels.stack(images), torch.tensor(labels), torch.tensor(indices), found, min(labels) < 0)
 
 
 class TrainingOrder(Sampler):
@@ -234,6 +230,8 @@ class BadImages:
 
     def add(self, bad: list[tuple[int, str]]) -> None:
         for index, reason in bad:
+            if isinstance(reason, Broken):
+                raise CommandError(reason)
             if index in self.found:
                 continue
             if not self.source.root.is_dir():

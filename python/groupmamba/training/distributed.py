@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from groupmamba_ext._command import CommandError
 
 TIMEOUT = timedelta(minutes=30)  # of waiting for a process that validates or writes alone
+_NOTHING = object()
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _LOST = re.compile(r"Connection (closed|reset|refused)|gloo|NCCL|Broken pipe|remote process|Timed out waiting", re.I)
 
@@ -57,6 +59,15 @@ class Processes(NamedTuple):
         found: list[set[int]] = [set() for _ in range(self.world)]
         dist.all_gather_object(found, values)
         return set().union(*found)
+
+    def interleaved(self, values: list) -> list:
+        """The processes' lists as one: their first members, their second ones, ..., as images are dealt out to them."""
+        if self.world == 1:
+            return values
+        found: list[list] = [[] for _ in range(self.world)]
+        dist.all_gather_object(found, values)
+        rows = zip_longest(*found, fillvalue=_NOTHING)
+        return [value for row in rows for value in row if value is not _NOTHING]
 
     def agree(self, value: int) -> bool:
         """Whether all processes have the same value."""

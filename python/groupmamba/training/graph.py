@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from groupmamba.training.step import GRAPHED, Step
+from groupmamba.training.step import GRAPHED, Pieces, Step
 from groupmamba_ext._command import is_out_of_memory, one_line
 
 WARM_UP = 3
@@ -35,6 +35,7 @@ class Snapshot:
         self.step = step
         self.values = [(tensor, tensor.detach().clone()) for tensor in self._tensors()]
         self.had_state = bool(step.optimizer.state)
+        self.scaler = None if step.scaler is None else step.scaler.state_dict()
 
     def _tensors(self) -> Iterator[Tensor]:
         yield from self.step.model.parameters()
@@ -50,10 +51,32 @@ class Snapshot:
         which the optimizers of `GRAPHED` begin."""
         for tensor, value in self.values:
             tensor.copy_(value)
+        if self.step.scaler is not None and self.scaler is not None:
+            self.step.scaler.load_state_dict(self.scaler)
         if not self.had_state:
             for state in self.step.optimizer.state.values():
                 for value in state.values():
                     value.zero_()
+
+
+def settle(step: Step, pieces: Pieces) -> None:
+    """Takes a step, undoes it, and lets gradients of several processes be averaged in the order in which they came."""
+    if step.replicas is None:
+        return
+    before = Snapshot(step)
+    generator = torch.cuda.get_rng_state(step.device) if step.device.type == "cuda" else None
+    stream = step.stream
+    if stream is not None:
+        stream.wait_stream(torch.cuda.current_stream(step.device))
+    with torch.cuda.stream(stream):
+        step.body(pieces)
+    if stream is not None:
+        torch.cuda.current_stream(step.device).wait_stream(stream)
+    step.optimizer.zero_grad(set_to_none=True)
+    step.replicas.regroup()
+    before.restore()
+    if generator is not None:
+        torch.cuda.set_rng_state(generator, step.device)
 
 
 class GraphedStep:

@@ -19,7 +19,7 @@ from groupmamba.training.card import RUN_FILES
 from groupmamba.training.checkpoint import EMA, MODEL, Checkpoints, read_weights, to_resume
 from groupmamba.training.data import Batch
 from groupmamba.training.distributed import Processes
-from groupmamba.training.graph import capture, why_not
+from groupmamba.training.graph import capture, settle, why_not
 from groupmamba.training.output import (
     STEP_COLUMNS,
     STEPS,
@@ -36,6 +36,7 @@ from groupmamba.training.task import Task, tensors_of
 from groupmamba_ext._command import CommandError
 
 SHOWN_INDICES = 8
+VALIDATIONS = 10  # in a run of a task without an interval of its own
 STEPS_AHEAD = 3  # that the host may be ahead of the GPU
 
 
@@ -87,6 +88,7 @@ class Training:
         model, self.card = self.task.make_model(sources, state is None)
         self.data = setup.make_data(self.task, sources, self.card)
         self.total_batch, self.steps = self.data.order.total, self.data.order.steps
+        plan = self.task.plan(self.steps)
         model.to(device).to(memory_format=torch.channels_last)
         criterion = self.task.make_criterion(model, self.card)
         rates = setup.run_rates(args, self.total_batch)
@@ -116,13 +118,13 @@ class Training:
         )
         if self.resumed is not None and state is not None:
             self._restore(self.resumed, state)
-        plan = self.task.plan(self.steps)
         self.schedule = Schedule(args.sched, optimizer, rates, plan)
         self.total, self.epochs = plan.total, -(-plan.total // self.steps)
         self.columns = summary_columns(self.task.columns)
         self.tables = Table(self.run / SUMMARY, self.columns), Table(self.run / STEPS, STEP_COLUMNS)
         self.pending: list[tuple[int, Tensor, float]] = []
         self.interval = args.log_interval
+        self.settled = False
 
     def _earlier(self, task: type[Task], known: argparse.Namespace) -> tuple[dict | None, dict | None]:
         """Options and state of the run that goes on."""
@@ -188,7 +190,8 @@ class Training:
                 board.add(self._end_epoch(epoch))
         finally:
             self.step.close()
-        self.screen.say(f"done: {self.run}, best weights in {self.run / 'best.safetensors'}")
+        better = RUN_FILES[0] if self.ranking else RUN_FILES[1]  # without an object in validation no epoch is the best
+        self.screen.say(f"done: {self.run}, {better.partition('.')[0]} weights in {self.run / better}")
         return 0
 
     def train_epoch(self, epoch: int) -> None:
@@ -203,6 +206,9 @@ class Training:
             step = self.position["step"]
             pieces = [self.task.mixed(next(batches), step, piece) for piece in range(args.grad_accum_steps)]
             lr = self.schedule.set(step)
+            if not self.settled:
+                settle(self.step, pieces)
+                self.settled = True
             if self.no_graph is None and self.step.graph is None:
                 self._capture(pieces)
             loss = self.step(step, pieces)
@@ -322,7 +328,8 @@ class Training:
         metric = -math.inf
         better = MODEL
         parts = [f"loss {row['train_loss']:.4f}"]
-        if (epoch + 1) % args.val_interval == 0 or epoch + 1 == self.epochs:
+        interval = args.val_interval or max(self.epochs // VALIDATIONS, 1)
+        if (epoch + 1) % interval == 0 or epoch + 1 == self.epochs:
             models = [step.model] if step.ema is None else [step.model, step.ema.module]
             found = self.task.evaluate(models, self.data.validation, step.amp, self.data.bad_in_validation)
             for whose, title, weights, values in zip(("eval", "ema"), ("", "EMA "), (MODEL, EMA), found, strict=False):

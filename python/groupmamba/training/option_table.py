@@ -76,9 +76,10 @@ class Command:
         data: what the argument DATA must be, in words.
         short_help: text of ``--help``.
         check: raises UsageError for options that exclude each other, and settles those that follow from others; gets
-            all options and those that were given.
+            all options, and those that were given, now or when the run began.
         needed: packages beside those of all commands that train.
         prefix: of the default ``--output``, before the model's name.
+        presets: other defaults by the value of ``--schedule``.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Command:
     check: Callable[[argparse.Namespace, Mapping[str, Any]], None]
     needed: tuple[str, ...] = ()
     prefix: str = ""
+    presets: Mapping[Any, Mapping[str, Any]] = field(default_factory=dict)
     options: dict[str, Option] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -66,8 +66,9 @@ def given(args: argparse.Namespace, command: Command = TRAIN) -> dict[str, Any]:
         UsageError: the file can't be read, or names an option or a value that isn't one.
     """
     values = {name: value for name, value in vars(args).items() if name in command.options or name == "data"}
-    if "model_kwargs" in values:
-        values["model_kwargs"] = dict(values["model_kwargs"])
+    for name, value in values.items():
+        if name in command.options and command.options[name].kind is keyword:
+            values[name] = dict(value)
     file = values.pop("config", None)
     return values if file is None else {**read_yaml(file, command), **values}
 
@@ -103,8 +104,8 @@ def _checked(file: str, name: object, value: Any, command: Command) -> Any:
     elif option.kind is keyword:
         fits = isinstance(value, dict)
         value = _tuples(value)
-    elif isinstance(option.nargs, int):
-        fits = isinstance(value, (list, tuple)) and len(value) == option.nargs
+    elif option.nargs is not None:
+        fits = isinstance(value, (list, tuple)) and len(value) == (option.nargs if option.nargs != "+" else len(value))
         if fits:
             value = tuple(_checked_one(file, option, v) for v in value)
     else:
@@ -156,12 +157,14 @@ def complete(
                 f"goes on: leave it out, or choose another --output, or --resume none to begin anew"
             )
     defaults = {option.dest: option.default for option in command.options.values()}
-    args = argparse.Namespace(**{"data": None, **defaults, **earlier, **values})
+    stated = {**earlier, **values}
+    preset = command.presets.get(stated.get("schedule", defaults.get("schedule")), {})
+    args = argparse.Namespace(**{"data": None, **defaults, **preset, **stated})
     if args.data is None:
         raise UsageError(f"DATA is missing: {command.data}")
     if args.weights is not None and args.pretrained:
         raise UsageError("--weights and --pretrained exclude each other")
-    command.check(args, values)
+    command.check(args, stated)
     if args.output is None:
         args.output = str(Path("output") / f"{command.prefix}{args.model}")
     return args

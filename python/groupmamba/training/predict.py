@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``groupmamba predict``: the most likely classes of images, and what in them speaks for the first.
+"""``groupmamba predict``: classes of images, objects in them, or classes of their pixels, as the checkpoint has it.
 
-The picture shows for each image Grad-CAM (Selvaraju et al., ICCV 2017) on the model's last map, and what each group of
-the last layer but one stage draws on: its input times the gradient of the class's logit by that input, through the scan
-alone, summed over the group's channels.
+Of a classifier the picture shows for each image Grad-CAM (Selvaraju et al., ICCV 2017) on the model's last map, and
+what each group of the last layer but one stage draws on: its input times the gradient of the class's logit by that
+input, through the scan alone, summed over the group's channels.
 """
 
 from __future__ import annotations
@@ -32,12 +32,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files of images")
     parser.add_argument("--weights", required=True, metavar="FILE", help="a checkpoint, or the folder of a run")
     parser.add_argument("--model", metavar="NAME", help="for a checkpoint that does not say which model it is")
+    parser.add_argument("--threshold", type=_share, help="of detectors: lowest score that is shown; default: 0.5")
     parser.add_argument("--out", default="groupmamba_prediction.png", metavar="PNG", help="default: %(default)s")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where one can be used")
 
 
+def _share(text: str) -> float:
+    from groupmamba.training.option_table import SHARE
+
+    return SHARE(text)
+
+
 def main(args: argparse.Namespace) -> int:
-    """Prints the classes and draws the picture; 0.
+    """Prints what is found and draws the picture; 0.
 
     Raises:
         UsageError, CommandError: what was asked for can't be done.
@@ -50,11 +57,13 @@ def main(args: argparse.Namespace) -> int:
     if not args.out.lower().endswith(".png"):
         raise UsageError(f"--out must end in .png, got {args.out!r}")
     model, card = model_of(find_weights(args.weights), args.model)
-    if card.task != "classification":
-        raise UsageError(f"--weights {args.weights} is for {card.task}, not for classification")
+    if args.threshold is not None and card.task != "detection":
+        raise UsageError(f"--threshold is for detection, and --weights {args.weights} is for {card.task}")
     pictures = [_open(path) for path in args.images]
     device = torch.device(choose_device(args.device, card.model))
     model.to(device).to(memory_format=torch.channels_last)
+    if card.task != "classification":
+        return _dense(args, model, card, pictures, device)
     transform = validation_transform(card.img_size, card)
     rows = []
     for path, picture in zip(args.images, pictures, strict=True):
@@ -72,12 +81,65 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+def _dense(
+    args: argparse.Namespace, model: nn.Module, card: Card, pictures: Sequence[Any], device: torch.device
+) -> int:
+    """Detectors and segmenters: beside each image what is found in it."""
+    from torchvision.transforms.v2 import functional
+
+    from groupmamba.training.dense import task_arguments
+    from groupmamba.training.distributed import Processes
+    from groupmamba.training.output import Screen
+    from groupmamba.training.setup import amp_dtype
+    from groupmamba.training.task import task_of
+
+    kind = task_of(card.task)
+    check_packages(kind.command.needed)
+    task = kind(task_arguments(kind, card, {"data": ""}), Processes(), device, Screen(True))
+    task.card = card
+    rows = []
+    for path, picture in zip(args.images, pictures, strict=True):
+        image = functional.pil_to_tensor(picture)
+        drawn, lines = task.drawn(model, image.to(device), amp_dtype(device, None, None), args.threshold)
+        print(path)
+        for line in lines:
+            print(f"  {line}")
+        rows.append((path, image.permute(1, 2, 0), drawn.permute(1, 2, 0)))
+    if _draw_pairs(rows[:ROWS], Path(args.out)):
+        more = f" (the first {ROWS} images)" if len(rows) > ROWS else ""
+        print(f"{args.out}{more}")
+    return 0
+
+
+def _draw_pairs(rows: Sequence[tuple[str, Tensor, Tensor]], out: Path) -> bool:
+    """Images beside what was found in them; False where matplotlib is missing."""
+    figure = _figure(8, 4 * len(rows))
+    if figure is None:
+        return False
+    for axes, (path, *pair) in zip(figure.subplots(len(rows), 2, squeeze=False), rows, strict=True):
+        for axis, values in zip(axes, pair, strict=True):
+            axis.set(xticks=[], yticks=[], frame_on=False)
+            axis.imshow(values.cpu().numpy())
+        axes[0].set_title(Path(path).name, fontsize=8)
+    figure.savefig(out, format="png", dpi=120)
+    return True
+
+
+def _figure(width: float, height: float) -> Any:
+    """None where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("without a picture: matplotlib can't be imported (pip install 'groupmamba[train]')", file=sys.stderr)
+        return None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def _open(path: str) -> Any:
-    from PIL import Image
+    from groupmamba.training.pictures import read_picture
 
     try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
+        return read_picture(path)
     except Exception as error:  # Pillow's decoders raise exceptions of many kinds on bytes that are no image
         raise CommandError(f"{path} can't be read as an image: {one_line(error)}") from error
 
@@ -154,13 +216,10 @@ def _shown(image: Tensor, card: Card) -> Tensor:
 
 def _draw(rows: Sequence[tuple[str, Tensor, str, list[tuple[str, Tensor]]]], out: Path) -> bool:
     """False where matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("without a picture: matplotlib can't be imported (pip install 'groupmamba[train]')", file=sys.stderr)
-        return False
     columns = 1 + max(len(maps) for *_, maps in rows)
-    figure = Figure(figsize=(2.2 * columns, 2.5 * len(rows)), layout="constrained")
+    figure = _figure(2.2 * columns, 2.5 * len(rows))
+    if figure is None:
+        return False
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for axes, (path, image, title, maps) in zip(grid, rows, strict=True):
         for axis in axes:

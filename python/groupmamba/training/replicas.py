@@ -8,7 +8,7 @@ filled by one concatenation, and gradients become views of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,6 +46,12 @@ class Bucket:
         for parameter, view in zip(self.parameters, self.views, strict=True):
             parameter.grad = view
 
+    def wait(self) -> None:
+        """For the averaging that was begun, if any."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+
 
 def _as_they_lie(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one shape have their numbers in the same order in memory; ``b`` is dense."""
@@ -56,8 +62,8 @@ class Replicas:
     """Averages the gradients of a model that every process has.
 
     Parameters and buffers become those of the first process. From then on a backward pass starts to average a bucket as
-    soon as its gradients are there, the last layers' first; :meth:`begin` comes before it and :meth:`finish` after it.
-    A parameter that got no gradient counts as zero. All that a step launches can be part of a CUDA graph.
+    soon as its gradients are there; :meth:`begin` comes before it and :meth:`finish` after it. A parameter that got no
+    gradient counts as zero. All that a step launches can be part of a CUDA graph.
 
     Args:
         model: the same on every process, on its device. The nodes that sum up its gradients are made here, so for a
@@ -71,13 +77,13 @@ class Replicas:
         with torch.no_grad():
             for tensor in (*model.parameters(), *model.buffers()):
                 self._send(tensor)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        self.buckets = [Bucket(group) for group in _groups(trained)]
-        self.next = 0  # buckets are averaged in one order by all processes
-        self.handles = []
-        for bucket in self.buckets:
-            for i, parameter in enumerate(bucket.parameters):
-                self.handles.append(parameter.register_post_accumulate_grad_hook(self._hook(bucket, i)))
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.order: list[int] = []  # of gradients as they came since `begin`
+        self.buckets: list[Bucket] = []
+        self.places: dict[int, tuple[Bucket, int]] = {}
+        self._group(reversed(range(len(self.parameters))))
+        for number, parameter in enumerate(self.parameters):
+            parameter.register_post_accumulate_grad_hook(self._hook(number))
 
     @staticmethod
     def _send(tensor: Tensor) -> None:
@@ -85,10 +91,27 @@ class Replicas:
         dist.broadcast(dense, 0)
         tensor.copy_(dense)
 
-    def _hook(self, bucket: Bucket, i: int) -> Any:
+    def _group(self, order: Iterable[int]) -> None:
+        self.buckets = []
+        for numbers in _groups(list(order), self.parameters):
+            bucket = Bucket([self.parameters[number] for number in numbers])
+            self.buckets.append(bucket)
+            self.places.update({number: (bucket, i) for i, number in enumerate(numbers)})
+        self.begin()
+
+    def regroup(self) -> None:
+        """Buckets in the order in which the first process's last backward pass came to the parameters."""
+        known = dict.fromkeys((*self.order, *reversed(range(len(self.parameters)))))
+        order = torch.tensor(list(known), device=self.parameters[0].device)
+        dist.broadcast(order, 0)
+        self._group(order.tolist())
+
+    def _hook(self, number: int) -> Any:
         def ready(_: Tensor) -> None:
             if not self.paused:
+                bucket, i = self.places[number]
                 bucket.missing.discard(i)
+                self.order.append(number)
                 self._start()
 
         return ready
@@ -102,10 +125,12 @@ class Replicas:
             self.next += 1
 
     def begin(self) -> None:
-        """To be called before a step's first backward pass; what one that raised has left is forgotten."""
+        """To be called before a step's first backward pass; what one that raised has begun is waited for."""
         for bucket in self.buckets:
-            bucket.missing, bucket.work = set(range(len(bucket.parameters))), None
-        self.next = 0
+            bucket.wait()
+            bucket.missing = set(range(len(bucket.parameters)))
+        self.order = []
+        self.next = 0  # buckets are averaged in one order by all processes
 
     @contextmanager
     def local(self) -> Iterator[None]:
@@ -120,31 +145,27 @@ class Replicas:
         """To be called after the backward pass: the gradients are averages from here on, for the current stream."""
         self._start(incomplete=True)
         for bucket in self.buckets:
-            bucket.work.wait()
+            bucket.wait()
             if not bucket.memory.is_cuda:
                 bucket.memory /= self.world
 
 
-def _groups(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Parameters for each bucket, the last layers' first."""
-    small: list[nn.Parameter] = []
+def _groups(order: list[int], parameters: list[nn.Parameter]) -> Iterator[list[int]]:
+    """Numbers of the parameters of each bucket, in the order given; the last ones make a small bucket."""
+    sizes = [parameters[number].numel() * parameters[number].element_size() for number in order]
+    last, small = len(order), 0
+    while last > 0 and small + sizes[last - 1] <= LAST_BUCKET_BYTES:
+        last -= 1
+        small += sizes[last]
+    group: list[int] = []
     size = 0
-    for parameter in parameters:  # from the first layers on, whose bucket is smaller
-        bytes_of = parameter.numel() * parameter.element_size()
-        if size + bytes_of > LAST_BUCKET_BYTES:
-            break
-        small.append(parameter)
-        size += bytes_of
-    group: list[nn.Parameter] = []
-    size = 0
-    for parameter in reversed(parameters[len(small) :]):
-        other = group and (parameter.dtype, parameter.device) != (group[0].dtype, group[0].device)
-        if group and (other or size + parameter.numel() * parameter.element_size() > BUCKET_BYTES):
+    for i, number in enumerate(order):
+        parameter = parameters[number]
+        full = i == last or (i < last and size + sizes[i] > BUCKET_BYTES)
+        if group and (full or parameter.dtype != parameters[group[0]].dtype):
             yield group
             group, size = [], 0
-        group.append(parameter)
-        size += parameter.numel() * parameter.element_size()
+        group.append(number)
+        size += sizes[i]
     if group:
         yield group
-    for dtype in dict.fromkeys(p.dtype for p in reversed(small)):
-        yield [p for p in reversed(small) if p.dtype == dtype]

@@ -26,12 +26,14 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
+from groupmamba.layers import no_weight_decay
 from groupmamba.training.recipe import Rates
 from groupmamba.training.replicas import Replicas
 from groupmamba.training.seeds import seed_device
 from groupmamba_ext._command import UsageError, one_line
 
 GRAPHED = ("adam", "adamw")  # optimizers whose state begins with zeros, whose rate may be a tensor
+_POSITIONS = ("relative_position_bias_table", "absolute_pos_embed")  # of Swin; inside a detector nobody else names them
 _DECAYED_BY_RELEASED = ("A_log", "dt_bias")
 
 Pieces = Sequence[tuple[Tensor, Tensor]]  # images and labels, one pair for each batch of a step
@@ -43,7 +45,8 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace, lr: float) -> tor
     Raises:
         UsageError: timm has no such optimizer, or it can't be made so.
     """
-    kept = set(getattr(model, "no_weight_decay", set)())
+    kept = set(getattr(model, "no_weight_decay", lambda: no_weight_decay(model))())
+    kept |= {name for name, _ in model.named_parameters() if name.endswith(_POSITIONS)}
     if args.decay_all:
         kept = {name for name in kept if name.rpartition(".")[2] not in _DECAYED_BY_RELEASED}
     if args.layer_decay is not None:

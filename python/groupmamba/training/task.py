@@ -23,6 +23,8 @@ from groupmamba.training.step import Plan, Step
 
 _TASKS = {
     "classification": ("groupmamba.training.classification", "Classification"),
+    "detection": ("groupmamba.training.detection.task", "Detection"),
+    "segmentation": ("groupmamba.training.segmentation.task", "Segmentation"),
 }
 
 
@@ -58,9 +60,9 @@ class Task(ABC):
 
     name: ClassVar[str]
     command: ClassVar[Command]
-    metrics: ClassVar[tuple[str, ...]]  # that `evaluate` gives, in the order of summary.csv's columns
-    best: ClassVar[str]  # the metric, the higher the better, by which checkpoints are ranked
-    panels: ClassVar[tuple[Panel, ...]]  # of curves.png
+    metrics: tuple[str, ...]  # that `evaluate` gives, in the order of summary.csv's columns; known after `read`
+    best: str  # the metric, the higher the better, by which checkpoints are ranked
+    panels: tuple[Panel, ...]  # of curves.png
     no_graph: ClassVar[str | None] = None  # why a step can't be a CUDA graph
     step: ClassVar[type[Step]] = Step
 

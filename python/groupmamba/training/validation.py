@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``groupmamba validate``: accuracy of a checkpoint on a folder of images."""
+"""``groupmamba validate``: how good a checkpoint is on validation images, by the measure of its task."""
 
 from __future__ import annotations
 
@@ -13,17 +13,26 @@ from groupmamba.training.command import check_packages
 from groupmamba_ext._command import CommandError, UsageError
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from groupmamba.training.card import Card
     from groupmamba.training.data import Folder
+
+BATCH = {"detection": 1, "segmentation": 16}  # a detector pads images to one size, and sees the padding
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``groupmamba validate``."""
-    parser.add_argument("data", metavar="DATA", help="holds validation/ or val/, or the folders of the classes")
+    parser.add_argument("data", metavar="DATA", help="as for the command that trained; of classes, or their folders")
     parser.add_argument("--weights", required=True, metavar="FILE", help="a checkpoint, or the folder of a run")
     parser.add_argument("--model", metavar="NAME", help="for a checkpoint that does not say which model it is")
-    parser.add_argument("-b", "--batch-size", type=whole_number(1, 1 << 16), default=128, help="default: 128")
+    parser.add_argument("-b", "--batch-size", type=whole_number(1, 1 << 16), help="default: 128, of detectors 1")
     parser.add_argument("-j", "--workers", type=whole_number(0, 1024), default=4, help="default: 4")
-    parser.add_argument("--img-size", type=whole_number(32, 4096), help="default: the checkpoint's, or 224")
+    parser.add_argument("--img-size", type=whole_number(32, 4096), help="of classifiers; default: the checkpoint's")
+    parser.add_argument("--multi-scale", action="store_true", help="of segmenters: six scales and their mirror images")
+    parser.add_argument("--window", choices=("slide", "whole"), help="of segmenters: crops, or the image as a whole")
+    parser.add_argument("--val-annotations", metavar="FILE", help="of detectors: another file of DATA")
+    parser.add_argument("--val-images", metavar="FOLDER", help="of detectors: another folder of DATA")
     parser.add_argument("--max-bad-images", type=whole_number(0, 1 << 40), default=100, help="default: 100")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where one can be used")
 
@@ -46,7 +55,7 @@ def _files(path: str) -> list[tuple[str, Path]]:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints top-1 and top-5 accuracy of the checkpoint, and of the moving average beside it.
+    """Prints accuracy, mean IoU or mAP of the checkpoint, and of the moving average beside it.
 
     Raises:
         UsageError, CommandError: what was asked for can't be done.
@@ -69,14 +78,15 @@ def main(args: argparse.Namespace) -> int:
     from groupmamba.training.pixels import Normalize
     from groupmamba.training.setup import amp_dtype, choose_device
 
+    found = [(title, *model_of(file, args.model)) for title, file in _files(args.weights)]
+    card = found[0][2]
+    _check_options(args, card.task)
+    if card.task != "classification":
+        return _dense(args, found)
     data = Path(args.data)
     root = next((data / name for name in VALIDATION_NAMES if (data / name).is_dir()), data)
     if not root.is_dir():
         raise CommandError(f"{root} is no folder")
-    found = [(title, *model_of(file, args.model)) for title, file in _files(args.weights)]
-    card = found[0][2]
-    if card.task != "classification":
-        raise UsageError(f"--weights {args.weights} is for {card.task}, not for classification")
     folder = Folder(root)
     if card.classes is not None:
         _same_labels(folder, card.classes)
@@ -88,7 +98,7 @@ def main(args: argparse.Namespace) -> int:
     device = Processes().device(kind)
     size = args.img_size or card.img_size
     images = Images(folder, validation_transform(size, card), 0, 0, size)
-    batches = loader(images, ValidationOrder(len(images), args.batch_size), args.workers, pin=kind == "cuda")
+    batches = loader(images, ValidationOrder(len(images), args.batch_size or 128), args.workers, pin=kind == "cuda")
     bad = BadImages(folder, args.max_bad_images, lambda text: print(text, flush=True))
     amp = amp_dtype(device, None, None)
     models = [model.to(device).to(memory_format=torch.channels_last) for _, model, _ in found]
@@ -97,6 +107,59 @@ def main(args: argparse.Namespace) -> int:
     results = accuracies(models, batches, normalize, device, amp, bad, Processes())
     for (title, _, _), result in zip(found, results, strict=True):
         print(f"  {title:<22} top-1 {result.top1:.3f}%   top-5 {result.top5:.3f}%   loss {result.loss:.4f}")
+    if bad.found:
+        print(f"  {len(bad.found)} images could not be read and do not count")
+    return 0
+
+
+_OF_TASK = {
+    "img_size": "classification",
+    "multi_scale": "segmentation",
+    "window": "segmentation",
+    "val_annotations": "detection",
+    "val_images": "detection",
+}
+
+
+def _check_options(args: argparse.Namespace, task: str) -> None:
+    for name, its in _OF_TASK.items():
+        if getattr(args, name) and its != task:
+            raise UsageError(f"--{name.replace('_', '-')} is for {its}, and --weights {args.weights} is for {task}")
+
+
+def _dense(args: argparse.Namespace, found: Sequence[tuple[str, nn.Module, Card]]) -> int:
+    """Detectors and segmenters."""
+    import torch
+
+    from groupmamba.training.data import BadImages, ValidationOrder
+    from groupmamba.training.dense import task_arguments
+    from groupmamba.training.distributed import Processes
+    from groupmamba.training.output import Screen
+    from groupmamba.training.setup import amp_dtype, choose_device
+    from groupmamba.training.task import task_of
+
+    card = found[0][2]
+    kind = task_of(card.task)
+    check_packages(kind.command.needed)
+    names = ("data", "workers", "multi_scale", "window", "val_annotations", "val_images", "batch_size")
+    options = task_arguments(kind, card, {name: getattr(args, name) for name in names if getattr(args, name)})
+    options.workers = args.workers
+    device = Processes().device(choose_device(args.device, card.model))
+    screen = Screen(True)
+    screen.release()
+    task = kind(options, Processes(), device, screen)
+    source = task.read_validation(card)
+    order = ValidationOrder(len(source), args.batch_size or BATCH[card.task])
+    batches = task.validation_loader(source, card, order, device.type == "cuda")
+    bad = BadImages(source, args.max_bad_images, lambda text: print(text, flush=True))
+    models = [model.to(device).to(memory_format=torch.channels_last) for _, model, _ in found]
+    print(f"{card.model}, {len(source):,} images of {source.root}, {card.num_classes:,} classes")
+    task.detailed = True
+    results = task.evaluate(models, batches, amp_dtype(device, None, None), bad)
+    for (title, _, _), values, lines in zip(found, results, task.details, strict=True):
+        print(f"  {title:<22} " + "   ".join(f"{name} {value:.2f}%" for name, value in values.items()))
+        for line in lines:
+            print(f"    {line}")
     if bad.found:
         print(f"  {len(bad.found)} images could not be read and do not count")
     return 0
