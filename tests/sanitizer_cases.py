@@ -13,7 +13,9 @@ import groupmamba_ext as ext
 from common import group_major, padded_channels
 from groupmamba import GroupedMamba2d
 from groupmamba.layers.drop_path import DropPathMask
-from groupmamba_ext import layer_ops
+from groupmamba_ext.ops.batch_norm_fold import batch_norm_fold
+from groupmamba_ext.ops.batch_norm_relu import batch_norm_relu
+from groupmamba_ext.ops.token_norm import token_norm
 from scan_tools import IMAGES
 from scan_tools import inputs as scan_inputs
 from test_batch_norm import convolution
@@ -109,12 +111,12 @@ def main() -> None:
             x, x_bias = torch.randn(2, 3, 7, channels, device="cuda").to(dtype), torch.randn(channels, device="cuda")
             weight, bias = torch.randn(2, channels, device="cuda").unbind()
             tensors = {"x": x, "weight": weight, "bias": bias, "x_bias": x_bias}
-            run(functools.partial(layer_ops.token_norm, eps=1e-5), tensors)
+            run(functools.partial(token_norm, eps=1e-5), tensors)
         for batch, channels, h, w in ((2, 8, 1, 1), (2, 32, 19, 21), (1, 264, 5, 7), (1, 2048, 3, 2)):
-            run(lambda **t: layer_ops.batch_norm_relu(**t, eps=1e-5)[0], norm_inputs(batch, channels, h, w, dtype))
+            run(lambda **t: batch_norm_relu(**t, eps=1e-5)[0], norm_inputs(batch, channels, h, w, dtype))
             _, weight, norm = convolution(channels, 3, 3, dtype, torch.float32, torch.channels_last)
             for blocks in (False, True):
-                layer_ops.batch_norm_fold(weight.to(dtype), weight, norm, 1e-5, blocks=blocks)
+                batch_norm_fold(weight.to(dtype), weight, norm, 1e-5, blocks=blocks)
         for dim, h, w in LAYERS + (MANY_TOKENS if dtype == torch.bfloat16 else []):
             run_layers(dtype, dim, h, w)
         wide = GroupedMamba2d(1280, expand=0.25).to("cuda", dtype)  # shared planes behind a norm of rows in memory

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA ops of whole layers (`groupmamba_ext.layer_ops`) against the same layers composed of the public ops."""
+"""The CUDA ops of whole layers (`groupmamba_ext.ops`) against the same layers composed of the public ops."""
 
 import functools
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common import FLOOR, relative_error
-from groupmamba.layers import grouped_mamba
+from groupmamba.layers import variants
 from layer_tools import (
     DRAWS,
     check_over_draws,
@@ -33,11 +33,11 @@ def three_ways(monkeypatch, dtype, dim, shape, seed, **options):
     x = x.to("cuda", dtype).to(memory_format=torch.channels_last)
     with monkeypatch.context() as patch:
         calls = []
-        native = grouped_mamba.grouped_mamba_layer
-        patch.setattr(grouped_mamba, "grouped_mamba_layer", lambda *a, **k: calls.append(1) or native(*a, **k))
+        native = variants.grouped_mamba_layer
+        patch.setattr(variants, "grouped_mamba_layer", lambda *a, **k: calls.append(1) or native(*a, **k))
         fused = run(layer, x)
         assert calls, "the layer did not take its ops"
-        patch.setattr(grouped_mamba, "can_fuse", lambda *_: False)
+        patch.setattr(variants, "can_fuse", lambda *_: False)
         composed = run(layer, x)
         assert len(calls) == 1
     return fused, composed, truth
@@ -97,7 +97,7 @@ def test_gradients_overflow_no_earlier_than_composed_ones(monkeypatch, dim, dire
         return 13
 
     fused = largest_scale()
-    monkeypatch.setattr(grouped_mamba, "can_fuse", lambda *_: False)
+    monkeypatch.setattr(variants, "can_fuse", lambda *_: False)
     assert fused >= largest_scale() - 1 >= 0
 
 
@@ -163,7 +163,7 @@ def test_planes_shared_in_memory_used_before(monkeypatch, variant, dim, shape, o
                 x.copy_(t)
                 graph.replay()
                 assert torch.equal(out, f)
-        monkeypatch.setattr(grouped_mamba, "can_fuse", lambda *_: False)
+        monkeypatch.setattr(variants, "can_fuse", lambda *_: False)
         assert all(relative_error(f, layer(t)) < 0.03 for t, f in zip(images, first, strict=True))
 
 
@@ -287,7 +287,7 @@ def test_channels_last_parameters(dim):
 def test_stochastic_depth(monkeypatch, dtype, variant, dim, shape, options):
     layer = make(dim, variant=variant, **options)
     function = functools.partial(layer, tokens=True)
-    check_stochastic_depth(monkeypatch, layer, function, (*shape, dim), dtype, [(grouped_mamba, "can_fuse")])
+    check_stochastic_depth(monkeypatch, layer, function, (*shape, dim), dtype, [(variants, "can_fuse")])
 
 
 def test_bitwise_repeatable():

@@ -11,7 +11,7 @@ import groupmamba_ext as ext
 from common import group_major, padded_channels
 from common import run as run_op
 from groupmamba.layers.drop_path import DropPathMask
-from groupmamba_ext import layer_ops
+from groupmamba_ext.ops.batch_norm_relu import batch_norm_relu
 from layer_tools import image, make, run
 from scan_tools import IMAGES, MIXED
 from scan_tools import inputs as scan_inputs
@@ -166,4 +166,4 @@ def test_batch_norm(dtype):
     x = image(2, 32, 19, 21, device="cuda", dtype=dtype).to(memory_format=torch.channels_last)
     weight, bias = image(2, 32, device="cuda", dtype=dtype).unbind()
     tensors = {"x": x, "weight": weight, "bias": bias}
-    check_op(lambda **t: layer_ops.batch_norm_relu(**t, eps=1e-5)[0], tensors)
+    check_op(lambda **t: batch_norm_relu(**t, eps=1e-5)[0], tensors)
