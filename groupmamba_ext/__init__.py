@@ -10,14 +10,14 @@ from groupmamba_ext._explain import explain
 from groupmamba_ext._load import build_info
 from groupmamba_ext._version import __version__
 from groupmamba_ext.backend import backend
-from groupmamba_ext.cross_scan import cross_selective_scan
-from groupmamba_ext.ops import (
-    DIRECTIONS,
-    depthwise_conv3x3,
-    grouped_selective_scan,
-    layer_norm_pool,
-    modulated_layer_norm,
-)
+from groupmamba_ext.directions import DIRECTIONS
+from groupmamba_ext.ops import OPS
+from groupmamba_ext.ops.cross_selective_scan import cross_selective_scan
+from groupmamba_ext.ops.depthwise_conv3x3 import depthwise_conv3x3
+from groupmamba_ext.ops.grouped_selective_scan import grouped_selective_scan
+from groupmamba_ext.ops.layer_norm_pool import layer_norm_pool
+from groupmamba_ext.ops.modulated_layer_norm import modulated_layer_norm
+from groupmamba_ext.registry import register
 
 __all__ = [
     "DIRECTIONS",
@@ -34,7 +34,5 @@ __all__ = [
 ]
 
 if _load.native_available():
-    from groupmamba_ext import autograd, flops
-
-    autograd.register()
-    flops.register()
+    for _op in OPS:
+        register(_op)

@@ -51,23 +51,6 @@ def choice(owner: str, name: str, value: object, choices: Sequence[str | None]) 
         raise ValueError(f"{owner}{name} must be one of {tuple(choices)}, got {value!r}")
 
 
-def direction_codes(owner: str, value: object, choices: Sequence[str], count: int | None) -> tuple[int, ...]:
-    """Direction names to their codes, one for each of ``count`` groups, or with None any number from 1 on."""
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise TypeError(f"{owner}directions must be a sequence of names from {tuple(choices)}, got {shown(value)}")
-    codes = []
-    for item in value:
-        if not isinstance(item, str):
-            raise TypeError(f"{owner}directions must hold names from {tuple(choices)}, got {shown(item)}")
-        if item not in choices:
-            raise ValueError(f"{owner}directions must be from {tuple(choices)}, got {item!r} in {shown(tuple(value))}")
-        codes.append(choices.index(item))
-    if not codes if count is None else len(codes) != count:
-        wanted = "at least one direction" if count is None else f"one direction a group ({count})"
-        raise ValueError(f"{owner}directions must name {wanted}, got {tuple(value)!r}")
-    return tuple(codes)
-
-
 class Arguments:
     """Checks the tensors of one call against its first image tensor, which sets the device and the dtype.
 
@@ -126,10 +109,6 @@ class Arguments:
             raise ValueError(f"{self.op}: {name} must be at least 0, got {value!r}")
         if value > _MAX_FLOAT:
             raise ValueError(f"{self.op}: {name} must be a finite float, got {shown(value)}")
-
-    def directions(self, value: object, count: int | None, choices: Sequence[str]) -> tuple[int, ...]:
-        """Direction names to their codes, one a group, or with ``count`` None any number from 1 on."""
-        return direction_codes(self.owner, value, choices, count)
 
 
 def last_size(op: str, name: str, value: object, dims: int, layout: str) -> int:

@@ -142,6 +142,15 @@ def launch_plan(op: str, **sizes: int) -> dict[str, int]:
     return getattr(module, f"{op}_plan")(**sizes)
 
 
+def library_layouts() -> ModuleType:
+    """Functions by which the compiled ops size and order what they allocate on CUDA; `layouts` repeats them.
+
+    Raises:
+        RuntimeError: the libraries are not installed; the message names the cure.
+    """
+    return _find()[1].layouts
+
+
 def runs_on(architectures: list[str], major: int, minor: int) -> bool:
     """Whether code for ``architectures`` runs on a GPU of compute capability ``major.minor``.
 

@@ -147,3 +147,9 @@ def _use_native(image: torch.Tensor, op: str) -> bool:
     if kind == "cuda" and not torch.compiler.is_compiling():
         _load.check_device_supported(image.device.index if image.device.index is not None else 0)
     return True
+
+
+def takes_image(x: torch.Tensor) -> bool:
+    """True where the ops that only CUDA has (of layers, and of norms between them) take an image ``x``: not empty, on
+    CUDA, with the compiled ops."""
+    return x.is_cuda and x.numel() > 0 and use_native(x, "grouped_mamba_layer")

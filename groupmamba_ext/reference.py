@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from groupmamba_ext.directions import DIRECTIONS
 from groupmamba_ext.transforms import layer_norm
-
-DIRECTIONS = ("lr", "rl", "tb", "bt")
 
 
 def scan_order(direction: str, height: int, width: int, device: torch.device | None = None) -> Tensor:

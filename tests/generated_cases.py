@@ -86,7 +86,9 @@ def _well_conditioned(case: dict) -> None:
     if case["op"] == "depthwise_conv3x3" or case["op"] == "cross_selective_scan":
         return
     if case["op"] in ("feed_forward", "layer_norm_pool") or case.get("variant") == "paper":
-        case["dim"] = max(case["dim"], 3)  # of one channel torch's own norm on the CPU makes not 0, but a rounding of it
+        case["dim"] = max(
+            case["dim"], 3
+        )  # of one channel torch's own norm on the CPU makes not 0, but a rounding of it
     if case["op"] in MODULES and case["dim"] * case["groups"] <= 2:
         case["groups"] = 3
     if case["dim"] == 2:
@@ -340,7 +342,9 @@ def _run(function, tensors: dict, wanted: list[str], given: list[torch.Tensor], 
         if layout is None:
             zero = sum(leaf.nan_to_num(0.0, 0.0, 0.0).sum() * 0 for leaf in asked)
             outputs = [o + zero for o in outputs]
-        grads = torch.autograd.grad(outputs, asked, placed, allow_unused=layout is None, materialize_grads=layout is None)
+        grads = torch.autograd.grad(
+            outputs, asked, placed, allow_unused=layout is None, materialize_grads=layout is None
+        )
         results |= {f"d{name}": g for name, g in zip(wanted, grads, strict=True)}
     return results
 
@@ -431,7 +435,9 @@ def _compare(case: dict, native, reference, tensors: dict, stored: dict) -> dict
         # chance.
         chance = 0.0
         if name.endswith("scale"):
-            sizes = [g.norm() * truth[o].norm() / math.sqrt(max(g.numel(), 1)) for g, o in zip(wide, truth, strict=False)]
+            sizes = [
+                g.norm() * truth[o].norm() / math.sqrt(max(g.numel(), 1)) for g, o in zip(wide, truth, strict=False)
+            ]
             chance = max(sizes).item() / tensors[name[1:]].abs().item()
         moved, tokens = [m[name] for m in movements], case["height"] * case["width"]
         ratios[name] = _ratio(got, expected, moved, tokens, chance) if got.numel() else 0.0

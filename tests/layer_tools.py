@@ -6,8 +6,7 @@ import torch
 from common import FLOOR, relative_error
 from groupmamba import GroupedMamba2d
 from groupmamba.layers.drop_path import DropPathMask
-from groupmamba_ext import layer_ops
-from groupmamba_ext.ops import DIRECTIONS, chunk_tokens
+from groupmamba_ext.ops.grouped_mamba_layer import LayerOptions, LayerParameters, scan_path
 
 VARIANTS = ("released", "fused", "paper")
 SCANS = ("grouped", "cross")
@@ -43,13 +42,13 @@ def layer_arguments(layer, x, residual=False):
     """Of grouped_mamba_layer and grouped_mamba_layer_fwd, for a released or fused layer."""
     affinity, mamba = layer.affinity, layer.mamba
     fc = (affinity.fc1.weight, affinity.fc1.bias, affinity.fc2.weight, affinity.fc2.bias) if affinity else (None,) * 4
-    codes = [DIRECTIONS.index(d) for d in layer.directions]
-    chunk = chunk_tokens(layer_ops._padded(mamba.inner_dim), "cuda")
-    tokens = x.permute(0, 2, 3, 1).contiguous().detach().requires_grad_()
     norm, proj = (layer.norm.weight, layer.norm.bias), (layer.proj.weight, layer.proj.bias)
+    parameters = LayerParameters(*norm, *fc, *mamba.core_parameters(), mamba.out_proj_weight, layer.skip_scale, *proj)
+    codes, chunk = scan_path(layer.directions, mamba.inner_dim)
     mask = torch.tensor([1.0, 0.0], device=x.device) if residual and layer.variant == "released" else None
-    scalars = (codes, layer.norm.eps, 1e-5, chunk, residual, mask, 1.0 if mask is None else 1.5)
-    return tokens, *norm, *fc, *mamba.core_parameters(), mamba.out_proj_weight, layer.skip_scale, *proj, *scalars
+    options = LayerOptions(list(codes), layer.norm.eps, 1e-5, chunk, residual, mask, 1.0 if mask is None else 1.5)
+    tokens = x.permute(0, 2, 3, 1).contiguous().detach().requires_grad_()
+    return tokens, *parameters, *options
 
 
 def check_training_op(op, inputs):

@@ -6,8 +6,7 @@ import torch
 import test_cross_scan
 from groupmamba.layers.feed_forward import ConvFeedForward
 from groupmamba_ext import _load
-from groupmamba_ext.cross_scan import saved_chunk
-from groupmamba_ext.ops import chunk_tokens
+from groupmamba_ext.layouts import chunk_tokens, cross_chunk
 from layer_tools import image, layer_arguments, make
 from scan_tools import ORDER, inputs
 from test_conv import inputs as conv_inputs
@@ -37,7 +36,7 @@ def scan_arguments(device, dim=8):
 
 def cross_arguments(device, dim=8):
     tensors = test_cross_scan.inputs(device, groups=2, h=3, w=4, dim=dim)
-    return [*(tensors[k] for k in test_cross_scan.ORDER), CODES, True, saved_chunk(dim, device)]
+    return [*(tensors[k] for k in test_cross_scan.ORDER), CODES, True, cross_chunk(dim, device)]
 
 
 def norm_arguments(device):

@@ -14,7 +14,9 @@ import groupmamba_ext as ext
 from common import group_major, padded_channels
 from groupmamba import GroupedMamba2d
 from groupmamba.layers.drop_path import DropPathMask
-from groupmamba_ext import layer_ops
+from groupmamba_ext.ops.batch_norm_fold import batch_norm_fold
+from groupmamba_ext.ops.batch_norm_relu import batch_norm_relu
+from groupmamba_ext.ops.token_norm import token_norm
 from scan_tools import IMAGES
 from scan_tools import inputs as scan_inputs
 from test_batch_norm import convolution
@@ -39,7 +41,8 @@ CROSS = [  # dim, rank, states, h, w: the last in two slices of its channels
     (132, 3, 1, 6, 5),
 ]  # fmt: skip
 
-LAYERS = [(64, 9, 14), (128, 9, 7), (44, 7, 5), (348, 6, 7), (448, 1, 1)]  # dim, h, w: groups of 16, 32, 11, 87, 112
+# dim, h, w: groups of 16, 32, 11, 87, 112 channels, and of 1 in the portable scan, padded to 8
+LAYERS = [(64, 9, 14), (128, 9, 7), (44, 7, 5), (348, 6, 7), (448, 1, 1), (4, 5, 6)]
 MANY_TOKENS = [(64, 91, 91), (348, 91, 91)]  # enough of them for the products that keep a weight in shared memory
 
 
@@ -81,7 +84,10 @@ def cases(dtype: torch.dtype):
     name = str(dtype).removeprefix("torch.")
     for shape in SCANS:
         for layout in (None, group_major, padded_channels):
-            yield f"scan {shape} {name} {layout.__name__ if layout else ''}", functools.partial(scan, dtype, layout, *shape)
+            yield (
+                f"scan {shape} {name} {layout.__name__ if layout else ''}",
+                functools.partial(scan, dtype, layout, *shape),
+            )
     for shape in MANY_IMAGES:
         yield f"scan of many images {shape} {name}", functools.partial(scan, dtype, None, *shape, batch=128)
     for shape in CROSS:
@@ -91,7 +97,7 @@ def cases(dtype: torch.dtype):
     for groups, dim in ((1, 5), (4, 16), (4, 87), (4, 112), (3, 400), (4, 513)):
         yield f"norms {groups, dim} {name}", functools.partial(norms, dtype, groups, dim)
     for channels in (5, 96, 512):
-        yield f"token norm {channels} {name}", functools.partial(token_norm, dtype, channels)
+        yield f"token norm {channels} {name}", functools.partial(token_norms, dtype, channels)
     for shape in ((2, 8, 1, 1), (2, 32, 19, 21), (1, 264, 5, 7), (1, 2048, 3, 2)):
         yield f"batch norm {shape} {name}", functools.partial(batch_norm, dtype, *shape)
     for shape in LAYERS + (MANY_TOKENS if dtype == torch.bfloat16 else []):
@@ -130,18 +136,18 @@ def norms(dtype, groups, dim) -> None:
     run(ext.modulated_layer_norm, tensors)
 
 
-def token_norm(dtype, channels) -> None:
+def token_norms(dtype, channels) -> None:
     x, x_bias = torch.randn(2, 3, 7, channels, device="cuda").to(dtype), torch.randn(channels, device="cuda")
     weight, bias = torch.randn(2, channels, device="cuda").unbind()
     tensors = {"x": x, "weight": weight, "bias": bias, "x_bias": x_bias}
-    run(functools.partial(layer_ops.token_norm, eps=1e-5), tensors)
+    run(functools.partial(token_norm, eps=1e-5), tensors)
 
 
 def batch_norm(dtype, batch, channels, h, w) -> None:
-    run(lambda **t: layer_ops.batch_norm_relu(**t, eps=1e-5)[0], norm_inputs(batch, channels, h, w, dtype))
+    run(lambda **t: batch_norm_relu(**t, eps=1e-5)[0], norm_inputs(batch, channels, h, w, dtype))
     _, weight, norm = convolution(channels, 3, 3, dtype, torch.float32, torch.channels_last)
     for blocks in (False, True):
-        layer_ops.batch_norm_fold(weight.to(dtype), weight, norm, 1e-5, blocks=blocks)
+        batch_norm_fold(weight.to(dtype), weight, norm, 1e-5, blocks=blocks)
 
 
 def wide_layer(dtype) -> None:

@@ -10,7 +10,8 @@ from torch import nn
 
 from common import check, padded_channels, relative_error, unaligned
 from groupmamba import why_not_fused
-from groupmamba_ext import layer_ops
+from groupmamba_ext.ops.batch_norm_fold import batch_norm_fold, takes_batch_norm_fold
+from groupmamba_ext.ops.batch_norm_relu import batch_norm_relu, takes_batch_norm
 
 pytest.importorskip("timm", reason="needs the extra 'models'")
 Stem = pytest.importorskip("groupmamba.models.blocks").Stem
@@ -38,7 +39,7 @@ def inputs(batch=2, channels=32, h=5, w=7, dtype=torch.float32, device="cuda", p
 
 
 def native(x, weight, bias):
-    return layer_ops.batch_norm_relu(x, weight, bias, 1e-5)[0] if x.is_cuda else reference(x, weight, bias)
+    return batch_norm_relu(x, weight, bias, 1e-5)[0] if x.is_cuda else reference(x, weight, bias)
 
 
 def reference(x, weight, bias):
@@ -51,7 +52,7 @@ def reference(x, weight, bias):
 def test_sizes(batch, channels, h, w, dtype):
     torch.manual_seed(0)
     tensors = inputs(batch, channels, h, w, dtype)
-    assert layer_ops.takes_batch_norm(*tensors.values())
+    assert takes_batch_norm(*tensors.values())
     check(native, reference, tensors, {})
 
 
@@ -146,8 +147,8 @@ def convolution(out, channels, taps, dtype, param, memory_format):
 def test_fold(out, channels, taps, blocks, dtype, param, memory_format):
     torch.manual_seed(0)
     image, weight, norm = convolution(out, channels, taps, dtype, param, memory_format)
-    assert layer_ops.takes_batch_norm_fold(image, weight, *norm)
-    folded, bias = layer_ops.batch_norm_fold(image, weight, norm, 1e-5, blocks=blocks)
+    assert takes_batch_norm_fold(image, weight, *norm)
+    folded, bias = batch_norm_fold(image, weight, norm, 1e-5, blocks=blocks)
     assert folded.is_contiguous(memory_format=torch.channels_last) and folded.dtype == bias.dtype == dtype
     norm_weight, norm_bias, mean, variance = (t.double() for t in norm)
     scale = norm_weight / torch.sqrt(variance + 1e-5)
@@ -173,7 +174,7 @@ def test_fold_opcheck_and_refusals():
         op(image, weight[..., :4], *norm, 1e-5, False)
     with pytest.raises(RuntimeError, match=r"mean must have shape \(8\), got \(7\)"):
         op(image, weight, *norm[:2], norm[2][:7], norm[3], 1e-5, False)
-    assert not layer_ops.takes_batch_norm_fold(image.float(), weight, *norm)
+    assert not takes_batch_norm_fold(image.float(), weight, *norm)
 
 
 NORMS = {

@@ -345,4 +345,4 @@ def test_command_says_nothing_of_the_machine():
         "GroupMamba",
     ]
     expected = "bench/run.py --models 'groupmamba_tiny, compiled' --json results.json --released GroupMamba"
-    assert report._command(arguments) == expected
+    assert report._command("bench/run.py", arguments) == expected

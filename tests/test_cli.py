@@ -12,7 +12,8 @@ import torch
 
 import groupmamba
 import groupmamba_ext as ext
-from groupmamba import cli, demo, environment
+from groupmamba import cli, environment
+from groupmamba.demo import command as demo
 from groupmamba_ext import _command, _load, selftest
 
 COMMAND = [sys.executable, "-m", "groupmamba"]
@@ -187,9 +188,9 @@ def test_missing_ops(monkeypatch, tmp_path, capsys):
     assert cli.main(["info"]) == 1
     assert "the compiled ops are not installed" in capsys.readouterr().out
     monkeypatch.setattr(demo, "require_extras", lambda: None)
-    for command in (selftest, demo):
-        monkeypatch.setattr(command, "load_error", lambda: "the compiled ops are not installed")
-        status, line = refused([command.__name__.rpartition(".")[2]], capsys)
+    for name, module in (("selftest", selftest), ("demo", demo)):
+        monkeypatch.setattr(module, "load_error", lambda: "the compiled ops are not installed")
+        status, line = refused([name], capsys)
         assert status == 1 and "the compiled ops are not installed" in line
 
 

@@ -6,7 +6,7 @@ import torch
 
 import groupmamba_ext as ext
 from common import FLOOR, check, group_major, padded_channels, relative_error, unaligned
-from groupmamba_ext.cross_scan import saved_chunk
+from groupmamba_ext.layouts import cross_chunk
 
 IMAGES = ("u", "dt", "B", "C")
 ORDER = ("u", "dt", "A", "B", "C", "D", "dt_weight", "dt_bias")
@@ -352,7 +352,7 @@ def test_float64_on_cuda_uses_the_reference():
 def test_opcheck(device):
     tensors = {k: v.requires_grad_() for k, v in inputs(device, groups=2, h=3, w=4, dim=8).items()}
     arguments = tuple(tensors[k] for k in ORDER)
-    chunk = saved_chunk(8, device)
+    chunk = cross_chunk(8, device)
     torch.library.opcheck(torch.ops.groupmamba.cross_selective_scan_fwd, (*arguments, [0, 1, 2, 3], True, chunk, True))
     layout = tuple(group_major(t.detach()) if k == "u" else t.detach() for k, t in zip(ORDER, arguments, strict=True))
     y, states = torch.ops.groupmamba.cross_selective_scan_fwd(*layout, [0, 1, 2, 3], True, chunk, True)

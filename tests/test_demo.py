@@ -13,12 +13,14 @@ import pytest
 import torch
 
 import groupmamba_ext as ext
-from groupmamba import cli, demo
+from groupmamba import cli
+from groupmamba.demo import command as demo
+from groupmamba.demo.features import DIM, embed
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 Image = pytest.importorskip("PIL.Image")
-demo_photo = pytest.importorskip("groupmamba.demo_photo")
+demo_photo = pytest.importorskip("groupmamba.demo.photo")
 
 
 def test_demo_without_an_image(tmp_path, monkeypatch, capsys):
@@ -287,7 +289,7 @@ def test_missing_extra_is_named(problem, no_work, tmp_path, monkeypatch, capsys)
 
 def test_embedding_is_deterministic_and_keeps_the_aspect():
     photo = torch.rand(40, 60, 3, generator=torch.Generator().manual_seed(0))
-    features = demo.embed(photo)
-    assert features.shape == (1, demo.DIM, 10, 15)
+    features = embed(photo)
+    assert features.shape == (1, DIM, 10, 15)
     assert features.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(features, demo.embed(photo))
+    assert torch.equal(features, embed(photo))

@@ -19,6 +19,7 @@ for package in ("timm", "torchvision", "yaml", "safetensors", "pycocotools", "to
     pytest.importorskip(package, reason="needs the extra 'train'")
 
 from safetensors.torch import load_file  # noqa: E402
+from torchvision import tv_tensors  # noqa: E402
 
 from groupmamba.training import options, step  # noqa: E402
 from groupmamba.training.card import read_card  # noqa: E402
@@ -380,6 +381,25 @@ def test_boxes_masks_and_classes_stay_together(tmp_path, crop):
     assert crop == (lost > 0)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 2000), (2000, 1), (300, 400)])
+@pytest.mark.parametrize("count", [0, 2])
+def test_objects_of_images_of_any_size_are_transformed(size, count):
+    """None, or two that touch all borders."""
+    transform = TrainingTransform(options.complete({"data": "", "crop": True}, command=COMMAND))
+    boxes = torch.tensor([[0.0, 0.0, size[1], size[0]]]).expand(count, 4)
+    target = {
+        "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
+        "labels": torch.ones(count, dtype=torch.int64),
+        "masks": tv_tensors.Mask(torch.ones(count, *size, dtype=torch.uint8)),
+    }
+    for seed in range(4):
+        with seeded(seed):
+            image, after = transform(tv_tensors.Image(torch.zeros(3, *size, dtype=torch.uint8)), target)
+        height, width = image.shape[1:]
+        assert after["masks"].shape == (count, height, width) and len(after["labels"]) == count
+        assert torch.equal(after["boxes"], torch.tensor([[0.0, 0.0, width, height]]).expand(count, 4))
+
+
 def test_a_crop_is_within_the_image():
     crop = AbsoluteCrop((20, 30))
     for size in ((100, 100), (25, 10), (1, 300)):
@@ -398,7 +418,8 @@ SIZES = [(1, 1), (1, 2000), (2000, 1), (33, 65), (128, 31)]
 def test_images_of_any_size_in_one_batch_with_and_without_objects(tmp_path, masks):
     data = make_coco(tmp_path / "coco")
     more = {"data": str(data), "min_size": (64,), "max_size": 96, "no_masks": not masks, "device": "cpu",
-            "model_kwargs": {"depths": (1, 1, 1, 1), "dims": (16, 16, 32, 32), "stem_dim": 8}}  # fmt: skip
+            "model_kwargs": {"depths": (1, 1, 1, 1), "dims": (16, 16, 32, 32), "stem_dim": 8},
+            "detector_kwargs": {"rpn_post_nms_top_n_train": 20, "rpn_post_nms_top_n_test": 20}}  # fmt: skip
     task = Detection(options.complete(more, command=COMMAND), Processes(), torch.device("cpu"), Screen(False))
     model, _ = task.make_model(task.read(), True)
     rng = torch.Generator().manual_seed(0)

@@ -11,7 +11,7 @@ from groupmamba.layers import feed_forward as layers_feed_forward
 from groupmamba.layers import token_norm as layers_token_norm
 from groupmamba.layers.feed_forward import ConvFeedForward
 from groupmamba.layers.token_norm import TokenNorm
-from groupmamba_ext import layer_ops
+from groupmamba_ext.ops.token_norm import token_norm
 from layer_tools import check_stochastic_depth, check_training_op
 
 pytestmark = pytest.mark.cuda
@@ -105,7 +105,7 @@ def test_token_norm_sums_that_a_16_bit_gradient_cannot_hold(dtype):
     bias, x_bias = (torch.zeros(8, device="cuda", requires_grad=True) for _ in range(2))
     for more in (None, x_bias):
         bias.grad = None
-        y = layer_ops.token_norm(x, weight, bias, 1e-5, more)
+        y = token_norm(x, weight, bias, 1e-5, more)
         y.backward(torch.ones_like(y))
         assert torch.equal(bias.grad, torch.full_like(bias, 160_000))
 

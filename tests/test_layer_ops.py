@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA ops of whole layers (`groupmamba_ext.layer_ops`) against the same layers composed of the public ops."""
+"""The CUDA ops of whole layers (`groupmamba_ext.ops`) against the same layers composed of the public ops."""
 
 import functools
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common import FLOOR, relative_error
-from groupmamba.layers import grouped_mamba
+from groupmamba.layers import variants
 from layer_tools import (
     DRAWS,
     check_over_draws,
@@ -33,11 +33,11 @@ def three_ways(monkeypatch, dtype, dim, shape, seed, **options):
     x = x.to("cuda", dtype).to(memory_format=torch.channels_last)
     with monkeypatch.context() as patch:
         calls = []
-        native = grouped_mamba.grouped_mamba_layer
-        patch.setattr(grouped_mamba, "grouped_mamba_layer", lambda *a, **k: calls.append(1) or native(*a, **k))
+        native = variants.grouped_mamba_layer
+        patch.setattr(variants, "grouped_mamba_layer", lambda *a, **k: calls.append(1) or native(*a, **k))
         fused = run(layer, x)
         assert calls, "the layer did not take its ops"
-        patch.setattr(grouped_mamba, "can_fuse", lambda *_: False)
+        patch.setattr(variants, "can_fuse", lambda *_: False)
         composed = run(layer, x)
         assert len(calls) == 1
     return fused, composed, truth
@@ -79,6 +79,26 @@ def test_equals_the_composed_layer(monkeypatch, dtype, dim, shape, options, vari
         terms = {name: chance if expected.numel() == 1 else 0.0 for name, expected in truth.items()}
         draws.append({name: (truth[name], fused[name], composed[name], terms[name]) for name in truth})
     check_over_draws(dtype, draws)
+
+
+@pytest.mark.parametrize("dim, directions", [(36, ("lr", "bt") * 18), (44, None)])
+def test_gradients_overflow_no_earlier_than_composed_ones(monkeypatch, dim, directions):
+    """Loss scales that float16 gradients bear: what the op stores in the pads of groups must not overflow first, since
+    the zeros of a weight make NaN of it. The norm of one channel multiplies by 316, which its own gradient survives."""
+    layer = make(dim, seed=2, directions=directions).to("cuda", torch.float16)
+    x = image(2, dim, 5, 6, seed=3, device="cuda", dtype=torch.float16).requires_grad_()
+    dy = image(2, dim, 5, 6, seed=2, device="cuda", dtype=torch.float16)
+
+    def largest_scale():
+        for power in range(-4, 14):
+            gradients = torch.autograd.grad(layer(x), [x, *layer.parameters()], dy * 2.0**power)
+            if not all(g.isfinite().all() for g in gradients):
+                return power - 1
+        return 13
+
+    fused = largest_scale()
+    monkeypatch.setattr(variants, "can_fuse", lambda *_: False)
+    assert fused >= largest_scale() - 1 >= 0
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -143,7 +163,7 @@ def test_planes_shared_in_memory_used_before(monkeypatch, variant, dim, shape, o
                 x.copy_(t)
                 graph.replay()
                 assert torch.equal(out, f)
-        monkeypatch.setattr(grouped_mamba, "can_fuse", lambda *_: False)
+        monkeypatch.setattr(variants, "can_fuse", lambda *_: False)
         assert all(relative_error(f, layer(t)) < 0.03 for t, f in zip(images, first, strict=True))
 
 
@@ -267,7 +287,7 @@ def test_channels_last_parameters(dim):
 def test_stochastic_depth(monkeypatch, dtype, variant, dim, shape, options):
     layer = make(dim, variant=variant, **options)
     function = functools.partial(layer, tokens=True)
-    check_stochastic_depth(monkeypatch, layer, function, (*shape, dim), dtype, [(grouped_mamba, "can_fuse")])
+    check_stochastic_depth(monkeypatch, layer, function, (*shape, dim), dtype, [(variants, "can_fuse")])
 
 
 def test_bitwise_repeatable():

@@ -307,7 +307,7 @@ def test_plain_models_take_the_fused_path(monkeypatch, device, options, mode):
     def spy(call):
         return lambda *args: composed.append(args) or call(*args)
 
-    for module in ("grouped_mamba", "feed_forward", "channel_affinity"):
+    for module in ("variants", "feed_forward", "channel_affinity"):
         place = __import__(f"groupmamba.layers.{module}", fromlist=["call_on_rows"])
         monkeypatch.setattr(place, "call_on_rows", spy(plain.call_on_rows))
     expected = net(x)

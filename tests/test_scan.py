@@ -7,8 +7,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import groupmamba_ext as ext
 from common import FLOOR, check, group_major, padded_channels, relative_error, unaligned
-from groupmamba_ext import ops
-from groupmamba_ext.ops import MAX_GROUPS
+from groupmamba_ext.layouts import MAX_GROUPS
+from groupmamba_ext.ops import grouped_selective_scan
 from scan_tools import DTYPES, IMAGES, MIXED, compare, inputs
 
 SIZES = [(1, 1), (1, 7), (7, 1), (2, 3), (7, 7), (14, 14), (13, 29), (28, 28), (31, 37), (1, 500), (500, 1)]
@@ -188,10 +188,9 @@ def test_low_precision_parameters(device, dtype, name, dim):
 def test_tiles_of_wide_groups(dtype, rank, dim):
     """What CUDA does with more than 128 channels a group, by the CPU's kernels: parameters of any dtype."""
 
-    def tiled(u, dt, A, B, C, D, *, directions, norm_eps, **more):
+    def tiled(*, directions, norm_eps, **tensors):
         codes = tuple(ext.DIRECTIONS.index(direction) for direction in directions)
-        names = ("dt_weight", "dt_bias", "z", "norm_weight", "norm_bias")
-        return ops._tiled_scan(u, dt, A, B, C, D, *map(more.get, names), norm_eps, more.get("gate"), codes, True)
+        return grouped_selective_scan._tiled(grouped_selective_scan.ScanInputs(**tensors), codes, True, norm_eps)
 
     tensors = inputs("cpu", dtype, dim=dim, rank=rank, h=3, w=4)
     tensors = {key: value if key in IMAGES or value is None else value.to(dtype) for key, value in tensors.items()}

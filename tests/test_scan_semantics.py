@@ -10,7 +10,7 @@ import torch
 
 import groupmamba_ext as ext
 from common import group_major, relative_error
-from groupmamba_ext.ops import chunk_tokens
+from groupmamba_ext.layouts import chunk_tokens
 from scan_tools import IMAGES, ORDER, inputs
 
 

@@ -92,6 +92,22 @@ def test_resume_from_another_run_and_anew(data, tmp_path, capsys):
     assert "is complete: 2 epochs" in capsys.readouterr().err
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_run_on_a_gpu_goes_on_bit_for_bit(data, teacher, tmp_path, capsys, dtype):
+    """In a CUDA graph, and with float16's scaler without one; with all that is random, an average and a teacher."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    more = [*ALL_RANDOM, "--device", "cuda", "--img-size", "64", "--amp-dtype", dtype, "--kd-model-path", str(teacher)]
+    assert train(data, first, *more) == 0
+    said = capsys.readouterr().err
+    assert ("scaler" in said) == (dtype == "float16") and ("is one CUDA graph" in said) == (dtype == "bfloat16")
+    early = sorted((first / "checkpoints").iterdir())[0]
+    assert train(data, second, *more, "--resume", str(early)) == 0
+    assert [row["loss"] for row in rows(second / "steps.csv")] == losses(first)[5:]
+    ours, theirs = (load_file(run / "last.safetensors") for run in (first, second))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
 def test_the_best_weights_are_linked_by_whoever_comes_next(data, tmp_path, monkeypatch):
     run, whole = tmp_path / "run", tmp_path / "whole"
     assert train(data, whole, "--epochs", "1") == 0

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 import groupmamba_ext as ext
-from groupmamba_ext.cross_scan import saved_chunk
-from groupmamba_ext.ops import chunk_tokens
+from groupmamba_ext.layouts import chunk_tokens, cross_chunk
 from scan_tools import ORDER, inputs
 
 MIXED = ("lr", "rl", "tb", "bt")
@@ -80,7 +79,7 @@ def _raw_scan(*tensors, directions):
 
 
 def _raw_cross(u, dt, A, B, C, D, dt_weight, dt_bias, *, directions):
-    chunk = saved_chunk(u.shape[-1], u.device.type)
+    chunk = cross_chunk(u.shape[-1], u.device.type)
     images = [t.unsqueeze(3) for t in (u, dt)]
     B, C = B.unsqueeze(3), C.unsqueeze(3)
     A, D, dt_weight, dt_bias = (t.unsqueeze(0) for t in (A, D, dt_weight, dt_bias))

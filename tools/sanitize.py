@@ -53,7 +53,9 @@ def build_cpu(folder: Path, jobs: int) -> Path:
     prefix = folder / "prefix"
     shutil.rmtree(prefix, ignore_errors=True)
     shutil.copytree(
-        ROOT / "groupmamba_ext", prefix / "groupmamba_ext", ignore=shutil.ignore_patterns("*.so", "*.json", "__pycache__")
+        ROOT / "groupmamba_ext",
+        prefix / "groupmamba_ext",
+        ignore=shutil.ignore_patterns("*.so", "*.json", "__pycache__"),
     )
     install = ["cmake", "--install", str(folder), "--prefix", str(prefix)]
     subprocess.run(install, check=True, stdout=subprocess.DEVNULL)
@@ -63,7 +65,9 @@ def build_cpu(folder: Path, jobs: int) -> Path:
 def runtime(name: str) -> str:
     """The path of a library of the compiler's that must be in a process before Python's own."""
     compiler = os.environ.get("CXX", "g++")
-    path = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+    path = subprocess.run(
+        [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     if not os.path.isabs(path):
         raise SystemExit(f"sanitize: {compiler} has no {name}; install its sanitizer runtimes")
     return path
@@ -138,7 +142,9 @@ def run_cpu(options: argparse.Namespace) -> int:
             cwd=folder,  # or the package of the source tree would come first
         )
         verdict = "clean" if done.returncode == 0 else f"FAILED ({done.returncode})"
-        print(f"AddressSanitizer and UBSan, {capability or 'widest'} kernels: {verdict}, {time.monotonic() - start:.0f} s")
+        print(
+            f"AddressSanitizer and UBSan, {capability or 'widest'} kernels: {verdict}, {time.monotonic() - start:.0f} s"
+        )
         failed += [capability] if done.returncode else []
     return 1 if failed else 0
 
@@ -176,7 +182,9 @@ def reports(text: str) -> tuple[list[str], int]:
 
     def close() -> None:
         nonlocal others
-        if not record or re.match(r"COMPUTE-SANITIZER|(ERROR|RACECHECK|LEAK) SUMMARY|Target application|Error: No", record[0]):
+        if not record or re.match(
+            r"COMPUTE-SANITIZER|(ERROR|RACECHECK|LEAK) SUMMARY|Target application|Error: No", record[0]
+        ):
             return
         joined = "\n".join(record)
         if "gm::" in joined or "_ZN2gm" in joined or "libgroupmamba" in joined:
@@ -280,7 +288,9 @@ def table(slices: list[Slice], total: int) -> str:
         verdict = "clean" if not bad else ", ".join(f"{s.verdict} in {s.first} to {s.end - 1}" for s in bad)
         verdict += "" if done >= total else f"; cases from {done} are left"
         found = sum(len(s.ours) for s in own)
-        lines.append(f"| {tool} | {len(own)} | {done} of {total} | {max(s.seconds for s in own):.0f} s | {found} | {verdict} |")
+        lines.append(
+            f"| {tool} | {len(own)} | {done} of {total} | {max(s.seconds for s in own):.0f} s | {found} | {verdict} |"
+        )
     return "\n".join(lines)
 
 
@@ -288,7 +298,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     modes = parser.add_subparsers(dest="mode", required=True)
     cpu = modes.add_parser("cpu", help="AddressSanitizer and UBSan over the CPU half")
-    cpu.add_argument("--build", default=str(Path(tempfile.gettempdir()) / f"groupmamba-asan-{os.getuid()}"), metavar="DIR")
+    cpu.add_argument(
+        "--build", default=str(Path(tempfile.gettempdir()) / f"groupmamba-asan-{os.getuid()}"), metavar="DIR"
+    )
     cpu.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilers at a time")
     cpu.add_argument("--capability", default="", help="instruction sets, by commas; default: the widest")
     cpu.add_argument("pytest", nargs="*", help="arguments of pytest in place of the usual")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Floating-point operations of the cases, for the roofline.
 
-The scans by the formula that `groupmamba_ext.flops` registers with torch's counter; a multiplication and an addition
+The scans by the formula that `groupmamba_ext.ops` registers with torch's counter; a multiplication and an addition
 are two. A backward pass takes both derivatives of every product: twice the forward, and the scan's recomputes its
 states: three times.
 """
@@ -20,7 +20,7 @@ def _passes(once: int, scans: int = 0) -> dict[str, int]:
 
 
 def _scan(elements: int, rank: int, states: int = STATES) -> int:
-    from groupmamba_ext.flops import grouped_scan_flops
+    from groupmamba_ext.ops.grouped_selective_scan import grouped_scan_flops
 
     return grouped_scan_flops((elements,), (1, 1, states), (1, 1), (1, 1, rank))
 

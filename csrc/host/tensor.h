@@ -16,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "host/layout.h"
 #include "host/shape.h"
 
 // Checks a call of torch's C interface; torch 2.12 renamed its macro for that.
@@ -106,13 +107,6 @@ inline Tensor empty_strided(const Shape& sizes, const Shape& strides, ScalarType
     return Tensor(handle);
 }
 
-inline Shape contiguous_strides(const Shape& sizes) {
-    Shape strides(sizes.size());
-    int64_t step = 1;
-    for (size_t i = sizes.size(); i-- > 0; step *= std::max<int64_t>(sizes[i], 1)) strides[i] = step;
-    return strides;
-}
-
 inline Tensor empty(const Shape& sizes, ScalarType dtype, const Tensor& device_of) {
     return empty_strided(sizes, contiguous_strides(sizes), dtype, device_of);
 }
@@ -130,14 +124,11 @@ inline ScalarType accumulate_type(ScalarType dtype) {
 }
 
 // True when `t` (batch, H, W, G, D) stores each group's image as a whole: (G, batch, H, W, D) in memory.
-inline bool is_group_major(const Tensor& t) {
-    return t.dim() == 5 && t.size(3) > 1 && t.stride(3) > t.stride(2) && (t.size(0) <= 1 || t.stride(3) > t.stride(0));
-}
+inline bool is_group_major(const Tensor& t) { return is_group_major(t.sizes(), t.strides()); }
 
 // An image (batch, H, W, G, D) stored group-major.
 inline Tensor empty_group_major(const Shape& sizes, const Tensor& like) {
-    const Shape s = contiguous_strides({sizes[3], sizes[0], sizes[1], sizes[2], sizes[4]});
-    return empty_strided(sizes, {s[1], s[2], s[3], s[0], s[4]}, like.scalar_type(), like);
+    return empty_strided(sizes, group_major_strides(sizes), like.scalar_type(), like);
 }
 
 // (batch, H, W, G, D) or (batch, H, W, C) with its last size replaced by `channels`, in the order of dimensions of
@@ -170,19 +161,13 @@ inline std::optional<Shape> view_strides(const Tensor& t, const Shape& sizes) {
     return strides;
 }
 
-// The strides of a gradient of `t`, which autograd would copy into any others: those of torch.channels_last where `t`
-// has them, else contiguous ones.
-inline Shape gradient_strides(const Tensor& t) {
-    const Shape sizes = shape_of(t);
-    if (sizes.size() == 4 && !t.is_contiguous()) {
-        const Shape s = contiguous_strides({sizes[0], sizes[2], sizes[3], sizes[1]});
-        const Shape last{s[0], s[3], s[1], s[2]};
-        bool same = true;
-        for (size_t i = 0; i < 4; ++i) same = same && (sizes[i] == 1 || t.stride(static_cast<int64_t>(i)) == last[i]);
-        if (same) return last;
-    }
-    return contiguous_strides(sizes);
+inline Shape strides_of(const Tensor& t) {
+    const auto strides = t.strides();
+    return Shape(strides.begin(), strides.end());
 }
+
+// The strides of a gradient of `t`.
+inline Shape gradient_strides(const Tensor& t) { return gradient_strides(shape_of(t), strides_of(t)); }
 
 // Another view of the storage of `t`, `offset` elements behind its first.
 inline Tensor alias(const Tensor& t, const Shape& sizes, const Shape& strides, int64_t offset = 0) {
@@ -193,12 +178,6 @@ inline Tensor alias(const Tensor& t, const Shape& sizes, const Shape& strides, i
 }
 
 inline Tensor alias(const Tensor& t, const Shape& sizes) { return alias(t, sizes, contiguous_strides(sizes)); }
-
-inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
-// cuBLAS' products are several times slower where rows of channels do not start at multiples of 16 bytes, or are not
-// multiples of them long.
-constexpr int64_t kPixelUnit = 8;
 
 // (batch, H, W, C) whose pixels are C rounded up to kPixelUnit channels apart; a kernel that writes it puts zeros
 // there.

@@ -8,29 +8,21 @@ namespace gm {
 
 // Pieces are reserved first, then allocated, then seen as tensors: those of the images' dtype lie in one buffer, those
 // of float32 in another, in the order of their reservation.
-class Workspace {
+class Workspace : public WorkspaceLayout {
 public:
-    struct Piece {
-        int64_t offset = -1;  // in its buffer, in elements
-        bool is_float = false;
-    };
-
     explicit Workspace(ScalarType image_dtype) : image_dtype_(image_dtype) {}
 
-    Piece reserve_image(int64_t elements) { return {take(image_end_, elements), false}; }
-    Piece reserve_float(int64_t elements) { return {take(float_end_, elements), true}; }
-
     void allocate(const Tensor& device_of) {
-        if (image_end_ > 0) images_ = empty({image_end_}, image_dtype_, device_of);
-        if (float_end_ > 0) floats_ = empty({float_end_}, ScalarType::Float, device_of);
+        if (image_elements() > 0) images_ = empty({image_elements()}, image_dtype_, device_of);
+        if (float_elements() > 0) floats_ = empty({float_elements()}, ScalarType::Float, device_of);
     }
 
     // What another workspace with the same reservations held.
     void adopt_images(const Tensor& images, const Tensor& device_of) {
-        images_ = adopted(images, "saved", image_end_, image_dtype_, device_of);
+        images_ = adopted(images, "saved", image_elements(), image_dtype_, device_of);
     }
     void adopt_floats(const Tensor& floats, const Tensor& device_of) {
-        floats_ = adopted(floats, "saved_float", float_end_, ScalarType::Float, device_of);
+        floats_ = adopted(floats, "saved_float", float_elements(), ScalarType::Float, device_of);
     }
 
     const Tensor& images() const { return images_; }
@@ -46,15 +38,6 @@ public:
     Tensor get(const Piece& piece, const Shape& sizes) const { return get(piece, sizes, contiguous_strides(sizes)); }
 
 private:
-    // At least 256 bytes: enough for every vector access, TMA and matrix products.
-    static constexpr int64_t kAlignment = 128;
-
-    static int64_t take(int64_t& end, int64_t elements) {
-        const int64_t offset = end;
-        end += round_up(elements, kAlignment);
-        return offset;
-    }
-
     static Tensor adopted(const Tensor& t, const char* name, int64_t elements, ScalarType dtype,
                           const Tensor& device_of) {
         check_shape(t, name, {elements});
@@ -65,7 +48,6 @@ private:
 
     ScalarType image_dtype_;
     Tensor images_, floats_;
-    int64_t image_end_ = 0, float_end_ = 0;
 };
 
 }  // namespace gm

@@ -25,10 +25,8 @@ struct CrossInputs {
     int64_t chunk;
 };
 
-// All of one width, a multiple of kVec, except the last. groupmamba_ext.cross_scan._slices repeats it.
 std::vector<Slice> slices_of(const CrossSizes& s) {
-    const int64_t count = (s.dim + kMaxScanDim - 1) / kMaxScanDim;
-    const int64_t width = count == 1 ? s.dim : round_up((s.dim + count - 1) / count, kVec);
+    const int64_t width = scan_slice_width(s.dim);
     std::vector<Slice> slices;
     int64_t states = 0;
     for (int64_t first = 0; first < s.dim; first += width) {

@@ -86,7 +86,8 @@ PartialRows conv3x3_bwd_into(const Tensor& dx, Tensor dy, Tensor x, Tensor weigh
                              const DropPathArg& drop_path = {});
 
 // norm_dim: channels that LayerNorm counts, 0 for D. Where it is less than D, the images are 0 in the other channels,
-// and so are dt_weight, dt_bias, D, norm_weight, norm_bias and gate; gradients hold anything finite there.
+// and so are A, dt_weight, dt_bias, D, norm_weight, norm_bias and gate; du and dz are 0 there, and gradients of
+// parameters anything finite.
 struct ScanInputs {
     Tensor u, dt, A, B, C;
     OptTensor D, dt_weight, dt_bias, z, norm_weight, norm_bias, gate;

@@ -76,8 +76,8 @@ NormShape norm_shape(const NormSizes& s, double eps, const Images&... images) {
 }
 
 void check_biased(const OptTensor& x_bias, const NormPlan& plan, const NormSizes& s) {
-    GM_CHECK(!x_bias || (plan.vecs > 0 && sums_dx_more(plan.vecs)), "x_bias takes up to 512 channels, got ",
-             s.channels);
+    GM_CHECK(!x_bias || (plan.vecs > 0 && sums_dx_more(plan.vecs)), "x_bias takes up to ", kBiasedChannels,
+             " channels, got ", s.channels);
 }
 
 }  // namespace

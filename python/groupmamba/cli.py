@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NoReturn
 
-from groupmamba import demo, environment, model_info
+from groupmamba import environment, model_info
+from groupmamba.demo import command as demo
 from groupmamba.training import command as train
 from groupmamba.training import options as train_options
 from groupmamba.training import predict, validation

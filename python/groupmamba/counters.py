@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from groupmamba.layers.group_core import GroupCore
 from groupmamba.layers.vsss import GroupedVSSS, VSSSBlock
-from groupmamba_ext.flops import cross_scan_flops, grouped_scan_flops
+from groupmamba_ext.ops.cross_selective_scan import cross_scan_flops
+from groupmamba_ext.ops.grouped_selective_scan import grouped_scan_flops
 
 
 def group_core_multiply_adds(core: GroupCore, tokens: int, *, products: bool = True) -> int:

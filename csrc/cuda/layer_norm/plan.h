@@ -21,6 +21,7 @@ constexpr int kWideTokens = 16;  // tokens of a block where rows do not fit in r
 
 // True where layer_norm_pool's backward has registers for the sums of dx_more, or of dx.
 constexpr bool sums_dx_more(int vecs) { return vecs <= kRowVecs; }
+constexpr int kBiasedChannels = kRowVecs * 32 * kVec;  // up to here
 // True where it has registers for writing the forward's result once more.
 constexpr bool writes_xn(int vecs) { return vecs <= kRowVecs; }
 

@@ -219,13 +219,16 @@ __global__ void __launch_bounds__(kBwdTile / kBwdTokens<T, kSingle>, kSingle&& k
 #pragma unroll
                 for (int i = 0; i < kPart && k0 + i < kTokens; ++i) {
                     const int k = k0 + i;
+                    // Channels that the norm does not count get no part of its means. With A = 0 they would sum it
+                    // over all tokens without decay, and du may overflow float16 there: one channel's norm has a
+                    // factor of 316.
 #pragma unroll
                     for (int j = 0; j < kVec; ++j) {
                         if (has_norm)
                             dnormed[i][j] =
                                 inverse_std[k] *
                                 (dnormed[i][j] - inverse_dim * fmaf(dy[k][j], moments[2 * i + 1], moments[2 * i]));
-                        dy[k][j] = k < path.count && j < valid ? dnormed[i][j] : 0.f;
+                        dy[k][j] = k < path.count && j < normed_channels ? dnormed[i][j] : 0.f;
                     }
                 }
             }

@@ -78,10 +78,15 @@ inline ColumnCut cut_columns(int64_t height, int64_t width, int64_t dim, int64_t
 
 // States that the CUDA kernels save of a plane of `dim` channels, `chunk` tokens to a tile: as many as the portable
 // kernels have tiles along the path or the sm_90 kernels have along columns, whichever is more.
-// groupmamba_ext.ops.saved_states repeats it.
 inline int64_t scan_saved_states(int64_t height, int64_t width, int64_t dim, int64_t chunk) {
     if (height == 0 || width == 0) return 0;
     return std::max((height * width + chunk - 1) / chunk, cut_columns(height, width, dim, chunk).tiles);
+}
+
+// Channels of the launches that scan `dim` channels of a cross scan, all but those of the last: a multiple of kVec.
+inline int64_t scan_slice_width(int64_t dim) {
+    const int64_t count = (dim + kMaxScanDim - 1) / kMaxScanDim;
+    return count == 1 ? dim : ((dim + count - 1) / count + kVec - 1) / kVec * kVec;
 }
 
 // Rows of the backward's partial sums for one (batch, part, group), D floats each: A[N], skip, step bias, sum of the

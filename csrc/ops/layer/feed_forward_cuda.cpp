@@ -10,6 +10,7 @@
 #include "host/workspace.h"
 #include "ops/entries_cuda.h"
 #include "ops/layer/drop_path.h"
+#include "ops/layer/layout.h"
 #include "ops/layer/parameter_pack.h"
 #include "ops/layer/token_sums.h"
 
@@ -101,7 +102,7 @@ FeedForward one_kernel_forward(const Tensor& x, const Tensor& norm_weight, const
     const ScalarType type = x.scalar_type();
     Workspace scratch(type), saved(type);
     ParameterPack pack = feed_forward_pack(p, s, type, scratch, true);
-    const Workspace::Piece hidden_place = saved.reserve_image(save ? s.tokens() * s.hidden_pad : 0);
+    const Workspace::Piece hidden_place = reserve_feed_forward(save ? s.tokens() : 0, s.hidden, saved);
     scratch.allocate(x), saved.allocate(x);
     const Tensor out = empty_padded_image(s.batch, s.height, s.width, s.channels, x);
     pack.prepare();
@@ -148,7 +149,7 @@ FeedForward feed_forward_forward(const Tensor& x, const Tensor& norm_weight, con
     Workspace& held = save ? saved : scratch;
     ParameterPack pack = feed_forward_pack(p, s, type, scratch);
     // Nothing reads xn any more when the convolution runs.
-    const Workspace::Piece hidden_place = held.reserve_image(tokens * s.hidden_pad);
+    const Workspace::Piece hidden_place = reserve_feed_forward(tokens, s.hidden, held);
     const Workspace::Piece place = scratch.reserve_image(tokens * std::max(s.channels_pad, s.hidden_pad));
     scratch.allocate(x), saved.allocate(x);
     const Tensor out = empty_padded_image(s.batch, s.height, s.width, s.channels, x);
@@ -208,7 +209,7 @@ FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight,
     const int64_t tokens = s.tokens();
     const DropPathArg drop_path = drop_path_arg(drop_path_mask, drop_path_scale, residual, s.batch, x);
     Workspace held(type), scratch(type);
-    const Workspace::Piece hidden_place = held.reserve_image(tokens * s.hidden_pad);
+    const Workspace::Piece hidden_place = reserve_feed_forward(tokens, s.hidden, held);
     held.adopt_images(saved, x);
     const Tensor hidden = held.get(hidden_place, {tokens, s.hidden_pad});
     ParameterPack pack = feed_forward_pack(parameters, s, type, scratch);

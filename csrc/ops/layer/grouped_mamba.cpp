@@ -6,33 +6,23 @@
 
 namespace gm {
 
-namespace {
-
-// Up to 4 features are stored 4 apart, in half the bytes, where products with such rows have a kernel
-// (cuda/gemm/skinny_gemm.cu). groupmamba_ext.layer_ops repeats it.
-int64_t padded_features(int64_t features, int64_t inner_pad) {
-    return features <= 4 && (inner_pad == 16 || inner_pad == 32) ? 4 : round_up(features, kPixelUnit);
-}
-
-}  // namespace
-
 LayerSizes layer_sizes(const Tensor& x, const LayerParameters& p, int64_t chunk) {
     GM_CHECK(x.dim() == 4 && x.numel() > 0, "x must be (batch, H, W, C) with elements, got ", show(shape_of(x)));
     GM_CHECK(p.in_proj_weight.dim() == 3 && p.A_log.dim() == 3 && p.dt_weight.dim() == 3, "weights must be (G, ., .)");
-    LayerSizes s{};
-    s.batch = x.size(0), s.height = x.size(1), s.width = x.size(2);
-    s.groups = p.A_log.size(0), s.inner = p.A_log.size(1), s.states = p.A_log.size(2), s.rank = p.dt_weight.size(2);
-    GM_CHECK(s.groups >= 1 && x.size(3) % s.groups == 0, "C must be a multiple of ", s.groups, ", got ", x.size(3));
-    GM_CHECK(s.inner >= 1 && s.rank >= 1,
+    const int64_t groups = p.A_log.size(0), inner = p.A_log.size(1), states = p.A_log.size(2);
+    const int64_t rank = p.dt_weight.size(2);
+    GM_CHECK(groups >= 1 && x.size(3) % groups == 0, "C must be a multiple of ", groups, ", got ", x.size(3));
+    GM_CHECK(inner >= 1 && rank >= 1,
              "A_log must be (G, E, N) and dt_weight (G, E, R) with E and R of at least 1, got ",
              show(shape_of(p.A_log)), " and ", show(shape_of(p.dt_weight)));
-    GM_CHECK(s.states >= 1 && s.states <= kMaxStates, "A_log must have 1 to ", kMaxStates, " states, got ", s.states);
-    s.channels = x.size(3), s.channels_pad = round_up(s.channels, kPixelUnit);
-    s.dim = s.channels / s.groups;
-    s.dim_pad = round_up(s.dim, kPixelUnit), s.inner_pad = round_up(s.inner, kPixelUnit);
-    s.features = s.rank + 2 * s.states, s.features_pad = padded_features(s.features, s.inner_pad);
-    s.merges = p.out_proj_weight.has_value();
-    s.mixed = s.groups * (s.merges ? s.dim_pad : s.inner_pad);
+    GM_CHECK(states >= 1 && states <= kMaxStates, "A_log must have 1 to ", kMaxStates, " states, got ", states);
+    const bool gated = p.fc1_weight.has_value();
+    GM_CHECK(p.fc1_bias.has_value() == gated && p.fc2_weight.has_value() == gated && p.fc2_bias.has_value() == gated,
+             "fc1_weight, fc1_bias, fc2_weight and fc2_bias go together");
+    GM_CHECK(!gated || (p.fc1_weight->dim() == 2 && p.fc1_weight->size(0) >= 1), "fc1_weight must be (hidden, C), got ",
+             gated ? show(shape_of(*p.fc1_weight)) : "");
+    LayerSizes s = layer_sizes_of(x.size(0), x.size(1), x.size(2), groups, x.size(3), inner, states, rank,
+                                  gated ? p.fc1_weight->size(0) : 0, p.out_proj_weight.has_value());
     check_cuda_chunk(s.inner_pad, chunk);
     s.saved_states = scan_saved_states(s.height, s.width, s.inner_pad, chunk);
     check_parameter(p.norm_weight, "norm_weight", {s.channels}, x);
@@ -51,18 +41,11 @@ LayerSizes layer_sizes(const Tensor& x, const LayerParameters& p, int64_t chunk)
     const int64_t mixed = s.groups * (s.merges ? s.dim : s.inner);
     check_parameter(p.proj_weight, "proj_weight", {s.channels, mixed}, x);
     check_parameter(p.proj_bias, "proj_bias", {s.channels}, x);
-    const bool gated = p.fc1_weight.has_value();
-    GM_CHECK(p.fc1_bias.has_value() == gated && p.fc2_weight.has_value() == gated && p.fc2_bias.has_value() == gated,
-             "fc1_weight, fc1_bias, fc2_weight and fc2_bias go together");
     if (!gated) return s;
-    GM_CHECK(p.fc1_weight->dim() == 2 && p.fc1_weight->size(0) >= 1, "fc1_weight must be (hidden, C), got ",
-             show(shape_of(*p.fc1_weight)));
-    s.hidden = p.fc1_weight->size(0);
     check_parameter(p.fc1_weight, "fc1_weight", {s.hidden, s.channels}, x);
     check_parameter(p.fc1_bias, "fc1_bias", {s.hidden}, x);
     check_parameter(p.fc2_weight, "fc2_weight", {mixed, s.hidden}, x);
     check_parameter(p.fc2_bias, "fc2_bias", {mixed}, x);
-    s.gate_dim = mixed / s.groups, s.gate_width = s.merges ? s.dim : s.inner_pad;
     return s;
 }
 
@@ -84,34 +67,6 @@ ParameterPack layer_pack(const LayerParameters& p, const LayerSizes& s, ScalarTy
     pack.add(p.proj_bias, {1, 1, s.channels}, 1, s.channels_pad, dtype);
     if (p.out_proj_weight) pack.add(*p.out_proj_weight, {g, s.dim, e}, s.dim_pad, e_pad, dtype);
     return pack;
-}
-
-LayerPlaces reserve_layer(const LayerSizes& s, bool save, Workspace& workspace) {
-    const auto rows = [&](int64_t width) { return workspace.reserve_image(s.tokens() * s.groups * width); };
-    LayerPlaces p;
-    p.features = rows(s.features_pad);
-    // The second image is written when nothing reads the first one any more.
-    const auto one_after_the_other = [&](Workspace::Piece& first, int64_t width, Workspace::Piece& second,
-                                         int64_t second_width) {
-        first = rows(save ? width : std::max(width, second_width));
-        second = save ? rows(second_width) : first;
-    };
-    if (s.merges) {
-        p.xn = rows(s.dim_pad), p.y = rows(s.inner_pad);
-        one_after_the_other(p.u, s.inner_pad, p.o, s.dim_pad);
-        p.uz = rows(save ? 2 * s.inner_pad : std::max(2 * s.inner_pad, s.dim_pad));
-        if (!save) p.mixed = p.uz;
-    } else {
-        p.u = rows(s.inner_pad), p.uz = rows(2 * s.inner_pad);
-        one_after_the_other(p.xn, s.dim_pad, p.y, s.inner_pad);
-    }
-    if (s.gated()) {
-        p.gate = workspace.reserve_float(s.batch * s.groups * s.gate_width);
-        p.pooled = workspace.reserve_float(s.batch * s.channels);
-        p.hidden = workspace.reserve_float(s.batch * s.hidden);
-    }
-    if (save) p.states = workspace.reserve_float(s.batch * s.groups * s.saved_states * s.states * s.inner_pad);
-    return p;
 }
 
 LayerImages layer_images(const LayerSizes& s, const LayerPlaces& p, bool save, const Workspace& workspace) {

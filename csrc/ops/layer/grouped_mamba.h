@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Shared by forward and backward of the GroupMamba layer on CUDA: sizes, packed parameters, and where the images
-// between x and the result are stored. Between the products images are group-major, (G, tokens, channels), with the
-// channels of a group padded to a multiple of 8 by zeros (step features, B and C to 4 where padded_features says so),
-// so that every product reads aligned rows.
+// Shared by forward and backward of the GroupMamba layer on CUDA: checked sizes, packed parameters, and the images
+// between x and the result; layout.h says where they are stored.
 #pragma once
 
 #include "cuda/channel_affinity/args.h"
 #include "host/workspace.h"
 #include "ops/entries_cuda.h"
+#include "ops/layer/layout.h"
 #include "ops/layer/parameter_pack.h"
 
 namespace gm {
@@ -30,19 +29,6 @@ struct LayerScalars {
     double drop_path_scale;    // of the branches that count
 };
 
-struct LayerSizes {
-    int64_t batch, height, width, groups, dim, inner, states, rank;
-    int64_t dim_pad, inner_pad, features, features_pad, channels, channels_pad;
-    int64_t mixed;                 // columns that proj reads, padding included
-    int64_t saved_states;          // of a plane
-    bool merges;                   // with out_proj; without it, the scan applies the gate
-    int64_t hidden;                // of the affinity, 0 without it
-    int64_t gate_dim, gate_width;  // channels of a group's gate, without and with padding
-
-    int64_t tokens() const { return batch * height * width; }
-    bool gated() const { return hidden > 0; }
-    bool gates_scan() const { return gated() && !merges; }
-};
 LayerSizes layer_sizes(const Tensor& x, const LayerParameters& p, int64_t chunk);
 
 // Order of the parameters in the pack.
@@ -68,13 +54,6 @@ struct LayerImages {
     Tensor xn, uz, u, features, y, o, mixed;
     OptTensor gate, pooled, hidden, states;
 };
-struct LayerPlaces {
-    Workspace::Piece xn, uz, u, features, y, o, mixed, gate, pooled, hidden, states;
-};
-// The order of the reservations is the layout of what the forward returns for its backward. The backward computes
-// `mixed` again, so it has no place there. Without `save` an image may take the place of an earlier one that is not
-// read any more.
-LayerPlaces reserve_layer(const LayerSizes& s, bool save, Workspace& workspace);
 LayerImages layer_images(const LayerSizes& s, const LayerPlaces& places, bool save, const Workspace& workspace);
 
 // (G, T, K) rows, from channel `first` on, as the image (batch, H, W, G, K).

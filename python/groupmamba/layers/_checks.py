@@ -3,13 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from groupmamba_ext._checks import IMAGE_DTYPES, MAX_INT, dense_tensor, direction_codes, shown
-from groupmamba_ext.reference import DIRECTIONS
+from groupmamba_ext._checks import IMAGE_DTYPES, MAX_INT, dense_tensor, shown
 
 
 def positive_int(name: str, value: object, most: int = MAX_INT) -> int:
@@ -33,12 +30,6 @@ def scaled_width(name: str, ratio: object, width: int) -> int:
     if scaled < 1:
         raise ValueError(f"{name} must make at least one channel out of {width}, got {shown(ratio)}")
     return int(scaled)
-
-
-def direction_names(value: Sequence[str], count: int | None) -> tuple[str, ...]:
-    """``value`` as a tuple of ``count`` direction names, of any number from 1 on with ``count`` None."""
-    direction_codes("", value, DIRECTIONS, count)
-    return tuple(value)
 
 
 def parameter_dtype(dtype: object) -> None:

@@ -16,13 +16,14 @@ from groupmamba.layers.token_linear import token_linear
 from groupmamba.layers.token_norm import TokenNorm
 from groupmamba.layers.tracing import Leaf, fx_call
 from groupmamba_ext import _explain
-from groupmamba_ext.layer_ops import feed_forward, takes_image
+from groupmamba_ext.backend import takes_image
+from groupmamba_ext.ops.feed_forward import FeedForwardParameters, feed_forward
 
 
 class ConvFeedForward(Leaf, nn.Module):
     """``fc2(gelu(dwconv3x3(fc1(x))))`` on channels-last images, GELU by the error function (as the authors' code).
 
-    The hidden image is the widest tensor of a block. On CUDA :func:`groupmamba_ext.layer_ops.feed_forward` computes all
+    The hidden image is the widest tensor of a block. On CUDA one op (``groupmamba_ext.ops.feed_forward``) computes all
     of it; on a GPU of compute capability 9.0, in 16 bits and for up to 192 channels, one kernel that keeps that image
     on the chip and writes it only for a backward. There an infinity or NaN reaches up to 14 neighbours in a row, not 3.
 
@@ -96,13 +97,9 @@ class ConvFeedForward(Leaf, nn.Module):
             _explain.note(f"ConvFeedForward({x.shape[-1]}): {how}")
         if plain and norm is not None and takes_image(x) and why_called({"norm": norm}, self._norm_part) is None:
             modules = self._modules
-            layers = {
-                "norm": affine(norm),
-                "fc1": affine(modules["fc1"]),
-                "conv": affine(modules["dwconv"]),
-                "fc2": affine(modules["fc2"]),
-            }
-            return feed_forward(x, **layers, eps=norm.eps, residual=residual, drop_path=drop_path)
+            layers = (norm, modules["fc1"], modules["dwconv"], modules["fc2"])
+            parameters = FeedForwardParameters(*(t for layer in layers for t in affine(layer)))
+            return feed_forward(x, parameters, eps=norm.eps, residual=residual, drop_path=drop_path)
         y = x if norm is None else norm(x)
         if plain:
             hidden = ext.depthwise_conv3x3(

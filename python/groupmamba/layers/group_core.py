@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 import groupmamba_ext as ext
-from groupmamba.layers._checks import direction_names, parameter_dtype, positive_int, scaled_width
+from groupmamba.layers._checks import parameter_dtype, positive_int, scaled_width
 from groupmamba.layers.plain import Plain
 from groupmamba.layers.token_linear import token_linear
 from groupmamba.layers.tracing import Leaf, fx_call
 from groupmamba_ext._checks import boolean, choice
-from groupmamba_ext.ops import MAX_STATES
+from groupmamba_ext.directions import Directions
+from groupmamba_ext.layouts import MAX_STATES
 from groupmamba_ext.transforms import layer_norm
 
 SCANS = ("grouped", "cross")
@@ -88,7 +89,7 @@ class GroupCore(Leaf, nn.Module):
         boolean("", "out_proj", out_proj)
         parameter_dtype(dtype)
         self.scan = scan
-        self.directions = direction_names(directions, None if scan == "cross" else groups)
+        self.directions: tuple[str, ...] = Directions.of(directions, None if scan == "cross" else groups)
         self.d_state = positive_int("d_state", d_state, MAX_STATES)
         if positive_int("d_conv", d_conv) not in (1, 3):
             raise ValueError(f"d_conv must be 1 or 3, got {d_conv!r}")
@@ -147,7 +148,7 @@ class GroupCore(Leaf, nn.Module):
         return Plain(type(self), names, config=tuple((name, getattr(self, name)) for name in fixed))
 
     def core_parameters(self) -> list[Tensor]:
-        """All but out_proj, in the order of :func:`groupmamba_ext.layer_ops.grouped_mamba_layer`."""
+        """All but out_proj, as `groupmamba_ext.ops.grouped_mamba_layer.LayerParameters` names them."""
         held = self._parameters  # an attribute of a module costs a slow host a microsecond
         return [held[name] for name in _CORE]
 

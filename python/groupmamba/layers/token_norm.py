@@ -8,7 +8,9 @@ from torch.fx import Proxy
 
 from groupmamba.layers.plain import are_plain
 from groupmamba.layers.tracing import Leaf, fx_call
-from groupmamba_ext.layer_ops import BIASED_CHANNELS, takes_image, token_norm
+from groupmamba_ext.backend import takes_image
+from groupmamba_ext.layouts import BIASED_CHANNELS
+from groupmamba_ext.ops.token_norm import token_norm
 from groupmamba_ext.transforms import layer_norm
 
 

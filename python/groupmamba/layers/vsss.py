@@ -15,7 +15,7 @@ from groupmamba.layers.group_core import GroupCore
 from groupmamba.layers.plain import floating_parameter
 from groupmamba.layers.tracing import Leaf, fx_call
 from groupmamba_ext._checks import choice
-from groupmamba_ext.reference import DIRECTIONS
+from groupmamba_ext.directions import DIRECTIONS
 from groupmamba_ext.transforms import layer_norm
 
 NORM_EPS = 1e-6

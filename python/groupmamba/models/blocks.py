@@ -19,15 +19,12 @@ from groupmamba.layers.feed_forward import ConvFeedForward
 from groupmamba.layers.plain import AFFINE, Plain, convolution, layer_norm, why_called
 from groupmamba.layers.token_norm import LayerNorm, TokenNorm
 from groupmamba.layers.tracing import Leaf, fx_call
+from groupmamba.layers.variants import VARIANTS
 from groupmamba.models.entry_conv import conv_on_blocks, pixel_blocks, taps_to_channels
-from groupmamba_ext.layer_ops import (
-    BIASED_CHANNELS,
-    batch_norm_fold,
-    batch_norm_relu,
-    takes_batch_norm,
-    takes_batch_norm_fold,
-    takes_image,
-)
+from groupmamba_ext.backend import takes_image
+from groupmamba_ext.layouts import BIASED_CHANNELS
+from groupmamba_ext.ops.batch_norm_fold import batch_norm_fold, takes_batch_norm_fold
+from groupmamba_ext.ops.batch_norm_relu import batch_norm_relu, takes_batch_norm
 from groupmamba_ext.transforms import watched
 
 BLOCK_EPS = 1e-6  # block, class-block and stage norms
@@ -194,9 +191,9 @@ class GroupMambaBlock(nn.Module):
         self.norm2 = TokenNorm(dim, eps=BLOCK_EPS)
         self.mlp = ConvFeedForward(dim, scaled_width("mlp_ratios", mlp_ratio, dim))
         self.drop_path = timm.layers.DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.paper = self.attn.variant == "paper"
+        self.residual = VARIANTS[self.attn.variant].residual_block
         second = (("norm2", layer_norm(TokenNorm, dim)), ("mlp", Plain(ConvFeedForward)))
-        first = () if self.paper else (("attn", Plain(GroupedMamba2d, None)),)
+        first = () if not self.residual else (("attn", Plain(GroupedMamba2d, None)),)
         self._parts = (*first, *second, ("drop_path", Plain(type(self.drop_path))))
 
     def _why_called(self) -> str | None:
@@ -204,7 +201,7 @@ class GroupMambaBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         plain = self._why_called() is None
-        if self.paper:
+        if not self.residual:
             mixed = self.attn(x, tokens=True).contiguous()
             return x + self.drop_path(self.mlp(mixed, self.norm2) if plain else self.mlp(self.norm2(mixed)))
         if plain:

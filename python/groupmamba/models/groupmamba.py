@@ -19,6 +19,7 @@ from groupmamba.layers.grouped_mamba import directions_and_groups
 from groupmamba.layers.plain import Plain, why_called
 from groupmamba.layers.token_norm import LayerNorm, TokenNorm
 from groupmamba.layers.tracing import any_size
+from groupmamba.layers.variants import VARIANTS
 from groupmamba.layers.weight_decay import no_weight_decay
 from groupmamba.models.blocks import BLOCK_EPS, ClassBlock, Stage, Stem
 from groupmamba.models.build import build, chosen_stages
@@ -121,7 +122,7 @@ class GroupMamba(
         self.distilled_training = False
         self.grad_checkpointing = False
 
-        self.stem = Stem(in_chans, stem_dim, dims[0], paper=variant == "paper")
+        self.stem = Stem(in_chans, stem_dim, dims[0], paper=VARIANTS[variant].paper_stem)
         blocks = sum(depths)
         rates = [drop_path_rate * i / max(blocks - 1, 1) for i in range(blocks)]
         ends = list(itertools.accumulate(depths, initial=0))

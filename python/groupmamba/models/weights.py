@@ -17,7 +17,8 @@ from groupmamba.checkpoints import (
     is_released_state_dict,
     unwrap_checkpoint,
 )
-from groupmamba.layers.grouped_mamba import RELEASED_ORDER, GroupedMamba2d
+from groupmamba.layers.grouped_mamba import GroupedMamba2d
+from groupmamba.layers.variants import RELEASED_ORDER
 from groupmamba.models.pretrained import SIZES
 
 FIRST_CONV = "stem.conv.0.weight"

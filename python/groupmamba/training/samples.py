@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -12,6 +13,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from groupmamba.training.data import Batch, Broken
 from groupmamba.training.seeds import seeded
 from groupmamba_ext._command import one_line
+
+OPEN_FILES = 1 << 16
 
 
 class BrokenAnnotation(Exception):
@@ -92,6 +95,15 @@ def listed(samples: Sequence[Sample]) -> Batch:
     )
 
 
+def _allow_open_files() -> None:
+    """Raises the limit of open files as far as a user may: each tensor that a worker hands over is one, a batch of
+    targets has hundreds, and sixteen workers reach the usual 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def loader(
     samples: Samples,
     order: Sampler,
@@ -102,6 +114,8 @@ def loader(
     keep: bool = False,
 ) -> DataLoader:
     """Batches of ``samples`` in ``order``; ``keep`` the workers from epoch to epoch."""
+    if workers > 0:
+        _allow_open_files()
     return DataLoader(
         samples,
         batch_sampler=order,

@@ -21,7 +21,7 @@ _DATA = "_base_/datasets/coco_instance.py"
 
 RECIPE = (
     Value("model", "groupmamba_tiny", "the paper's table 2"),
-    Value("drop_path", 0.2, f"the paper, section 4.2; {_CONFIG}, backbone.drop_path_rate"),
+    Value("drop_path", 0.2, f"{_CONFIG}, backbone.drop_path_rate"),
     Value("schedule", "1x", "the paper's table 2"),
     Value("epochs", 12, f"{_CONFIG}, train_cfg.max_epochs"),
     Value("min_size", (800,), f"{_DATA}, Resize.scale"),

@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the public functions to the compiled ops, with gradients; the formulas are in `autograd` and `layer_ops`."""
+"""How a compiled op becomes public: what Python adds to it, and calls of it with its gradient.
+
+A module of `groupmamba_ext.ops` describes its op by an `Op` or `InferenceOp`; `register` gives it to torch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from groupmamba_ext.transforms import jit_traces, register_transforms, transforms_active, watched
 
@@ -15,23 +20,56 @@ _functions: dict[str, type[torch.autograd.Function]] = {}
 _overloads: dict[str, Callable] = {}  # by the op's name
 
 
-def define(name: str, fake: Callable, setup: Callable, backward: Callable, backward_fake: Callable) -> None:
-    """Gives the op pair ``groupmamba::{name}_fwd`` and ``_bwd`` fake kernels and a gradient.
+class Op(NamedTuple):
+    """The op pair ``groupmamba::{name}_fwd`` and ``_bwd``, and ``groupmamba::{name}`` where there is `inference_fake`.
 
-    Args:
-        fake, backward_fake: what :func:`torch.library.register_fake` takes.
-        setup, backward: what `register_transforms` takes; ``backward`` calls :func:`call_backward`.
+    FLOP formulas are for `torch.utils.flop_counter.FlopCounterMode` and get shapes in place of tensors. As for torch's
+    own ops only the terms that grow with a contraction count, a multiplication and an addition one each: the
+    recurrence over the states, products, the taps of a convolution. Norms, gates and activations do not.
     """
-    forward_op, backward_op = f"groupmamba::{name}_fwd", f"groupmamba::{name}_bwd"
-    torch.library.register_fake(forward_op, fake)
-    torch.library.register_fake(backward_op, backward_fake)
+
+    name: str
+    fake: Callable  # this and backward_fake: what torch.library.register_fake takes
+    setup: Callable  # this and backward: what `register_transforms` takes; backward calls `call_backward`
+    backward: Callable
+    backward_fake: Callable
+    flops: Callable | None = None  # of a forward
+    backward_flops: Callable | None = None
+    inference_fake: Callable | None = None  # of the form that keeps nothing for a backward
+
+
+class InferenceOp(NamedTuple):
+    """The op ``groupmamba::{name}``, which has no gradient."""
+
+    name: str
+    fake: Callable
+
+
+def register(op: Op | InferenceOp) -> None:
+    """Gives an op its fake kernels, gradient and FLOP formulas; once, after libgroupmamba is loaded."""
+    if isinstance(op, InferenceOp):
+        _register_inference(op.name, op.fake)
+        return
+    _register_pair(op)
+    if op.inference_fake is not None:
+        _register_inference(op.name, op.inference_fake, f"; groupmamba::{op.name}_fwd has one")
+    if op.flops is not None and op.backward_flops is not None:
+        forms = ("_fwd",) if op.inference_fake is None else ("_fwd", "")
+        register_flop_formula([getattr(_ops, op.name + form) for form in forms])(op.flops)
+        register_flop_formula(getattr(_ops, f"{op.name}_bwd"))(op.backward_flops)
+
+
+def _register_pair(op: Op) -> None:
+    name, setup, backward = op.name, op.setup, op.backward
+    torch.library.register_fake(f"groupmamba::{name}_fwd", op.fake)
+    torch.library.register_fake(f"groupmamba::{name}_bwd", op.backward_fake)
     register_transforms(f"{name}_fwd", setup, backward)
     register_transforms(f"{name}_bwd", None, _no_double_backward(name))
-    _overloads[f"{name}_fwd"] = op = getattr(_ops, f"{name}_fwd").default
+    _overloads[f"{name}_fwd"] = compiled = getattr(_ops, f"{name}_fwd").default
     _overloads[f"{name}_bwd"] = getattr(_ops, f"{name}_bwd").default
 
     def forward(ctx, *args):
-        output = _below_autograd(op, args)
+        output = _below_autograd(compiled, args)
         setup(ctx, args, output)
         return output
 
@@ -39,8 +77,8 @@ def define(name: str, fake: Callable, setup: Callable, backward: Callable, backw
     _functions[name] = type(name, (torch.autograd.Function,), methods)
 
 
-def define_inference(name: str, fake: Callable, hint: str = "") -> None:
-    """Gives ``groupmamba::{name}`` a fake kernel, and a gradient that raises, with a ``hint`` behind the message."""
+def _register_inference(name: str, fake: Callable, hint: str = "") -> None:
+    """With a ``hint`` behind the message of its gradient, which raises."""
     torch.library.register_fake(f"groupmamba::{name}", fake)
     register_transforms(name, None, _no_backward(name, hint))
     _overloads[name] = getattr(_ops, name).default

@@ -1,50 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scan of one image along several directions, summed: argument checks, autocast, choice of implementation."""
+"""`cross_selective_scan`: one image scanned along several directions, and the results added."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
-from groupmamba_ext import reference
-from groupmamba_ext._checks import Arguments, last_size
+from groupmamba_ext import layouts, reference
+from groupmamba_ext._checks import Arguments, last_size, path_arguments, same_device
+from groupmamba_ext.autocast import autocast
 from groupmamba_ext.backend import use_native
-from groupmamba_ext.dispatch import call, may_want_gradient
-from groupmamba_ext.ops import (
-    DIRECTIONS,
-    FUSED_CHANNELS,
-    MAX_STATES,
-    _autocast,
-    check_groups,
-    chunk_tokens,
-    saved_states,
-)
+from groupmamba_ext.directions import DIRECTIONS, direction_codes
+from groupmamba_ext.layouts import MAX_STATES
+from groupmamba_ext.ops.grouped_selective_scan import NO_STATES, channel_flops, check_groups
+from groupmamba_ext.registry import Op, call, call_backward, may_want_gradient
+
+NAME = "cross_selective_scan"
 
 
-def _slices(dim: int) -> list[int]:
-    """Channels of the launches that scan ``dim`` channels on CUDA: csrc/ops/cross_scan_cuda.cpp."""
-    count = -(-dim // FUSED_CHANNELS)
-    width = dim if count == 1 else -(-dim // count // 4) * 4
-    return [min(width, dim - first) for first in range(0, dim, width)]
+class CrossScanInputs(NamedTuple):
+    """The tensors of a cross scan, in the order of the compiled op's schema; shapes as in `cross_selective_scan` with
+    groups: u (batch, H, W, G, D), A (G, K, D, N) and so on."""
+
+    u: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None = None
+    dt_weight: Tensor | None = None
+    dt_bias: Tensor | None = None
 
 
-def saved_chunk(dim: int, device_type: str) -> int:
-    """Path tokens between two saved states; on CUDA those of the first slice."""
-    return chunk_tokens(dim if device_type == "cpu" else _slices(dim)[0], device_type)
-
-
-def saved_elements(u: Tensor, scans: int, states: int, chunk: int) -> int:
-    """Elements of the states that a forward saves for its backward, ``chunk`` tokens apart; on CUDA in the first
-    slice."""
-    batch, height, width, groups, dim = u.shape
-    kind = u.device.type
-    if kind == "cpu":
-        elements = saved_states(height, width, dim, kind, chunk) * dim
-    else:
-        elements = sum(saved_states(height, width, p, kind, chunk_tokens(p, kind)) * p for p in _slices(dim))
-    return batch * groups * scans * states * elements
+_TENSORS = len(CrossScanInputs._fields)
 
 
 def cross_selective_scan(
@@ -99,11 +90,11 @@ def cross_selective_scan(
         ValueError: a shape, device or value is wrong.
         RuntimeError: on a second derivative, or where the compiled library is missing.
     """
-    op = "cross_selective_scan"
+    op = NAME
     args = Arguments(op, "u", u, (4, 5), "(batch, H, W, D) or (batch, H, W, G, D)")
-    u, dt, B, C = _autocast(u, dt, B, C)
+    u, dt, B, C = autocast(u, dt, B, C)
     args.image = u
-    codes = args.directions(directions, None, DIRECTIONS)
+    codes = direction_codes(args.owner, directions, None)
     args.boolean("softplus", softplus)
     dim, count = u.shape[-1], len(codes)
     scans = (*u.shape[3:-1], count)  # (K,) or (G, K)
@@ -134,16 +125,91 @@ def cross_selective_scan(
         )
     check_groups(op, u, math.prod(scans), "groups times directions")
     if u.dim() == 5:
-        return _native_cross(u, dt, A, B, C, D, dt_weight, dt_bias, codes, softplus)
-    images = (t.unsqueeze(3) for t in (u, dt))
+        return _native(CrossScanInputs(u, dt, A, B, C, D, dt_weight, dt_bias), codes, softplus)
+    u, dt, B, C = (t.unsqueeze(3) for t in (u, dt, B, C))
     A, D, dt_weight, dt_bias = (None if t is None else t.unsqueeze(0) for t in (A, D, dt_weight, dt_bias))
-    B, C = B.unsqueeze(3), C.unsqueeze(3)
-    return _native_cross(*images, A, B, C, D, dt_weight, dt_bias, codes, softplus).squeeze(3)
+    return _native(CrossScanInputs(u, dt, A, B, C, D, dt_weight, dt_bias), codes, softplus).squeeze(3)
 
 
-def _native_cross(u, dt, A, B, C, D, dt_weight, dt_bias, codes, softplus) -> Tensor:
-    """With groups: u (batch, H, W, G, D), A (G, K, D, N)."""
-    tensors = (u, dt, A, B, C, D, dt_weight, dt_bias)
-    save_states = may_want_gradient(tensors)
-    y, _ = call("cross_selective_scan", *tensors, codes, softplus, saved_chunk(u.shape[-1], u.device.type), save_states)
+def _native(inputs: CrossScanInputs, codes: Sequence[int], softplus: bool) -> Tensor:
+    u = inputs.u
+    save_states = may_want_gradient(inputs)
+    y, _ = call(NAME, *inputs, codes, softplus, layouts.cross_chunk(u.shape[-1], u.device.type), save_states)
     return y
+
+
+# Fakes and gradient ------------------------------------------------------------------------
+
+
+def _check_path(u: Tensor, directions: Sequence[int], chunk: int) -> None:
+    kind = u.device.type
+    path_arguments(NAME, directions, chunk, layouts.cross_chunk(u.shape[4], kind) if kind == "cuda" else None)
+
+
+def _fake(*args):
+    inputs = CrossScanInputs(*args[:_TENSORS])
+    directions, _softplus, chunk, save_states = args[_TENSORS:]
+    u = inputs.u
+    same_device(NAME, inputs)
+    _check_path(u, directions, chunk)
+
+    def count() -> int:
+        return layouts.cross_saved_elements(u, len(directions), inputs.A.shape[3], chunk)
+
+    states = layouts.count_of(u, count) if save_states else 0
+    return layouts.empty_image(u), u.new_empty((states,), dtype=layouts.accumulate_dtype(u.dtype))
+
+
+def _backward_fake(dy, *args):
+    inputs = CrossScanInputs(*args[:_TENSORS])
+    states, directions, _softplus, chunk = args[_TENSORS:]
+    u = inputs.u
+    same_device(NAME, (dy, *inputs, states))
+    _check_path(u, directions, chunk)
+    others = (layouts.empty_absent(u) if t is None else layouts.empty_like(t) for t in inputs[1:])
+    return layouts.empty_image(u), *others
+
+
+def _setup(ctx, inputs, output):
+    *tensors, directions, softplus, chunk, save_states = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.scalars = (directions, softplus, chunk)
+    ctx.saved_states = save_states
+
+
+def _backward(ctx, dy, _dstates):
+    if dy is None:
+        return (None,) * (_TENSORS + 4)
+    if not ctx.saved_states:
+        raise RuntimeError(NO_STATES.format(NAME))
+    *tensors, states = ctx.saved_tensors
+    grads = call_backward(NAME, dy, *tensors, states, *ctx.scalars)
+    return (*(g if t is not None else None for g, t in zip(grads, tensors, strict=True)), None, None, None, None)
+
+
+# FLOPs -------------------------------------------------------------------------------------
+
+
+def cross_scan_flops(
+    u_shape: Sequence[int],
+    A_shape: Sequence[int],
+    D_shape: Sequence[int] | None = None,
+    dt_weight_shape: Sequence[int] | None = None,
+) -> int:
+    """Of one forward cross scan, from the shapes of its arguments: as many grouped scans as directions, and an addition
+    a direction but the first."""
+    count = A_shape[-3]
+    return math.prod(u_shape) * (count * channel_flops(A_shape, D_shape, dt_weight_shape) + count - 1)
+
+
+def _flops(u, dt, A, B, C, D=None, dt_weight=None, *args, out_shape=None, **kwargs) -> int:
+    return cross_scan_flops(u, A, D, dt_weight)
+
+
+def _backward_flops(dy, u, dt, A, B, C, D=None, dt_weight=None, *args, out_shape=None, **kwargs) -> int:
+    return 3 * cross_scan_flops(u, A, D, dt_weight)
+
+
+OP = Op(NAME, _fake, _setup, _backward, _backward_fake, _flops, _backward_flops)

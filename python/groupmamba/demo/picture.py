@@ -13,10 +13,10 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
+from groupmamba.demo.inspection import Picture
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from groupmamba.demo import Picture
 
 BACKGROUND, TEXT, FAINT = "#10141b", "#e8ecf2", "#8b96a5"
 COLOURS = ("#ffb84d", "#3fd0c0", "#ff6f91", "#74a9ff")
