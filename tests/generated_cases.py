@@ -83,7 +83,9 @@ def _well_conditioned(case: dict) -> None:
     if case["op"] == "depthwise_conv3x3" or case["op"] == "cross_selective_scan":
         return
     if case["op"] == "feed_forward" or case.get("variant") == "paper":
-        case["dim"] = max(case["dim"], 3)  # a norm of one channel has a gradient of 0, and torch's own rounds on the CPU
+        case["dim"] = max(
+            case["dim"], 3
+        )  # a norm of one channel has a gradient of 0, and torch's own rounds on the CPU
     if case["op"] in MODULES and case["dim"] * case["groups"] <= 2:
         case["groups"] = 3
     if case["dim"] == 2:
@@ -337,7 +339,9 @@ def _run(function, tensors: dict, wanted: list[str], given: list[torch.Tensor], 
         if layout is None:
             zero = sum(leaf.nan_to_num(0.0, 0.0, 0.0).sum() * 0 for leaf in asked)
             outputs = [o + zero for o in outputs]
-        grads = torch.autograd.grad(outputs, asked, placed, allow_unused=layout is None, materialize_grads=layout is None)
+        grads = torch.autograd.grad(
+            outputs, asked, placed, allow_unused=layout is None, materialize_grads=layout is None
+        )
         results |= {f"d{name}": g for name, g in zip(wanted, grads, strict=True)}
     return results
 
@@ -424,7 +428,9 @@ def _compare(case: dict, native, reference, tensors: dict, stored: dict) -> dict
         # chance.
         chance = 0.0
         if name.endswith("scale"):
-            sizes = [g.norm() * truth[o].norm() / math.sqrt(max(g.numel(), 1)) for g, o in zip(wide, truth, strict=False)]
+            sizes = [
+                g.norm() * truth[o].norm() / math.sqrt(max(g.numel(), 1)) for g, o in zip(wide, truth, strict=False)
+            ]
             chance = max(sizes).item() / tensors[name[1:]].abs().item()
         ratios[name] = _ratio(got, expected, [m[name] for m in movements], chance) if got.numel() else 0.0
         error = _relative(got, expected) if got.numel() else 0.0

@@ -52,7 +52,9 @@ def test_files_stay_what_they_were(tmp_path):
     path.write_bytes(data)
     loaded = safetensors.load_file(path)
     assert loaded.keys() == WEIGHTS.keys()
-    assert all(torch.equal(loaded[name], value) and loaded[name].dtype == value.dtype for name, value in WEIGHTS.items())
+    assert all(
+        torch.equal(loaded[name], value) and loaded[name].dtype == value.dtype for name, value in WEIGHTS.items()
+    )
     assert read_card(path) == CARD
     with safetensors.safe_open(path, framework="pt") as opened:
         metadata = opened.metadata()

@@ -418,7 +418,8 @@ SIZES = [(1, 1), (1, 2000), (2000, 1), (33, 65), (128, 31)]
 def test_images_of_any_size_in_one_batch_with_and_without_objects(tmp_path, masks):
     data = make_coco(tmp_path / "coco")
     more = {"data": str(data), "min_size": (64,), "max_size": 96, "no_masks": not masks, "device": "cpu",
-            "model_kwargs": {"depths": (1, 1, 1, 1), "dims": (16, 16, 32, 32), "stem_dim": 8}}  # fmt: skip
+            "model_kwargs": {"depths": (1, 1, 1, 1), "dims": (16, 16, 32, 32), "stem_dim": 8},
+            "detector_kwargs": {"rpn_post_nms_top_n_train": 20, "rpn_post_nms_top_n_test": 20}}  # fmt: skip
     task = Detection(options.complete(more, command=COMMAND), Processes(), torch.device("cpu"), Screen(False))
     model, _ = task.make_model(task.read(), True)
     rng = torch.Generator().manual_seed(0)

@@ -88,7 +88,11 @@ def test_wheel_holds_two_packages_and_nothing_else(wheel):
         names = {name for name in archive.namelist() if not name.endswith("/")}
         packages = {name for name in names if not name.startswith(info)}
         sources = {name for name in packages if not re.fullmatch(BUILT, name)}
-        expected = {name.removeprefix("python/") for name in committed() if re.match(r"(python/groupmamba|groupmamba_ext)/", name)}
+        expected = {
+            name.removeprefix("python/")
+            for name in committed()
+            if re.match(r"(python/groupmamba|groupmamba_ext)/", name)
+        }
         assert sources == expected
         assert len(packages) == len(sources) + 3, sorted(packages - sources)
         for name in sources:

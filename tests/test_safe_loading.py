@@ -197,6 +197,9 @@ def test_weights_that_were_saved_hold_no_code(tmp_path):
     """What is written here needs none of the doors: tensors and text."""
     model = small()
     model.save_pretrained(tmp_path)
-    assert sorted(path.suffix for path in tmp_path.iterdir()) in ([".json", ".safetensors"], [".json", ".md", ".safetensors"])
+    assert sorted(path.suffix for path in tmp_path.iterdir()) in (
+        [".json", ".safetensors"],
+        [".json", ".md", ".safetensors"],
+    )
     again = GroupMamba.from_pretrained(tmp_path)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())

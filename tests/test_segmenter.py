@@ -75,6 +75,13 @@ def test_validate_and_predict_follow_the_checkpoint(data, learned, tmp_path, cap
         assert command(*argv, *more) == 0
         other = float(re.search(r"miou ([\d.]+)%", capsys.readouterr().out)[1])
         assert other > 20
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    for names, status in ((["a", "b", "c"], 1), (["ground", "rectangle"], 1)):
+        (other / "classes.txt").write_text("\n".join(names))
+        assert command("validate", str(other), "--weights", str(learned), "--device", "cpu", "-j", "0") == status
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert f"names {len(names)} classes, {names[0]}" in line and "knows 3, ground, rectangle" in line
     out, image = tmp_path / "out.png", data / "images" / "validation" / "0.jpg"
     assert command("predict", str(image), "--weights", str(learned), "--device", "cpu", "--out", str(out)) == 0
     lines = capsys.readouterr().out.splitlines()

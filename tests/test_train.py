@@ -194,7 +194,7 @@ def test_weights_that_are_not_finite_are_no_checkpoint(data, tmp_path, capsys, m
     def spoiled(self, pieces):
         loss = original(self, pieces)
         with torch.no_grad():
-            self.raw.head.weight[0, 0] = float("inf")
+            self.model.head.weight[0, 0] = float("inf")
         return loss
 
     monkeypatch.setattr(step.Step, "body", spoiled)

@@ -215,7 +215,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
 FREE = frozenset((
     "workers", "validation_batch_size", "max_bad_images", "pin_mem", "device", "no_cuda_graph", "batch_size",
     "grad_accum_steps", "output", "resume", "config", "log_interval", "val_interval", "checkpoint_steps",
-    "checkpoint_hist", "data", "weights", "pretrained",
+    "checkpoint_hist", "data", "weights", "pretrained", "multi_scale", "window", "stride",
 ))
 # fmt: on
 

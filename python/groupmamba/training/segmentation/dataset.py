@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -168,13 +167,13 @@ def settle_classes(data: Path, training: LabelledImages, asked: int | None, say:
             raise CommandError(f"{training.root}: no pixel of the label images has a class")
         asked = highest + 1
         say(f"{asked} classes, by the highest label; --num-classes or DATA/classes.txt say otherwise")
-    return [f"class {i}" for i in range(asked)]
+    return unnamed(asked)
+
+
+def unnamed(count: int) -> list[str]:
+    """What so many classes are called that have no names."""
+    return [f"class {i}" for i in range(count)]
 
 
 def _highest(annotation: Path, reduce_zero_label: bool) -> int:
     return int(classes_of(read_labels(annotation), 0, reduce_zero_label).max(initial=IGNORE))
-
-
-def picture_tensor(path: Any) -> torch.Tensor:
-    """The image of a file, uint8 (3, H, W)."""
-    return F.pil_to_tensor(read_picture(path))

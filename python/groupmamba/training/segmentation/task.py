@@ -26,7 +26,9 @@ from groupmamba.training.segmentation.dataset import (
     TRAINING_NAMES,
     VALIDATION_NAMES,
     LabelledImages,
+    class_names,
     settle_classes,
+    unnamed,
 )
 from groupmamba.training.segmentation.inference import Testing, normalised, segment
 from groupmamba.training.segmentation.transforms import as_they_are, training_transform
@@ -72,12 +74,15 @@ class Segmentation(DenseTask):
         return Sources(training, validation)
 
     def read_validation(self, card: Card) -> Source:
-        validation = LabelledImages(Path(self.args.data), VALIDATION_NAMES, self.args.reduce_zero_label)
+        data = Path(self.args.data)
+        validation = LabelledImages(data, VALIDATION_NAMES, self.args.reduce_zero_label)
         assert card.classes is not None
-        named = settle_classes(Path(self.args.data), validation, card.num_classes, self.screen.say)
-        if named != card.classes and not named[0].startswith("class "):
-            other = next(name for name, theirs in zip(named, card.classes, strict=True) if name != theirs)
-            raise CommandError(f"{self.args.data} has a class that the checkpoint does not know: {other}")
+        named, nameless = class_names(data), card.classes == unnamed(card.num_classes)
+        if named is not None and (len(named) != card.num_classes or (named != card.classes and not nameless)):
+            raise CommandError(
+                f"{data} names {len(named)} classes, {', '.join(named[:3])}, ..., and the checkpoint knows "
+                f"{card.num_classes}, {', '.join(card.classes[:3])}, ..."
+            )
         validation.classes = card.classes
         return validation
 
