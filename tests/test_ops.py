@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The modules of `groupmamba_ext.ops` against the schemas of the compiled ops, and FLOPs of the ops of whole layers."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -8,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import groupmamba_ext as ext
 from groupmamba.layers.feed_forward import ConvFeedForward
+from groupmamba_ext.directions import Directions, direction_codes
 from groupmamba_ext.ops import OPS
 from groupmamba_ext.ops.cross_selective_scan import CrossScanInputs
 from groupmamba_ext.ops.feed_forward import FeedForwardParameters
@@ -50,6 +54,26 @@ def test_named_arguments_are_those_of_the_schema(name, before, fields, behind):
 def fake(mode, arguments):
     """These arguments on CUDA, without values."""
     return [mode.from_tensor(t).to("cuda") if isinstance(t, torch.Tensor) else t for t in arguments]
+
+
+def test_core_parameters_in_the_order_of_the_schema():
+    core = make(16).mamba
+    names = [name for name in LayerParameters._fields if name in core._parameters and name != "out_proj_weight"]
+    held = core.core_parameters()
+    assert len(held) == len(names) and all(t is getattr(core, name) for t, name in zip(held, names, strict=True))
+
+
+def test_directions_are_checked_once():
+    """What a layer holds is a tuple of names that ops take without a look at them, but for their number."""
+    held = make(16).mamba.directions
+    assert held == ("lr", "tb", "rl", "bt") and held.codes == (0, 2, 1, 3)
+    assert Directions.of(held, 4) is held
+    for twin in (copy.deepcopy(held), pickle.loads(pickle.dumps(held))):
+        assert type(twin) is Directions and twin == held and twin.codes == held.codes
+    with pytest.raises(ValueError, match=r"one direction a group \(2\), got \('lr', 'tb', 'rl', 'bt'\)"):
+        direction_codes("op: ", held, 2)
+    with pytest.raises(ValueError, match="got 'up'"):
+        direction_codes("op: ", ("lr", "up"), 2)
 
 
 def counted(call):
