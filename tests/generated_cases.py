@@ -6,8 +6,8 @@ widths), dtypes of images and parameters, how each tensor lies in memory, the si
 masked and which gradients are asked for; numbers come from its seed.
 
 The tolerance is measured for each case: how far the results of the reference move when every input, and the output's
-gradient, moves by one unit in its last place at random, and one unit in the last place of the result itself. A result
-may be off by `LIMIT` times that.
+gradient, moves by one unit in its last place at random; to that come one unit in the last place of the result, and as
+many roundings of the arithmetic as sum up at random over the image. A result may be off by `LIMIT` times that.
 """
 
 from __future__ import annotations
@@ -80,12 +80,15 @@ def cases(draw, name: str):
 def _well_conditioned(case: dict) -> None:
     """Norms are over 1 or at least 3 channels. Of two a norm makes about -1 and 1 whatever they are, and their gradient
     is what is left of numbers a thousand times as large; those stand in test_norms.py, with a larger eps."""
+    if case["op"] == "depthwise_conv3x3" and case["activation"] == "gelu" and "bias" in case["scales"]:
+        # 1 + erf of a channel that is far below 0 everywhere cancels, as in torch's own.
+        case["scales"]["bias"] = min(case["scales"]["bias"], 1.0)
     if case["op"] == "depthwise_conv3x3" or case["op"] == "cross_selective_scan":
         return
-    if case["op"] == "feed_forward" or case.get("variant") == "paper":
+    if case["op"] in ("feed_forward", "layer_norm_pool") or case.get("variant") == "paper":
         case["dim"] = max(
             case["dim"], 3
-        )  # a norm of one channel has a gradient of 0, and torch's own rounds on the CPU
+        )  # of one channel torch's own norm on the CPU makes not 0, but a rounding of it
     if case["op"] in MODULES and case["dim"] * case["groups"] <= 2:
         case["groups"] = 3
     if case["dim"] == 2:
@@ -356,10 +359,13 @@ def _norms(t: torch.Tensor) -> list[torch.Tensor]:
     return [s.sqrt() for s in sums]
 
 
-def _ratio(got: torch.Tensor, truth: torch.Tensor, movements: list[torch.Tensor], size: float = 0.0) -> float:
+def _ratio(
+    got: torch.Tensor, truth: torch.Tensor, movements: list[torch.Tensor], tokens: int, size: float = 0.0
+) -> float:
     """The largest error in units of the case's own tolerance, over the norms of `_norms`.
 
     Args:
+        tokens: of an image, how many steps a scan takes and how many terms a sum has.
         size: of the numbers that were added up to ``got``, where that is larger than ``got``.
     """
     info = torch.finfo(got.dtype)
@@ -371,14 +377,15 @@ def _ratio(got: torch.Tensor, truth: torch.Tensor, movements: list[torch.Tensor]
     difference = torch.where(fits, got - truth, 0.0)
     truth = torch.where(fits, truth, 0.0)
     movements = [torch.where(fits, m, 0.0) for m in movements]
-    # Below the smallest normal number the unit in the last place no longer shrinks; kernels that compute in float32
-    # may lose what is far below the largest of the numbers that they add.
+    # Below the smallest normal number the unit in the last place no longer shrinks.
     tiny = info.smallest_normal * info.eps
+    # The result's own rounding, and that of states and sums, one after the other in float32 or float64.
+    rounding = info.eps + math.sqrt(tokens) * min(info.eps, torch.finfo(torch.float32).eps)
     worst = 0.0
     for error, norm, *moved in zip(_norms(difference), _norms(truth), *map(_norms, movements), strict=True):
         count = max(truth.numel() // max(len(error), 1), 1)
         movement = torch.stack(moved).square().mean(0).sqrt()
-        scale = movement + info.eps * norm.clamp(min=size) + tiny * math.sqrt(count)
+        scale = movement + rounding * norm.clamp(min=size) + tiny * math.sqrt(count)
         worst = max(worst, (error / scale).max().item() if len(error) else 0.0)
     return worst
 
@@ -432,7 +439,8 @@ def _compare(case: dict, native, reference, tensors: dict, stored: dict) -> dict
                 g.norm() * truth[o].norm() / math.sqrt(max(g.numel(), 1)) for g, o in zip(wide, truth, strict=False)
             ]
             chance = max(sizes).item() / tensors[name[1:]].abs().item()
-        ratios[name] = _ratio(got, expected, [m[name] for m in movements], chance) if got.numel() else 0.0
+        moved, tokens = [m[name] for m in movements], case["height"] * case["width"]
+        ratios[name] = _ratio(got, expected, moved, tokens, chance) if got.numel() else 0.0
         error = _relative(got, expected) if got.numel() else 0.0
         assert ratios[name] <= limit, (
             f"{name} is off by {ratios[name]:.3g} times what one unit in the last place of the inputs moves (allowed: "

@@ -42,8 +42,8 @@ def note(case, device, ratios):
 
 def summary(config) -> str:
     """A Markdown table of all cases so far, and the replays of failures."""
-    lines = [f"seed {fuzz_seed(config)}; errors in units of each case's own tolerance, of which "
-             f"{generated_cases.LIMIT:g} (ops) and {generated_cases.MODULE_LIMIT:g} (modules) are allowed", ""]  # fmt: skip
+    allowed = f"{generated_cases.LIMIT:g} (ops) and {generated_cases.MODULE_LIMIT:g} (modules) are allowed"
+    lines = [f"seed {fuzz_seed(config)}; errors in units of each case's own tolerance, of which {allowed}", ""]
     lines += ["| device | op | dtype | cases | worst | of |", "|---|---|---|---|---|---|"]
     total: dict[str, int] = defaultdict(int)
     for (device, op), kept in sorted(WORST.items()):
@@ -64,11 +64,11 @@ def fuzz_seed(config) -> int:
 def check(case, device):
     try:
         note(case, device, generated_cases.check(case, device))
-    except Exception:
-        # The last one is what hypothesis made of it, as small as it found.
+    except Exception as error:
+        # The last one is what hypothesis made of it, as small as it found. It would keep all tensors of all of them.
         line = f"pytest tests/test_generated.py -k {device}-{case['op']} --case '{json.dumps(case)}'"
         REPLAYS[device, case["op"]] = line
-        raise
+        raise AssertionError(f"{type(error).__name__}: {error}\nreplay: {line}") from None
 
 
 @pytest.fixture(autouse=True)

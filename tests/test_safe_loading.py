@@ -161,8 +161,8 @@ def test_a_configuration_is_data(tmp_path, capsys):
 OFFLINE = """
 import sys
 def hook(event, args):
-    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "urllib.Request", "http.client.connect",
-                 "ftplib.connect", "os.system"):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "urllib.Request",
+                 "http.client.connect", "ftplib.connect", "os.system"):
         raise SystemExit(f"{event} {args}")
 sys.addaudithook(hook)
 import importlib, pkgutil
