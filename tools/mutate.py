@@ -91,7 +91,7 @@ CPP_TOKEN = re.compile(
     r"//.*|/\*.*?\*/|\"(?:\\.|[^\"\\])*\"|'(?:\\.|[^'\\])*'|[A-Za-z_]\w*|\d[\w.]*|"
     r"<<=|>>=|<=|>=|==|!=|&&|\|\||<<|>>|->|\+\+|--|[-+*/%]=|::|\S"
 )
-# Lines without a place: preprocessor, templates and declarations (whose < and * are no operators), assertions, messages.
+# Lines without a place: preprocessor, templates, declarations (whose < and * are no operators), assertions, messages.
 CPP_NO_PLACE = re.compile(
     r"^\s*(#|//|\*|using |namespace |template|static_assert|struct |class |friend |typedef |extern |GM_CHECK|STD_TORCH|"
     r"check\w*\(|m\.|asm|\")|__launch_bounds__|static_cast<[^>]*$|std::to_string|reinterpret_cast"
@@ -139,9 +139,7 @@ def python_places(text: str) -> Iterator[tuple[int, int, int, str]]:
                 if token.string != "-":
                     continue  # unpacking
                 replacement = ""
-            elif token.string == "or" and "import" in line:
-                continue
-            elif token.string in ("|",):
+            elif token.string == "or" and "import" in line or token.string in ("|",):
                 continue
             elif token.string == "not" and tokens[i + 1].string == "in":
                 replacement = ""
@@ -305,7 +303,7 @@ def run_tests(root: Path, mutant: Mutant) -> str:
     stages = [first, [name for name in EVERY if name not in first]]
     stop = time.monotonic() + SECONDS
     for names in stages:
-        paths = [str(root / "tests" / name) for name in names if (root / "tests" / name).exists()]
+        paths = [str(path) for name in names for path in sorted((root / "tests").rglob(name))]
         select = ["-m", "cuda"] if mutant.kind == "cuda" else []
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", *select, *paths]
         try:
