@@ -150,13 +150,13 @@ def test_first_backward_of_a_process():
     """Autograd's thread meets the driver for the first time in the backward."""
     program = (
         "import torch, groupmamba_ext as ext\n"
-        "from scan_tools import inputs\n"
+        "from support.scan import inputs\n"
         "tensors = inputs('cuda', torch.bfloat16, h=8, w=8)\n"
         "tensors['u'].requires_grad_()\n"
         "ext.grouped_selective_scan(**tensors).backward(torch.ones_like(tensors['u']))\n"
         "torch.cuda.synchronize()"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parent)
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[1])
 
 
 @pytest.mark.cuda
