@@ -11,20 +11,24 @@ import time
 import torch
 
 import groupmamba_ext as ext
-from common import group_major, padded_channels
 from groupmamba import GroupedMamba2d
 from groupmamba.layers.drop_path import DropPathMask
 from groupmamba_ext.ops.batch_norm_fold import batch_norm_fold
 from groupmamba_ext.ops.batch_norm_relu import batch_norm_relu
 from groupmamba_ext.ops.token_norm import token_norm
-from scan_tools import IMAGES
-from scan_tools import inputs as scan_inputs
-from test_batch_norm import convolution
-from test_batch_norm import inputs as norm_inputs
-from test_conv import inputs as conv_inputs
-from test_cross_scan import inputs as cross_inputs
-from test_feed_forward import ONE_KERNEL, feed_forward
-from test_norms import modulated_inputs, pool_inputs
+from support.common import group_major, padded_channels
+from support.inputs import (
+    ONE_KERNEL,
+    conv_inputs,
+    convolution,
+    cross_inputs,
+    feed_forward,
+    modulated_inputs,
+    pool_inputs,
+)
+from support.inputs import batch_norm_inputs as norm_inputs
+from support.scan import IMAGES
+from support.scan import inputs as scan_inputs
 
 SCANS = [  # dim, rank, states, h, w: the portable kernels, aligned and not
     (3, 1, 1, 5, 7), (16, None, 1, 9, 11), (87, 6, 2, 7, 9), (20, 2, 3, 11, 13), (128, 8, 2, 6, 9), (3, 1, 1, 43, 43),

@@ -302,7 +302,7 @@ def run_tests(root: Path, mutant: Mutant) -> str:
     stages = [first, [name for name in EVERY if name not in first]]
     stop = time.monotonic() + SECONDS
     for names in stages:
-        paths = [str(root / "tests" / name) for name in names if (root / "tests" / name).exists()]
+        paths = [str(path) for name in names for path in sorted((root / "tests").rglob(name))]
         select = ["-m", "cuda"] if mutant.kind == "cuda" else []
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", *select, *paths]
         try:

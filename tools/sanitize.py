@@ -130,7 +130,7 @@ def run_cpu(options: argparse.Namespace) -> int:
     print(f"built in {time.monotonic() - start:.0f} s", flush=True)
     check_canary(folder, environment)
     subprocess.run([sys.executable, "-c", CHECK_LIBRARY, str(prefix)], env=environment, check=True, cwd=folder)
-    tests = [str(ROOT / "tests" / name) for name in CPU_TESTS if (ROOT / "tests" / name).exists()]
+    tests = [str(path) for name in CPU_TESTS for path in sorted((ROOT / "tests").rglob(name))]
     arguments = options.pytest or ["-q", "-x", "-p", "no:cacheprovider", "-k", CPU_LEFT_OUT]
     failed = []
     for capability in options.capability.split(","):

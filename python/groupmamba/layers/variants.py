@@ -287,7 +287,7 @@ def _one_op(layer: nn.Module, x: Tensor, residual: bool, drop_path: DropPathMask
     if affinity is not None:
         inner = affinity._modules
         fc = (*affine(inner["fc1"]), *affine(inner["fc2"]))
-    merge = (mamba._parameters.get("out_proj_weight"), layer.skip_scale)
+    merge = (mamba._parameters.get("out_proj_weight"), layer._parameters.get("skip_scale"))
     held = (*affine(norm), *fc, *mamba.core_parameters(), *merge, *affine(modules["proj"]))
     return grouped_mamba_layer(
         x, LayerParameters(*held), path=layer._scan_path, eps=norm.eps, residual=residual, drop_path=drop_path
