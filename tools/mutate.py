@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import io
 import json
 import lzma
@@ -243,7 +244,8 @@ EVERY = (
     "test_bitwise.py", "test_hard_use.py", "test_forward_mode.py", "test_tracing.py", "test_transforms.py",
     "test_models.py",
 )  # fmt: skip
-SECONDS = 1500  # for all tests of one mutant; the unchanged tree takes a fraction
+LIBRARY, UNCHANGED = "groupmamba_ext/libgroupmamba.so", "groupmamba_ext/libgroupmamba.unchanged"
+SECONDS = 900  # for all tests of one mutant; the unchanged tree takes a fraction
 
 
 def copy_of_tree(root: Path) -> None:
@@ -291,36 +293,29 @@ def first_tests(name: str) -> list[str]:
     return ["test_ops.py", "test_bad_arguments.py", "test_generated.py"]
 
 
+def pytest(root: Path, arguments: list[str], seconds: float) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "python")])}
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=seconds)
+
+
 def run_tests(root: Path, mutant: Mutant) -> str:
-    """The name of the test that failed, "crash", "endless", or "" where all passed."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(root), str(root / "python")]),
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
+    """The test that failed, "crash" or "endless", or "" where all passed."""
     first = first_tests(mutant.file)
-    stages = [first, [name for name in EVERY if name not in first]]
     stop = time.monotonic() + SECONDS
-    for names in stages:
+    for names in (first, [name for name in EVERY if name not in first]):
         paths = [str(path) for name in names for path in sorted((root / "tests").rglob(name))]
         select = ["-m", "cuda"] if mutant.kind == "cuda" else []
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", *select, *paths]
         try:
-            done = subprocess.run(
-                command,
-                cwd=root,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=max(stop - time.monotonic(), 1),
-            )
+            done = pytest(root, ["-x", "-q", "--tb=no", *select, *paths], max(stop - time.monotonic(), 1))
         except subprocess.TimeoutExpired:
             return "endless"
         if done.returncode == 5:  # nothing collected
             continue
         if done.returncode != 0:
             failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
-            return failed[1].replace(f"{root}/", "") if failed else f"crash ({done.returncode})"
+            return failed[1] if failed else f"crash ({done.returncode})"
     return ""
 
 
@@ -336,6 +331,7 @@ def run(options: argparse.Namespace) -> int:
     libraries = Path(options.libraries) if options.libraries else None
     if libraries is None and not build(root, "cuda" in kinds):
         raise SystemExit("mutate: the unchanged tree does not compile")
+    shutil.copyfile(root / LIBRARY, root / UNCHANGED)
     left = 0
     for mutant in mutants:
         if mutant.key in results and not (options.again and results[mutant.key]["verdict"] == "survived"):
@@ -349,6 +345,8 @@ def run(options: argparse.Namespace) -> int:
             verdict, by = judge(root, mutant, libraries)
         finally:
             mutant.undo(root)
+        if verdict == "killed" and by.startswith("tests/"):
+            check_unchanged(root, by)
         seconds = time.monotonic() - began
         results[mutant.key] = {**asdict(mutant), "verdict": verdict, "by": by, "seconds": round(seconds)}
         report.write_text(json.dumps(results, indent=1))
@@ -361,6 +359,17 @@ def run(options: argparse.Namespace) -> int:
     for mutant in bad:
         print(f"\nsurvived: {mutant.file}:{mutant.number}\n-{mutant.line}\n+{mutant.mutated}")
     return 1 if bad else 2 if left else 0
+
+
+@functools.cache
+def check_unchanged(root: Path, test: str) -> None:
+    """SystemExit where ``test`` fails on the unchanged tree too, and so says nothing."""
+    mutated = (root / LIBRARY).read_bytes()
+    shutil.copyfile(root / UNCHANGED, root / LIBRARY)
+    done = pytest(root, ["-q", "--tb=short", str(root / test)], SECONDS)
+    (root / LIBRARY).write_bytes(mutated)
+    if done.returncode != 0:
+        raise SystemExit(f"mutate: {test} fails on the unchanged tree\n{done.stdout}")
 
 
 def judge(root: Path, mutant: Mutant, libraries: Path | None) -> tuple[str, str]:
