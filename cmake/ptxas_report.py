@@ -85,7 +85,7 @@ def table(json_path: str, header_path: str, objects: list[str]) -> None:
     print("CUDA kernels built:\n" + "\n".join(lines))
     spilling = [kernel for kernel in kernels if kernel["spill_bytes"]]
     if spilling:
-        print(f"!!! {len(spilling)} KERNELS SPILL REGISTERS, which costs speed (on sm_90 tests/test_build.py fails):")
+        print(f"!!! {len(spilling)} KERNELS SPILL REGISTERS, which costs speed (on sm_90 test_build.py fails):")
         for kernel in spilling:
             print(f"!!!   sm_{kernel['arch']}  {kernel['spill_bytes']:>6} bytes  {kernel['name']}")
     sys.stdout.flush()

@@ -9,7 +9,7 @@ import torch
 
 
 def pytest_addoption(parser):
-    group = parser.getgroup("generated cases", "tests/test_generated.py")
+    group = parser.getgroup("generated cases", "tests/ops/test_generated.py")
     group.addoption("--fuzz", type=int, metavar="N", help="so many new cases on each device, in place of the same 210")
     group.addoption("--fuzz-seed", type=int, metavar="S", help="of --fuzz; by default a new one, which is printed")
     group.addoption("--case", metavar="JSON", help="replay the case of a failure")

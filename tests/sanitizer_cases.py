@@ -1,29 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every CUDA kernel once, forward and backward, on small ragged shapes, without a reference: for the sanitizers.
 
-PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/sanitizer_cases.py
-compute-sanitizer --tool racecheck python tests/sanitizer_cases.py
+`python tools/sanitize.py gpu` runs it in slices under each of them.
 """
 
+import argparse
 import functools
+import time
 
 import torch
 
 import groupmamba_ext as ext
-from common import group_major, padded_channels
 from groupmamba import GroupedMamba2d
 from groupmamba.layers.drop_path import DropPathMask
 from groupmamba_ext.ops.batch_norm_fold import batch_norm_fold
 from groupmamba_ext.ops.batch_norm_relu import batch_norm_relu
 from groupmamba_ext.ops.token_norm import token_norm
-from scan_tools import IMAGES
-from scan_tools import inputs as scan_inputs
-from test_batch_norm import convolution
-from test_batch_norm import inputs as norm_inputs
-from test_conv import inputs as conv_inputs
-from test_cross_scan import inputs as cross_inputs
-from test_feed_forward import ONE_KERNEL, feed_forward
-from test_norms import modulated_inputs, pool_inputs
+from support.common import group_major, padded_channels
+from support.inputs import (
+    ONE_KERNEL,
+    conv_inputs,
+    convolution,
+    cross_inputs,
+    feed_forward,
+    modulated_inputs,
+    pool_inputs,
+)
+from support.inputs import batch_norm_inputs as norm_inputs
+from support.scan import IMAGES
+from support.scan import inputs as scan_inputs
 
 SCANS = [  # dim, rank, states, h, w: the portable kernels, aligned and not
     (3, 1, 1, 5, 7), (16, None, 1, 9, 11), (87, 6, 2, 7, 9), (20, 2, 3, 11, 13), (128, 8, 2, 6, 9), (3, 1, 1, 43, 43),
@@ -78,52 +83,97 @@ def run(function, tensors: dict, **options) -> None:
     torch.cuda.synchronize()
 
 
-def main() -> None:
-    for dtype in (torch.bfloat16, torch.float32):
-        for dim, rank, states, h, w in SCANS:
-            for layout in (None, group_major, padded_channels):
-                tensors = scan_inputs("cuda", dtype, batch=1, h=h, w=w, dim=dim, n=states, rank=rank)
-                if layout is not None:
-                    tensors = {k: layout(v) if k in IMAGES else v for k, v in tensors.items()}
-                run(ext.grouped_selective_scan, tensors)
-        for dim, rank, states, h, w in MANY_IMAGES:
-            run(
-                ext.grouped_selective_scan,
-                scan_inputs("cuda", dtype, batch=128, h=h, w=w, dim=dim, n=states, rank=rank),
+def cases(dtype: torch.dtype):
+    """(name, call) of each case for images of one dtype."""
+    name = str(dtype).removeprefix("torch.")
+    for shape in SCANS:
+        for layout in (None, group_major, padded_channels):
+            yield (
+                f"scan {shape} {name} {layout.__name__ if layout else ''}",
+                functools.partial(scan, dtype, layout, *shape),
             )
-        for dim, rank, states, h, w in CROSS:
-            tensors = cross_inputs("cuda", dtype, batch=1, h=h, w=w, dim=dim, n=states, rank=rank)
-            run(ext.cross_selective_scan, tensors)
-            run(ext.cross_selective_scan, {k: padded_channels(v) if k in IMAGES else v for k, v in tensors.items()})
-        for channels, h, w in ((1, 3, 5), (16, 7, 7), (87, 14, 9), (130, 5, 33)):
-            for activation in (None, "silu", "gelu"):
-                tensors = conv_inputs("cuda", dtype, groups=3, channels=channels, h=h, w=w)
-                run(ext.depthwise_conv3x3, tensors, activation=activation)
-                tensors["x"] = group_major(tensors["x"])
-                run(ext.depthwise_conv3x3, tensors, activation=activation)
-        for groups, dim in ((1, 5), (4, 16), (4, 87), (4, 112), (3, 400), (4, 513)):
-            run(ext.layer_norm_pool, pool_inputs("cuda", dtype, channels=groups * dim))
-            tensors = modulated_inputs("cuda", dtype, groups=groups, dim=dim)
-            run(ext.modulated_layer_norm, tensors)
-            tensors["o"] = group_major(tensors["o"])
-            run(ext.modulated_layer_norm, tensors)
-        for channels in (5, 96, 512):
-            x, x_bias = torch.randn(2, 3, 7, channels, device="cuda").to(dtype), torch.randn(channels, device="cuda")
-            weight, bias = torch.randn(2, channels, device="cuda").unbind()
-            tensors = {"x": x, "weight": weight, "bias": bias, "x_bias": x_bias}
-            run(functools.partial(token_norm, eps=1e-5), tensors)
-        for batch, channels, h, w in ((2, 8, 1, 1), (2, 32, 19, 21), (1, 264, 5, 7), (1, 2048, 3, 2)):
-            run(lambda **t: batch_norm_relu(**t, eps=1e-5)[0], norm_inputs(batch, channels, h, w, dtype))
-            _, weight, norm = convolution(channels, 3, 3, dtype, torch.float32, torch.channels_last)
-            for blocks in (False, True):
-                batch_norm_fold(weight.to(dtype), weight, norm, 1e-5, blocks=blocks)
-        for dim, h, w in LAYERS + (MANY_TOKENS if dtype == torch.bfloat16 else []):
-            run_layers(dtype, dim, h, w)
-        wide = GroupedMamba2d(1280, expand=0.25).to("cuda", dtype)  # shared planes behind a norm of rows in memory
-        run(wide, {"x": torch.randn(1, 1280, 30, 30, device="cuda").to(dtype)})
-        for case in ONE_KERNEL:
-            run_feed_forward(dtype, *case)
-    print("all kernels ran")
+    for shape in MANY_IMAGES:
+        yield f"scan of many images {shape} {name}", functools.partial(scan, dtype, None, *shape, batch=128)
+    for shape in CROSS:
+        yield f"cross scan {shape} {name}", functools.partial(cross_scan, dtype, *shape)
+    for channels, h, w in ((1, 3, 5), (16, 7, 7), (87, 14, 9), (130, 5, 33)):
+        yield f"convolution {channels, h, w} {name}", functools.partial(convolutions, dtype, channels, h, w)
+    for groups, dim in ((1, 5), (4, 16), (4, 87), (4, 112), (3, 400), (4, 513)):
+        yield f"norms {groups, dim} {name}", functools.partial(norms, dtype, groups, dim)
+    for channels in (5, 96, 512):
+        yield f"token norm {channels} {name}", functools.partial(token_norms, dtype, channels)
+    for shape in ((2, 8, 1, 1), (2, 32, 19, 21), (1, 264, 5, 7), (1, 2048, 3, 2)):
+        yield f"batch norm {shape} {name}", functools.partial(batch_norm, dtype, *shape)
+    for shape in LAYERS + (MANY_TOKENS if dtype == torch.bfloat16 else []):
+        yield f"layers {shape} {name}", functools.partial(run_layers, dtype, *shape)
+    yield f"wide layer {name}", functools.partial(wide_layer, dtype)
+    for case in ONE_KERNEL:
+        yield f"feed-forward {case} {name}", functools.partial(run_feed_forward, dtype, *case)
+
+
+def scan(dtype, layout, dim, rank, states, h, w, batch=1) -> None:
+    tensors = scan_inputs("cuda", dtype, batch=batch, h=h, w=w, dim=dim, n=states, rank=rank)
+    if layout is not None:
+        tensors = {k: layout(v) if k in IMAGES else v for k, v in tensors.items()}
+    run(ext.grouped_selective_scan, tensors)
+
+
+def cross_scan(dtype, dim, rank, states, h, w) -> None:
+    tensors = cross_inputs("cuda", dtype, batch=1, h=h, w=w, dim=dim, n=states, rank=rank)
+    run(ext.cross_selective_scan, tensors)
+    run(ext.cross_selective_scan, {k: padded_channels(v) if k in IMAGES else v for k, v in tensors.items()})
+
+
+def convolutions(dtype, channels, h, w) -> None:
+    for activation in (None, "silu", "gelu"):
+        tensors = conv_inputs("cuda", dtype, groups=3, channels=channels, h=h, w=w)
+        run(ext.depthwise_conv3x3, tensors, activation=activation)
+        tensors["x"] = group_major(tensors["x"])
+        run(ext.depthwise_conv3x3, tensors, activation=activation)
+
+
+def norms(dtype, groups, dim) -> None:
+    run(ext.layer_norm_pool, pool_inputs("cuda", dtype, channels=groups * dim))
+    tensors = modulated_inputs("cuda", dtype, groups=groups, dim=dim)
+    run(ext.modulated_layer_norm, tensors)
+    tensors["o"] = group_major(tensors["o"])
+    run(ext.modulated_layer_norm, tensors)
+
+
+def token_norms(dtype, channels) -> None:
+    x, x_bias = torch.randn(2, 3, 7, channels, device="cuda").to(dtype), torch.randn(channels, device="cuda")
+    weight, bias = torch.randn(2, channels, device="cuda").unbind()
+    tensors = {"x": x, "weight": weight, "bias": bias, "x_bias": x_bias}
+    run(functools.partial(token_norm, eps=1e-5), tensors)
+
+
+def batch_norm(dtype, batch, channels, h, w) -> None:
+    run(lambda **t: batch_norm_relu(**t, eps=1e-5)[0], norm_inputs(batch, channels, h, w, dtype))
+    _, weight, norm = convolution(channels, 3, 3, dtype, torch.float32, torch.channels_last)
+    for blocks in (False, True):
+        batch_norm_fold(weight.to(dtype), weight, norm, 1e-5, blocks=blocks)
+
+
+def wide_layer(dtype) -> None:
+    """Shared planes behind a norm of rows in memory."""
+    layer = GroupedMamba2d(1280, expand=0.25).to("cuda", dtype)
+    run(layer, {"x": torch.randn(1, 1280, 30, 30, device="cuda").to(dtype)})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--first", type=int, default=0, help="the case to begin with")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="none begins after so long")
+    options = parser.parse_args()
+    found = [case for dtype in (torch.bfloat16, torch.float32) for case in cases(dtype)]
+    start, number = time.monotonic(), options.first
+    while number < len(found) and (number == options.first or time.monotonic() - start < options.seconds):
+        name, call = found[number]
+        print(f"case {number}: {name}", flush=True)
+        torch.manual_seed(number)  # the same numbers, wherever a slice begins
+        call()
+        number += 1
+    print(f"ran cases {options.first} to {number} of {len(found)}")
 
 
 if __name__ == "__main__":

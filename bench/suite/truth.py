@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ground truth for the scans at any size: the recurrence in two levels, sqrt(L) steps of Python instead of L.
 
-`groupmamba_ext.reference` walks the tokens one by one, which at a million tokens takes minutes; `tests/test_bench.py`
+`groupmamba_ext.reference` walks the tokens one by one, which at a million tokens takes minutes; a test of the benchmark
 compares the two. Written from the equations, with flips and transposes, differentiable, in the dtype of its inputs.
 """
 

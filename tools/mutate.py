@@ -1,0 +1,446 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Mutation testing: one-line faults in kernels, ops and layers, each of which the tests must notice.
+
+    python tools/mutate.py list                       the mutants of this tree, drawn from SEED
+    python tools/mutate.py run --kinds cpu,python     applies each to a copy of the tree, builds, runs the tests
+    python tools/mutate.py build --libraries DIR      builds the CUDA mutants, for a machine with a GPU
+    python tools/mutate.py run --kinds cuda --libraries DIR
+
+A mutant is drawn as a file, uniformly among the files of its kind, then a place in it, uniformly: an operator for its
+neighbour, a constant one up, a comparison at its edge, a condition turned round. Comments, strings, declarations of
+types and assertions hold no place. The list depends on the sources and SEED alone; nothing that was drawn is dropped.
+
+Results are kept in --report, a JSON file; the same command goes on from it. Verdicts: "killed" by the first test that
+fails (or a crash, or an endless loop), "compiler" where it does not compile, "survived" otherwise. Survivors that no
+test can tell from the original stand in EQUIVALENT with the reason.
+
+Exit status: 0 where none survived that is not in EQUIVALENT, 1 where some did, 2 where mutants are left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import io
+import json
+import lzma
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tokenize
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SEED = 13772
+COUNTS = {"python": 26, "cpu": 20, "cuda": 16}
+FILES = {
+    "python": ("groupmamba_ext/ops/*.py", "groupmamba_ext/*.py", "python/groupmamba/layers/*.py"),
+    "cpu": ("csrc/cpu/*", "csrc/ops/*_cpu.cpp"),
+    "cuda": ("csrc/cuda/**/*", "csrc/ops/*_cuda.cpp", "csrc/ops/layer/*", "csrc/host/*"),
+}
+# No kernels, ops or layers: loading, command lines, versions, the reference (which is the truth), launch tables.
+LEFT_OUT = re.compile(r"__init__|_version|_command|_load|_explain|selftest|reference|\.md$|\.svg$|launch\.h$|args\.h$")
+# (file, line, mutated line): why no test can tell.
+EQUIVALENT: dict[tuple[str, str, str], str] = {}
+
+
+@dataclass
+class Mutant:
+    """A file with another line in place of one of its own."""
+
+    kind: str
+    file: str
+    number: int  # of the line, from 1
+    line: str
+    mutated: str
+    what: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.file}:{self.number}: {self.what}"
+
+    def apply(self, root: Path) -> None:
+        path = root / self.file
+        lines = path.read_text().splitlines(keepends=True)
+        assert lines[self.number - 1].rstrip("\n") == self.line, f"{self.file} is another than was drawn from"
+        lines[self.number - 1] = self.mutated + "\n"
+        path.write_text("".join(lines))
+
+    def undo(self, root: Path) -> None:
+        shutil.copyfile(ROOT / self.file, root / self.file)
+
+
+# what is drawn ------------------------------------------------------------------------------------
+
+SWAPS = {
+    "+": "-", "-": "+", "*": "/", "/": "*", "//": "*", "%": "*", "<": "<=", "<=": "<", ">": ">=", ">=": ">",
+    "==": "!=", "!=": "==", "+=": "-=", "-=": "+=", "*=": "+=", "&&": "||", "||": "&&", "<<": ">>", ">>": "<<",
+    "and": "or", "or": "and", "min": "max", "max": "min", "true": "false", "false": "true", "True": "False",
+    "False": "True", "not": "", "!": "", "is": "is not", "any": "all", "all": "any",
+}  # fmt: skip
+NUMBER = re.compile(r"\d+|\d*\.\d+f?|\d+\.\d*f?|\de-\d+f?")
+CPP_TOKEN = re.compile(
+    r"//.*|/\*.*?\*/|\"(?:\\.|[^\"\\])*\"|'(?:\\.|[^'\\])*'|[A-Za-z_]\w*|\d[\w.]*|"
+    r"<<=|>>=|<=|>=|==|!=|&&|\|\||<<|>>|->|\+\+|--|[-+*/%]=|::|\S"
+)
+# Lines without a place: preprocessor, templates, declarations (whose < and * are no operators), assertions, messages.
+CPP_NO_PLACE = re.compile(
+    r"^\s*(#|//|\*|using |namespace |template|static_assert|struct |class |friend |typedef |extern |GM_CHECK|STD_TORCH|"
+    r"check\w*\(|m\.|asm|\")|__launch_bounds__|static_cast<[^>]*$|std::to_string|reinterpret_cast"
+)
+PYTHON_NO_PLACE = re.compile(r"^\s*(import |from |@|raise |assert |class |def .*:$|\)? *->|__all__|warnings)")
+
+
+def mutate_number(text: str) -> str | None:
+    """The next number, in the form of this one."""
+    suffix = text[-1] if text[-1] in "fuUlL" and not text.startswith("0x") else ""
+    body = text.removesuffix(suffix)
+    if re.fullmatch(r"\d+", body):
+        return f"{int(body) + 1}{suffix}"
+    try:
+        return f"{2 * float(body)!r}{suffix}" if float(body) else f"1.0{suffix}"
+    except ValueError:
+        return None
+
+
+def python_places(text: str) -> Iterator[tuple[int, int, int, str]]:
+    """(line, column, end, replacement) of each place of a Python file."""
+    lines = text.splitlines()
+    tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
+    depth_def = 0  # inside the parentheses of a signature: annotations and defaults
+    in_def = False
+    for i, token in enumerate(tokens):
+        if token.type == tokenize.NAME and token.string == "def":
+            in_def, depth_def = True, 0
+        if in_def and token.type == tokenize.OP:
+            depth_def += token.string in "([{"
+            depth_def -= token.string in ")]}"
+            if token.string == ":" and depth_def == 0:
+                in_def = False
+        line = lines[token.start[0] - 1] if token.start[0] <= len(lines) else ""
+        if in_def or token.start[0] != token.end[0] or PYTHON_NO_PLACE.match(line):
+            continue
+        if re.match(r"^\s*\w+(\.\w+)*: [A-Z]?\w+", line) and "=" not in line:
+            continue  # an annotation
+        before = tokens[i - 1].string if i else ""
+        replacement = None
+        if token.type == tokenize.OP or (token.type == tokenize.NAME and token.string in SWAPS):
+            if token.string in ("-", "+", "*") and (
+                before in "=([,:{" or before in ("return", "in", "else", "*", "**", "if")
+            ):
+                if token.string != "-":
+                    continue  # unpacking
+                replacement = ""
+            elif token.string == "or" and "import" in line or token.string in ("|",):
+                continue
+            elif token.string == "not" and tokens[i + 1].string == "in":
+                replacement = ""
+            elif token.string == "is" and tokens[i + 1].string == "not":
+                continue  # "not" itself is a place
+            else:
+                replacement = SWAPS.get(token.string)
+        elif token.type == tokenize.NUMBER and NUMBER.fullmatch(token.string):
+            replacement = mutate_number(token.string)
+        if replacement is not None:
+            yield token.start[0], token.start[1], token.end[1], replacement
+
+
+def cpp_places(text: str) -> Iterator[tuple[int, int, int, str]]:
+    """The same of a C++ or CUDA file."""
+    in_comment = False
+    for number, line in enumerate(text.splitlines(), 1):
+        if in_comment or line.lstrip().startswith("/*"):
+            in_comment = "*/" not in line
+            continue
+        if CPP_NO_PLACE.search(line) or '"' in line:
+            continue
+        matches = list(CPP_TOKEN.finditer(line))
+        for i, match in enumerate(matches):
+            token = match[0]
+            before = matches[i - 1][0] if i else ""
+            after = matches[i + 1][0] if i + 1 < len(matches) else ""
+            replacement = None
+            # < and > of templates, * and & of pointers: an operator has a blank on both sides.
+            spaced = line[match.start() - 1 : match.start()] == " " and line[match.end() : match.end() + 1] == " "
+            if token in ("true", "false", "min", "max"):
+                replacement = SWAPS[token] if token not in ("min", "max") or after == "(" else None
+            elif token == "!" and after != "=":
+                replacement = ""
+            elif token in ("++", "--"):
+                continue
+            elif token == "-" and not spaced and before in ("=", "(", ",", "return", "?", ":", "*", ""):
+                replacement = ""
+            elif token in SWAPS and spaced and not re.match(r"\w+$", token):
+                pointer = (
+                    token in ("*", "&") and re.match(r"^\s*(const )?\w+(::\w+)*\*? ", line) and before in ("const",)
+                )
+                replacement = None if pointer else SWAPS[token]
+            elif NUMBER.fullmatch(token.rstrip("fuUlL")) and before not in ("<", "::") and after not in (">", "::"):
+                replacement = mutate_number(token)
+            if replacement is not None:
+                yield number, match.start(), match.end(), replacement
+
+
+def files(kind: str) -> list[str]:
+    found = {p for pattern in FILES[kind] for p in ROOT.glob(pattern) if p.is_file()}
+    names = sorted(str(p.relative_to(ROOT)) for p in found)
+    return [name for name in names if not LEFT_OUT.search(name) and not name.endswith(".so")]
+
+
+def draw() -> list[Mutant]:
+    """All mutants of this tree."""
+    out = []
+    for kind, count in COUNTS.items():
+        generator = random.Random(f"{SEED} {kind}")
+        names = files(kind)
+        chosen: set[tuple] = set()
+        while len(chosen) < count:
+            name = generator.choice(names)
+            text = (ROOT / name).read_text()
+            places = list((python_places if name.endswith(".py") else cpp_places)(text))
+            if not places:
+                continue
+            number, start, end, replacement = generator.choice(places)
+            if (name, number, start) in chosen:
+                continue
+            chosen.add((name, number, start))
+            line = text.splitlines()[number - 1]
+            mutated = line[:start] + replacement + line[end:]
+            out.append(
+                Mutant(kind, name, number, line, mutated, f"{line[start:end]} -> {replacement or 'nothing'} at {start}")
+            )
+    return out
+
+
+# what is run --------------------------------------------------------------------------------------
+
+# Quick tests for what stands in a file's name, the likeliest to fail first; then all of EVERY.
+FIRST = (
+    (r"cross", ["test_cross_scan.py", "test_generated.py", "test_scan.py"]),
+    (
+        r"grouped_sel|grouped_scan|scan|vec|math|rows|scratch|capab",
+        ["test_generated.py", "test_scan.py", "test_scan_semantics.py"],
+    ),
+    (r"depthwise|conv", ["test_conv.py", "test_generated.py", "test_feed_forward.py"]),
+    (r"norm", ["test_norms.py", "test_generated.py", "test_batch_norm.py"]),
+    (
+        r"layers/|layer/|group|feed|gemm|param|affinity|images",
+        ["test_layer.py", "test_generated.py", "test_layer_ops.py", "test_feed_forward.py"],
+    ),
+)
+EVERY = (
+    "test_generated.py", "test_ops.py", "test_bad_arguments.py", "test_layouts.py", "test_raw_ops.py", "test_conv.py",
+    "test_norms.py", "test_storage.py", "test_masked_tokens.py", "test_scan.py", "test_scan_semantics.py",
+    "test_scan_split.py", "test_cross_scan.py", "test_layer.py", "test_layer_groups.py", "test_layer_values.py",
+    "test_layer_ops.py", "test_layer_state.py", "test_unwritten_memory.py", "test_feed_forward.py",
+    "test_batch_norm.py", "test_entry_conv.py", "test_plain.py", "test_explain.py", "test_backend.py",
+    "test_bitwise.py", "test_hard_use.py", "test_forward_mode.py", "test_tracing.py", "test_transforms.py",
+    "test_models.py",
+)  # fmt: skip
+SECONDS = 1500  # for all tests of one mutant; the unchanged tree takes a fraction
+
+
+def copy_of_tree(root: Path) -> None:
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode == 0:
+        names = listed.stdout.splitlines()
+    else:  # no git: an sdist
+        names = [str(p.relative_to(ROOT)) for p in ROOT.rglob("*") if p.is_file() and "/build" not in str(p)]
+    for name in names:
+        source = ROOT / name
+        if source.is_file() and not (root / name).exists():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, root / name)
+
+
+def build(root: Path, cuda: bool) -> bool:
+    """Builds what changed in ``root``; False where it does not compile."""
+    folder = root / "build-mutants"
+    if not (folder / "build.ninja").exists():
+        configure = [
+            "cmake",
+            "-S",
+            str(root),
+            "-B",
+            str(folder),
+            "-G",
+            "Ninja",
+            f"-DPython_EXECUTABLE={sys.executable}",
+        ]
+        configure += [f"-DGM_CUDA={'ON' if cuda else 'OFF'}", "-DCMAKE_CXX_FLAGS_RELEASE=-O1 -DNDEBUG"]
+        subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
+    jobs = str(len(os.sched_getaffinity(0)))
+    done = subprocess.run(["cmake", "--build", str(folder), "--parallel", jobs], capture_output=True, text=True)
+    if done.returncode != 0:
+        return False
+    subprocess.run(["cmake", "--install", str(folder), "--prefix", str(root)], check=True, stdout=subprocess.DEVNULL)
+    return True
+
+
+def first_tests(name: str) -> list[str]:
+    for pattern, tests in FIRST:
+        if re.search(pattern, name):
+            return tests
+    return ["test_ops.py", "test_bad_arguments.py", "test_generated.py"]
+
+
+def run_tests(root: Path, mutant: Mutant) -> str:
+    """The name of the test that failed, "crash", "endless", or "" where all passed."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(root), str(root / "python")]),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    first = first_tests(mutant.file)
+    stages = [first, [name for name in EVERY if name not in first]]
+    stop = time.monotonic() + SECONDS
+    for names in stages:
+        paths = [str(path) for name in names for path in sorted((root / "tests").rglob(name))]
+        select = ["-m", "cuda"] if mutant.kind == "cuda" else []
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", *select, *paths]
+        try:
+            done = subprocess.run(
+                command,
+                cwd=root,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=max(stop - time.monotonic(), 1),
+            )
+        except subprocess.TimeoutExpired:
+            return "endless"
+        if done.returncode == 5:  # nothing collected
+            continue
+        if done.returncode != 0:
+            failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
+            return failed[1].replace(f"{root}/", "") if failed else f"crash ({done.returncode})"
+    return ""
+
+
+def run(options: argparse.Namespace) -> int:
+    kinds = options.kinds.split(",")
+    mutants = [m for m in draw() if m.kind in kinds]
+    report = Path(options.report)
+    results = json.loads(report.read_text()) if report.exists() else {}
+    stop = time.monotonic() + 60 * options.minutes
+    root = Path(options.work or tempfile.mkdtemp(prefix="groupmamba-mutants-"))
+    root.mkdir(parents=True, exist_ok=True)
+    copy_of_tree(root)
+    libraries = Path(options.libraries) if options.libraries else None
+    if libraries is None and not build(root, "cuda" in kinds):
+        raise SystemExit("mutate: the unchanged tree does not compile")
+    left = 0
+    for mutant in mutants:
+        if mutant.key in results and not (options.again and results[mutant.key]["verdict"] == "survived"):
+            continue
+        if time.monotonic() > stop:
+            left += 1
+            continue
+        began = time.monotonic()
+        mutant.apply(root)
+        try:
+            verdict, by = judge(root, mutant, libraries)
+        finally:
+            mutant.undo(root)
+        seconds = time.monotonic() - began
+        results[mutant.key] = {**asdict(mutant), "verdict": verdict, "by": by, "seconds": round(seconds)}
+        report.write_text(json.dumps(results, indent=1))
+        print(f"{verdict}: {mutant.key} ({by}, {seconds:.0f} s)", flush=True)
+    if libraries is None:
+        build(root, "cuda" in kinds)
+    print(table([results[m.key] for m in mutants if m.key in results]))
+    survivors = [m for m in mutants if results.get(m.key, {}).get("verdict") == "survived"]
+    bad = [m for m in survivors if (m.file, m.line.strip(), m.mutated.strip()) not in EQUIVALENT]
+    for mutant in bad:
+        print(f"\nsurvived: {mutant.file}:{mutant.number}\n-{mutant.line}\n+{mutant.mutated}")
+    return 1 if bad else 2 if left else 0
+
+
+def judge(root: Path, mutant: Mutant, libraries: Path | None) -> tuple[str, str]:
+    if mutant.kind != "python":
+        if libraries is None:
+            if not build(root, mutant.kind == "cuda"):
+                return "compiler", "does not compile"
+        else:
+            packed = libraries / f"{library_name(mutant)}.so.xz"
+            if not packed.exists():
+                return "compiler", "does not compile"
+            (root / "groupmamba_ext" / "libgroupmamba.so").write_bytes(lzma.decompress(packed.read_bytes()))
+    by = run_tests(root, mutant)
+    return ("killed", by) if by else ("survived", "-")
+
+
+def library_name(mutant: Mutant) -> str:
+    return re.sub(r"\W+", "_", mutant.key)
+
+
+def build_libraries(options: argparse.Namespace) -> int:
+    """libgroupmamba.so of each CUDA mutant, packed, into a folder."""
+    root = Path(options.work or tempfile.mkdtemp(prefix="groupmamba-mutants-"))
+    root.mkdir(parents=True, exist_ok=True)
+    copy_of_tree(root)
+    if not build(root, True):
+        raise SystemExit("mutate: the unchanged tree does not compile")
+    out = Path(options.libraries)
+    out.mkdir(parents=True, exist_ok=True)
+    for mutant in draw():
+        packed = out / f"{library_name(mutant)}.so.xz"
+        if mutant.kind != "cuda" or packed.exists():
+            continue
+        mutant.apply(root)
+        compiled = build(root, True)
+        mutant.undo(root)
+        print(f"{'built' if compiled else 'does not compile'}: {mutant.key}", flush=True)
+        if compiled:
+            packed.write_bytes(lzma.compress((root / "groupmamba_ext" / "libgroupmamba.so").read_bytes(), preset=6))
+    return 0
+
+
+def table(results: list[dict]) -> str:
+    lines = ["| mutant | verdict | by |", "|---|---|---|"]
+    for r in results:
+        reason = EQUIVALENT.get((r["file"], r["line"].strip(), r["mutated"].strip()))
+        verdict = "equivalent" if r["verdict"] == "survived" and reason else r["verdict"]
+        lines.append(
+            f"| `{r['file']}:{r['number']}` `{r['what']}` | {verdict} | {reason or r['by']} |".replace("||", "\\|\\|")
+        )
+    counts = {v: sum(r["verdict"] == v for r in results) for v in ("killed", "compiler", "survived")}
+    return "\n".join([*lines, "", ", ".join(f"{count} {verdict}" for verdict, count in counts.items())])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("mode", choices=("list", "run", "build", "table"))
+    parser.add_argument("--kinds", default="python,cpu", help=f"of {', '.join(COUNTS)}, by commas")
+    parser.add_argument("--report", default="mutants.json", metavar="FILE")
+    parser.add_argument("--work", metavar="DIR", help="a folder for the copy of the tree, kept for the next call")
+    parser.add_argument("--libraries", metavar="DIR", help="of the CUDA mutants' libraries")
+    parser.add_argument("--minutes", type=float, default=1e9, help="no mutant begins later")
+    parser.add_argument("--again", action="store_true", help="run those that survived again, on a GPU say")
+    options = parser.parse_args(argv)
+    if options.mode == "list":
+        for mutant in draw():
+            print(f"{mutant.kind:6} {mutant.key}")
+            difference = difflib.ndiff([mutant.line.strip()], [mutant.mutated.strip()])
+            print("".join(f"       {line}\n" for line in difference if line[0] in "-+"), end="")
+        return 0
+    if options.mode == "table":
+        print(table(list(json.loads(Path(options.report).read_text()).values())))
+        return 0
+    if options.mode == "build":
+        if not options.libraries:
+            parser.error("build needs --libraries")
+        return build_libraries(options)
+    return run(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
