@@ -13,6 +13,7 @@ def pytest_addoption(parser):
     group.addoption("--fuzz", type=int, metavar="N", help="so many new cases on each device, in place of the same 210")
     group.addoption("--fuzz-seed", type=int, metavar="S", help="of --fuzz; by default a new one, which is printed")
     group.addoption("--case", metavar="JSON", help="replay the case of a failure")
+    parser.addoption("--heavy", action="store_true", help="also the tests that take tens of GiB of a GPU, or minutes")
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -29,7 +30,11 @@ def pytest_configure():
     torch.set_num_threads(max(torch.get_num_threads() // workers, 1))
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("heavy"):
+        for item in items:
+            if "heavy" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs --heavy"))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU")
@@ -46,3 +51,12 @@ def device(request):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread():
+    """For small images, over which threads would mostly wait."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -71,17 +71,8 @@ def check(case, device):
         raise AssertionError(f"{type(error).__name__}: {error}\nreplay: {line}") from None
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """The images are small: threads would mostly wait."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("op", [*OPS, *MODULES])
-def test_generated(device, op, request):
+def test_generated(device, op, request, one_thread):
     if request.config.getoption("case"):
         case = json.loads(request.config.getoption("case"))
         if case["op"] != op:

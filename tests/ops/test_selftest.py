@@ -2,6 +2,7 @@
 """The selftest passes on what is installed, and fails when an op is wrong."""
 
 import re
+import resource
 import subprocess
 import sys
 
@@ -13,8 +14,10 @@ from groupmamba_ext import selftest
 
 
 def test_selftest_passes():
+    before = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     done = subprocess.run([sys.executable, "-m", "groupmamba_ext.selftest"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before < 60, "seconds of one core"
     assert re.search(r"^all \d+ passed$", done.stdout, re.MULTILINE)
     assert ext.build_info()["cpu_capability"] in done.stdout
 
