@@ -13,7 +13,7 @@ DIRECTIONS = ("lr", "rl", "tb", "bt")  # the code of each in csrc/schemas.cpp is
 class Directions(tuple[str, ...]):
     """Direction names that were checked, with the codes that the compiled ops take.
 
-    A layer makes them once, when it is built; the ops take their codes without a look at the names.
+    A layer makes them once, when it is built, and hands them to its parts, which do not look at the names again.
     """
 
     codes: tuple[int, ...]

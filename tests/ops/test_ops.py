@@ -64,10 +64,12 @@ def test_core_parameters_in_the_order_of_the_schema():
 
 
 def test_directions_are_checked_once():
-    """What a layer holds is a tuple of names that ops take without a look at them, but for their number."""
-    held = make(16).mamba.directions
+    """But for their number. Layers hold them as plain tuples, which torch.compile knows best."""
+    held = Directions.of(["lr", "tb", "rl", "bt"], 4)
     assert held == ("lr", "tb", "rl", "bt") and held.codes == (0, 2, 1, 3)
     assert Directions.of(held, 4) is held
+    layer = make(16, directions=held)
+    assert type(layer.directions) is tuple and type(layer.mamba.directions) is tuple
     for twin in (copy.deepcopy(held), pickle.loads(pickle.dumps(held))):
         assert type(twin) is Directions and twin == held and twin.codes == held.codes
     with pytest.raises(ValueError, match=r"one direction a group \(2\), got \('lr', 'tb', 'rl', 'bt'\)"):

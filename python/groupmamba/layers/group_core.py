@@ -89,7 +89,7 @@ class GroupCore(Leaf, nn.Module):
         boolean("", "out_proj", out_proj)
         parameter_dtype(dtype)
         self.scan = scan
-        self.directions: tuple[str, ...] = Directions.of(directions, None if scan == "cross" else groups)
+        self.directions = tuple(Directions.of(directions, None if scan == "cross" else groups))
         self.d_state = positive_int("d_state", d_state, MAX_STATES)
         if positive_int("d_conv", d_conv) not in (1, 3):
             raise ValueError(f"d_conv must be 1 or 3, got {d_conv!r}")

@@ -148,7 +148,7 @@ class GroupedMamba2d(Leaf, nn.Module):
         self.dim = dim
         self.variant = variant
         self.scan = scan
-        self.directions: tuple[str, ...] = directions
+        self.directions = tuple(directions)  # no subclass: torch.compile of torch 2.10 cannot compare these
         self.groups = groups
         self.gate_source = gate_source
         self._variant = VARIANTS[variant]

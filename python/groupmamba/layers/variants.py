@@ -30,6 +30,7 @@ from groupmamba.layers.plain import (
 from groupmamba.layers.token_linear import token_linear
 from groupmamba.layers.vsss import GroupedVSSS
 from groupmamba_ext import _explain
+from groupmamba_ext.directions import Directions
 from groupmamba_ext.layouts import FUSED_CHANNELS, MAX_GROUPS
 from groupmamba_ext.ops.grouped_mamba_layer import LayerParameters, can_fuse, grouped_mamba_layer, scan_path
 
@@ -45,12 +46,12 @@ class Variant(abc.ABC):
     paper_stem = False  # the models begin with the paper's patch embedding, not with the authors' stem
 
     @abc.abstractmethod
-    def build(self, layer: nn.Module, place: dict[str, Any], **options: Any) -> int:
+    def build(self, layer: nn.Module, place: dict[str, Any], directions: Directions, **options: Any) -> int:
         """Adds the modules and parameters but for the affinity, uninitialised where they are the layer's own.
 
         Args:
             place: ``device`` and ``dtype`` of the parameters.
-            options: of :class:`~groupmamba.layers.group_core.GroupCore`.
+            directions, options: of :class:`~groupmamba.layers.group_core.GroupCore`.
 
         Returns:
             The number of channels that the affinity weighs.
@@ -91,8 +92,8 @@ class Paper(Variant):
     residual_block = False
     paper_stem = True
 
-    def build(self, layer: nn.Module, place: dict[str, Any], **options: Any) -> int:
-        layer.vsss = GroupedVSSS(layer.groups, layer.dim // layer.groups, **options, **place)
+    def build(self, layer: nn.Module, place: dict[str, Any], directions: Directions, **options: Any) -> int:
+        layer.vsss = GroupedVSSS(layer.groups, layer.dim // layer.groups, directions=directions, **options, **place)
         return layer.dim
 
     def reset_parameters(self, layer: nn.Module) -> None:
@@ -121,10 +122,11 @@ class _Projected(Variant):
     out_proj: bool  # of each group, before the groups are merged
     drops_path_in_op: bool  # the one op takes a drop-path mask
 
-    def build(self, layer: nn.Module, place: dict[str, Any], **options: Any) -> int:
+    def build(self, layer: nn.Module, place: dict[str, Any], directions: Directions, **options: Any) -> int:
         groups, dim = layer.groups, layer.dim
         layer.norm = nn.LayerNorm(dim, **place)
-        layer.mamba = GroupCore(groups, dim // groups, out_proj=self.out_proj, **options, **place)
+        core = {"directions": directions, "out_proj": self.out_proj, **options, **place}
+        layer.mamba = GroupCore(groups, dim // groups, **core)
         mixed = dim if self.out_proj else groups * layer.mamba.inner_dim
         layer.proj = nn.Linear(mixed, dim, **place)
         layer.skip_scale = nn.Parameter(torch.empty(1, **place)) if self.out_proj else None
@@ -132,7 +134,7 @@ class _Projected(Variant):
         by_input = layer.gate_source == "input"
         layer._one_op = layer.scan == "grouped" and layer.mamba.d_conv == 3 and by_input and groups <= MAX_GROUPS
         layer._inner_dim = layer.mamba.inner_dim
-        layer._scan_path = scan_path(layer.directions, layer._inner_dim)
+        layer._scan_path = scan_path(directions, layer._inner_dim)
         return mixed
 
     def reset_parameters(self, layer: nn.Module) -> None:
