@@ -9,6 +9,7 @@ import torch
 
 import groupmamba_ext as ext
 from groupmamba import VSSSBlock
+from groupmamba.layers import token_linear
 from groupmamba.layers.drop_path import DropPathMask
 from support.layers import SCANS, VARIANTS, image, make, run
 
@@ -229,3 +230,11 @@ def test_drop_path_masks_are_drawn():
     assert scale == 1.0
     mask, scale = DropPathMask.draw(x, 1.0)
     assert scale == 1.0 and not mask.any()
+
+
+@pytest.mark.parametrize(
+    "tokens, parts", [(1, 1), (511, 1), (512, 2), (6272, 16), (6273, 1), (32768, 128), (2**20, 128), (2**20 + 64, 64)]
+)
+def test_parts_of_a_weight_gradient(tokens, parts):
+    """The largest power of two up to 128 that divides the tokens and leaves 256 of them to a part."""
+    assert token_linear._splits(tokens) == parts
