@@ -220,3 +220,79 @@ def test_compile_dynamic_layer(device, variant, scan, grad):
 def test_compile_dynamic_model(device):
     model = small(depths=(1, 1, 1, 1)).to(device)
     check_dynamic(model, [s for s in IMAGES if s[0] > 1], device, True, "eager")
+
+
+class Features(torch.nn.Module):
+    """The maps of a backbone, or what a model returns, as one matrix."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        outputs = self.model(x)
+        outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+        return torch.cat([y.flatten(1).float() for y in outputs], 1)
+
+
+STAGES = {"dims": (16, 24), "depths": (1, 1), "mlp_ratios": (2, 2)}
+TRAINED = [(2, 3, 64, 96), (3, 3, 96, 64), (2, 3, 80, 160), (4, 3, 33, 47)]
+
+
+def trained_model(**options):
+    pytest.importorskip("timm", reason="needs the extra 'models'")
+    import model_tools
+
+    maps = {"out_indices": (0, 1)} if options.get("features_only") else {}
+    return Features(model_tools.tiny(**STAGES, **maps, **options)).train()
+
+
+@pytest.mark.parametrize(
+    "options", [{"features_only": True}, {"variant": "fused", "features_only": True}, {"variant": "paper"}], ids=str
+)
+def test_compile_dynamic_training(device, options):
+    """One graph for batches, heights and widths of training; the last stage of the last image has a side of 5."""
+    check_dynamic(trained_model(**options).to(device), TRAINED, device, True)
+
+
+def test_compile_marked_sizes(device):
+    """torch raises where a size is fixed that the caller marks as dynamic."""
+    module = trained_model(features_only=True).to(device).to(memory_format=torch.channels_last)
+    x = image(*TRAINED[0], device=device, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
+    for dim in (0, 2, 3):
+        torch._dynamo.mark_dynamic(x, dim)
+    torch._dynamo.reset()
+    with torch.autocast(device, torch.bfloat16):
+        torch.compile(module, backend="aot_eager", fullgraph=True)(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+def test_inductor_around_convolutions():
+    """Inductor can't keep 4-D views of symbolic size for the backward of what has convolutions; there are none."""
+    pytest.importorskip("timm", reason="needs the extra 'models'")
+    from groupmamba.models.blocks import Downsample, GroupMambaBlock
+
+    torch.manual_seed(0)
+    kinds = ({}, {"variant": "paper"}, {"variant": "fused", "gate_source": "output"}, {})
+    blocks = [GroupMambaBlock(16, 2, 0.0, **options) for options in kinds]
+    for module in (blocks[-1].attn.proj, blocks[-1].mlp.fc1):  # calls its submodules one by one
+        module.register_forward_hook(lambda module, inputs, output: output * 2)
+    network = torch.nn.Sequential(*blocks, Downsample(16, 24)).train()
+    torch._dynamo.reset()
+    compiled = torch.compile(network, fullgraph=True, dynamic=True)
+    check(compiled, network, network, [(2, 12, 14, 16)], "cpu", 1e-5)
+
+
+def test_inductor_dynamic_blocks():
+    """The blocks of a stage, which have none of torch's convolutions, are one compiled program for all sizes."""
+    module, eager = trained_model(features_only=True), trained_model(features_only=True)
+    eager.load_state_dict(module.state_dict())
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for stage in (m for m in module.modules() if hasattr(m, "blocks")):
+        stage.blocks.compile(fullgraph=True, dynamic=True)
+    for size in TRAINED:
+        x = image(*size, dtype=torch.float32)
+        for a, b in zip(results(module, module, x), results(eager, eager, x), strict=True):
+            assert (a - b).norm() <= 1e-5 * max(b.norm().item(), 1.0), size
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(STAGES["depths"])

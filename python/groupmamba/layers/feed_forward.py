@@ -14,7 +14,7 @@ from groupmamba.layers.drop_path import DropPathMask, add
 from groupmamba.layers.plain import affine, call_in_own_dtype, call_on_rows, convolution, layer_norm, linear, why_called
 from groupmamba.layers.token_linear import token_linear
 from groupmamba.layers.token_norm import TokenNorm
-from groupmamba.layers.tracing import Leaf, fx_call
+from groupmamba.layers.tracing import Leaf, fx_call, keepable
 from groupmamba_ext import _explain
 from groupmamba_ext.backend import takes_image
 from groupmamba_ext.ops.feed_forward import FeedForwardParameters, feed_forward
@@ -107,7 +107,7 @@ class ConvFeedForward(Leaf, nn.Module):
             )
             y = _linear(hidden, self.fc2)
         else:
-            hidden = call_on_rows(self.fc1, y).permute(0, 3, 1, 2)
+            hidden = keepable(call_on_rows(self.fc1, y).permute(0, 3, 1, 2))
             if hidden.numel():  # torch convolves no empty image
                 hidden = F.gelu(call_in_own_dtype(self.dwconv, hidden))
             y = call_on_rows(self.fc2, hidden.permute(0, 2, 3, 1))

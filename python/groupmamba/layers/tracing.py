@@ -7,7 +7,7 @@ import contextlib
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.fx.experimental import _config as symbolic_config
 
@@ -49,3 +49,15 @@ def any_size() -> contextlib.AbstractContextManager:
     if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
         return symbolic_config.patch(backed_size_oblivious=True)
     return contextlib.nullcontext()
+
+
+def keepable(x: Tensor) -> Tensor:
+    """``x``, a 4-D view that a backward keeps, as no view where ``torch.compile`` traces for a CPU.
+
+    In models with convolutions its inductor can't sort the strides of such views if sizes are symbols (torch 2.14:
+    "cannot determine truth value of Relational"). It takes a clone away, but not two changes of sign, which cost
+    nothing where they become part of what computes ``x``.
+    """
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and x.device.type == "cpu":
+        return x.neg().neg()
+    return x

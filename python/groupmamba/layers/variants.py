@@ -28,6 +28,7 @@ from groupmamba.layers.plain import (
     why_called,
 )
 from groupmamba.layers.token_linear import token_linear
+from groupmamba.layers.tracing import keepable
 from groupmamba.layers.vsss import GroupedVSSS
 from groupmamba_ext import _explain
 from groupmamba_ext.directions import Directions
@@ -106,7 +107,7 @@ class Paper(Variant):
         return floating_parameter(layer._modules["vsss"], "norm1_weight")
 
     def image(self, layer: nn.Module, x: Tensor, residual: bool, drop_path: DropPathMask | None) -> Tensor:
-        y = layer.vsss(x)
+        y = keepable(layer.vsss(x))
         if layer.affinity is not None:
             gate = layer.affinity(x if layer.gate_source == "input" else y)
             y = y * gate.to(y.dtype)[..., None, None]
@@ -210,15 +211,17 @@ class Released(_Projected):
         if after is not None:
             gate = after.from_pooled(image_mean(o, 1, 2).flatten(1))
         # A view of the groups made after o: its token-major gradient is the first to arrive there, so that the sum with
-        # o's group-major one is token-major and goes on to the norm without a copy.
-        xn = groups.flatten(-2)
+        # o's group-major one is token-major and goes on to the norm without a copy. A compiler orders sums by itself,
+        # and should keep no view: see `keepable`.
+        if not torch.compiler.is_compiling():
+            xn = groups.flatten(-2)
         return ext.modulated_layer_norm(o, xn, layer.skip_scale, norm.weight, norm.bias, gate=gate, eps=norm.eps)
 
     def _called(self, layer: nn.Module, x: Tensor) -> Tensor:
         xn = layer.norm(x)
         before, after = _affinities(layer)
         gate = None if before is None else before(xn.permute(0, 3, 1, 2))
-        o = layer.mamba(_groups(layer, xn)).flatten(-2)
+        o = keepable(layer.mamba(_groups(layer, xn)).flatten(-2))
         if after is not None:
             gate = after(o.permute(0, 3, 1, 2))
         # Not in 16 bits, where a product of what the norm brings back to its size may be infinite.
@@ -250,7 +253,7 @@ class Fused(_Projected):
 
     def _scanned(self, layer: nn.Module, xn: Tensor, gate: Tensor | None) -> Tensor:
         gates = None if gate is None else gate.unflatten(-1, (layer.groups, -1))
-        return layer.mamba(_groups(layer, xn), gates).flatten(-2)
+        return keepable(layer.mamba(_groups(layer, xn), gates).flatten(-2))
 
 
 VARIANTS: dict[str, Variant] = {"released": Released(), "fused": Fused(), "paper": Paper()}

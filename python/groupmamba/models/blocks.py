@@ -18,7 +18,7 @@ from groupmamba.layers.drop_path import DropPathMask
 from groupmamba.layers.feed_forward import ConvFeedForward
 from groupmamba.layers.plain import AFFINE, Plain, convolution, layer_norm, why_called
 from groupmamba.layers.token_norm import LayerNorm, TokenNorm
-from groupmamba.layers.tracing import Leaf, fx_call
+from groupmamba.layers.tracing import Leaf, fx_call, keepable
 from groupmamba.layers.variants import VARIANTS
 from groupmamba.models.entry_conv import conv_on_blocks, pixel_blocks, taps_to_channels
 from groupmamba_ext.backend import takes_image
@@ -176,7 +176,7 @@ class Downsample(Leaf, nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, Proxy):
             return fx_call(self, x)
-        return _conv_norm(x.permute(0, 3, 1, 2), self.proj, self.norm, self._why_called() is None)
+        return _conv_norm(keepable(x.permute(0, 3, 1, 2)), self.proj, self.norm, self._why_called() is None)
 
 
 class GroupMambaBlock(nn.Module):
