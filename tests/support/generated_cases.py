@@ -375,8 +375,9 @@ def _ratio(
     difference = torch.where(fits, got - truth, 0.0)
     truth = torch.where(fits, truth, 0.0)
     movements = [torch.where(fits, m, 0.0) for m in movements]
-    # Below the smallest normal number the unit in the last place no longer shrinks.
-    tiny = info.smallest_normal * info.eps
+    # Below the smallest normal number the unit in the last place no longer shrinks, and exponentials become 0 before
+    # what they are multiplied by makes their product larger again.
+    tiny = info.smallest_normal * (info.eps if got.dtype == torch.float16 else 2.0**16)
     # The result's own rounding, and that of states and sums, one after the other in float32 or float64.
     rounding = info.eps + math.sqrt(tokens) * min(info.eps, torch.finfo(torch.float32).eps)
     worst = 0.0
