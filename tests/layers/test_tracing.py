@@ -242,7 +242,7 @@ TRAINED = [(2, 3, 72, 104), (3, 3, 96, 64), (2, 3, 80, 160), (4, 3, 33, 47)]
 
 def trained_model(**options):
     pytest.importorskip("timm", reason="needs the extra 'models'")
-    import model_tools
+    from support import models as model_tools
 
     maps = {"out_indices": (0, 1)} if options.get("features_only") else {}
     return Features(model_tools.tiny(**STAGES, **maps, **options)).train()

@@ -18,7 +18,7 @@ from groupmamba.layers._checks import positive_int
 from groupmamba.layers.grouped_mamba import directions_and_groups
 from groupmamba.layers.plain import Plain, why_called
 from groupmamba.layers.token_norm import LayerNorm, TokenNorm
-from groupmamba.layers.tracing import any_size
+from groupmamba.layers.tracing import any_size, keepable
 from groupmamba.layers.variants import VARIANTS
 from groupmamba.layers.weight_decay import no_weight_decay
 from groupmamba.models.blocks import BLOCK_EPS, ClassBlock, Stage, Stem
@@ -266,7 +266,7 @@ class GroupMamba(
         last = max(take)
 
         def out(t: Tensor) -> Tensor:
-            return t.permute(0, 3, 1, 2) if output_fmt == "NCHW" else t
+            return keepable(t.permute(0, 3, 1, 2)) if output_fmt == "NCHW" else t
 
         intermediates = []
         watched = self._maps_are_watched(x)
@@ -311,7 +311,7 @@ class GroupMamba(
         """The output of stage i, normed but for the last stage's; in and out (batch, H, W, C)."""
         if i < len(self.stage_norms):
             x = self.stage_norms[i](x)
-        return self.stage_maps[i](x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if watched else x
+        return self.stage_maps[i](keepable(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1) if watched else x
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(batch, in_chans, H, W) to the last map, (batch, C, H / 32, W / 32)."""
@@ -319,7 +319,7 @@ class GroupMamba(
         x = self.stem(x)
         for i, stage in enumerate(self.stages):
             x = self._map(i, stage(x), watched)
-        return x.permute(0, 3, 1, 2)
+        return keepable(x.permute(0, 3, 1, 2))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Mean over the map, class block, norm, heads; ``pre_logits`` stops before the heads."""

@@ -13,6 +13,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 import groupmamba.models as models
+from groupmamba.layers.tracing import keepable
 
 FPN_CHANNELS = 256
 
@@ -49,7 +50,7 @@ class PyramidBackbone(nn.Module):
         self.out_channels = FPN_CHANNELS
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
-        maps = [norm(feature) for norm, feature in zip(self.norms, self.body(x), strict=True)]
+        maps = [keepable(norm(feature)) for norm, feature in zip(self.norms, self.body(x), strict=True)]
         return self.fpn(OrderedDict((str(i), feature) for i, feature in enumerate(maps)))
 
 

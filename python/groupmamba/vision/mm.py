@@ -30,6 +30,7 @@ except ImportError as error:
 
 import groupmamba.models  # noqa: F401  registers them
 from groupmamba.checkpoints import convert_released_state_dict, is_released_state_dict, unwrap_checkpoint
+from groupmamba.layers.tracing import keepable
 from groupmamba.models.blocks import BLOCK_EPS
 from groupmamba.models.build import chosen_stages
 from groupmamba.models.pretrained import read_checkpoint, weights_file
@@ -122,7 +123,7 @@ class MMGroupMamba(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         maps = self.body(x)
         if self.norm is not None:
-            maps[-1] = self.norm(maps[-1])
+            maps[-1] = keepable(self.norm(maps[-1]))
         return tuple(maps)
 
     def train(self, mode: bool = True) -> MMGroupMamba:
