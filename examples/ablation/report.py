@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,12 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 try:
     import scipy.stats
 
-    from groupmamba_ext._command import CommandError, run_command
+    from groupmamba_ext._command import run_command
 except ImportError as problem:
     sys.exit(f"report.py: needs this project installed: pip install '.[ablation]' ({problem})")
 
 from ablation.arms import ARMS, COMPARISONS, LARGE, PAPER, Comparison, Settings, arm_runs, large_runs  # noqa: E402
-from ablation.results import FAILED_BELOW, failed, pack, read_all  # noqa: E402
+from ablation.results import FAILED_BELOW, failed, read_all  # noqa: E402
+from pages import address, finish, replace_block, write_runs  # noqa: E402
 
 BEGIN, END = "<!-- ablation:begin -->", "<!-- ablation:end -->"
 EXPECTED = 92.0  # percent of the test images, of every run of an arm
@@ -206,19 +206,6 @@ def _machines(runs: Sequence[dict[str, Any]]) -> list[str]:
     return [*devices, *sorted(versions), " to ".join(dict.fromkeys((dates[0], dates[-1])))]
 
 
-def replace_block(text: str, new: str) -> str:
-    """``text`` with ``new`` between the markers.
-
-    Raises:
-        CommandError: the markers are missing.
-    """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise CommandError(f"the page must hold the lines {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{new}\n{END}{after}"
-
-
 def draw(found: Found, file: Path) -> None:
     """Writes the curves as a PNG: test accuracy by epoch of the paper's steps, and where the large model ends."""
     from matplotlib.figure import Figure
@@ -245,10 +232,7 @@ def draw(found: Found, file: Path) -> None:
     right.set(xscale="log", xlabel="highest learning rate", ylabel="test accuracy at the end, %", ylim=(0, 100))
     right.set_title(f"{found.settings.large}, variant paper: below the line is failure")
     for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False)
+        finish(axes)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
 
@@ -278,16 +262,13 @@ def command(args: argparse.Namespace) -> int:
     results = read_all(args.runs)
     found = Found(results)
 
-    def seen(file: Path | None) -> str | None:
-        return None if args.page is None or file is None else Path(os.path.relpath(file, args.page.parent)).as_posix()
-
-    text = block(found, seen(args.curves), seen(args.json))
+    text = block(found, address(args.curves, args.page), address(args.json, args.page))
     if args.json is not None:
-        pack(results, args.json)
+        write_runs(results.values(), args.json)
     if args.curves is not None:
         draw(found, args.curves)
     if args.page is not None:
-        args.page.write_text(replace_block(args.page.read_text(), text))
+        args.page.write_text(replace_block(args.page.read_text(), text, BEGIN, END))
     if args.page is None and args.json is None:
         print(text)
     return 0

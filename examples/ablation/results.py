@@ -80,8 +80,8 @@ class Folder:
                 yield not self.done(run)
 
     def take(self, file: Path) -> None:
-        """Puts the runs of a file that :func:`pack` wrote there, but for those that are there, and for the teacher,
-        whose weights it lacks, and runs that learnt from it.
+        """Puts the runs of a report's file there, but for those that are there, the teacher, whose weights the file
+        lacks, and runs that learnt from it.
 
         Raises:
             CommandError: the file can't be read.
@@ -119,7 +119,7 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def read_all(sources: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """Finished runs by name, of folders and of files that :func:`pack` wrote; of equal names the last counts.
+    """Finished runs by name, of folders and of reports' files; of equal names the last counts.
 
     Raises:
         CommandError: there is none, one can't be read, or they had different settings.
@@ -144,9 +144,3 @@ def _unpacked(file: Path) -> dict[str, dict[str, Any]]:
         return {result["run"]: result for result in json.loads(file.read_text())}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CommandError(f"{file} can't be read: {one_line(error)}") from error
-
-
-def pack(results: dict[str, dict[str, Any]], file: Path) -> None:
-    """Writes all runs into one file, a line each."""
-    lines = ",\n".join(json.dumps(results[name]) for name in sorted(results))
-    file.write_text(f"[\n{lines}\n]\n")

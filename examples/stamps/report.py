@@ -5,8 +5,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,6 +20,7 @@ try:
 except ImportError as problem:
     sys.exit(f"report.py: needs this project installed: pip install '.[train]' ({problem})")
 
+from pages import address, finish, replace_block, write_runs  # noqa: E402
 from stamps.runs import BACKBONES, TASKS, read_results  # noqa: E402
 
 BEGIN, END = "<!-- stamps:begin -->", "<!-- stamps:end -->"
@@ -99,19 +98,6 @@ def block(results: Results, picture: str | None = None, listing: str | None = No
     return "\n".join(lines).rstrip()
 
 
-def replace_block(text: str, new: str) -> str:
-    """``text`` with ``new`` between the markers.
-
-    Raises:
-        CommandError: the markers are missing.
-    """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise CommandError(f"the page must hold the lines {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{new}\n{END}{after}"
-
-
 def draw_curves(results: Results, file: Path) -> None:
     """Writes the curves as a PNG: each task's figure by step, mean and range of the seeds."""
     from matplotlib.figure import Figure
@@ -128,10 +114,7 @@ def draw_curves(results: Results, file: Path) -> None:
             axes.plot(steps, [statistics.fmean(v) for v in values], color=COLOURS[backbone], label=backbone)
             axes.fill_between(steps, [*map(min, values)], [*map(max, values)], color=COLOURS[backbone], alpha=0.2, lw=0)
         axes.set(xlabel="step", ylabel=TITLES[task], ylim=(0, None))
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False)
+        finish(axes)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
 
@@ -205,17 +188,13 @@ def command(args: argparse.Namespace) -> int:
         return 0
     results = read_results(args.runs)
 
-    def seen(file: Path | None) -> str | None:
-        return None if args.page is None or file is None else Path(os.path.relpath(file, args.page.parent)).as_posix()
-
-    text = block(results, seen(args.curves), seen(args.json))
+    text = block(results, address(args.curves, args.page), address(args.json, args.page))
     if args.json is not None:
-        lines = ",\n".join(json.dumps(one) for one in sorted(results, key=lambda one: one["run"]))
-        args.json.write_text(f"[\n{lines}\n]\n")
+        write_runs(results, args.json)
     if args.curves is not None:
         draw_curves(results, args.curves)
     if args.page is not None:
-        args.page.write_text(replace_block(args.page.read_text(), text))
+        args.page.write_text(replace_block(args.page.read_text(), text, BEGIN, END))
     if args.page is None and args.json is None:
         print(text)
     return 0

@@ -29,10 +29,10 @@ ADDED = {"PKG-INFO", "setup.cfg"}  # by setuptools
 
 def committed() -> set[str]:
     if shutil.which("git") is None or not (ROOT / ".git").exists():
-        pytest.skip("needs a git checkout")
+        pytest.skip("git alone knows which files are committed, and this tree is no checkout")
     done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if done.returncode != 0:
-        pytest.skip("needs a git checkout")
+        pytest.skip("git alone knows which files are committed, and this tree is no checkout")
     return {name for name in done.stdout.splitlines() if (ROOT / name).is_file()}
 
 

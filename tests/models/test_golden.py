@@ -5,9 +5,7 @@ A file holds these gradients and no weights, which `golden/weights.py` makes. In
 448 channels, the two stages of the field whose groups, of 87 and 112 channels, are no power of two.
 """
 
-import importlib.util
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,20 +13,10 @@ import torch
 
 from groupmamba import GroupedMamba2d, convert_released_state_dict
 from support.common import relative_error
+from support.golden import GOLDEN, weights
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 FILES = sorted(path.stem for path in GOLDEN.glob("layer_*.npz"))
 TOLERANCE = 1e-8  # relative, ||a - b|| / ||b||
-
-
-def _weights():
-    spec = importlib.util.spec_from_file_location("golden_weights", GOLDEN / "weights.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-weights = _weights()
 
 
 def golden_layer(stem):

@@ -13,7 +13,8 @@ from groupmamba import convert_released_state_dict  # noqa: E402
 from groupmamba.model_info import multiply_adds  # noqa: E402
 from groupmamba.models import blocks  # noqa: E402
 from support.common import relative_error  # noqa: E402
-from support.models import GOLDEN, MODELS, released_state_dict, small, weights  # noqa: E402
+from support.golden import GOLDEN, weights  # noqa: E402
+from support.models import MODELS, released_state_dict, small  # noqa: E402
 
 PARAMETERS = {"tiny": 23_361_917, "small": 34_781_555, "base": 57_150_838}  # with both heads
 

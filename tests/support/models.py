@@ -1,29 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tests of the models share."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import timm
 import torch
 
 from groupmamba.models import GroupMamba, groupmamba_base, groupmamba_small, groupmamba_tiny
+from support.golden import GOLDEN, weights
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 MODELS = {"tiny": groupmamba_tiny, "small": groupmamba_small, "base": groupmamba_base}
 SMALL = {"stem_dim": 8, "dims": (16, 24, 32, 40), "depths": (1, 2, 1, 1), "mlp_ratios": (2, 2, 2, 2)}
-
-
-def _weights():
-    spec = importlib.util.spec_from_file_location("golden_weights", GOLDEN / "weights.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-weights = _weights()
 
 
 def released_state_dict(kind):

@@ -24,6 +24,7 @@ from ablation import fashion, report, results, run, trainer  # noqa: E402
 from ablation.arms import ARMS, COMPARISONS, QUICK, Settings, arm_runs, large_runs, teacher_run  # noqa: E402
 from groupmamba import GroupedMamba2d  # noqa: E402
 from groupmamba_ext._command import CommandError  # noqa: E402
+from pages import write_runs  # noqa: E402
 
 CPU = torch.device("cpu")
 TRAIN, TEST = 40, 20
@@ -319,7 +320,7 @@ def test_report(tmp_path, capsys):
     made["affinity-2"]["accuracy"] += 0.3
     made["large-distilled-0.01-1"]["not_finite_at"] = 17
     made = {name: one for name, one in made.items() if "0.03" not in name and name != "groups8-2"}
-    results.pack(made, tmp_path / "runs.json")
+    write_runs(made.values(), tmp_path / "runs.json")
     page, curves = tmp_path / "page.md", tmp_path / "images" / "curves.png"
     page.write_text(f"Before.\n{report.BEGIN}\nold\n{report.END}\nAfter.\n")
     files = ["--page", str(page), "--curves", str(curves), "--json", str(tmp_path / "again.json")]
@@ -347,19 +348,19 @@ def test_report(tmp_path, capsys):
 def test_report_of_little(tmp_path, capsys):
     made = made_up(LITTLE)
     few = {name: made[name] for name in ("grouped-0", "affinity-0")}
-    results.pack(few, tmp_path / "few.json")
+    write_runs(few.values(), tmp_path / "few.json")
     assert report.main([str(tmp_path / "few.json")]) == 0
     text = capsys.readouterr().out
     assert "| grouped + CAM | 93.00 | not measured |" in text and "| 4-D scanning | not measured |" in text
     assert "four-d-0" in text.splitlines()[-1]
     assert report.main([str(tmp_path)]) == 1 and "can't be read" in capsys.readouterr().err
     few["grouped-0"]["settings"] = dataclasses.replace(LITTLE, epochs=9).as_json()
-    results.pack(few, tmp_path / "few.json")
+    write_runs(few.values(), tmp_path / "few.json")
     assert report.main([str(tmp_path / "few.json")]) == 1
     assert capsys.readouterr().err == "report.py: grouped-0 and affinity-0 had different settings\n"
     page = tmp_path / "page.md"
     page.write_text("no markers")
-    results.pack(made_up(LITTLE), tmp_path / "all.json")
+    write_runs(made_up(LITTLE).values(), tmp_path / "all.json")
     assert report.main([str(tmp_path / "all.json"), "--page", str(page)]) == 1
     assert "must hold the lines" in capsys.readouterr().err
 

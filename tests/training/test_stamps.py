@@ -190,7 +190,7 @@ def test_the_report_says_whether_it_holds():
     text = "\n".join(report.table(lower, "segmenter"))
     assert "each seed: no" in text and "standard deviation, 4.8: no" in text and "from zero" in text
     with pytest.raises(CommandError, match="must hold the lines"):
-        report.replace_block("no markers", "new")
+        report.replace_block("no markers", "new", report.BEGIN, report.END)
 
 
 def test_aerial_photographs(tmp_path, capsys):

@@ -306,7 +306,15 @@ def validation_transform(size: int, card: Card) -> Any:
     )
 
 
-def loader(images: Images, order: Sampler, workers: int, *, pin: bool, keep: bool = False) -> DataLoader:
+def loader(
+    images: Dataset,
+    order: Sampler,
+    workers: int,
+    collate: Callable[[Sequence[Any]], Batch] = collate,
+    *,
+    pin: bool,
+    keep: bool = False,
+) -> DataLoader:
     """Batches of ``images`` in ``order``; ``keep`` the workers from epoch to epoch."""
     return DataLoader(
         images,

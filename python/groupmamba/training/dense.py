@@ -6,16 +6,19 @@ from __future__ import annotations
 import argparse
 import colorsys
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
+from torchvision.transforms import v2
 
 from groupmamba.training.card import Card, find_weights, made, read_card
 from groupmamba.training.checkpoint import read_weights
+from groupmamba.training.data import Batch
+from groupmamba.training.samples import Sample, Samples, listed, loader
 from groupmamba.training.step import Plan
 from groupmamba.training.task import Source, Sources, Task
 from groupmamba_ext._command import CommandError, UsageError
@@ -44,9 +47,27 @@ class DenseTask(Task):
     def arguments(cls, card: Card) -> dict[str, Any]:
         """The options of training that validation and prediction with a checkpoint need."""
 
+    collate: ClassVar[Callable[[Sequence[Sample]], Batch]]  # samples of training to a batch
+
     @abstractmethod
-    def validation_loader(self, source: Source, card: Card, order: Sampler, pin: bool) -> DataLoader:
-        """Batches of validation images in this order."""
+    def training_transform(self, card: Card) -> Callable[[Any, Any], tuple[Any, Any]]:
+        """Of an image and its target."""
+
+    def make_loaders(
+        self, sources: Sources, card: Card, orders: tuple[Sampler, Sampler], pin: bool
+    ) -> tuple[DataLoader, DataLoader]:
+        args = self.args
+        training: Any = sources.training
+        samples = Samples(training, self.training_transform(card), args.seed, args.max_bad_images)
+        return (
+            loader(samples, orders[0], args.workers, self.collate, pin=pin, keep=True),
+            self.validation_loader(sources.validation, card, orders[1], pin),
+        )
+
+    def validation_loader(self, source: Any, card: Card, order: Sampler, pin: bool) -> DataLoader:
+        """Batches of validation images, as they are, in this order."""
+        self.card = card
+        return loader(Samples(source, v2.ToPureTensor(), 0, 0), order, self.args.workers, listed, pin=pin)
 
     @abstractmethod
     def read_validation(self, card: Card) -> Source:

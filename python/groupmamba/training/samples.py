@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from groupmamba.training import data
 from groupmamba.training.data import Batch, Broken
 from groupmamba.training.seeds import seeded
 from groupmamba_ext._command import one_line
@@ -116,11 +117,4 @@ def loader(
     """Batches of ``samples`` in ``order``; ``keep`` the workers from epoch to epoch."""
     if workers > 0:
         _allow_open_files()
-    return DataLoader(
-        samples,
-        batch_sampler=order,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=pin,
-        persistent_workers=keep and workers > 0,
-    )
+    return data.loader(samples, order, workers, collate, pin=pin, keep=keep)

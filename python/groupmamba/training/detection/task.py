@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
@@ -19,10 +19,10 @@ from groupmamba.training.data import BadImages, Batch
 from groupmamba.training.dense import DenseTask, palette
 from groupmamba.training.detection.coco import TRAINING_NAMES, VALIDATION_NAMES, Objects, find_split
 from groupmamba.training.detection.command import DETECTOR
-from groupmamba.training.detection.transforms import TrainingTransform, as_they_are
+from groupmamba.training.detection.transforms import TrainingTransform
 from groupmamba.training.distributed import Processes
 from groupmamba.training.output import Panel, Screen
-from groupmamba.training.samples import Samples, listed, loader
+from groupmamba.training.samples import listed
 from groupmamba.training.step import Step
 from groupmamba.training.task import Source, Sources
 from groupmamba_ext._command import CommandError
@@ -52,6 +52,7 @@ class Detection(DenseTask):
 
     name = "detection"
     command = DETECTOR
+    collate = staticmethod(listed)
     no_graph = "images differ in size"
     step = DetectionStep
     heads = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
@@ -145,19 +146,8 @@ class Detection(DenseTask):
             **backbone,
         )
 
-    def make_loaders(
-        self, sources: Sources, card: Card, orders: tuple[Sampler, Sampler], pin: bool
-    ) -> tuple[DataLoader, DataLoader]:
-        args = self.args
-        samples = Samples(sources.training, TrainingTransform(args), args.seed, args.max_bad_images)
-        return (
-            loader(samples, orders[0], args.workers, listed, pin=pin, keep=True),
-            self.validation_loader(sources.validation, card, orders[1], pin),
-        )
-
-    def validation_loader(self, source: Source, card: Card, order: Sampler, pin: bool) -> DataLoader:
-        self.card = card
-        return loader(Samples(source, as_they_are, 0, 0), order, self.args.workers, listed, pin=pin)
+    def training_transform(self, card: Card) -> Callable[[Any, Any], tuple[Any, Any]]:
+        return TrainingTransform(self.args)
 
     def make_criterion(self, model: nn.Module, card: Card) -> nn.Module:
         return SumOfLosses()

@@ -63,8 +63,3 @@ class TrainingTransform:
 
     def __call__(self, image: Any, target: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         return self.steps(image, {name: target[name] for name in ("boxes", "labels", "masks") if name in target})
-
-
-def as_they_are(image: Any, target: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-    """For validation."""
-    return v2.ToPureTensor()(image, target)

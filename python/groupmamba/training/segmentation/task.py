@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 from torchvision.utils import draw_segmentation_masks
@@ -19,7 +19,7 @@ from groupmamba.training.card import Card
 from groupmamba.training.data import BadImages, Batch
 from groupmamba.training.dense import DenseTask, palette
 from groupmamba.training.output import Panel
-from groupmamba.training.samples import Samples, listed, loader, stacked
+from groupmamba.training.samples import stacked
 from groupmamba.training.segmentation.command import SCALES, SEGMENTER
 from groupmamba.training.segmentation.dataset import (
     IGNORE,
@@ -31,7 +31,7 @@ from groupmamba.training.segmentation.dataset import (
     unnamed,
 )
 from groupmamba.training.segmentation.inference import Testing, normalised, segment
-from groupmamba.training.segmentation.transforms import as_they_are, training_transform
+from groupmamba.training.segmentation.transforms import training_transform
 from groupmamba.training.task import Source, Sources
 from groupmamba_ext._command import CommandError
 
@@ -52,6 +52,7 @@ class Segmentation(DenseTask):
 
     name = "segmentation"
     command = SEGMENTER
+    collate = staticmethod(stacked)
     metrics = ("miou", "accuracy")
     best = "miou"
     panels = (
@@ -111,20 +112,8 @@ class Segmentation(DenseTask):
             **backbone,
         )
 
-    def make_loaders(
-        self, sources: Sources, card: Card, orders: tuple[Sampler, Sampler], pin: bool
-    ) -> tuple[DataLoader, DataLoader]:
-        args = self.args
-        self.card = card
-        samples = Samples(sources.training, training_transform(args, card.mean), args.seed, args.max_bad_images)
-        return (
-            loader(samples, orders[0], args.workers, stacked, pin=pin, keep=True),
-            self.validation_loader(sources.validation, card, orders[1], pin),
-        )
-
-    def validation_loader(self, source: Source, card: Card, order: Sampler, pin: bool) -> DataLoader:
-        self.card = card
-        return loader(Samples(source, as_they_are, 0, 0), order, self.args.workers, listed, pin=pin)
+    def training_transform(self, card: Card) -> Callable[[Any, Any], tuple[Any, Any]]:
+        return training_transform(self.args, card.mean)
 
     def make_criterion(self, model: nn.Module, card: Card) -> nn.Module:
         return PixelLoss()

@@ -101,8 +101,3 @@ class _CentreCrop(VariedCrop):
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = v2.query_size(flat_inputs)
         return {"top": max(height - self.size, 0) // 2, "left": max(width - self.size, 0) // 2}
-
-
-def as_they_are(image: Any, classes: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """For validation, which resizes images on the device and compares at their own size."""
-    return image.as_subclass(torch.Tensor), classes.as_subclass(torch.Tensor)
