@@ -5,7 +5,7 @@
     pytest tests/ops/test_generated.py --fuzz 20000       so many others on each device, drawn from a new seed
     pytest tests/ops/test_generated.py --case '{...}'     one of them again, as a failure prints it
 
-What is drawn, and where the tolerance comes from, stands in generated_cases.py.
+What is drawn stands in generated_cases.py, where the tolerance comes from in generated_checks.py.
 """
 
 import json
@@ -20,7 +20,7 @@ pytest.importorskip("hypothesis", reason="needs the extra 'test'")
 
 from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 
-from support import generated_cases  # noqa: E402
+from support import generated_cases, generated_checks  # noqa: E402
 from support.generated_cases import MODULES, OPS  # noqa: E402
 
 QUICK = 30  # cases of each op
@@ -42,7 +42,7 @@ def note(case, device, ratios):
 
 def summary(config) -> str:
     """A Markdown table of all cases so far, and the replays of failures."""
-    allowed = f"{generated_cases.LIMIT:g} are allowed"
+    allowed = f"{generated_checks.LIMIT:g} are allowed"
     lines = [f"seed {fuzz_seed(config)}; errors in units of each case's own tolerance, of which {allowed}", ""]
     lines += ["| device | op | dtype | cases | worst | of |", "|---|---|---|---|---|---|"]
     total: dict[str, int] = defaultdict(int)
@@ -63,7 +63,7 @@ def fuzz_seed(config) -> int:
 
 def check(case, device):
     try:
-        note(case, device, generated_cases.check(case, device))
+        note(case, device, generated_checks.check(case, device))
     except Exception as error:
         # The last one is what hypothesis made of it, as small as it found. It would keep all tensors of all of them.
         line = f"pytest tests/ops/test_generated.py -k {device}-{case['op']} --case '{json.dumps(case)}'"
@@ -77,7 +77,7 @@ def test_generated(device, op, request, one_thread):
         case = json.loads(request.config.getoption("case"))
         if case["op"] != op:
             pytest.skip(f"the case is of {case['op']}")
-        print(generated_cases.check(case, device))
+        print(generated_checks.check(case, device))
         return
     wanted = request.config.getoption("fuzz")
     count = math.ceil(wanted / len([*OPS, *MODULES])) if wanted else QUICK
@@ -123,7 +123,7 @@ def test_a_wrong_result_is_found_and_replayed(monkeypatch):
         y = right(x, weight, bias, **options)
         return torch.cat([y[:, :4], torch.cat([y[:, 4:, :6], y[:, 4:, 6:] * 0], 2)], 1)
 
-    generated_cases.check(case, "cpu")
+    generated_checks.check(case, "cpu")
     for wrong, name in ((wrong_gradient, "dbias is off"), (wrong_token, "out is off")):
         monkeypatch.setattr(ext, "depthwise_conv3x3", wrong)
         with pytest.raises(AssertionError, match=name):

@@ -97,3 +97,20 @@ def segmenter(data: Path, run: Path, *options: str) -> int:
 def detector(data: Path, run: Path, *options: str) -> int:
     """The exit status of a run of a small detector in this process."""
     return command("train-detector", str(data), "--output", str(run), *DETECTOR, *options)
+
+
+def change_annotations(data, change, split="train"):
+    file = data / "annotations" / f"instances_{split}.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+    return file
+
+
+def objects(data, split="train", **more):
+    from groupmamba.training.detection.coco import Objects, Split
+
+    given = {"crowds": False, "empty": True, "say": lambda text: None, **more}
+    found = Objects(Split(data / "annotations" / f"instances_{split}.json", data / split), **given)
+    found.use_masks(found.has_masks)
+    return found
