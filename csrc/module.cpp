@@ -34,6 +34,7 @@ py::dict build_info() {
     info["cuda_version"] = GM_WITH_CUDA ? py::object(py::str(GM_CUDA_VERSION)) : py::object(py::none());
     info["cuda_archs"] = std::vector<std::string> GM_CUDA_ARCHITECTURES;
     info["cpu_capability"] = gm::cpu::cpu_capability();
+    info["cpu_vendor"] = gm::cpu::cpu_vendor();
     info["kernel_count"] = GM_KERNEL_COUNT;
     return info;
 }

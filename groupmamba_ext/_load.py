@@ -114,8 +114,8 @@ def build_info() -> dict[str, Any]:
     Returns:
         A new dict: ``version`` (str), ``torch_target`` (the oldest torch they run under, str), ``cuda`` (True when the
         CUDA half was built), ``cuda_version`` (str or None), ``cuda_archs`` (list of str in the notation of
-        TORCH_CUDA_ARCH_LIST), ``cpu_capability`` (the instruction set in use on this machine, str), ``kernel_count``
-        (CUDA kernels per architecture, int).
+        TORCH_CUDA_ARCH_LIST), ``cpu_capability`` (the instruction set in use on this machine, str), ``cpu_vendor``
+        (``"amd"``, ``"intel"`` or ``"other"``), ``kernel_count`` (CUDA kernels per architecture, int).
 
     Raises:
         RuntimeError: the libraries are not installed; the message names the cure.

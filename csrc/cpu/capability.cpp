@@ -44,4 +44,13 @@ Capability capability() {
 
 const char* cpu_capability() { return kNames[static_cast<int>(capability())]; }
 
+const char* cpu_vendor() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_is("amd")) return "amd";
+    if (__builtin_cpu_is("intel")) return "intel";
+#endif
+    return "other";
+}
+
 }  // namespace gm::cpu

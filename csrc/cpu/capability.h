@@ -13,6 +13,9 @@ Capability capability();
 // Its name: "baseline", "avx2" or "avx512".
 const char* cpu_capability();
 
+// Who made the processor: "amd", "intel" or "other". Which library has the faster matrix products depends on it.
+const char* cpu_vendor();
+
 #if defined(__x86_64__)
 #define GM_CPU_KERNEL(name) \
     ::gm::cpu::choose(&::gm::cpu::baseline::name, &::gm::cpu::avx2::name, &::gm::cpu::avx512::name)

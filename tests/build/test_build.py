@@ -160,11 +160,12 @@ def test_every_kernel_waits_for_those_before():
 def test_build_info(kernels):
     info = _load.build_info()
     assert set(info) == {
-        "version", "torch_target", "cuda", "cuda_version", "cuda_archs", "cpu_capability", "kernel_count"
+        "version", "torch_target", "cuda", "cuda_version", "cuda_archs", "cpu_capability", "cpu_vendor", "kernel_count"
     }  # fmt: skip
     assert info["version"] == _load.__version__
     assert info["torch_target"] == "2.10"
     assert isinstance(info["cpu_capability"], str)
+    assert info["cpu_vendor"] in ("amd", "intel", "other")
     assert info["kernel_count"] == kernels["kernel_count"]
     assert info["cuda"] is (info["cuda_version"] is not None) is bool(info["cuda_archs"])
     if info["cuda"]:

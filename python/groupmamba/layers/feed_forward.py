@@ -12,7 +12,7 @@ import groupmamba_ext as ext
 from groupmamba.layers._checks import parameter_dtype, positive_int
 from groupmamba.layers.drop_path import DropPathMask, add
 from groupmamba.layers.plain import affine, call_in_own_dtype, call_on_rows, convolution, layer_norm, linear, why_called
-from groupmamba.layers.token_linear import token_linear
+from groupmamba.layers.token_linear import image_linear
 from groupmamba.layers.token_norm import TokenNorm
 from groupmamba.layers.tracing import Leaf, fx_call, keepable
 from groupmamba_ext import _explain
@@ -102,18 +102,14 @@ class ConvFeedForward(Leaf, nn.Module):
             return feed_forward(x, parameters, eps=norm.eps, residual=residual, drop_path=drop_path)
         y = x if norm is None else norm(x)
         if plain:
-            hidden = ext.depthwise_conv3x3(
-                _linear(y, self.fc1), self.dwconv.weight, self.dwconv.bias, activation="gelu"
-            )
-            y = _linear(hidden, self.fc2)
+            hidden = image_linear(y, self.fc1.weight, self.fc1.bias)
+            hidden = ext.depthwise_conv3x3(hidden, self.dwconv.weight, self.dwconv.bias, activation="gelu")
+            if residual and drop_path is None:
+                return image_linear(hidden, self.fc2.weight, self.fc2.bias, x)
+            y = image_linear(hidden, self.fc2.weight, self.fc2.bias)
         else:
             hidden = keepable(call_on_rows(self.fc1, y).permute(0, 3, 1, 2))
             if hidden.numel():  # torch convolves no empty image
                 hidden = F.gelu(call_in_own_dtype(self.dwconv, hidden))
             y = call_on_rows(self.fc2, hidden.permute(0, 2, 3, 1))
         return add(x, y, residual, drop_path)
-
-
-def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    y = token_linear(x.flatten(0, 2).unsqueeze(0), layer.weight.unsqueeze(0), layer.bias)
-    return y.view(*x.shape[:3], layer.out_features)

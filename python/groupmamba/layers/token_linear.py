@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from groupmamba.layers.onednn_linear import OneDnnLinear, onednn_products, takes_onednn
 from groupmamba_ext.transforms import watched
 
 
@@ -69,6 +70,11 @@ def token_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     Returns:
         (G, T, N).
     """
+    if takes_onednn(x, weight, bias):
+        if not _wants_gradient(x, weight, bias):
+            return onednn_products(x, weight, bias)
+        if x.dtype == torch.float32:  # in 16 bits torch's own operators call the same kernels
+            return OneDnnLinear.apply(x, weight, bias)
     if not x.is_cuda or x.shape[1] == 0 or x.dtype == torch.float64 or watched():
         if bias is None:
             return torch.bmm(x, weight.mT)
@@ -77,3 +83,30 @@ def token_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         low = torch.get_autocast_dtype("cuda")
         x, weight, bias = x.to(low), weight.to(low), None if bias is None else bias.to(low)
     return _TokenLinear.apply(x, weight, bias)
+
+
+def image_linear(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+    """``[residual +] x @ weight.T + bias`` for the pixels of an image.
+
+    Args:
+        x: (batch, H, W, K).
+        weight: (N, K).
+        bias: (N,).
+        residual: (batch, H, W, N).
+
+    Returns:
+        (batch, H, W, N).
+    """
+    rows, weights = x.flatten(0, 2).unsqueeze(0), weight.unsqueeze(0)
+    sizes = (*x.shape[:3], weight.shape[0])
+    if residual is None:
+        return token_linear(rows, weights, bias).view(sizes)
+    if takes_onednn(rows, weights, bias) and not _wants_gradient(x, weight, bias, residual):
+        same = type(residual) is Tensor and residual.dtype == x.dtype and residual.device == x.device
+        if same and residual.shape == sizes:
+            return onednn_products(rows, weights, bias, residual.flatten(0, 2)).view(sizes)
+    return residual + token_linear(rows, weights, bias).view(sizes)
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

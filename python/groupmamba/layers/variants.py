@@ -27,7 +27,7 @@ from groupmamba.layers.plain import (
     linear,
     why_called,
 )
-from groupmamba.layers.token_linear import token_linear
+from groupmamba.layers.token_linear import image_linear
 from groupmamba.layers.tracing import keepable
 from groupmamba.layers.vsss import GroupedVSSS
 from groupmamba_ext import _explain
@@ -181,8 +181,9 @@ class _Projected(Variant):
             return drop_path.added(x, _one_op(layer, x, False, None))
         mixed = self._mixed(layer, x.contiguous())
         proj = layer.proj
-        y = token_linear(mixed.flatten(0, 2).unsqueeze(0), proj.weight.unsqueeze(0), proj.bias)
-        return add(x, y.view(*mixed.shape[:3], y.shape[-1]), residual, drop_path)
+        if residual and drop_path is None:
+            return image_linear(mixed, proj.weight, proj.bias, x)
+        return add(x, image_linear(mixed, proj.weight, proj.bias), residual, drop_path)
 
     @abc.abstractmethod
     def _mixed(self, layer: nn.Module, x: Tensor) -> Tensor:
