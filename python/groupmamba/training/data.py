@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from groupmamba.training.card import Card
-from groupmamba.training.pictures import read_picture
+from groupmamba.training.pictures import read_picture, why_unreadable
 from groupmamba.training.pixels import Pixels, ToPixels
 from groupmamba.training.seeds import seed_of, seeded
 from groupmamba_ext._command import CommandError, UsageError, one_line
@@ -140,7 +140,7 @@ class Images(Dataset):
             except MemoryError:
                 raise
             except Exception as error:  # Pillow's decoders raise exceptions of many kinds on bytes that are no image
-                bad.append((index, one_line(error)))
+                bad.append((index, why_unreadable(error)))
                 continue
             with seeded(self.seed, "image", epoch, first):
                 return self.transform(picture), label, index, bad
@@ -240,8 +240,8 @@ class BadImages:
             path = self.source.path_of(index)
             if len(self.found) > self.allowed:
                 raise CommandError(
-                    f"{path} can't be read ({reason}): the {len(self.found)}. such image in {self.source.root}, more "
-                    f"than --max-bad-images {self.allowed}"
+                    f"{path} can't be read ({reason}): number {len(self.found)} of such images in "
+                    f"{self.source.root}, more than --max-bad-images {self.allowed}"
                 )
             self.say(f"skipped {path}, which can't be read ({reason}); {len(self.found)} so far")
 

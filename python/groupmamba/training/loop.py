@@ -33,7 +33,7 @@ from groupmamba.training.output import (
 )
 from groupmamba.training.step import Pieces, Schedule, make_optimizer, put_rates_on
 from groupmamba.training.task import Task, tensors_of
-from groupmamba_ext._command import CommandError
+from groupmamba_ext._command import CommandError, check_folder
 
 SHOWN_INDICES = 8
 VALIDATIONS = 10  # in a run of a task without an interval of its own
@@ -63,6 +63,7 @@ class Training:
         known = options.complete({"data": "", **given}, command=command)
         self.resumed: Path | None = None
         self.run = Path(known.output)
+        check_folder("--output", self.run)
         saved, state = self._earlier(task, known)
         args = self.args = options.complete(given, saved, command)
         args.output = known.output

@@ -35,6 +35,14 @@ def number(low: float, high: float = math.inf, *, whole: bool = False, above: bo
     return convert
 
 
+def path_text(text: str) -> str:
+    """A type for argparse: a file or folder; an empty text, of an unset shell variable say, would be the folder that
+    the command was started in."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be a path, got ''")
+    return text
+
+
 def keyword(text: str) -> tuple[str, Any]:
     """A type for argparse: ``name=value``, the value a Python literal or else text."""
     name, sign, value = text.partition("=")
@@ -44,6 +52,26 @@ def keyword(text: str) -> tuple[str, Any]:
         return name, ast.literal_eval(value)
     except (SyntaxError, ValueError):
         return name, value
+
+
+# Arguments of a model that no --model-kwargs may give, and what settles them.
+SETTLED = {
+    "model_name": "--model names it",
+    "pretrained": "--pretrained asks for it",
+    "weights": "--weights names them",
+    "checkpoint_path": "--weights names it",
+    "num_classes": "it follows from the data or the weights",
+    "in_chans": "images are read with 3 channels",
+    "features_only": "the command decides on it",
+    "out_indices": "the command decides on it",
+}
+
+
+def check_model_kwargs(values: Mapping[str, Any] | None) -> None:
+    """UsageError for an argument of the model that the commands settle themselves."""
+    for name, value in (values or {}).items():
+        if name in SETTLED:
+            raise UsageError(f"--model-kwargs {name}={value!r} can't be given: {SETTLED[name]}")
 
 
 class Option(NamedTuple):
@@ -126,7 +154,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         Option("model", str, "a model of this project or of timm"),
         Option("model-kwargs", keyword, "more arguments of the model, as name=value", None, "*"),
         Option("num-classes", number(2, 1 << 24, whole=True), "default: the number of folders in DATA/train"),
-        Option("weights", str, "start from a checkpoint, for fine-tuning"),
+        Option("weights", path_text, "start from a checkpoint, for fine-tuning"),
         Option("pretrained", bool, "start from the model's published weights", False),
         Option("drop", number(0, 0.999), "dropout before the heads"),
         Option("drop-path", number(0, 0.999), "stochastic depth, rising linearly over the blocks to this"),
@@ -194,15 +222,17 @@ GROUPS: dict[str, tuple[Option, ...]] = {
     "distillation": (
         Option("no-kd", bool, "without a teacher", False),
         Option("kd-model-name", str, f"teacher, pretrained, of timm; default: {TEACHER} for 1,000 classes, else none"),
-        Option("kd-model-path", str, "checkpoint of the teacher, which keeps its own number of classes"),
+        Option("kd-model-path", path_text, "checkpoint of the teacher, which keeps its own number of classes"),
         Option("kd-token-distill-type", ("hard", "soft"), "the teacher's argmax, or its distribution"),
         Option("kd-temperature", RATE, "of the soft form"),
         Option("task-loss-weight", SHARE, "weight of the labels; the teacher has the rest"),
     ),
     "run": (
-        Option("output", str, "the run's own folder; default: output/MODEL"),
-        Option("resume", str, "a run's folder or checkpoint to go on from; auto: what --output holds; none", "auto"),
-        Option("config", str, "read options from a YAML file, such as a run's args.yaml"),
+        Option("output", path_text, "the run's own folder; default: output/MODEL"),
+        Option(
+            "resume", path_text, "a run's folder or checkpoint to go on from; auto: what --output holds; none", "auto"
+        ),
+        Option("config", path_text, "read options from a YAML file, such as a run's args.yaml"),
         Option("seed", number(0, (1 << 63) - 1, whole=True), "of everything random", 42),
         Option("log-interval", POSITIVE, "steps from report to report", 50),
         Option("val-interval", POSITIVE, "epochs from validation to validation", 1),

@@ -11,7 +11,17 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from groupmamba.training.option_table import GROUPS, POSITIVE, SHARE, Command, Option, chosen, keyword, number
+from groupmamba.training.option_table import (
+    GROUPS,
+    POSITIVE,
+    SHARE,
+    Command,
+    Option,
+    chosen,
+    keyword,
+    number,
+    path_text,
+)
 from groupmamba.training.recipe import Value
 from groupmamba.training.segmentation.command import LENGTH, RUN
 from groupmamba_ext._command import UsageError
@@ -64,10 +74,10 @@ _SIDE = number(1, 8192, whole=True)
 
 GROUPS_OF_DETECTOR = {
     "data": (
-        Option("train-annotations", str, "COCO file; default: annotations/instances_train*.json in DATA, or like it"),
-        Option("train-images", str, "folder of its images; default: train2017/, train/ or images/train/ in DATA, ..."),
-        Option("val-annotations", str, "the same for validation"),
-        Option("val-images", str, "the same for validation"),
+        Option("train-annotations", path_text, "COCO file; default: annotations/instances_train*.json in DATA, ..."),
+        Option("train-images", path_text, "folder of its images; default: train2017/, train/ or the like in DATA"),
+        Option("val-annotations", path_text, "the same for validation"),
+        Option("val-images", path_text, "the same for validation"),
         Option("empty-images", bool, "train on images without objects too"),
         *chosen(GROUPS["data"], "workers", "batch-size", "validation-batch-size", "max-bad-images", "pin-mem"),
     ),
@@ -76,7 +86,7 @@ GROUPS_OF_DETECTOR = {
         Option("model-kwargs", keyword, "more arguments of the backbone, as name=value", None, "*"),
         Option("detector-kwargs", keyword, "more arguments of torchvision's MaskRCNN, as name=value", None, "*"),
         Option("no-masks", bool, "boxes alone, by Faster R-CNN; so too where the annotations have no masks", False),
-        Option("weights", str, "start from a checkpoint: of a backbone, or of a detector, for fine-tuning"),
+        Option("weights", path_text, "start from a checkpoint: of a backbone, or of a detector, for fine-tuning"),
         *chosen(GROUPS["model"], "pretrained", "drop-path", "grad-checkpointing", "freeze-bn"),
     ),
     "device": tuple(option for option in GROUPS["device"] if option.name != "no-cuda-graph"),

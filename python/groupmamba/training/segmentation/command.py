@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from groupmamba.training.option_table import GROUPS, POSITIVE, SHARE, Command, Option, chosen, number
+from groupmamba.training.option_table import GROUPS, POSITIVE, SHARE, Command, Option, chosen, number, path_text
 from groupmamba.training.recipe import Value
 from groupmamba_ext._command import UsageError
 
@@ -80,7 +80,7 @@ GROUPS_OF_SEGMENTER = {
         Option("model", str, "the backbone: a model of this project, or of timm with maps at strides 4 to 32"),
         Option("model-kwargs", GROUPS["model"][1].kind, "more arguments of the backbone, as name=value", None, "*"),
         Option("decoder-channels", number(8, 8192, whole=True), "of the decoder"),
-        Option("weights", str, "start from a checkpoint: of a backbone, or of a segmenter, for fine-tuning"),
+        Option("weights", path_text, "start from a checkpoint: of a backbone, or of a segmenter, for fine-tuning"),
         *chosen(GROUPS["model"], "pretrained", "drop-path", "grad-checkpointing", "freeze-bn"),
     ),
     "device": GROUPS["device"],

@@ -19,7 +19,7 @@ from torchvision import tv_tensors
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as F
 
-from groupmamba.training.pictures import read_picture
+from groupmamba.training.pictures import read_picture, why_unreadable
 from groupmamba.training.samples import BrokenAnnotation
 from groupmamba_ext._command import CommandError, one_line
 
@@ -114,7 +114,7 @@ def read_labels(path: Path) -> np.ndarray:
     except BrokenAnnotation:
         raise
     except Exception as error:  # Pillow's decoders raise exceptions of many kinds on bytes that are no image
-        raise BrokenAnnotation(f"{path} can't be read ({one_line(error)})") from error
+        raise BrokenAnnotation(f"{path} can't be read ({why_unreadable(error)})") from error
 
 
 def classes_of(labels: np.ndarray, count: int, reduce_zero_label: bool) -> np.ndarray:
@@ -129,13 +129,17 @@ def class_names(data: Path) -> list[str] | None:
     """From ``objectInfo150.txt``, a table with a column "Name", or ``classes.txt``, a name a line; None without.
 
     Raises:
-        CommandError: the file has no name in it, or one twice.
+        CommandError: the file is no text, or has no name in it.
     """
     for name in ("objectInfo150.txt", "classes.txt"):
         file = data / name
         if not file.is_file():
             continue
-        lines = [line.rstrip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CommandError(f"{file} can't be read as text: {one_line(error)}") from error
+        lines = [line.rstrip() for line in text.splitlines() if line.strip()]
         if name == "objectInfo150.txt":
             lines = [line.split("\t")[-1].strip() for line in lines[1:]]
         if not lines:

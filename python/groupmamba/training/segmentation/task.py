@@ -112,6 +112,9 @@ class Segmentation(DenseTask):
             **backbone,
         )
 
+    def images_of(self, model: nn.Module) -> tuple[nn.Module, tuple[int, int]]:
+        return model, (self.args.img_size, self.args.img_size)
+
     def training_transform(self, card: Card) -> Callable[[Any, Any], tuple[Any, Any]]:
         return training_transform(self.args, card.mean)
 
