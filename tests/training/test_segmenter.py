@@ -393,3 +393,28 @@ def test_other_backbones(data, tmp_path):
     argv += ["--model", "swin_tiny_patch4_window7_224", "--model-kwargs", "embed_dim=24", "depths=(1,1,1,1)"]
     assert command(*argv, "num_heads=(1,2,4,8)") == 0
     assert float(rows(tmp_path / "run" / "summary.csv")[-1]["eval_accuracy"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (np.full((48, 64), 9, np.uint8), "0.png has the label 9, and there are 3 classes, 1 to 3"),
+        (np.ones((10, 12), np.uint8), "0.png has 12 x 10 pixels, and the image 0.jpg 64 x 48"),
+        (np.ones((48, 64, 3), np.uint8), "0.png must have one channel, a class for each pixel, got RGB"),
+    ],
+)
+def test_validation_labels_are_checked_before_the_first_step(labels, words, tmp_path, capsys):
+    data = make_ade(tmp_path / "ade", train=4, validation=2)
+    (data / "images" / "validation" / "1.jpg").write_text("no image, left out when it is loaded")
+    Image.fromarray(labels).save(data / "annotations" / "validation" / "0.png")
+    assert segmenter(data, tmp_path / "run", "--epochs", "1") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line and not (tmp_path / "run").exists()
+
+
+def test_names_of_classes_must_be_text(tmp_path, capsys):
+    data = make_ade(tmp_path / "ade", train=4, validation=2)
+    (data / "classes.txt").write_bytes(b"sky\n\xff\xfe\n")
+    assert segmenter(data, tmp_path / "run", "--epochs", "1") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{data / 'classes.txt'} can't be read as text" in line

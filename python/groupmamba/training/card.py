@@ -72,7 +72,7 @@ def find_weights(path: str) -> Path:
     Raises:
         CommandError: there is none.
     """
-    from groupmamba.models.pretrained import weights_file
+    from groupmamba.models.pretrained import FOLDER_FILES, weights_file
 
     for name in RUN_FILES:
         if (Path(path) / name).is_file():
@@ -80,7 +80,8 @@ def find_weights(path: str) -> Path:
     try:
         return Path(weights_file(path))
     except FileNotFoundError as error:
-        raise CommandError(f"--weights {path}: {one_line(error)}") from error
+        names = ", ".join((*RUN_FILES, *FOLDER_FILES))
+        raise CommandError(f"--weights {path} is no file, and no folder with one of {names}") from error
 
 
 def create_model(name: str, option: str = "--model", /, **options: Any) -> nn.Module:
@@ -232,6 +233,7 @@ def model_of(
         raise UsageError(f"{file} does not say of which model it is: add --model, such as --model groupmamba_tiny")
     if card is not None and name not in (None, card.model):
         raise UsageError(f"--model {name} is not the {card.model} that {file} is for")
+    bare = card is None
     if card is None:
         assert name is not None
         card = Card(name, num_classes or _classes_of(name, file), dict(model_kwargs or {}))
@@ -246,8 +248,10 @@ def model_of(
     for line in load(model, file):
         raise CommandError(f"{file} could not be loaded: {line}")
     cfg = getattr(model, "pretrained_cfg", {})
-    if read_card(file) is None:
+    if bare:
         card.mean, card.std = tuple(cfg.get("mean", card.mean)), tuple(cfg.get("std", card.std))
+        card.img_size = card.model_kwargs.get("img_size", cfg.get("input_size", (3, card.img_size))[-1])
+        card.crop_pct, card.interpolation = cfg.get("crop_pct", card.crop_pct), cfg.get("interpolation", "bicubic")
     return model.eval(), card
 
 

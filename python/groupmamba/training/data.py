@@ -245,6 +245,11 @@ class BadImages:
                 )
             self.say(f"skipped {path}, which can't be read ({reason}); {len(self.found)} so far")
 
+    def check_some_left(self) -> None:
+        """CommandError where none of all images can be read."""
+        if len(self.found) == len(self.source):
+            raise CommandError(f"no image of {self.source.root} can be read")
+
 
 def training_transform(args: argparse.Namespace, mean: Sequence[float], std: Sequence[float]) -> Any:
     """timm's transform for training.

@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> int:
         UsageError, CommandError: what was asked for can't be done.
     """
     check_packages()
-    from groupmamba.training.card import find_weights, model_of
+    from groupmamba.training.card import check_classifier, find_weights, model_of
     from groupmamba.training.data import validation_transform
     from groupmamba.training.setup import choose_device
 
@@ -63,6 +63,7 @@ def main(args: argparse.Namespace) -> int:
     model.to(device).to(memory_format=torch.channels_last)
     if card.task != "classification":
         return _dense(args, model, card, pictures, device)
+    check_classifier(model, card.model, card.img_size, card.num_classes)
     transform = validation_transform(card.img_size, card)
     rows = []
     for path, picture in zip(args.images, pictures, strict=True):

@@ -106,8 +106,7 @@ def main(args: argparse.Namespace) -> int:
     kind = choose_device(args.device, card.model)
     device = Processes().device(kind)
     size = args.img_size or card.img_size
-    if args.img_size is not None:
-        check_classifier(found[0][1], card.model, size, card.num_classes)
+    check_classifier(found[0][1], card.model, size, card.num_classes)
     images = Images(folder, validation_transform(size, card), 0, 0, size)
     batches = loader(images, ValidationOrder(len(images), args.batch_size or 128), args.workers, pin=kind == "cuda")
     bad = BadImages(folder, args.max_bad_images, lambda text: print(text, flush=True))
@@ -116,6 +115,7 @@ def main(args: argparse.Namespace) -> int:
     print(f"{card.model}, {len(images):,} images of {root}, {len(folder.classes):,} classes, {size} x {size} pixels")
     normalize = Normalize(card.mean, card.std, device)
     results = accuracies(models, batches, normalize, device, amp, bad, Processes())
+    bad.check_some_left()
     for (title, _, _), result in zip(found, results, strict=True):
         print(f"  {title:<22} top-1 {result.top1:.3f}%   top-5 {result.top5:.3f}%   loss {result.loss:.4f}")
     if bad.found:
@@ -167,6 +167,7 @@ def _dense(args: argparse.Namespace, found: Sequence[tuple[str, nn.Module, Card]
     print(f"{card.model}, {len(source):,} images of {source.root}, {card.num_classes:,} classes")
     task.detailed = True
     results = task.evaluate(models, batches, amp_dtype(device, None, None), bad)
+    bad.check_some_left()
     for (title, _, _), values, lines in zip(found, results, task.details, strict=True):
         print(f"  {title:<22} " + "   ".join(f"{name} {value:.2f}%" for name, value in values.items()))
         for line in lines:

@@ -17,7 +17,8 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from groupmamba.training.card import Card
 from groupmamba.training.data import BadImages, Batch
 from groupmamba.training.dense import DenseTask, palette
-from groupmamba.training.detection.coco import TRAINING_NAMES, VALIDATION_NAMES, Objects, find_split
+from groupmamba.training.detection.annotations import TRAINING_NAMES, VALIDATION_NAMES, find_split
+from groupmamba.training.detection.coco import Objects
 from groupmamba.training.detection.command import DETECTOR
 from groupmamba.training.detection.transforms import TrainingTransform
 from groupmamba.training.distributed import Processes

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,14 +78,38 @@ class LabelledImages:
             BrokenAnnotation: the label image can't be read, has another size, or a label that is no class.
             Exception: of many kinds, for an image that can't be read.
         """
-        path, annotation = self.samples[index]
+        path, _ = self.samples[index]
         image = F.pil_to_tensor(read_picture(path))
+        return tv_tensors.Image(image), tv_tensors.Mask(torch.from_numpy(self._classes(index, tuple(image.shape[1:]))))
+
+    def check(self) -> None:
+        """Reads all label images.
+
+        Raises:
+            CommandError: as `load` raises BrokenAnnotation.
+        """
+
+        def check_one(index: int) -> None:
+            try:
+                with Image.open(self.samples[index][0]) as picture:
+                    size = picture.height, picture.width
+            except Exception:  # an image that can't be read is left out when it is loaded
+                return
+            self._classes(index, size)
+
+        try:
+            _in_threads(check_one, range(len(self)))
+        except BrokenAnnotation as error:
+            raise CommandError(one_line(error)) from error
+
+    def _classes(self, index: int, size: tuple[int, ...]) -> np.ndarray:
+        """The classes of an image of ``size``, height and width."""
+        path, annotation = self.samples[index]
         labels = read_labels(annotation)
-        if labels.shape != image.shape[1:]:
-            height, width = labels.shape
+        if labels.shape != size:
             raise BrokenAnnotation(
-                f"{annotation} has {width} x {height} pixels, and the image {path.name} {image.shape[2]} x "
-                f"{image.shape[1]}"
+                f"{annotation} has {labels.shape[1]} x {labels.shape[0]} pixels, and the image {path.name} {size[1]} x "
+                f"{size[0]}"
             )
         count = len(self.classes)
         classes = classes_of(labels, count, self.reduce_zero_label)
@@ -93,7 +118,13 @@ class LabelledImages:
                 f"{annotation} has the label {highest + self.reduce_zero_label}, and there are {count} classes, "
                 f"{int(self.reduce_zero_label)} to {count - 1 + self.reduce_zero_label}"
             )
-        return tv_tensors.Image(image), tv_tensors.Mask(torch.from_numpy(classes))
+        return classes
+
+
+def _in_threads(function: Callable[[Any], Any], values: Sequence[Any]) -> list[Any]:
+    """``function`` of each of ``values``; of several exceptions the first one's counts. Pillow decodes side by side."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(function, values))
 
 
 def _files(root: Path, extensions: Sequence[str]) -> list[Path]:
@@ -160,13 +191,11 @@ def settle_classes(data: Path, training: LabelledImages, asked: int | None, say:
             raise CommandError(f"--num-classes {asked}: {data} names {len(names)} classes")
         return names
     if asked is None:
-        highest = -1
-        with ThreadPoolExecutor() as pool:
-            try:
-                for found in pool.map(lambda sample: _highest(sample[1], training.reduce_zero_label), training.samples):
-                    highest = max(highest, found)
-            except BrokenAnnotation as error:
-                raise CommandError(one_line(error)) from error
+        zero = training.reduce_zero_label
+        try:
+            highest = max(_in_threads(lambda sample: _highest(sample[1], zero), training.samples))
+        except BrokenAnnotation as error:
+            raise CommandError(one_line(error)) from error
         if highest < 0:
             raise CommandError(f"{training.root}: no pixel of the label images has a class")
         asked = highest + 1
