@@ -81,8 +81,8 @@ class Training:
             usual = command.options["warmup_epochs"].default, command.options["epochs"].default
             if args.warmup_epochs != usual[0]:
                 screen.say(
-                    f"warm-up epochs: {args.warmup_epochs}, which is to {args.epochs} as the recipe's {usual[0]} to "
-                    f"{usual[1]}"
+                    f"warm-up: {args.warmup_epochs} of {args.epochs} epochs, in proportion to the recipe's {usual[0]} "
+                    f"of {usual[1]}"
                 )
         total = None if state is None else int(state["total_batch"])
         even = self.task.even_batches

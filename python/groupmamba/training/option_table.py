@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import ast
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -138,13 +139,14 @@ def chosen(options: Iterable[Option], *names: str) -> tuple[Option, ...]:
     return tuple(known[name] for name in names)
 
 
+WORKERS = min(4, len(os.sched_getaffinity(0)))  # torch warns of more than there are processors
 COUNT, POSITIVE, AT_LEAST_0 = number(0, whole=True), number(1, whole=True), number(0)
 SHARE, RATE = number(0, 1), number(0, above=True)
 
 GROUPS: dict[str, tuple[Option, ...]] = {
     "data": (
         Option("img-size", number(32, 4096, whole=True), "pixels of a side"),
-        Option("workers", number(0, 1024, whole=True), "processes that load images, for each GPU", 4, short="j"),
+        Option("workers", number(0, 1024, whole=True), "processes that load images, for each GPU", WORKERS, short="j"),
         Option("batch-size", POSITIVE, "images a step of each GPU", short="b"),
         Option("validation-batch-size", POSITIVE, "the same in validation; default: --batch-size"),
         Option("max-bad-images", COUNT, "images that can't be read before the run stops", 100),
@@ -261,7 +263,7 @@ the recipe of the paper's released code.
   --epochs N            passes over the training images [{DEFAULTS["epochs"]}]
   -b, --batch-size N    images a step of each GPU [{DEFAULTS["batch_size"]}]
   --lr RATE             highest learning rate [{DEFAULTS["lr_base"]:g} x images a step / {DEFAULTS["lr_base_size"]}]
-  -j, --workers N       processes that load images [4]
+  -j, --workers N       processes that load images [{WORKERS}]
   --no-kd               no teacher ({TEACHER} for 1,000 classes)
   --kd-model-name NAME  another teacher; --kd-model-path FILE: its checkpoint
   --output FOLDER       the run's own; a run found there goes on [output/MODEL]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from groupmamba.model_info import whole_number
 from groupmamba.training.command import check_packages
-from groupmamba.training.option_table import keyword, path_text
+from groupmamba.training.option_table import WORKERS, keyword, path_text
 from groupmamba_ext._command import CommandError, UsageError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model-kwargs", type=keyword, nargs="*", metavar="NAME=VALUE", help="more arguments of that model"
     )
     parser.add_argument("-b", "--batch-size", type=whole_number(1, 1 << 16), help="default: 128, of detectors 1")
-    parser.add_argument("-j", "--workers", type=whole_number(0, 1024), default=4, help="default: 4")
+    parser.add_argument("-j", "--workers", type=whole_number(0, 1024), default=WORKERS, help="default: %(default)s")
     parser.add_argument("--img-size", type=whole_number(32, 4096), help="of classifiers; default: the checkpoint's")
     parser.add_argument("--multi-scale", action="store_true", help="of segmenters: six scales and their mirror images")
     parser.add_argument("--window", choices=("slide", "whole"), help="of segmenters: crops, or the image as a whole")

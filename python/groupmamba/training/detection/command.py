@@ -15,6 +15,7 @@ from groupmamba.training.option_table import (
     GROUPS,
     POSITIVE,
     SHARE,
+    WORKERS,
     Command,
     Option,
     chosen,
@@ -115,7 +116,7 @@ GROUPS_OF_DETECTOR = {
     "run": RUN,
 }  # fmt: skip
 
-_SHORT_HELP = """\
+_SHORT_HELP = f"""\
 usage: groupmamba train-detector DATA [options]    (--help-all: every option)
 
 Train Mask R-CNN on images with annotations in COCO's format, by the recipe for
@@ -130,7 +131,7 @@ _annotations.coco.json or like it in DATA/train and DATA/val.
   --no-masks            boxes alone, by Faster R-CNN
   -b, --batch-size N    images a step of each GPU [16]
   --lr RATE             highest learning rate [0.0001 x images a step / 16]
-  -j, --workers N       processes that load images [4]
+  -j, --workers N       processes that load images [{WORKERS}]
   --output FOLDER       the run's own [output/detector_MODEL]
   --resume PATH         go on from another run; none: begin anew
   --config FILE         options of a run: its args.yaml
