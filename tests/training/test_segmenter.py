@@ -418,3 +418,20 @@ def test_names_of_classes_must_be_text(tmp_path, capsys):
     assert segmenter(data, tmp_path / "run", "--epochs", "1") == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{data / 'classes.txt'} can't be read as text" in line
+
+
+def test_a_classifier_does_not_start_from_a_segmenter(learned, tmp_path, capsys):
+    pictures = make_pictures(tmp_path / "pictures")
+    weights = str(learned / "last.safetensors")
+    capsys.readouterr()
+    for option, status in (("--weights", 2), ("--kd-model-path", 1)):
+        assert train(pictures, tmp_path / "run", "--epochs", "1", option, weights) == status
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{option} {weights} is for segmentation, not for classification" in line
+
+
+def test_a_backbone_of_one_size_is_refused_before_the_first_step(data, tmp_path, capsys):
+    argv = ["train-segmenter", str(data), "--output", str(tmp_path / "run"), "--device", "cpu", "--img-size", "64"]
+    assert command(*argv, "-b", "2", "--model", "maxvit_tiny_tf_224", "--decoder-channels", "16") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--model maxvit_tiny_tf_224 does not take images of 64 x 64 pixels" in line
