@@ -211,6 +211,19 @@ def test_nothing_that_can_be_read_in_validation(data, tmp_path, capsys):
     assert losses(tmp_path / "run") == losses(tmp_path / "other")
 
 
+def test_images_are_of_all_formats_that_torchvision_lists(data):
+    """None is left out in silence because of its name; what is no image is."""
+    before = Folder(data / "train")
+    for name, suffixes in (("blue", (".webp", ".BMP", ".tiff")), ("red", (".JPEG",))):
+        picture = Image.open(data / "train" / name / "0.png")
+        for suffix in suffixes:
+            picture.save(data / "train" / name / f"more{suffix}")
+    (data / "train" / "blue" / "readme.txt").write_text("no image")
+    found = Folder(data / "train")
+    assert found.classes == before.classes and len(found) == len(before) + 4
+    assert {Path(path).suffix for path, _ in found.samples} == {".png", ".webp", ".BMP", ".tiff", ".JPEG"}
+
+
 def test_a_text_is_said_to_be_one(data, tmp_path, capsys):
     """Each file once, by its path and the reason, without what Pillow calls it."""
     path = data / "train" / "red" / "7.png"

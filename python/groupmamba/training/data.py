@@ -54,17 +54,17 @@ class Folder:
     """
 
     def __init__(self, root: Path, classes: Sequence[str] | None = None):
-        from timm.data import create_dataset
+        from timm.data.readers.reader_image_folder import find_images_and_targets
+        from torchvision.datasets.folder import IMG_EXTENSIONS  # timm's own are .png and .jpg alone
 
         self.root = root
         if not root.is_dir():
             raise CommandError(f"{root} is no folder")
-        try:
-            reader = create_dataset("", root=str(root), search_split=False).reader
-        except RuntimeError as error:
-            raise CommandError(f"{root} has no images in folders of classes: {one_line(error)}") from error
-        self.samples: list[tuple[str, int]] = reader.samples
-        self.classes = sorted(reader.class_to_idx, key=reader.class_to_idx.__getitem__)
+        self.samples: list[tuple[str, int]]
+        self.samples, numbers = find_images_and_targets(str(root), IMG_EXTENSIONS)
+        if not self.samples:
+            raise CommandError(f"{root} has no images in folders of classes ({', '.join(IMG_EXTENSIONS)})")
+        self.classes = sorted(numbers, key=numbers.__getitem__)
         if "" in self.classes:
             stray = next(path for path, label in self.samples if self.classes[label] == "")
             raise CommandError(f"{stray} is in no folder of a class: {root} must hold CLASS/IMAGE")
