@@ -435,3 +435,11 @@ def test_a_backbone_of_one_size_is_refused_before_the_first_step(data, tmp_path,
     assert command(*argv, "-b", "2", "--model", "maxvit_tiny_tf_224", "--decoder-channels", "16") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "--model maxvit_tiny_tf_224 does not take images of 64 x 64 pixels" in line
+
+
+def test_a_validation_that_can_measure_nothing_is_said(tmp_path, capsys):
+    data = make_ade(tmp_path / "ade", train=4, validation=2)
+    for path in (data / "annotations" / "validation").glob("*.png"):
+        Image.fromarray(np.zeros_like(np.asarray(Image.open(path)))).save(path)
+    assert segmenter(data, tmp_path / "run", "--epochs", "1") == 0
+    assert f"no pixel of {data / 'images' / 'validation'} has a class: validation" in capsys.readouterr().err

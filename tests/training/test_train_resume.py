@@ -122,7 +122,7 @@ def test_a_validation_that_ends_the_run_costs_no_step(error, data, tmp_path, mon
 
     monkeypatch.setattr(Classification, "evaluate", evaluate)
     assert train(data, run, "--epochs", "2") == (1 if error is CommandError else 130)
-    assert f"{run} goes on with the validation that has ended here" in capsys.readouterr().err
+    assert f"started again, {run} goes on with this validation" in capsys.readouterr().err
     monkeypatch.setattr(Classification, "evaluate", real)
     monkeypatch.setattr(Step, "__call__", _counted(Step.__call__, calls := []))
     assert train(data, run, "--epochs", "2") == 0

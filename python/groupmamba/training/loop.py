@@ -338,7 +338,7 @@ class Training:
             if self.processes.first:
                 with suppress(Exception):  # what has to be said is what ended the validation
                     self._write()
-                    self.screen.say(f"{self.run} goes on with the validation that has ended here")
+                    self.screen.say(f"what was trained is kept: started again, {self.run} goes on with this validation")
             raise
 
     def _end_epoch(self, epoch: int) -> dict[str, Any]:

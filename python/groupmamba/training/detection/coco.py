@@ -125,6 +125,11 @@ class Objects:
     def __len__(self) -> int:
         return len(self.data)
 
+    @property
+    def has_objects(self) -> bool:
+        """Whether there is anything to find."""
+        return not all(entry["iscrowd"] for entry in self.data.coco.anns.values())
+
     def path_of(self, index: int) -> str:
         """The file of an image."""
         return str(self.root / self.data.coco.imgs[self.data.ids[index]]["file_name"])

@@ -86,6 +86,7 @@ class Detection(DenseTask):
         training = Objects(splits[0], crowds=False, empty=args.empty_images, say=say)
         validation = Objects(splits[1], categories=training.category_ids, crowds=True, empty=True, say=say)
         _check_names(splits[1].annotations, validation.classes, training.classes, str(splits[0].annotations))
+        self._say_if_empty(validation)
         masks = not args.no_masks and (training.has_masks or validation.has_masks)
         if not masks and not args.no_masks:
             say("the annotations have no masks: boxes alone, by Faster R-CNN")
@@ -94,10 +95,15 @@ class Detection(DenseTask):
         self._measure(masks)
         return Sources(training, validation)
 
+    def _say_if_empty(self, validation: Objects) -> None:
+        if not validation.has_objects:
+            self.screen.say(f"{validation.split.annotations} has no object: validation measures nothing")
+
     def read_validation(self, card: Card) -> Source:
         ids, split = card.options["category_ids"], self._split(VALIDATION_NAMES, "val")
         validation = Objects(split, categories=ids, crowds=True, empty=True, say=self.screen.say)
         _check_names(split.annotations, validation.classes, card.classes or [], "the checkpoint")
+        self._say_if_empty(validation)
         masks = card.options["masks"] and validation.has_masks
         validation.use_masks(masks)
         self._measure(masks)

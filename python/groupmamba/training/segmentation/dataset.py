@@ -82,23 +82,23 @@ class LabelledImages:
         image = F.pil_to_tensor(read_picture(path))
         return tv_tensors.Image(image), tv_tensors.Mask(torch.from_numpy(self._classes(index, tuple(image.shape[1:]))))
 
-    def check(self) -> None:
-        """Reads all label images.
+    def check(self) -> bool:
+        """Reads all label images. Whether any pixel has a class.
 
         Raises:
             CommandError: as `load` raises BrokenAnnotation.
         """
 
-        def check_one(index: int) -> None:
+        def check_one(index: int) -> bool:
             try:
                 with Image.open(self.samples[index][0]) as picture:
                     size = picture.height, picture.width
             except Exception:  # an image that can't be read is left out when it is loaded
-                return
-            self._classes(index, size)
+                return False
+            return bool((self._classes(index, size) != IGNORE).any())
 
         try:
-            _in_threads(check_one, range(len(self)))
+            return any(_in_threads(check_one, range(len(self))))
         except BrokenAnnotation as error:
             raise CommandError(one_line(error)) from error
 

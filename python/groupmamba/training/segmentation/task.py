@@ -70,7 +70,9 @@ class Segmentation(DenseTask):
         if len(training.classes) < 2:
             raise CommandError(f"{data} has one class, {training.classes[0]}; there must be two at least")
         validation.classes = training.classes
-        validation.check()  # a run would come upon what is wrong there after a tenth of its steps
+        # A run would come upon what is wrong there after a tenth of its steps.
+        if not validation.check():
+            self.screen.say(f"no pixel of {validation.root} has a class: validation measures nothing")
         if zero:
             self.screen.say("0 in label images is no class; --no-reduce-zero-label makes it one")
         return Sources(training, validation)
