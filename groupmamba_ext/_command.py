@@ -11,8 +11,10 @@ from __future__ import annotations
 import io
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -70,6 +72,36 @@ def run_command(name: str, command: Callable[[], int]) -> int:
         status, message = 1, f"out of memory: {one_line(error)[:160]}"
     print(f"{name}: {message}", file=sys.stderr)
     return status
+
+
+def check_out(out: Path) -> None:
+    """CommandError where the picture cannot be written to ``out``, before any work."""
+    if out.exists() and not out.is_file():
+        raise CommandError(f"--out must be a file, got {'the folder ' if out.is_dir() else ''}{out}")
+    if out.suffix.lower() != ".png":
+        raise UsageError(f"--out must end in .png, as the picture is a PNG file, got {out}")
+    if not out.parent.is_dir():
+        raise CommandError(f"--out must be in an existing folder, got {out}")
+    try:
+        if out.exists():
+            with out.open("ab"):  # changes nothing
+                return
+        with tempfile.TemporaryFile(dir=out.parent):
+            return
+    except OSError as error:
+        raise CommandError(f"--out cannot be written: {out}: {error.strerror}") from error
+
+
+def check_folder(option: str, folder: Path) -> None:
+    """CommandError where ``folder``, the value of ``option``, can't be made or written to, before any work."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise CommandError(f"{option} must be a folder, got {folder}: {there} is a file")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return
+    except OSError as error:
+        raise CommandError(f"{option} can't be written: {folder}: {error.strerror}") from error
 
 
 def gpu_problem(*, ops: bool = True) -> str | None:

@@ -7,6 +7,7 @@ Exit status: 0, or 1 where something cannot be done or a check failed, or 2 for 
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -62,6 +63,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _unknown(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> str:
+    """The message on arguments that a command does not have, with the option that the first may be meant for."""
+    text = f"unrecognized arguments: {' '.join(arguments)}"
+    names = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
+    close = difflib.get_close_matches(arguments[0].partition("=")[0], names, 1)
+    return f"{text}; is {close[0]} meant?" if close else text
+
+
 def _info(args: argparse.Namespace) -> int:
     return environment.main() if args.model is None else model_info.main(args)
 
@@ -72,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: with status 2 for wrong arguments, 0 after ``--help`` and ``--version``, as argparse does.
     """
-    args = _parser().parse_args(argv)
+    args, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        args.parser.error(_unknown(args.parser, unknown))
     if args.command == "info":
         model_info.check_arguments(args)
     return run_command(f"groupmamba {args.command}", lambda: args.run(args))

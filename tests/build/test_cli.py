@@ -51,7 +51,8 @@ def test_help_lists_what_there_is(capsys):
     [
         ([], ("demo|info|selftest",)),
         (["fly"], ("'fly'",)),
-        (["selftest", "--fast"], ("--fast",)),
+        (["selftest", "--fast"], ("groupmamba selftest: ", "--fast")),
+        (["demo", "--sise=64"], ("--sise=64; is --size meant?",)),
         (["demo", "--size", "8"], ("--size", "from 64 to 2048", "'8'")),
         (["demo", "--size", "100000"], ("--size", "2 GB", "'100000'")),
         (["demo", "--size", "9" * 5000], ("--size", "99...'")),

@@ -16,6 +16,7 @@ import groupmamba_ext as ext
 from groupmamba import cli
 from groupmamba.demo import command as demo
 from groupmamba.demo.features import DIM, embed
+from groupmamba_ext._command import check_out
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
@@ -100,11 +101,11 @@ def test_places_that_may_not_be_written(out, no_work, tmp_path, monkeypatch, cap
 
 
 def test_the_check_of_out_changes_nothing(tmp_path):
-    demo.check_out(tmp_path / "new.png")
+    check_out(tmp_path / "new.png")
     assert list(tmp_path.iterdir()) == []
     old = tmp_path / "old.png"
     old.write_bytes(b"something")
-    demo.check_out(old)
+    check_out(old)
     assert old.read_bytes() == b"something"
 
 

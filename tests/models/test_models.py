@@ -363,6 +363,24 @@ def test_errors(options, message):
         small(**options)
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"dims": 64}, "dims must be a sequence, got 64"),
+        ({"dims": "abcd"}, "dims must be a sequence, got 'abcd'"),
+        ({"dims": (16, 16, 32, 32.0)}, "dims must be an int, got 32.0"),
+        ({"depths": 3}, "depths must be a sequence, got 3"),
+        ({"mlp_ratios": 2}, "mlp_ratios must be a sequence, got 2"),
+        ({"mlp_ratios": (1, 1, 1, "a")}, "mlp_ratios must be a number, got 'a'"),
+        ({"drop_rate": "a"}, "drop_rate must be a number, got 'a'"),
+        ({"drop_path_rate": "a"}, "drop_path_rate must be a number, got 'a'"),
+    ],
+)
+def test_types(options, message):
+    with pytest.raises(TypeError, match=message):
+        small(**options)
+
+
 def test_block_leaves_branches_out():
     block = blocks.GroupMambaBlock(16, 2.0, 1.0)
     x = torch.randn(3, 4, 5, 16)

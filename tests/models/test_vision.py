@@ -190,6 +190,17 @@ def test_arguments_that_torchvision_would_leave_unused(build):
         build(num_classes=2, box_score_treshold=0.1)
 
 
+@pytest.mark.parametrize("build", [vision.mask_rcnn, vision.faster_rcnn])
+def test_arguments_with_which_torchvision_would_fail_in_use(build):
+    for options, words in (
+        ({"box_nms_thresh": "0.5"}, "box_nms_thresh must be a number, got '0.5'"),
+        ({"rpn_pre_nms_top_n_train": (50,)}, r"rpn_pre_nms_top_n_train must be a number, got \(50,\)"),
+        ({"box_head": 64}, "box_head must be a module, got 64"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            build(num_classes=2, **options)
+
+
 def test_batches_of_a_detector_are_channels_last_and_padded_with_zeros():
     from torchvision.models.detection.transform import GeneralizedRCNNTransform
 

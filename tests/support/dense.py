@@ -108,7 +108,8 @@ def change_annotations(data, change, split="train"):
 
 
 def objects(data, split="train", **more):
-    from groupmamba.training.detection.coco import Objects, Split
+    from groupmamba.training.detection.annotations import Split
+    from groupmamba.training.detection.coco import Objects
 
     given = {"crowds": False, "empty": True, "say": lambda text: None, **more}
     found = Objects(Split(data / "annotations" / f"instances_{split}.json", data / split), **given)

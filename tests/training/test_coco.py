@@ -14,7 +14,7 @@ for package in ("timm", "torchvision", "yaml", "safetensors", "pycocotools", "to
     pytest.importorskip(package, reason="needs the extra 'train'")
 
 
-from groupmamba.training.detection.coco import read_annotations  # noqa: E402
+from groupmamba.training.detection.annotations import read_annotations, run_lengths  # noqa: E402
 from groupmamba_ext._command import CommandError  # noqa: E402
 
 BROKEN = {
@@ -32,6 +32,9 @@ BROKEN = {
     "no counts": (lambda a: a.update(segmentation={"size": [48, 64]}), "polygons or a run-length code"),
     "other size": (lambda a: a["segmentation"].update(size=[10, 10]), "has the size [10, 10], and the image [48, 64]"),
     "short counts": (lambda a: a["segmentation"].update(counts=[5]), "must add up to 48 x 64"),
+    "no code": (lambda a: a["segmentation"].update(counts="nonsense"), "no code of run lengths, got 'nonsense'"),
+    "short code": (lambda a: a["segmentation"].update(counts="5"), "must add up to 48 x 64"),
+    "negative counts": (lambda a: a["segmentation"].update(counts=[-1, 48 * 64 + 1]), "must add up to 48 x 64"),
     "no mask": (lambda a: a.pop("segmentation"), "has no segmentation, and others have; --no-masks"),
 }
 
@@ -48,26 +51,68 @@ def test_a_broken_annotation_names_its_file_and_id(what, tmp_path, capsys):
     assert words in lines[0] and not (tmp_path / "run").exists()
 
 
-def no_code(content):
-    content["annotations"][0]["segmentation"]["counts"] = "nonsense"
-
-
 def higher(content):
     content["images"][1]["height"] = 65
     for entry in content["annotations"]:
         entry["segmentation"] = [[1, 1, 5, 1, 5, 5]]
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [(no_code, ("image 10", "annotations 100")), (higher, ("image 11 has 40 x 65 pixels", "40 x 64"))],
-)
-def test_what_only_its_image_shows_ends_the_run_too(change, words, tmp_path, capsys):
+def test_what_only_its_image_shows_ends_the_run_too(tmp_path, capsys):
     data = make_coco(tmp_path / "coco", train=2, val=1)
-    file = change_annotations(data, change)
+    file = change_annotations(data, higher)
     assert detector(data, tmp_path / "run", "--epochs", "1", "-j", "1") == 1
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith(f"groupmamba train-detector: {file}: ") and all(word in line for word in words), line
+    assert line.startswith(f"groupmamba train-detector: {file}: image 11 has 40 x 65 pixels") and "40 x 64" in line
+
+
+def test_run_lengths_are_those_of_pycocotools():
+    from pycocotools import mask as codes
+
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        height, width = rng.integers(1, 90, 2)
+        mask = (rng.random((height, width)) < rng.random() ** 3).astype(np.uint8)
+        found = run_lengths(codes.encode(np.asfortranarray(mask))["counts"].decode())
+        values = np.repeat(np.arange(len(found)) % 2, found)
+        assert min(found) >= 0 and np.array_equal(values, mask.T.ravel())
+    for code in ("", " ", "nonsense", "P", "\u00e9", "PPPPPPPPP0"):
+        assert run_lengths(code) is None, code
+
+
+def test_objects_outside_their_image_are_left_out(tmp_path):
+    data = make_coco(tmp_path / "coco", train=1, val=1, sizes=((48, 64),))
+    said = []
+
+    def change(content):
+        first = content["annotations"][0]
+        content["annotations"] = [
+            {**first, "id": 1},
+            {**first, "id": 2, "bbox": [64, 10, 5, 5]},
+            {**first, "id": 3, "bbox": [-9, 10, 5, 5]},
+            {**first, "id": 4, "segmentation": [[70, 1, 80, 1, 80, 9]]},
+            {
+                **first,
+                "id": 5,
+                "bbox": [60, 40, 50, 50],
+                "segmentation": [[60, 40, 90, 40, 90, 90], [99, 9, 98, 9, 97, 9]],
+            },
+            {**first, "id": 6, "bbox": [0, 48, 5, 5], "segmentation": [[60, 40, 90, 40, 90, 90]]},
+        ]
+
+    change_annotations(data, change)
+    _, target = objects(data, say=said.append).load(0)
+    assert len(target["boxes"]) == 2 and target["masks"].flatten(1).any(1).all()
+    (line,) = said
+    assert line.endswith("instances_train.json: 4 objects outside their image are left out, first annotation 2")
+
+
+def test_splits_call_categories_the_same(tmp_path, capsys):
+    data = make_coco(tmp_path / "coco", train=2, val=1)
+    file = change_annotations(data, lambda content: content["categories"][0].update(name="circle"), split="val")
+    capsys.readouterr()
+    assert detector(data, tmp_path / "run", "--epochs", "1") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{file} calls a category circle, which {data / 'annotations' / 'instances_train.json'} calls" in line
 
 
 @pytest.mark.parametrize(

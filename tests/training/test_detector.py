@@ -173,6 +173,10 @@ def test_images_without_objects(tmp_path, capsys):
     assert len(losses(tmp_path / "few")) == 1
     assert detector(data, tmp_path / "all", "--epochs", "1", "--empty-images") == 0
     assert len(losses(tmp_path / "all")) == 2
+    file = change_annotations(data, lambda content: content["annotations"].clear(), "val")
+    capsys.readouterr()
+    assert detector(data, tmp_path / "none", "--epochs", "1") == 0
+    assert f"{file} has no object: validation measures nothing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -187,6 +191,8 @@ def test_images_without_objects(tmp_path, capsys):
         (lambda d: None, ["--decay-at", "0.9", "0.5"], 2, ("--decay-at", "0.9 0.5")),
         (lambda d: None, ["--steps", "3", "--epochs", "3"], 2, ("--epochs 3 and --steps 3",)),
         (lambda d: None, ["--detector-kwargs", "nonsense=1"], 2, ("nonsense",)),
+        (lambda d: None, ["--detector-kwargs", "box_nms_thresh=a"], 2, ("box_nms_thresh must be a number, got 'a'",)),
+        (lambda d: None, ["--model-kwargs", "num_classes=3"], 2, ("--model-kwargs num_classes=3",)),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_one_line_before_anything_is_written(change, more, status, words, tmp_path, capsys):

@@ -4,11 +4,12 @@
 import pytest
 import torch
 
-from support.training import PLAIN, command, make_pictures, train
+from support.training import KWARGS, PLAIN, command, make_pictures, train
 
 pytest.importorskip("timm")
 
 import timm
+from safetensors.torch import load_file
 
 import groupmamba.models
 from groupmamba.training.card import model_of, read_card
@@ -41,17 +42,58 @@ def test_what_cannot_be_predicted_is_one_line(data, tmp_path, capsys):
     text.write_text("no picture")
     model = timm.create_model("groupmamba_tiny", num_classes=3, **SIZES)
     torch.save(model.state_dict(), tmp_path / "bare.pth")
-    image = str(data / "validation" / "red" / "0.png")
+    image, bare = str(data / "validation" / "red" / "0.png"), str(tmp_path / "bare.pth")
+    kwargs = [f"{name}={value}" for name, value in SIZES.items()]
     for argv, status, words in (
         ([image, "--weights", str(tmp_path / "none")], 1, ("--weights", "none")),
         ([image, "--weights", str(tmp_path / "bare.pth")], 2, ("--model",)),
         ([image, "--weights", str(text), "--model", "groupmamba_tiny"], 1, ("text.png",)),
         ([image, "--weights", str(tmp_path / "bare.pth"), "--out", "x.jpg"], 2, ("--out", "x.jpg")),
         ([image, "--weights", str(tmp_path / "bare.pth"), "--model", "groupmamba_base"], 1, ("another size",)),
+        ([image, "--weights", "x", "--out", str(tmp_path / "none" / "x.png")], 1, ("--out", "none/x.png")),
+        (
+            [str(text), "--weights", bare, "--model", "groupmamba_tiny", "--model-kwargs", *kwargs],
+            1,
+            (f"{text} can't be read as an image: no image in a format that Pillow knows",),
+        ),
+        (
+            ["nowhere.jpg", "--weights", bare, "--model", "groupmamba_tiny", "--model-kwargs", *kwargs],
+            1,
+            ("nowhere.jpg can't be read as an image: No such file or directory",),
+        ),
+        (["", "--weights", bare], 2, ("IMAGE", "must be a path, got ''")),
     ):
         assert command("predict", *argv, "--device", "cpu") == status
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1 and all(word in lines[0] for word in words), lines
+
+
+def test_model_kwargs_of_a_bare_checkpoint(data, tmp_path, capsys):
+    """Both commands build the model from --model and --model-kwargs, and give what the checkpoint with a card gives."""
+    run, out, image = tmp_path / "run", str(tmp_path / "picture.png"), str(data / "validation" / "red" / "0.png")
+    assert train(data, run, "variant=fused", "--epochs", "1", *PLAIN) == 0
+    torch.save(load_file(run / "last.safetensors"), tmp_path / "bare.pth")
+    bare = ["--weights", str(tmp_path / "bare.pth"), "--model", "groupmamba_tiny", "--device", "cpu"]
+    kwargs = ["--model-kwargs", *KWARGS, "variant=fused"]
+    for argv in (["predict", image, "--out", out], ["validate", str(data), "-j", "0"]):
+        size = ["--img-size", "32"] if argv[0] == "validate" else []
+        said = []
+        for options in (["--weights", str(run / "last.safetensors"), "--device", "cpu"], [*bare, *size, *kwargs]):
+            capsys.readouterr()
+            assert command(*argv, *options) == 0
+            said.append(capsys.readouterr().out.split())
+        if argv[0] == "validate":
+            assert said[0] == said[1]
+        assert command(*argv, *bare) == 1  # of another size
+        assert "another size" in capsys.readouterr().err
+    for more, words in (
+        (["variant=paper"], "variant='paper' is not the variant='fused' that"),
+        (["scan=cross"], "scan='cross'"),
+        (["num_classes=3"], "num_classes=3 can't be given"),
+    ):
+        argv = ["predict", image, "--weights", str(run / "last.safetensors"), "--model-kwargs", *KWARGS, *more]
+        assert command(*argv, "--device", "cpu", "--out", out) == 2
+        assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("variant", ["released", "fused", "paper"])

@@ -393,3 +393,53 @@ def test_other_backbones(data, tmp_path):
     argv += ["--model", "swin_tiny_patch4_window7_224", "--model-kwargs", "embed_dim=24", "depths=(1,1,1,1)"]
     assert command(*argv, "num_heads=(1,2,4,8)") == 0
     assert float(rows(tmp_path / "run" / "summary.csv")[-1]["eval_accuracy"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (np.full((48, 64), 9, np.uint8), "0.png has the label 9, and there are 3 classes, 1 to 3"),
+        (np.ones((10, 12), np.uint8), "0.png has 12 x 10 pixels, and the image 0.jpg 64 x 48"),
+        (np.ones((48, 64, 3), np.uint8), "0.png must have one channel, a class for each pixel, got RGB"),
+    ],
+)
+def test_validation_labels_are_checked_before_the_first_step(labels, words, tmp_path, capsys):
+    data = make_ade(tmp_path / "ade", train=4, validation=2)
+    (data / "images" / "validation" / "1.jpg").write_text("no image, left out when it is loaded")
+    Image.fromarray(labels).save(data / "annotations" / "validation" / "0.png")
+    assert segmenter(data, tmp_path / "run", "--epochs", "1") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line and not (tmp_path / "run").exists()
+
+
+def test_names_of_classes_must_be_text(tmp_path, capsys):
+    data = make_ade(tmp_path / "ade", train=4, validation=2)
+    (data / "classes.txt").write_bytes(b"sky\n\xff\xfe\n")
+    assert segmenter(data, tmp_path / "run", "--epochs", "1") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{data / 'classes.txt'} can't be read as text" in line
+
+
+def test_a_classifier_does_not_start_from_a_segmenter(learned, tmp_path, capsys):
+    pictures = make_pictures(tmp_path / "pictures")
+    weights = str(learned / "last.safetensors")
+    capsys.readouterr()
+    for option, status in (("--weights", 2), ("--kd-model-path", 1)):
+        assert train(pictures, tmp_path / "run", "--epochs", "1", option, weights) == status
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{option} {weights} is for segmentation, not for classification" in line
+
+
+def test_a_backbone_of_one_size_is_refused_before_the_first_step(data, tmp_path, capsys):
+    argv = ["train-segmenter", str(data), "--output", str(tmp_path / "run"), "--device", "cpu", "--img-size", "64"]
+    assert command(*argv, "-b", "2", "--model", "maxvit_tiny_tf_224", "--decoder-channels", "16") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--model maxvit_tiny_tf_224 does not take images of 64 x 64 pixels" in line
+
+
+def test_a_validation_that_can_measure_nothing_is_said(tmp_path, capsys):
+    data = make_ade(tmp_path / "ade", train=4, validation=2)
+    for path in (data / "annotations" / "validation").glob("*.png"):
+        Image.fromarray(np.zeros_like(np.asarray(Image.open(path)))).save(path)
+    assert segmenter(data, tmp_path / "run", "--epochs", "1") == 0
+    assert f"no pixel of {data / 'images' / 'validation'} has a class: validation" in capsys.readouterr().err

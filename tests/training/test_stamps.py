@@ -15,7 +15,8 @@ pytest.importorskip("skimage", reason="needs the extra 'stamps'")
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from groupmamba.training.detection.coco import Objects, Split  # noqa: E402
+from groupmamba.training.detection.annotations import Split  # noqa: E402
+from groupmamba.training.detection.coco import Objects  # noqa: E402
 from groupmamba.training.segmentation.dataset import LabelledImages  # noqa: E402
 from groupmamba_ext._command import CommandError  # noqa: E402
 from stamps import aerial, draw, report, run, runs, scenes  # noqa: E402

@@ -97,6 +97,28 @@ def test_validate_of_a_file_without_a_card_is_by_the_released_crop(tmp_path, dat
     assert (card.img_size, card.crop_pct, card.interpolation, card.num_classes) == (224, 0.875, "bicubic", 3)
 
 
+def test_a_file_without_a_card_has_the_settings_of_timm(tmp_path, data, capsys):
+    """Of another model its own size, crop and interpolation."""
+    model = timm.create_model("test_vit", num_classes=3)
+    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    _, card = model_of(tmp_path / "bare.pth", "test_vit")
+    cfg = model.pretrained_cfg
+    assert (card.img_size, card.crop_pct) == (160, 0.95) == (cfg["input_size"][-1], cfg["crop_pct"])
+    assert card.interpolation == cfg["interpolation"]
+    argv = ["validate", str(data), "--weights", str(tmp_path / "bare.pth"), "--model", "test_vit", "--device", "cpu"]
+    assert command(*argv, "-j", "0") == 0
+    assert "160 x 160" in capsys.readouterr().out
+
+
+def test_a_size_that_a_model_does_not_take_is_one_line(tmp_path, data, capsys):
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=3, depth=1)
+    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    argv = ["--weights", str(tmp_path / "bare.pth"), "--model", "vit_tiny_patch16_224", "--device", "cpu"]
+    assert command("validate", str(data), *argv, "--model-kwargs", "depth=1", "--img-size", "96") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--model vit_tiny_patch16_224 does not take images of 96 x 96 pixels" in line
+
+
 def test_fine_tuning_starts_from_the_weights(data, learned, tmp_path, capsys):
     run = tmp_path / "run"
     assert (

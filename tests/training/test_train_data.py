@@ -196,6 +196,43 @@ def test_nothing_that_can_be_read(data, tmp_path, capsys):
     assert "no image of" in lines_of(capsys)[-1]
 
 
+def test_nothing_that_can_be_read_in_validation(data, tmp_path, capsys):
+    assert train(data, tmp_path / "other", "--epochs", "1") == 0
+    pictures = {path: path.read_bytes() for path in (data / "validation").glob("*/*.png")}
+    for path in pictures:
+        path.write_text("no picture")
+    argv = ["validate", str(data), "--weights", str(tmp_path / "other"), "--device", "cpu", "-j", "0"]
+    for status in (train(data, tmp_path / "run", "--epochs", "1"), command(*argv)):
+        assert status == 1
+    assert sum(f"no image of {data / 'validation'} can be read" in line for line in lines_of(capsys)) == 2
+    for path, content in pictures.items():
+        path.write_bytes(content)
+    assert train(data, tmp_path / "run", "--epochs", "1") == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "other")
+
+
+def test_images_are_of_all_formats_that_torchvision_lists(data):
+    """None is left out in silence because of its name; what is no image is."""
+    before = Folder(data / "train")
+    for name, suffixes in (("blue", (".webp", ".BMP", ".tiff")), ("red", (".JPEG",))):
+        picture = Image.open(data / "train" / name / "0.png")
+        for suffix in suffixes:
+            picture.save(data / "train" / name / f"more{suffix}")
+    (data / "train" / "blue" / "readme.txt").write_text("no image")
+    found = Folder(data / "train")
+    assert found.classes == before.classes and len(found) == len(before) + 4
+    assert {Path(path).suffix for path, _ in found.samples} == {".png", ".webp", ".BMP", ".tiff", ".JPEG"}
+
+
+def test_a_text_is_said_to_be_one(data, tmp_path, capsys):
+    """Each file once, by its path and the reason, without what Pillow calls it."""
+    path = data / "train" / "red" / "7.png"
+    path.write_text("no picture")
+    assert train(data, tmp_path / "run", "--epochs", "1") == 0
+    (line,) = (line for line in lines_of(capsys) if "skipped" in line)
+    assert line == f"skipped {path}, which can't be read (no image in a format that Pillow knows); 1 so far"
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

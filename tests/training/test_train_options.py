@@ -66,7 +66,7 @@ def test_help_fits_a_screen_and_the_long_one_has_everything(capsys):
         ([], ("DATA", "train/")),
         (["{data}", "--batch-size", "0"], ("--batch-size", "of at least 1", "'0'")),
         (["{data}", "--batch-size", "x"], ("--batch-size", "'x'")),
-        (["{data}", "--batch-size", "4000"], ("--batch-size 4000", "42")),
+        (["{data}", "--batch-size", "4000"], ("--batch-size 4000", "42 training images")),
         (["{data}", "--batch-size", "7"], ("--batch-size 7", "even")),
         (["{data}", "--lr", "nan"], ("--lr", "'nan'")),
         (["{data}", "--lr", "-1"], ("--lr", "'-1'")),
@@ -74,6 +74,7 @@ def test_help_fits_a_screen_and_the_long_one_has_everything(capsys):
         (["{data}", "--mixup", "1e400"], ("--mixup", "'1e400'")),
         (["{data}", "--opt-betas", "0.9"], ("--opt-betas", "2")),
         (["{data}", "--opt", "nonsense"], ("--opt nonsense",)),
+        (["{data}", "--opt", "adahessian"], ("--opt adahessian", "second derivatives")),
         (["{data}", "--aa", "nonsense"], ("--aa nonsense",)),
         (["{data}", "--aa", "rand-q9"], ("--aa rand-q9",)),
         (["{data}", "--sched", "up"], ("--sched", "'up'")),
@@ -84,12 +85,23 @@ def test_help_fits_a_screen_and_the_long_one_has_everything(capsys):
         (["{data}", "--model-kwargs", "nonsense=1"], ("groupmamba_tiny", "nonsense")),
         (["{data}", "--model-kwargs", f"directions={('lr',) * 8}"], ("dims must be multiples of 8", "348", "352")),
         (["{data}", "--model-kwargs", "=1"], ("--model-kwargs", "'=1'")),
+        (["{data}", "--model-kwargs", "num_classes=5"], ("--model-kwargs num_classes=5", "the data")),
+        (["{data}", "--model-kwargs", "in_chans=1"], ("--model-kwargs in_chans=1", "3 channels")),
+        (["{data}", "--model-kwargs", "pretrained=True"], ("--model-kwargs pretrained=True", "--pretrained")),
+        (["{data}", "--model-kwargs", "features_only=True"], ("--model-kwargs features_only=True",)),
+        (["{data}", "--model-kwargs", "name=a", "option=b"], ("groupmamba_tiny", "'name'")),
+        (["{data}", "--model-kwargs", "dims=3"], ("groupmamba_tiny", "dims must be a sequence, got 3")),
+        (["{data}", "--model-kwargs", "global_pool="], ("groupmamba_tiny", "3 values", "(1, 448, 1, 1)")),
+        (["{data}", "--model", "vit_tiny_patch16_224", "--model-kwargs"], ("vit_tiny_patch16_224", "32 x 32", "224")),
         (["{data}", "--num-classes", "1"], ("--num-classes", "'1'")),
         (["{data}", "--no-kd", "--kd-model-name", "resnet18"], ("--no-kd", "--kd-model-name resnet18")),
         (["{data}", "--kd-model-name", "resnet_none"], ("--kd-model-name", "'resnet_none'")),
         (["{data}", "--weights", "a", "--pretrained"], ("--weights", "--pretrained")),
         (["{data}", "--sync-bn"], ("--sync-bn", "GPU")),
-        (["{data}", "--fly"], ("--fly",)),
+        (["{data}", "--fly"], ("groupmamba train: ", "--fly", "groupmamba train --help")),
+        (["{data}", "--modle", "resnet18"], ("--modle resnet18; is --model meant?",)),
+        ([""], ("DATA", "must be a path, got ''")),
+        (["{data}", "--weights", ""], ("--weights", "must be a path, got ''")),
         (["{data}", "--config", "{tmp}/none.yaml"], ("--config", "none.yaml")),
     ],
 )
@@ -111,14 +123,26 @@ def test_wrong_arguments_are_one_line(argv, words, data, tmp_path, capsys):
         (["{data}", "--resume", "{tmp}/none"], ("--resume", "none")),
         (["{data}", "--kd-model-path", "{tmp}/none.pth"], ("--kd-model-path", "none.pth")),
         (["{data}", "--kd-model-name", "resnet18"], ("teacher resnet18",)),
+        (["{data}", "--weights", "{text}"], ("text.pth", "UnpicklingError: Unsupported operand 110)")),
     ],
 )
 def test_what_is_not_there_is_one_line(argv, words, data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    argv = [text.format(data=data, tmp=tmp_path) for text in argv]
+    (tmp_path / "text.pth").write_text("no weights")
+    argv = [text.format(data=data, tmp=tmp_path, text=tmp_path / "text.pth") for text in argv]
     status, line = refused(["train", *argv, "--output", str(tmp_path / "run"), *SMALL], capsys)
     assert status == 1 and all(word in line for word in words), line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nothing"])
+def test_an_output_that_cannot_be_is_one_line_before_any_work(place, data, tmp_path, capsys, monkeypatch):
+    file = tmp_path / "file"
+    file.write_text("something")
+    monkeypatch.setattr("groupmamba.training.classification.Folder", None)  # nothing is read
+    status, line = refused(["train", str(data), *SMALL, "--output", str(tmp_path / place)], capsys)
+    assert status == 1 and "--output" in line and str(tmp_path / place) in line, line
+    assert list(tmp_path.iterdir()) == [file] and file.read_text() == "something"
 
 
 @pytest.mark.parametrize(
@@ -127,6 +151,8 @@ def test_what_is_not_there_is_one_line(argv, words, data, tmp_path, capsys, monk
         ("lr: fast", ("lr", "'fast'")),
         ("lr: [1, 2]", ("lr", "[1, 2]")),
         ("epochs: 2.5", ("epochs", "'2.5'")),
+        ("output: ''", ("output", "must be a path, got ''")),
+        ("data: ''", ("data", "''")),
         ("nonsense: 1", ("unknown option 'nonsense'",)),
         ("model_ema: maybe", ("model_ema", "'maybe'")),
         ("opt_betas: [0.9]", ("opt_betas", "[0.9]")),

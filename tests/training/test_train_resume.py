@@ -18,6 +18,9 @@ for package in ("timm", "torchvision", "yaml", "safetensors"):
 from safetensors.torch import load_file  # noqa: E402
 
 from groupmamba.training import checkpoint  # noqa: E402
+from groupmamba.training.classification import Classification  # noqa: E402
+from groupmamba.training.step import Step  # noqa: E402
+from groupmamba_ext._command import CommandError  # noqa: E402
 
 # RandAugment, erasing, mixup and CutMix are the recipe's own.
 ALL_RANDOM = ["--epochs", "3", "--drop-path", "0.2", "--drop", "0.1", "--lr", "1e-3", "--checkpoint-steps", "2"]
@@ -106,6 +109,36 @@ def test_a_run_on_a_gpu_goes_on_bit_for_bit(data, teacher, tmp_path, capsys, dty
     assert [row["loss"] for row in rows(second / "steps.csv")] == losses(first)[5:]
     ours, theirs = (load_file(run / "last.safetensors") for run in (first, second))
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("error", [CommandError, KeyboardInterrupt])
+def test_a_validation_that_ends_the_run_costs_no_step(error, data, tmp_path, monkeypatch, capsys):
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    assert train(data, whole, "--epochs", "2") == 0
+    real = Classification.evaluate
+
+    def evaluate(self, *args):
+        raise error("an image of this validation")
+
+    monkeypatch.setattr(Classification, "evaluate", evaluate)
+    assert train(data, run, "--epochs", "2") == (1 if error is CommandError else 130)
+    assert f"started again, {run} goes on with this validation" in capsys.readouterr().err
+    monkeypatch.setattr(Classification, "evaluate", real)
+    monkeypatch.setattr(Step, "__call__", _counted(Step.__call__, calls := []))
+    assert train(data, run, "--epochs", "2") == 0
+    assert len(calls) == 5 and losses(run) == losses(whole)  # the steps of the second epoch alone
+    for column in ("epoch", "step", "train_loss", "eval_loss", "ema_loss", "lr"):
+        assert [row[column] for row in rows(run / "summary.csv")] == [
+            row[column] for row in rows(whole / "summary.csv")
+        ]
+
+
+def _counted(function, calls):
+    def counted(*args):
+        calls.append(args)
+        return function(*args)
+
+    return counted
 
 
 def test_the_best_weights_are_linked_by_whoever_comes_next(data, tmp_path, monkeypatch):

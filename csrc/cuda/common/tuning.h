@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Every number that was fitted to one GPU, an H100 of 132 multiprocessors, and not derived from the sizes or the
 // device. They decide how fast kernels are and, through block counts, in which order partial sums of parameter
-// gradients are added; nothing else. To tune for another GPU, measure each of them anew (bench/run.py).
+// gradients are added; nothing else. To tune for another GPU, measure each of them anew (bench/run.py). What follows
+// from the registers of one architecture stands beside the kernel: fitted_blocks in layer_norm/tile.cuh, and the
+// second argument of each __launch_bounds__.
 #pragma once
 
 #include <cstdint>

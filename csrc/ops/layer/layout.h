@@ -49,8 +49,20 @@ inline LayerSizes layer_sizes_of(int64_t batch, int64_t height, int64_t width, i
     return s;
 }
 
+// All images have a row for each token of each group. Of what a training forward keeps, images lie in one buffer of
+// the dtype of x (`saved`) and the last four in one of float32 (`saved_float`).
 struct LayerPlaces {
-    WorkspaceLayout::Piece xn, uz, u, features, y, o, mixed, gate, pooled, hidden, states;
+    WorkspaceLayout::Piece xn;        // the normed image
+    WorkspaceLayout::Piece uz;        // in_proj's result: what is convolved and scanned, and the z gate
+    WorkspaceLayout::Piece u;         // convolved, after SiLU: what is scanned
+    WorkspaceLayout::Piece features;  // x_proj's result: step features, B and C
+    WorkspaceLayout::Piece y;         // the scan's result, after its norm and gates
+    WorkspaceLayout::Piece o;         // out_proj's result
+    WorkspaceLayout::Piece mixed;     // o * skip_scale * xn * gate, normed: what proj reads
+    WorkspaceLayout::Piece gate;      // of the channel affinity, (batch, groups, gate_width)
+    WorkspaceLayout::Piece pooled;    // the mean of xn over each image
+    WorkspaceLayout::Piece hidden;    // of the affinity, between its two linear layers
+    WorkspaceLayout::Piece states;    // of the scan, at the borders of its tiles
 };
 
 // The order of the reservations is the layout of what the forward returns for its backward. The backward computes

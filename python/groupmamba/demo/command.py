@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,7 @@ from groupmamba.demo.features import STRIDE, embed
 from groupmamba.demo.inspection import inspect
 from groupmamba.demo.measure import Timing, check, measure, random_layer
 from groupmamba.model_info import whole_number
-from groupmamba_ext._command import CommandError, UsageError, gpu_usable, one_line, require_gpu
+from groupmamba_ext._command import CommandError, check_out, gpu_usable, one_line, require_gpu
 from groupmamba_ext._load import load_error
 
 if TYPE_CHECKING:
@@ -55,24 +54,6 @@ def require_extras() -> None:
             ) from error
         except ImportError as error:
             raise CommandError(f"{name} cannot be imported: {one_line(error)}") from error
-
-
-def check_out(out: Path) -> None:
-    """CommandError where the picture cannot be written to ``out``, before any work."""
-    if out.exists() and not out.is_file():
-        raise CommandError(f"--out must be a file, got {'the folder ' if out.is_dir() else ''}{out}")
-    if out.suffix.lower() != ".png":
-        raise UsageError(f"--out must end in .png, as the picture is a PNG file, got {out}")
-    if not out.parent.is_dir():
-        raise CommandError(f"--out must be in an existing folder, got {out}")
-    try:
-        if out.exists():
-            with out.open("ab"):  # changes nothing
-                return
-        with tempfile.TemporaryFile(dir=out.parent):
-            return
-    except OSError as error:
-        raise CommandError(f"--out cannot be written: {out}: {error.strerror}") from error
 
 
 def devices(name: str | None) -> list[torch.device]:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,22 @@ def positive_int(name: str, value: object, most: int = MAX_INT) -> int:
         raise ValueError(f"{name} must be at least 1, got {shown(value)}")
     if value > most:
         raise ValueError(f"{name} must be at most {most}, got {shown(value)}")
+    return value
+
+
+def rate(name: str, value: object) -> float:
+    """``value`` if it is a number from 0 up to but not 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {shown(value)}")
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be from 0 up to but not 1, got {shown(value)}")
+    return value
+
+
+def sequence(name: str, value: object) -> Sequence:
+    """``value`` if it is a list, a tuple or another sequence, but no text."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be a sequence, got {shown(value)}")
     return value
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from groupmamba.layers import GroupedMamba2d
-from groupmamba.layers._checks import positive_int
+from groupmamba.layers._checks import positive_int, rate, sequence
 from groupmamba.layers.grouped_mamba import directions_and_groups
 from groupmamba.layers.plain import Plain, why_called
 from groupmamba.layers.token_norm import LayerNorm, TokenNorm
@@ -98,8 +98,12 @@ class GroupMamba(
         positive_int("in_chans", in_chans)
         positive_int("stem_dim", stem_dim)
         boolean("", "distillation", distillation)
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate must be from 0 up to but not 1, got {drop_path_rate!r}")
+        rate("drop_rate", drop_rate)
+        rate("drop_path_rate", drop_path_rate)
+        for dim in sequence("dims", dims):
+            positive_int("dims", dim)
+        sequence("depths", depths)
+        sequence("mlp_ratios", mlp_ratios)
         for name, sizes in (("depths", depths), ("mlp_ratios", mlp_ratios)):
             if len(sizes) != len(dims):
                 raise ValueError(f"{name} must have one entry a stage ({len(dims)}), got {tuple(sizes)}")

@@ -90,7 +90,15 @@ def read_checkpoint(path: str) -> object:
         with torch.serialization.safe_globals(SAFE_TYPES):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what torch raises on bytes that are no checkpoint has any type
-        raise RuntimeError(f"no checkpoint that can be read safely ({type(error).__name__}: {error})") from error
+        raise RuntimeError(
+            f"no checkpoint that can be read safely ({type(error).__name__}: {_cause(error)})"
+        ) from error
+
+
+def _cause(error: Exception) -> str:
+    """Of an error of ``torch.load`` the cause, without its advice to execute what the file says."""
+    text = str(error)
+    return text.rpartition("WeightsUnpickler error: ")[2].partition("Check the documentation")[0].strip() or text
 
 
 def find_checkpoint(cfg: PretrainedCfg, cache_dir: str | os.PathLike | None = None) -> tuple[object, str]:

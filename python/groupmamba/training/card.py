@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import safetensors
+import torch
 from torch import Tensor, nn
 
+from groupmamba.training.option_table import check_model_kwargs
 from groupmamba_ext._command import CommandError, UsageError, one_line
 
 KEY = "groupmamba"
@@ -69,7 +72,7 @@ def find_weights(path: str) -> Path:
     Raises:
         CommandError: there is none.
     """
-    from groupmamba.models.pretrained import weights_file
+    from groupmamba.models.pretrained import FOLDER_FILES, weights_file
 
     for name in RUN_FILES:
         if (Path(path) / name).is_file():
@@ -77,10 +80,11 @@ def find_weights(path: str) -> Path:
     try:
         return Path(weights_file(path))
     except FileNotFoundError as error:
-        raise CommandError(f"--weights {path}: {one_line(error)}") from error
+        names = ", ".join((*RUN_FILES, *FOLDER_FILES))
+        raise CommandError(f"--weights {path} is no file, and no folder with one of {names}") from error
 
 
-def create_model(name: str, *, option: str = "--model", **options: Any) -> nn.Module:
+def create_model(name: str, option: str = "--model", /, **options: Any) -> nn.Module:
     """timm's ``create_model``, with this project's models registered; ``option`` is what errors call the name.
 
     Raises:
@@ -117,6 +121,31 @@ def made(name: str, make: Callable[[], nn.Module], *, option: str = "--model") -
         raise UsageError(f"{option} {name} can't be made so: {one_line(error)}{advice}") from error
     except (RuntimeError, OSError) as error:
         raise CommandError(one_line(error)) from error
+
+
+def check_images(model: nn.Module, name: str, size: tuple[int, int]) -> Any:
+    """What the model makes of an image of ``size``, height and width, on the meta device, where nothing is computed;
+    None where it has an op that this device does not have.
+
+    Raises:
+        UsageError: it does not take such images.
+    """
+    try:
+        with torch.no_grad():
+            return copy.deepcopy(model).to("meta").eval()(torch.empty(1, 3, *size, device="meta"))
+    except NotImplementedError:
+        return None
+    except Exception as error:  # models of timm refuse a size with exceptions of any kind
+        text = f"--model {name} does not take images of {size[0]} x {size[1]} pixels: {one_line(error)}"
+        raise UsageError(text) from error
+
+
+def check_classifier(model: nn.Module, name: str, size: int, num_classes: int) -> None:
+    """UsageError unless the model makes ``num_classes`` values of an image of ``size`` x ``size`` pixels."""
+    made = check_images(model, name, (size, size))
+    shape = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
+    if made is not None and shape != (1, num_classes):
+        raise UsageError(f"--model {name} must make {num_classes} values, one a class, of an image; it makes {shape}")
 
 
 def load(model: nn.Module, file: Path) -> list[str]:
@@ -179,26 +208,37 @@ def state_of(checkpoint: object) -> dict[str, Tensor]:
         raise RuntimeError(str(error)) from error
 
 
-def model_of(file: Path, name: str | None = None, *, num_classes: int | None = None) -> tuple[nn.Module, Card]:
+def model_of(
+    file: Path,
+    name: str | None = None,
+    *,
+    model_kwargs: Mapping[str, Any] | None = None,
+    num_classes: int | None = None,
+) -> tuple[nn.Module, Card]:
     """The model that a file of weights is for, filled with them, in evaluation mode.
 
     Args:
         file: the weights.
         name: the model, for files that do not say; must be the same in those that do.
+        model_kwargs: its arguments, likewise.
         num_classes: for files that do not say; by default read off the weights.
 
     Raises:
-        UsageError: ``name`` is needed or is another than the file's.
+        UsageError: ``name`` is needed, or it or ``model_kwargs`` differ from what the file says.
         CommandError: the file can't be read or does not fit.
     """
+    check_model_kwargs(model_kwargs)
     card = read_card(file)
     if card is None and name is None:
         raise UsageError(f"{file} does not say of which model it is: add --model, such as --model groupmamba_tiny")
     if card is not None and name not in (None, card.model):
         raise UsageError(f"--model {name} is not the {card.model} that {file} is for")
+    bare = card is None
     if card is None:
         assert name is not None
-        card = Card(name, num_classes or _classes_of(name, file))
+        card = Card(name, num_classes or _classes_of(name, file), dict(model_kwargs or {}))
+    else:
+        _check_same(file, card, model_kwargs or {})
     if card.task != "classification":
         from groupmamba.training.dense import dense_model_of
         from groupmamba.training.task import task_of
@@ -208,9 +248,21 @@ def model_of(file: Path, name: str | None = None, *, num_classes: int | None = N
     for line in load(model, file):
         raise CommandError(f"{file} could not be loaded: {line}")
     cfg = getattr(model, "pretrained_cfg", {})
-    if read_card(file) is None:
+    if bare:
         card.mean, card.std = tuple(cfg.get("mean", card.mean)), tuple(cfg.get("std", card.std))
+        card.img_size = card.model_kwargs.get("img_size", cfg.get("input_size", (3, card.img_size))[-1])
+        card.crop_pct, card.interpolation = cfg.get("crop_pct", card.crop_pct), cfg.get("interpolation", "bicubic")
     return model.eval(), card
+
+
+def _check_same(file: Path, card: Card, model_kwargs: Mapping[str, Any]) -> None:
+    """UsageError for an argument of the model that differs from the card's; JSON has lists where Python has tuples."""
+    for name, value in model_kwargs.items():
+        if name not in card.model_kwargs:
+            raise UsageError(f"--model-kwargs {name}={value!r}: {file} has its model's arguments, and no {name}")
+        said = card.model_kwargs[name]
+        if json.dumps(value, default=repr) != json.dumps(said):
+            raise UsageError(f"--model-kwargs {name}={value!r} is not the {name}={said!r} that {file} is for")
 
 
 def _classes_of(name: str, file: Path) -> int:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Sampler
 
 from groupmamba.training import teacher
-from groupmamba.training.card import Card, create_model, find_weights, load
+from groupmamba.training.card import Card, check_classifier, create_model, find_weights, load, read_card
 from groupmamba.training.data import (
     BadImages,
     Batch,
@@ -83,8 +83,13 @@ class Classification(Task):
             options["drop_rate"] = args.drop
         options.update(args.model_kwargs or {})
         model = create_model(args.model, pretrained=args.pretrained and fresh, num_classes=len(classes), **options)
+        check_classifier(model, args.model, args.img_size, len(classes))
         if args.weights is not None and fresh:
-            for line in load(model, find_weights(args.weights)):
+            file = find_weights(args.weights)
+            theirs = read_card(file)
+            if theirs is not None and theirs.task != self.name:
+                raise UsageError(f"--weights {args.weights} is for {theirs.task}, not for {self.name}")
+            for line in load(model, file):
                 self.screen.say(line)
         if args.grad_checkpointing:
             if not hasattr(model, "set_grad_checkpointing"):

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from groupmamba.training.card import Card
-from groupmamba.training.pictures import read_picture
+from groupmamba.training.pictures import read_picture, why_unreadable
 from groupmamba.training.pixels import Pixels, ToPixels
 from groupmamba.training.seeds import seed_of, seeded
 from groupmamba_ext._command import CommandError, UsageError, one_line
@@ -54,17 +54,17 @@ class Folder:
     """
 
     def __init__(self, root: Path, classes: Sequence[str] | None = None):
-        from timm.data import create_dataset
+        from timm.data.readers.reader_image_folder import find_images_and_targets
+        from torchvision.datasets.folder import IMG_EXTENSIONS  # timm's own are .png and .jpg alone
 
         self.root = root
         if not root.is_dir():
             raise CommandError(f"{root} is no folder")
-        try:
-            reader = create_dataset("", root=str(root), search_split=False).reader
-        except RuntimeError as error:
-            raise CommandError(f"{root} has no images in folders of classes: {one_line(error)}") from error
-        self.samples: list[tuple[str, int]] = reader.samples
-        self.classes = sorted(reader.class_to_idx, key=reader.class_to_idx.__getitem__)
+        self.samples: list[tuple[str, int]]
+        self.samples, numbers = find_images_and_targets(str(root), IMG_EXTENSIONS)
+        if not self.samples:
+            raise CommandError(f"{root} has no images in folders of classes ({', '.join(IMG_EXTENSIONS)})")
+        self.classes = sorted(numbers, key=numbers.__getitem__)
         if "" in self.classes:
             stray = next(path for path, label in self.samples if self.classes[label] == "")
             raise CommandError(f"{stray} is in no folder of a class: {root} must hold CLASS/IMAGE")
@@ -140,7 +140,7 @@ class Images(Dataset):
             except MemoryError:
                 raise
             except Exception as error:  # Pillow's decoders raise exceptions of many kinds on bytes that are no image
-                bad.append((index, one_line(error)))
+                bad.append((index, why_unreadable(error)))
                 continue
             with seeded(self.seed, "image", epoch, first):
                 return self.transform(picture), label, index, bad
@@ -240,10 +240,15 @@ class BadImages:
             path = self.source.path_of(index)
             if len(self.found) > self.allowed:
                 raise CommandError(
-                    f"{path} can't be read ({reason}): the {len(self.found)}. such image in {self.source.root}, more "
-                    f"than --max-bad-images {self.allowed}"
+                    f"{path} can't be read ({reason}): number {len(self.found)} of such images in "
+                    f"{self.source.root}, more than --max-bad-images {self.allowed}"
                 )
             self.say(f"skipped {path}, which can't be read ({reason}); {len(self.found)} so far")
+
+    def check_some_left(self) -> None:
+        """CommandError where none of all images can be read."""
+        if len(self.found) == len(self.source):
+            raise CommandError(f"no image of {self.source.root} can be read")
 
 
 def training_transform(args: argparse.Namespace, mean: Sequence[float], std: Sequence[float]) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from torchvision.transforms import v2
 
-from groupmamba.training.card import Card, find_weights, made, read_card
+from groupmamba.training.card import Card, check_images, find_weights, made, read_card
 from groupmamba.training.checkpoint import read_weights
 from groupmamba.training.data import Batch
 from groupmamba.training.samples import Sample, Samples, listed, loader
@@ -37,6 +37,10 @@ class DenseTask(Task):
     @abstractmethod
     def build(cls, card: Card, *, drop_path: float = 0.0, **backbone: Any) -> nn.Module:
         """The model that a card describes; ``backbone``: ``pretrained`` or ``weights`` of the backbone."""
+
+    @abstractmethod
+    def images_of(self, model: nn.Module) -> tuple[nn.Module, tuple[int, int]]:
+        """The part of a model that takes images as they are batched, and the height and width of such an image."""
 
     @abstractmethod
     def make_card(self, sources: Sources) -> Card:
@@ -115,6 +119,8 @@ class DenseTask(Task):
             else:
                 backbone.update(pretrained=True, pretrained_cfg_overlay={"file": str(file)})
         model = built(type(self), card, drop_path=args.drop_path, **backbone)
+        part, size = self.images_of(model)
+        check_images(part, args.model, size)
         if whole is not None:
             for line in load_whole(model, whole, self.heads):
                 self.screen.say(line)

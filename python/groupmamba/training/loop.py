@@ -7,6 +7,7 @@ import argparse
 import math
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from groupmamba.training.output import (
 )
 from groupmamba.training.step import Pieces, Schedule, make_optimizer, put_rates_on
 from groupmamba.training.task import Task, tensors_of
-from groupmamba_ext._command import CommandError
+from groupmamba_ext._command import CommandError, check_folder
 
 SHOWN_INDICES = 8
 VALIDATIONS = 10  # in a run of a task without an interval of its own
@@ -63,6 +64,7 @@ class Training:
         known = options.complete({"data": "", **given}, command=command)
         self.resumed: Path | None = None
         self.run = Path(known.output)
+        check_folder("--output", self.run)
         saved, state = self._earlier(task, known)
         args = self.args = options.complete(given, saved, command)
         args.output = known.output
@@ -79,8 +81,8 @@ class Training:
             usual = command.options["warmup_epochs"].default, command.options["epochs"].default
             if args.warmup_epochs != usual[0]:
                 screen.say(
-                    f"warm-up epochs: {args.warmup_epochs}, which is to {args.epochs} as the recipe's {usual[0]} to "
-                    f"{usual[1]}"
+                    f"warm-up: {args.warmup_epochs} of {args.epochs} epochs, in proportion to the recipe's {usual[0]} "
+                    f"of {usual[1]}"
                 )
         total = None if state is None else int(state["total_batch"])
         even = self.task.even_batches
@@ -202,6 +204,8 @@ class Training:
         self.step.train(args.freeze_bn)
         self.screen.begin_epoch(epoch, self.epochs, steps, done)
         batches = self.on_device(iter(data.batches))
+        if done == steps:  # a run that ended in the validation
+            self.schedule.set(self.position["step"] - 1)
         for batch in range(done, steps):
             step = self.position["step"]
             pieces = [self.task.mixed(next(batches), step, piece) for piece in range(args.grad_accum_steps)]
@@ -294,27 +298,48 @@ class Training:
         )
 
     def _save(self) -> None:
-        """Writes a checkpoint of where the run is."""
-        step = self.step
+        """Writes a checkpoint of where the run is; of all processes."""
         if self.processes.world > 1:
-            distribute_bn(step.model, self.processes.world, reduce=True)
+            distribute_bn(self.step.model, self.processes.world, reduce=True)
         if self.processes.first:
-            state = {
-                **self.position,
-                "loss_sum": self.loss_sum,
-                "ranking": self.ranking,
-                "total_batch": self.total_batch,
-                "task": self.task.name,
-                "classes": self.data.sources.training.classes,
-                "images": len(self.data.sources.training),
-                "options": {n: options.plain(v) for n, v in vars(self.args).items() if v is not None},
-                "optimizer": step.optimizer.state_dict(),
-                "scaler": None if step.scaler is None else step.scaler.state_dict(),
-            }
-            average = None if step.ema is None else step.ema.module.state_dict()
-            self.checkpoints.write(self.position["step"], step.model.state_dict(), average, self.card, state)
-            self.checkpoints.prune(self.ranking)
+            self._write()
         self.processes.barrier()
+
+    def _write(self) -> None:
+        """The same, of one process alone."""
+        step = self.step
+        state = {
+            **self.position,
+            "loss_sum": self.loss_sum,
+            "ranking": self.ranking,
+            "total_batch": self.total_batch,
+            "task": self.task.name,
+            "classes": self.data.sources.training.classes,
+            "images": len(self.data.sources.training),
+            "options": {n: options.plain(v) for n, v in vars(self.args).items() if v is not None},
+            "optimizer": step.optimizer.state_dict(),
+            "scaler": None if step.scaler is None else step.scaler.state_dict(),
+        }
+        average = None if step.ema is None else step.ema.module.state_dict()
+        self.checkpoints.write(self.position["step"], step.model.state_dict(), average, self.card, state)
+        self.checkpoints.prune(self.ranking)
+
+    def _validate(self) -> list[dict[str, float]]:
+        """Metrics of the model, and of its moving average. Where they can't be had, for an annotation that is wrong
+        say, what was trained since the last checkpoint is kept: the run goes on with the validation."""
+        step, bad = self.step, self.data.bad_in_validation
+        models = [step.model] if step.ema is None else [step.model, step.ema.module]
+        try:
+            found = self.task.evaluate(models, self.data.validation, step.amp, bad)
+            bad.found = self.processes.union(bad.found)
+            bad.check_some_left()
+            return found
+        except BaseException:
+            if self.processes.first:
+                with suppress(Exception):  # what has to be said is what ended the validation
+                    self._write()
+                    self.screen.say(f"what was trained is kept: started again, {self.run} goes on with this validation")
+            raise
 
     def _end_epoch(self, epoch: int) -> dict[str, Any]:
         step, args = self.step, self.args
@@ -330,8 +355,7 @@ class Training:
         parts = [f"loss {row['train_loss']:.4f}"]
         interval = args.val_interval or max(self.epochs // VALIDATIONS, 1)
         if (epoch + 1) % interval == 0 or epoch + 1 == self.epochs:
-            models = [step.model] if step.ema is None else [step.model, step.ema.module]
-            found = self.task.evaluate(models, self.data.validation, step.amp, self.data.bad_in_validation)
+            found = self._validate()
             for whose, title, weights, values in zip(("eval", "ema"), ("", "EMA "), (MODEL, EMA), found, strict=False):
                 row.update({f"{whose}_{name}": value for name, value in values.items()})
                 parts.append(f"{title}{self.task.words(values)}")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import ast
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -35,6 +36,14 @@ def number(low: float, high: float = math.inf, *, whole: bool = False, above: bo
     return convert
 
 
+def path_text(text: str) -> str:
+    """A type for argparse: a file or folder; an empty text, of an unset shell variable say, would be the folder that
+    the command was started in."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be a path, got ''")
+    return text
+
+
 def keyword(text: str) -> tuple[str, Any]:
     """A type for argparse: ``name=value``, the value a Python literal or else text."""
     name, sign, value = text.partition("=")
@@ -44,6 +53,26 @@ def keyword(text: str) -> tuple[str, Any]:
         return name, ast.literal_eval(value)
     except (SyntaxError, ValueError):
         return name, value
+
+
+# Arguments of a model that no --model-kwargs may give, and what settles them.
+SETTLED = {
+    "model_name": "--model names it",
+    "pretrained": "--pretrained asks for it",
+    "weights": "--weights names them",
+    "checkpoint_path": "--weights names it",
+    "num_classes": "it follows from the data or the weights",
+    "in_chans": "images are read with 3 channels",
+    "features_only": "the command decides on it",
+    "out_indices": "the command decides on it",
+}
+
+
+def check_model_kwargs(values: Mapping[str, Any] | None) -> None:
+    """UsageError for an argument of the model that the commands settle themselves."""
+    for name, value in (values or {}).items():
+        if name in SETTLED:
+            raise UsageError(f"--model-kwargs {name}={value!r} can't be given: {SETTLED[name]}")
 
 
 class Option(NamedTuple):
@@ -110,13 +139,14 @@ def chosen(options: Iterable[Option], *names: str) -> tuple[Option, ...]:
     return tuple(known[name] for name in names)
 
 
+WORKERS = min(4, len(os.sched_getaffinity(0)))  # torch warns of more than there are processors
 COUNT, POSITIVE, AT_LEAST_0 = number(0, whole=True), number(1, whole=True), number(0)
 SHARE, RATE = number(0, 1), number(0, above=True)
 
 GROUPS: dict[str, tuple[Option, ...]] = {
     "data": (
         Option("img-size", number(32, 4096, whole=True), "pixels of a side"),
-        Option("workers", number(0, 1024, whole=True), "processes that load images, for each GPU", 4, short="j"),
+        Option("workers", number(0, 1024, whole=True), "processes that load images, for each GPU", WORKERS, short="j"),
         Option("batch-size", POSITIVE, "images a step of each GPU", short="b"),
         Option("validation-batch-size", POSITIVE, "the same in validation; default: --batch-size"),
         Option("max-bad-images", COUNT, "images that can't be read before the run stops", 100),
@@ -126,7 +156,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         Option("model", str, "a model of this project or of timm"),
         Option("model-kwargs", keyword, "more arguments of the model, as name=value", None, "*"),
         Option("num-classes", number(2, 1 << 24, whole=True), "default: the number of folders in DATA/train"),
-        Option("weights", str, "start from a checkpoint, for fine-tuning"),
+        Option("weights", path_text, "start from a checkpoint, for fine-tuning"),
         Option("pretrained", bool, "start from the model's published weights", False),
         Option("drop", number(0, 0.999), "dropout before the heads"),
         Option("drop-path", number(0, 0.999), "stochastic depth, rising linearly over the blocks to this"),
@@ -194,15 +224,17 @@ GROUPS: dict[str, tuple[Option, ...]] = {
     "distillation": (
         Option("no-kd", bool, "without a teacher", False),
         Option("kd-model-name", str, f"teacher, pretrained, of timm; default: {TEACHER} for 1,000 classes, else none"),
-        Option("kd-model-path", str, "checkpoint of the teacher, which keeps its own number of classes"),
+        Option("kd-model-path", path_text, "checkpoint of the teacher, which keeps its own number of classes"),
         Option("kd-token-distill-type", ("hard", "soft"), "the teacher's argmax, or its distribution"),
         Option("kd-temperature", RATE, "of the soft form"),
         Option("task-loss-weight", SHARE, "weight of the labels; the teacher has the rest"),
     ),
     "run": (
-        Option("output", str, "the run's own folder; default: output/MODEL"),
-        Option("resume", str, "a run's folder or checkpoint to go on from; auto: what --output holds; none", "auto"),
-        Option("config", str, "read options from a YAML file, such as a run's args.yaml"),
+        Option("output", path_text, "the run's own folder; default: output/MODEL"),
+        Option(
+            "resume", path_text, "a run's folder or checkpoint to go on from; auto: what --output holds; none", "auto"
+        ),
+        Option("config", path_text, "read options from a YAML file, such as a run's args.yaml"),
         Option("seed", number(0, (1 << 63) - 1, whole=True), "of everything random", 42),
         Option("log-interval", POSITIVE, "steps from report to report", 50),
         Option("val-interval", POSITIVE, "epochs from validation to validation", 1),
@@ -231,7 +263,7 @@ the recipe of the paper's released code.
   --epochs N            passes over the training images [{DEFAULTS["epochs"]}]
   -b, --batch-size N    images a step of each GPU [{DEFAULTS["batch_size"]}]
   --lr RATE             highest learning rate [{DEFAULTS["lr_base"]:g} x images a step / {DEFAULTS["lr_base_size"]}]
-  -j, --workers N       processes that load images [4]
+  -j, --workers N       processes that load images [{WORKERS}]
   --no-kd               no teacher ({TEACHER} for 1,000 classes)
   --kd-model-name NAME  another teacher; --kd-model-path FILE: its checkpoint
   --output FOLDER       the run's own; a run found there goes on [output/MODEL]

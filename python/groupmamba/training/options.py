@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from groupmamba.training.option_table import FREE, TRAIN, Command, Option, keyword
+from groupmamba.training.option_table import FREE, TRAIN, Command, Option, check_model_kwargs, keyword, path_text
 from groupmamba_ext._command import UsageError, one_line
 
 
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser, command: Command = TRAIN) -> 
     parser.argument_default = argparse.SUPPRESS
     parser.add_argument("-h", "--help", action=_Show, text=command.short_help, help="the options that people use")
     parser.add_argument("--help-all", action=_Show, help="every option")
-    parser.add_argument("data", nargs="?", metavar="DATA", default=argparse.SUPPRESS, help=command.data)
+    parser.add_argument("data", nargs="?", type=path_text, metavar="DATA", default=argparse.SUPPRESS, help=command.data)
     for title, options in command.groups.items():
         group = parser.add_argument_group(title)
         for option in options:
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser, command: Command = TRAIN) -> 
             elif isinstance(option.kind, tuple):
                 group.add_argument(*names, choices=option.kind, help=text)
             else:
-                metavar = "NAME=VALUE" if option.kind is keyword else "X" if option.kind is not str else "TEXT"
+                metavar = {keyword: "NAME=VALUE", path_text: "PATH", str: "TEXT"}.get(option.kind, "X")
                 group.add_argument(*names, type=option.kind, nargs=option.nargs, metavar=metavar, help=text)
 
 
@@ -92,7 +92,9 @@ def read_yaml(file: str | Path, command: Command = TRAIN) -> dict[str, Any]:
 
 def _checked(file: str, name: object, value: Any, command: Command) -> Any:
     option = command.options.get(str(name).replace("-", "_"))
-    if name == "data" and isinstance(value, str):
+    if name == "data":
+        if not isinstance(value, str) or not value:
+            raise UsageError(f"--config: {file!r} has a wrong value for data: {value!r}")
         return value
     if option is None:
         raise UsageError(f"--config: {file!r} has an unknown option {name!r}")
@@ -117,7 +119,7 @@ def _checked(file: str, name: object, value: Any, command: Command) -> Any:
 
 def _checked_one(file: str, option: Option, value: object) -> Any:
     assert not isinstance(option.kind, tuple)
-    if isinstance(value, (bool, list, dict)) or (option.kind is str and not isinstance(value, str)):
+    if isinstance(value, (bool, list, dict)) or (option.kind in (str, path_text) and not isinstance(value, str)):
         raise UsageError(f"--config: {file!r} has a wrong value for {option.dest}: {value!r}")
     try:
         return option.kind(str(value))
@@ -164,6 +166,7 @@ def complete(
         raise UsageError(f"DATA is missing: {command.data}")
     if args.weights is not None and args.pretrained:
         raise UsageError("--weights and --pretrained exclude each other")
+    check_model_kwargs(args.model_kwargs)
     command.check(args, stated)
     if args.output is None:
         args.output = str(Path("output") / f"{command.prefix}{args.model}")

@@ -53,7 +53,7 @@ class Table:
         """Complete rows; a line that a killed process began is none."""
         if not self.path.is_file():
             return []
-        text = self.path.read_text()
+        text = self.path.read_text(errors="replace")
         lines = text[: text.rfind("\n") + 1].splitlines()
         rows = csv.DictReader(lines)
         return [row for row in rows if None not in row.values() and (row[self.columns[0]] or "").isdecimal()]

@@ -7,7 +7,9 @@ import os
 import warnings
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+
+from groupmamba_ext._command import one_line
 
 _DEEP = ("I;16", "I;16B", "I;16L", "I;16N", "I")  # Pillow's modes of 16-bit grey images; it would clip them at 255
 
@@ -25,3 +27,10 @@ def read_picture(path: str | os.PathLike) -> Image.Image:
             values = np.asarray(picture).astype(np.int64).clip(0, 65535)
             picture = Image.fromarray((values >> 8).astype(np.uint8))
         return picture.convert("RGB")
+
+
+def why_unreadable(error: BaseException) -> str:
+    """What an exception of `read_picture` says, without the file's name, which stands before it in every message."""
+    if isinstance(error, UnidentifiedImageError):
+        return "no image in a format that Pillow knows"
+    return (isinstance(error, OSError) and error.strerror) or one_line(error)

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from groupmamba.training.command import check_packages
-from groupmamba_ext._command import CommandError, UsageError, one_line
+from groupmamba.training.option_table import SHARE, keyword, path_text
+from groupmamba_ext._command import CommandError, UsageError, check_out
 
 if TYPE_CHECKING:
     from groupmamba.training.card import Card
@@ -29,18 +30,17 @@ BAR, TOP, ROWS = 24, 5, 12
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``groupmamba predict``."""
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files of images")
-    parser.add_argument("--weights", required=True, metavar="FILE", help="a checkpoint, or the folder of a run")
+    parser.add_argument("images", type=path_text, nargs="+", metavar="IMAGE", help="files of images")
+    parser.add_argument(
+        "--weights", type=path_text, required=True, metavar="FILE", help="a checkpoint, or the folder of a run"
+    )
     parser.add_argument("--model", metavar="NAME", help="for a checkpoint that does not say which model it is")
-    parser.add_argument("--threshold", type=_share, help="of detectors: lowest score that is shown; default: 0.5")
+    parser.add_argument(
+        "--model-kwargs", type=keyword, nargs="*", metavar="NAME=VALUE", help="more arguments of that model"
+    )
+    parser.add_argument("--threshold", type=SHARE, help="of detectors: lowest score that is shown; default: 0.5")
     parser.add_argument("--out", default="groupmamba_prediction.png", metavar="PNG", help="default: %(default)s")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where one can be used")
-
-
-def _share(text: str) -> float:
-    from groupmamba.training.option_table import SHARE
-
-    return SHARE(text)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -50,13 +50,12 @@ def main(args: argparse.Namespace) -> int:
         UsageError, CommandError: what was asked for can't be done.
     """
     check_packages()
-    from groupmamba.training.card import find_weights, model_of
+    from groupmamba.training.card import check_classifier, find_weights, model_of
     from groupmamba.training.data import validation_transform
     from groupmamba.training.setup import choose_device
 
-    if not args.out.lower().endswith(".png"):
-        raise UsageError(f"--out must end in .png, got {args.out!r}")
-    model, card = model_of(find_weights(args.weights), args.model)
+    check_out(Path(args.out))
+    model, card = model_of(find_weights(args.weights), args.model, model_kwargs=dict(args.model_kwargs or ()))
     if args.threshold is not None and card.task != "detection":
         raise UsageError(f"--threshold is for detection, and --weights {args.weights} is for {card.task}")
     pictures = [_open(path) for path in args.images]
@@ -64,6 +63,7 @@ def main(args: argparse.Namespace) -> int:
     model.to(device).to(memory_format=torch.channels_last)
     if card.task != "classification":
         return _dense(args, model, card, pictures, device)
+    check_classifier(model, card.model, card.img_size, card.num_classes)
     transform = validation_transform(card.img_size, card)
     rows = []
     for path, picture in zip(args.images, pictures, strict=True):
@@ -136,12 +136,12 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _open(path: str) -> Any:
-    from groupmamba.training.pictures import read_picture
+    from groupmamba.training.pictures import read_picture, why_unreadable
 
     try:
         return read_picture(path)
     except Exception as error:  # Pillow's decoders raise exceptions of many kinds on bytes that are no image
-        raise CommandError(f"{path} can't be read as an image: {one_line(error)}") from error
+        raise CommandError(f"{path} can't be read as an image: {why_unreadable(error)}") from error
 
 
 def _name(card: Card, index: int) -> str:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from groupmamba.training import data
 from groupmamba.training.data import Batch, Broken
+from groupmamba.training.pictures import why_unreadable
 from groupmamba.training.seeds import seeded
 from groupmamba_ext._command import one_line
 
@@ -69,7 +70,7 @@ class Samples(Dataset):
                 bad.append((index, Broken(one_line(error))))
                 break
             except Exception as error:  # Pillow's decoders raise exceptions of many kinds on bytes that are no image
-                bad.append((index, one_line(error)))
+                bad.append((index, why_unreadable(error)))
                 continue
             with seeded(self.seed, "image", epoch, first):
                 return *self.transform(image, target), index, bad

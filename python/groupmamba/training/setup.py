@@ -121,7 +121,8 @@ def settle_batch(
     elif args.batch_size * pieces > images:
         if given or images < (2 if even else 1) * pieces:
             raise UsageError(
-                f"--batch-size {args.batch_size} makes {args.batch_size * pieces} images a step, and there are {images}"
+                f"--batch-size {args.batch_size} makes {args.batch_size * pieces} images a step, and there are "
+                f"{images} training images"
             )
         smaller = images // pieces
         args.batch_size = smaller - smaller % 2 if even else smaller

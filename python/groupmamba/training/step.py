@@ -64,6 +64,8 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace, lr: float) -> tor
         optimizer = create_optimizer_v2(groups, args.opt, lr=lr, weight_decay=0.0, **options)
     except (TypeError, ValueError, AssertionError) as error:
         raise UsageError(f"--opt {args.opt} can't be made: {one_line(error)}") from error
+    if getattr(optimizer, "is_second_order", False):
+        raise UsageError(f"--opt {args.opt} needs second derivatives, which a step here does not keep")
     if on_device:
         optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]  # steps without a graph too
         put_rates_on(optimizer, device)

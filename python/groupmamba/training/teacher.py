@@ -96,11 +96,13 @@ def build(
             raise CommandError(f"--kd-model-path {path} is no file")
         says = read_card(file)
         model, card = model_of(file, name or (None if says is not None else TEACHER))
+        if card.task != "classification":
+            raise CommandError(f"--kd-model-path {path} is for {card.task}, not for classification")
         known, count, own = card.classes, card.num_classes, (card.mean, card.std)
         name = card.model
     else:
         try:
-            model = create_model(name, option="--kd-model-name", pretrained=True)
+            model = create_model(name, "--kd-model-name", pretrained=True)
         except UsageError:
             raise
         except Exception as error:  # whatever a network does

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from groupmamba.model_info import whole_number
 from groupmamba.training.command import check_packages
+from groupmamba.training.option_table import WORKERS, keyword, path_text
 from groupmamba_ext._command import CommandError, UsageError
 
 if TYPE_CHECKING:
@@ -23,16 +24,23 @@ BATCH = {"detection": 1, "segmentation": 16}  # a detector pads images to one si
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``groupmamba validate``."""
-    parser.add_argument("data", metavar="DATA", help="as for the command that trained; of classes, or their folders")
-    parser.add_argument("--weights", required=True, metavar="FILE", help="a checkpoint, or the folder of a run")
+    parser.add_argument(
+        "data", type=path_text, metavar="DATA", help="as for the command that trained; of classes, or their folders"
+    )
+    parser.add_argument(
+        "--weights", type=path_text, required=True, metavar="FILE", help="a checkpoint, or the folder of a run"
+    )
     parser.add_argument("--model", metavar="NAME", help="for a checkpoint that does not say which model it is")
+    parser.add_argument(
+        "--model-kwargs", type=keyword, nargs="*", metavar="NAME=VALUE", help="more arguments of that model"
+    )
     parser.add_argument("-b", "--batch-size", type=whole_number(1, 1 << 16), help="default: 128, of detectors 1")
-    parser.add_argument("-j", "--workers", type=whole_number(0, 1024), default=4, help="default: 4")
+    parser.add_argument("-j", "--workers", type=whole_number(0, 1024), default=WORKERS, help="default: %(default)s")
     parser.add_argument("--img-size", type=whole_number(32, 4096), help="of classifiers; default: the checkpoint's")
     parser.add_argument("--multi-scale", action="store_true", help="of segmenters: six scales and their mirror images")
     parser.add_argument("--window", choices=("slide", "whole"), help="of segmenters: crops, or the image as a whole")
-    parser.add_argument("--val-annotations", metavar="FILE", help="of detectors: another file of DATA")
-    parser.add_argument("--val-images", metavar="FOLDER", help="of detectors: another folder of DATA")
+    parser.add_argument("--val-annotations", type=path_text, metavar="FILE", help="of detectors: another file of DATA")
+    parser.add_argument("--val-images", type=path_text, metavar="FOLDER", help="of detectors: another folder of DATA")
     parser.add_argument("--max-bad-images", type=whole_number(0, 1 << 40), default=100, help="default: 100")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where one can be used")
 
@@ -63,7 +71,7 @@ def main(args: argparse.Namespace) -> int:
     check_packages()
     import torch
 
-    from groupmamba.training.card import model_of
+    from groupmamba.training.card import check_classifier, model_of
     from groupmamba.training.data import (
         VALIDATION_NAMES,
         BadImages,
@@ -78,7 +86,8 @@ def main(args: argparse.Namespace) -> int:
     from groupmamba.training.pixels import Normalize
     from groupmamba.training.setup import amp_dtype, choose_device
 
-    found = [(title, *model_of(file, args.model)) for title, file in _files(args.weights)]
+    kwargs = dict(args.model_kwargs or ())
+    found = [(title, *model_of(file, args.model, model_kwargs=kwargs)) for title, file in _files(args.weights)]
     card = found[0][2]
     _check_options(args, card.task)
     if card.task != "classification":
@@ -97,6 +106,7 @@ def main(args: argparse.Namespace) -> int:
     kind = choose_device(args.device, card.model)
     device = Processes().device(kind)
     size = args.img_size or card.img_size
+    check_classifier(found[0][1], card.model, size, card.num_classes)
     images = Images(folder, validation_transform(size, card), 0, 0, size)
     batches = loader(images, ValidationOrder(len(images), args.batch_size or 128), args.workers, pin=kind == "cuda")
     bad = BadImages(folder, args.max_bad_images, lambda text: print(text, flush=True))
@@ -105,6 +115,7 @@ def main(args: argparse.Namespace) -> int:
     print(f"{card.model}, {len(images):,} images of {root}, {len(folder.classes):,} classes, {size} x {size} pixels")
     normalize = Normalize(card.mean, card.std, device)
     results = accuracies(models, batches, normalize, device, amp, bad, Processes())
+    bad.check_some_left()
     for (title, _, _), result in zip(found, results, strict=True):
         print(f"  {title:<22} top-1 {result.top1:.3f}%   top-5 {result.top5:.3f}%   loss {result.loss:.4f}")
     if bad.found:
@@ -156,6 +167,7 @@ def _dense(args: argparse.Namespace, found: Sequence[tuple[str, nn.Module, Card]
     print(f"{card.model}, {len(source):,} images of {source.root}, {card.num_classes:,} classes")
     task.detailed = True
     results = task.evaluate(models, batches, amp_dtype(device, None, None), bad)
+    bad.check_some_left()
     for (title, _, _), values, lines in zip(found, results, task.details, strict=True):
         print(f"  {title:<22} " + "   ".join(f"{name} {value:.2f}%" for name, value in values.items()))
         for line in lines:

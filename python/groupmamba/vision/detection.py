@@ -62,10 +62,22 @@ def faster_rcnn(
 
 def _check_options(options: dict[str, Any], *detectors: type) -> None:
     """torchvision's detectors take every argument, and leave those that they do not know unused."""
-    known = {name for detector in detectors for name in inspect.signature(detector).parameters}
-    for name in options:
-        if name not in known - {"self", "backbone", "num_classes", "kwargs"} | {"_skip_resize", "fixed_size"}:
-            raise TypeError(f"{detectors[0].__name__} has no argument {name!r}, got {options[name]!r}")
+    known = {name: value for detector in detectors for name, value in inspect.signature(detector).parameters.items()}
+    for name, value in options.items():
+        if name not in known.keys() - {"self", "backbone", "num_classes", "kwargs"} | {"_skip_resize", "fixed_size"}:
+            raise TypeError(f"{detectors[0].__name__} has no argument {name!r}, got {value!r}")
+        if name in known and name not in ("min_size", "max_size") and (wrong := _wrong_kind(known[name], value)):
+            raise TypeError(f"{detectors[0].__name__}: {name} must be {wrong}, got {value!r}")
+
+
+def _wrong_kind(parameter: inspect.Parameter, value: Any) -> str | None:
+    """What an argument must be, where ``value`` is something else: the detectors take anything, and fail in use."""
+    default = parameter.default
+    if isinstance(default, (int, float)):
+        return None if isinstance(value, (int, float)) else "a number"
+    if parameter.name.endswith(("_generator", "_head", "_predictor", "_pool")):
+        return None if value is None or callable(value) else "a module"
+    return None
 
 
 def _backbone(model: str, pretrained: bool, weights: str | os.PathLike | None, options: dict | None) -> PyramidBackbone:

@@ -11,7 +11,18 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from groupmamba.training.option_table import GROUPS, POSITIVE, SHARE, Command, Option, chosen, keyword, number
+from groupmamba.training.option_table import (
+    GROUPS,
+    POSITIVE,
+    SHARE,
+    WORKERS,
+    Command,
+    Option,
+    chosen,
+    keyword,
+    number,
+    path_text,
+)
 from groupmamba.training.recipe import Value
 from groupmamba.training.segmentation.command import LENGTH, RUN
 from groupmamba_ext._command import UsageError
@@ -64,10 +75,10 @@ _SIDE = number(1, 8192, whole=True)
 
 GROUPS_OF_DETECTOR = {
     "data": (
-        Option("train-annotations", str, "COCO file; default: annotations/instances_train*.json in DATA, or like it"),
-        Option("train-images", str, "folder of its images; default: train2017/, train/ or images/train/ in DATA, ..."),
-        Option("val-annotations", str, "the same for validation"),
-        Option("val-images", str, "the same for validation"),
+        Option("train-annotations", path_text, "COCO file; default: annotations/instances_train*.json in DATA, ..."),
+        Option("train-images", path_text, "folder of its images; default: train2017/, train/ or the like in DATA"),
+        Option("val-annotations", path_text, "the same for validation"),
+        Option("val-images", path_text, "the same for validation"),
         Option("empty-images", bool, "train on images without objects too"),
         *chosen(GROUPS["data"], "workers", "batch-size", "validation-batch-size", "max-bad-images", "pin-mem"),
     ),
@@ -76,7 +87,7 @@ GROUPS_OF_DETECTOR = {
         Option("model-kwargs", keyword, "more arguments of the backbone, as name=value", None, "*"),
         Option("detector-kwargs", keyword, "more arguments of torchvision's MaskRCNN, as name=value", None, "*"),
         Option("no-masks", bool, "boxes alone, by Faster R-CNN; so too where the annotations have no masks", False),
-        Option("weights", str, "start from a checkpoint: of a backbone, or of a detector, for fine-tuning"),
+        Option("weights", path_text, "start from a checkpoint: of a backbone, or of a detector, for fine-tuning"),
         *chosen(GROUPS["model"], "pretrained", "drop-path", "grad-checkpointing", "freeze-bn"),
     ),
     "device": tuple(option for option in GROUPS["device"] if option.name != "no-cuda-graph"),
@@ -105,7 +116,7 @@ GROUPS_OF_DETECTOR = {
     "run": RUN,
 }  # fmt: skip
 
-_SHORT_HELP = """\
+_SHORT_HELP = f"""\
 usage: groupmamba train-detector DATA [options]    (--help-all: every option)
 
 Train Mask R-CNN on images with annotations in COCO's format, by the recipe for
@@ -120,7 +131,7 @@ _annotations.coco.json or like it in DATA/train and DATA/val.
   --no-masks            boxes alone, by Faster R-CNN
   -b, --batch-size N    images a step of each GPU [16]
   --lr RATE             highest learning rate [0.0001 x images a step / 16]
-  -j, --workers N       processes that load images [4]
+  -j, --workers N       processes that load images [{WORKERS}]
   --output FOLDER       the run's own [output/detector_MODEL]
   --resume PATH         go on from another run; none: begin anew
   --config FILE         options of a run: its args.yaml

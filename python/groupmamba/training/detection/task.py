@@ -17,7 +17,8 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from groupmamba.training.card import Card
 from groupmamba.training.data import BadImages, Batch
 from groupmamba.training.dense import DenseTask, palette
-from groupmamba.training.detection.coco import TRAINING_NAMES, VALIDATION_NAMES, Objects, find_split
+from groupmamba.training.detection.annotations import TRAINING_NAMES, VALIDATION_NAMES, find_split
+from groupmamba.training.detection.coco import Objects
 from groupmamba.training.detection.command import DETECTOR
 from groupmamba.training.detection.transforms import TrainingTransform
 from groupmamba.training.distributed import Processes
@@ -84,6 +85,8 @@ class Detection(DenseTask):
         splits = self._split(TRAINING_NAMES, "train"), self._split(VALIDATION_NAMES, "val")
         training = Objects(splits[0], crowds=False, empty=args.empty_images, say=say)
         validation = Objects(splits[1], categories=training.category_ids, crowds=True, empty=True, say=say)
+        _check_names(splits[1].annotations, validation.classes, training.classes, str(splits[0].annotations))
+        self._say_if_empty(validation)
         masks = not args.no_masks and (training.has_masks or validation.has_masks)
         if not masks and not args.no_masks:
             say("the annotations have no masks: boxes alone, by Faster R-CNN")
@@ -92,12 +95,15 @@ class Detection(DenseTask):
         self._measure(masks)
         return Sources(training, validation)
 
+    def _say_if_empty(self, validation: Objects) -> None:
+        if not validation.has_objects:
+            self.screen.say(f"{validation.split.annotations} has no object: validation measures nothing")
+
     def read_validation(self, card: Card) -> Source:
         ids, split = card.options["category_ids"], self._split(VALIDATION_NAMES, "val")
         validation = Objects(split, categories=ids, crowds=True, empty=True, say=self.screen.say)
-        for ours, theirs in zip(card.classes or [], validation.classes, strict=True):
-            if ours != theirs and not theirs.startswith("category "):
-                raise CommandError(f"{split.annotations} calls a category {theirs}, which the checkpoint calls {ours}")
+        _check_names(split.annotations, validation.classes, card.classes or [], "the checkpoint")
+        self._say_if_empty(validation)
         masks = card.options["masks"] and validation.has_masks
         validation.use_masks(masks)
         self._measure(masks)
@@ -145,6 +151,10 @@ class Detection(DenseTask):
             **card.options["detector_kwargs"],
             **backbone,
         )
+
+    def images_of(self, model: nn.Module) -> tuple[nn.Module, tuple[int, int]]:
+        height, width = (-(-side // 32) * 32 for side in (self.args.min_size[-1], self.args.max_size))
+        return model.get_submodule("backbone"), (height, width)
 
     def training_transform(self, card: Card) -> Callable[[Any, Any], tuple[Any, Any]]:
         return TrainingTransform(self.args)
@@ -238,6 +248,14 @@ class Detection(DenseTask):
     def words(self, values: dict[str, float]) -> str:
         kinds = [kind for kind in KINDS.values() if f"{kind}_map" in self.metrics]
         return ", ".join(f"{kind} mAP {values[f'{kind}_map']:.2f}%" for kind in kinds)
+
+
+def _check_names(file: Path, names: Sequence[str], known: Sequence[str], whose: str) -> None:
+    """CommandError where a file gives a category another name than ``known`` of the same id; what it does not name
+    has the name "category ID"."""
+    for theirs, ours in zip(names, known, strict=True):
+        if ours != theirs and not theirs.startswith("category "):
+            raise CommandError(f"{file} calls a category {theirs}, which {whose} calls {ours}")
 
 
 def _on_cpu(results: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:

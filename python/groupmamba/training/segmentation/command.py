@@ -13,7 +13,17 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from groupmamba.training.option_table import GROUPS, POSITIVE, SHARE, Command, Option, chosen, number
+from groupmamba.training.option_table import (
+    GROUPS,
+    POSITIVE,
+    SHARE,
+    WORKERS,
+    Command,
+    Option,
+    chosen,
+    number,
+    path_text,
+)
 from groupmamba.training.recipe import Value
 from groupmamba_ext._command import UsageError
 
@@ -80,7 +90,7 @@ GROUPS_OF_SEGMENTER = {
         Option("model", str, "the backbone: a model of this project, or of timm with maps at strides 4 to 32"),
         Option("model-kwargs", GROUPS["model"][1].kind, "more arguments of the backbone, as name=value", None, "*"),
         Option("decoder-channels", number(8, 8192, whole=True), "of the decoder"),
-        Option("weights", str, "start from a checkpoint: of a backbone, or of a segmenter, for fine-tuning"),
+        Option("weights", path_text, "start from a checkpoint: of a backbone, or of a segmenter, for fine-tuning"),
         *chosen(GROUPS["model"], "pretrained", "drop-path", "grad-checkpointing", "freeze-bn"),
     ),
     "device": GROUPS["device"],
@@ -105,7 +115,7 @@ GROUPS_OF_SEGMENTER = {
     "run": RUN,
 }
 
-_SHORT_HELP = """\
+_SHORT_HELP = f"""\
 usage: groupmamba train-segmenter DATA [options]    (--help-all: every option)
 
 Train UPerNet on DATA/images/training with label images of the same names in
@@ -118,7 +128,7 @@ DATA/annotations/training, checked on validation, by the recipe for ADE20K.
   --steps N             steps in all [160000]; --epochs N in place of it
   -b, --batch-size N    images a step of each GPU [16]
   --lr RATE             highest learning rate [6e-05 x images a step / 16]
-  -j, --workers N       processes that load images [4]
+  -j, --workers N       processes that load images [{WORKERS}]
   --multi-scale         validate by six scales and their mirror images
   --output FOLDER       the run's own [output/segmenter_MODEL]
   --resume PATH         go on from another run; none: begin anew

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torchvision import tv_tensors
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as F
 
-from groupmamba.training.pictures import read_picture
+from groupmamba.training.pictures import read_picture, why_unreadable
 from groupmamba.training.samples import BrokenAnnotation
 from groupmamba_ext._command import CommandError, one_line
 
@@ -77,14 +78,38 @@ class LabelledImages:
             BrokenAnnotation: the label image can't be read, has another size, or a label that is no class.
             Exception: of many kinds, for an image that can't be read.
         """
-        path, annotation = self.samples[index]
+        path, _ = self.samples[index]
         image = F.pil_to_tensor(read_picture(path))
+        return tv_tensors.Image(image), tv_tensors.Mask(torch.from_numpy(self._classes(index, tuple(image.shape[1:]))))
+
+    def check(self) -> bool:
+        """Reads all label images. Whether any pixel has a class.
+
+        Raises:
+            CommandError: as `load` raises BrokenAnnotation.
+        """
+
+        def check_one(index: int) -> bool:
+            try:
+                with Image.open(self.samples[index][0]) as picture:
+                    size = picture.height, picture.width
+            except Exception:  # an image that can't be read is left out when it is loaded
+                return False
+            return bool((self._classes(index, size) != IGNORE).any())
+
+        try:
+            return any(_in_threads(check_one, range(len(self))))
+        except BrokenAnnotation as error:
+            raise CommandError(one_line(error)) from error
+
+    def _classes(self, index: int, size: tuple[int, ...]) -> np.ndarray:
+        """The classes of an image of ``size``, height and width."""
+        path, annotation = self.samples[index]
         labels = read_labels(annotation)
-        if labels.shape != image.shape[1:]:
-            height, width = labels.shape
+        if labels.shape != size:
             raise BrokenAnnotation(
-                f"{annotation} has {width} x {height} pixels, and the image {path.name} {image.shape[2]} x "
-                f"{image.shape[1]}"
+                f"{annotation} has {labels.shape[1]} x {labels.shape[0]} pixels, and the image {path.name} {size[1]} x "
+                f"{size[0]}"
             )
         count = len(self.classes)
         classes = classes_of(labels, count, self.reduce_zero_label)
@@ -93,7 +118,13 @@ class LabelledImages:
                 f"{annotation} has the label {highest + self.reduce_zero_label}, and there are {count} classes, "
                 f"{int(self.reduce_zero_label)} to {count - 1 + self.reduce_zero_label}"
             )
-        return tv_tensors.Image(image), tv_tensors.Mask(torch.from_numpy(classes))
+        return classes
+
+
+def _in_threads(function: Callable[[Any], Any], values: Sequence[Any]) -> list[Any]:
+    """``function`` of each of ``values``; of several exceptions the first one's counts. Pillow decodes side by side."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(function, values))
 
 
 def _files(root: Path, extensions: Sequence[str]) -> list[Path]:
@@ -114,7 +145,7 @@ def read_labels(path: Path) -> np.ndarray:
     except BrokenAnnotation:
         raise
     except Exception as error:  # Pillow's decoders raise exceptions of many kinds on bytes that are no image
-        raise BrokenAnnotation(f"{path} can't be read ({one_line(error)})") from error
+        raise BrokenAnnotation(f"{path} can't be read ({why_unreadable(error)})") from error
 
 
 def classes_of(labels: np.ndarray, count: int, reduce_zero_label: bool) -> np.ndarray:
@@ -129,13 +160,17 @@ def class_names(data: Path) -> list[str] | None:
     """From ``objectInfo150.txt``, a table with a column "Name", or ``classes.txt``, a name a line; None without.
 
     Raises:
-        CommandError: the file has no name in it, or one twice.
+        CommandError: the file is no text, or has no name in it.
     """
     for name in ("objectInfo150.txt", "classes.txt"):
         file = data / name
         if not file.is_file():
             continue
-        lines = [line.rstrip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CommandError(f"{file} can't be read as text: {one_line(error)}") from error
+        lines = [line.rstrip() for line in text.splitlines() if line.strip()]
         if name == "objectInfo150.txt":
             lines = [line.split("\t")[-1].strip() for line in lines[1:]]
         if not lines:
@@ -156,13 +191,11 @@ def settle_classes(data: Path, training: LabelledImages, asked: int | None, say:
             raise CommandError(f"--num-classes {asked}: {data} names {len(names)} classes")
         return names
     if asked is None:
-        highest = -1
-        with ThreadPoolExecutor() as pool:
-            try:
-                for found in pool.map(lambda sample: _highest(sample[1], training.reduce_zero_label), training.samples):
-                    highest = max(highest, found)
-            except BrokenAnnotation as error:
-                raise CommandError(one_line(error)) from error
+        zero = training.reduce_zero_label
+        try:
+            highest = max(_in_threads(lambda sample: _highest(sample[1], zero), training.samples))
+        except BrokenAnnotation as error:
+            raise CommandError(one_line(error)) from error
         if highest < 0:
             raise CommandError(f"{training.root}: no pixel of the label images has a class")
         asked = highest + 1

@@ -70,6 +70,9 @@ class Segmentation(DenseTask):
         if len(training.classes) < 2:
             raise CommandError(f"{data} has one class, {training.classes[0]}; there must be two at least")
         validation.classes = training.classes
+        # A run would come upon what is wrong there after a tenth of its steps.
+        if not validation.check():
+            self.screen.say(f"no pixel of {validation.root} has a class: validation measures nothing")
         if zero:
             self.screen.say("0 in label images is no class; --no-reduce-zero-label makes it one")
         return Sources(training, validation)
@@ -111,6 +114,9 @@ class Segmentation(DenseTask):
             backbone_options={**options, **card.model_kwargs},
             **backbone,
         )
+
+    def images_of(self, model: nn.Module) -> tuple[nn.Module, tuple[int, int]]:
+        return model, (self.args.img_size, self.args.img_size)
 
     def training_transform(self, card: Card) -> Callable[[Any, Any], tuple[Any, Any]]:
         return training_transform(self.args, card.mean)
