@@ -5,10 +5,10 @@
 // in shared memory, and both are stored from there. Steps and their gradients are in units of ln 2.
 #include "cuda/scan/sm90/channel_table.cuh"
 #include "cuda/scan/sm90/chunk_scan.cuh"
-#include "cuda/scan/sm90/features.cuh"
 #include "cuda/scan/sm90/launch.cuh"
 #include "cuda/scan/sm90/look_back.cuh"
 #include "cuda/scan/sm90/norm.cuh"
+#include "cuda/scan/sm90/tile_pipeline.cuh"
 
 namespace gm {
 namespace {
@@ -24,14 +24,16 @@ static_assert(kSumSkip == 1 + kRowSkip && kSumBias == 1 + kRowBias && kSumProduc
 template <class Block>
 constexpr int kPartials = Block::kInWarp ? 1 : Block::kOctets;
 
-template <class Block>
+template <class BlockType>
 struct Layout {
+    using Block = BlockType;
+    static constexpr int kInputs = 3, kBarriers = 1;
     int tile_bytes, features, feature_bytes, gradients, aggregates, table, norm, sums, barriers, total;
 
     Layout() = default;
     __host__ __device__ explicit Layout(const ScanShape& s) {
         tile_bytes = Block::tile_bytes(s);
-        features = kSm90Stages * 3 * tile_bytes;
+        features = kSm90Stages * kInputs * tile_bytes;
         feature_bytes = (Block::kTokens + 1) * Block::width(s) * 4;
         gradients = features + 2 * feature_bytes;
         aggregates = gradients + kPartials<Block> * Block::kTokens * Block::width(s) * 4;
@@ -39,7 +41,7 @@ struct Layout {
         norm = table + table_rows<Block>(s) * Block::kWidth * 4;
         sums = norm + TokenNorm<__half, Block>::kBytes + TokenNorm<__half, Block>::kSumBytes;
         barriers = sums + (kSumWeight + s.rank) * Block::kThreads * 16;
-        total = barriers + kSm90Stages * 8;
+        total = barriers + kSm90Stages * kBarriers * 8;
     }
 };
 
@@ -68,28 +70,15 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
     float* const gradients = reinterpret_cast<float*>(shared + layout.gradients);
     float* const aggregates = reinterpret_cast<float*>(shared + layout.aggregates);
     float* const table = reinterpret_cast<float*>(shared + layout.table);
-    const uint32_t shared_base = shared_address(shared), barriers = shared_base + layout.barriers;
+    const TilePipeline pipeline(args, scheduler, layout, shared);
     const int tid = threadIdx.x;
     TileCursor now = scheduler.first(s, plan);
     if (now.batch >= s.batch) return;
 
-    // u, z and dy are loaded by one thread each: the one that stored du (dz) from that place two tiles ago waits for
-    // its store.
-    const auto load = [&](int n, const TileCursor& at, int tensor) {
-        const int stage = n % kSm90Stages;
-        const uint32_t barrier = barriers + stage * 8;
-        const uint32_t to = shared_base + (stage * 3 + tensor) * layout.tile_bytes;
-        if (tensor == 0) mbarrier_expect(barrier, 3 * scheduler.box_bytes(s));
-        const CUtensorMap* const maps = tensor == 0 ? args.u : tensor == 1 ? args.z : args.dy;
-        scheduler.boxes(s, plan, at, args.kind[tensor], [&](const Coordinates& c, int offset) {
-            tma_load(to + offset, maps + static_cast<int>(scheduler.columns), c, barrier);
-        });
-    };
     if (tid == 0) {
-        for (int i = 0; i < kSm90Stages; ++i) mbarrier_init(barriers + i * 8, 1);
-        mbarrier_init_fence();
+        pipeline.init_barriers();
         pdl_wait();
-        for (int tensor = 0; tensor < 3; ++tensor) load(0, now, tensor);
+        for (int tensor = 0; tensor < 3; ++tensor) pipeline.load(0, now, tensor);
     }
     TileCursor next = now;
     scheduler.advance(s, plan, next);
@@ -151,7 +140,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
         }
         if (ragged) mask_steps(chunk, chunk.count(s, plan, scheduler, now), steps);
         table_row(kA, A);
-        mbarrier_wait(barriers + stage * 8, n / kSm90Stages & 1);
+        pipeline.wait(n, 0);
 
         // Phase 1: states of the tile. Each chunk starts from 0, then from what the chunks before it leave.
         {
@@ -174,9 +163,11 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
                 make_float4(local[0], local[1], local[2], local[3]);
         }
         __syncthreads();
+        // u, z and dy are loaded by one thread each: the one that stored du (dz) from that place two tiles ago waits
+        // for its store.
         if (n + 1 < total && tid % 32 == 0 && tid < 96) {
             tma_wait_read();
-            load(n + 1, next, tid / 32);
+            pipeline.load(n + 1, next, tid / 32);
         }
         if (scheduler.enters(plan, now) && tid < 3) {
             const ImageArg& image = tid == 0 ? args.scan.dB : tid == 1 ? args.scan.dC : args.scan.ddt;
@@ -369,12 +360,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
         __syncthreads();
         if (tid == 0 || tid == 32) {
             const int tensor = tid / 32;
-            const uint32_t from = shared_base + (stage * 3 + tensor) * layout.tile_bytes;
-            const CUtensorMap* const maps = tensor == 0 ? args.du : args.dz;
-            scheduler.boxes(s, plan, now, args.kind[3 + tensor], [&](const Coordinates& c, int offset) {
-                tma_store(from + offset, maps + static_cast<int>(scheduler.columns), c);
-            });
-            tma_commit();
+            pipeline.store(n, now, tensor, tensor == 0 ? args.du : args.dz, args.kind[3 + tensor]);
         }
         fetcher.template send<kPartials<Block>>(s, plan, scheduler, now, gradients, gradient_planes,
                                                 {args.scan.dB, args.scan.dC, args.scan.ddt});
