@@ -91,20 +91,9 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
     };
     const TileChunk<Block> chunk(s, plan, scheduler);
     const bool ragged = is_ragged<Block>(s, plan, scheduler);
-    const FeatureImages features_in{args.scan.B, args.scan.C, args.scan.dt};
+    const FeatureImages images{args.scan.B, args.scan.C, args.scan.dt};
     StepFeatures<T, Block> fetcher(s, plan, scheduler);
-    const auto features_at = [&](int n) {
-        return reinterpret_cast<float*>(shared + layout.features + (n & 1) * layout.feature_bytes);
-    };
-    const auto fetch = [&](const TileCursor& at) { fetcher.fetch(s, plan, scheduler, at, features_in); };
-    clear_tails<Block>(shared, kSm90Stages * 3, layout.tile_bytes, scheduler.box_bytes(s));
-    clear_features<Block>(features_at(0), layout.feature_bytes);
-    pdl_wait();
-    fetch(now);
-    put_rows<T, Block>(args.scan, table, now.batch, scheduler.group);
-    __syncthreads();
-    fetcher.keep(s, plan, scheduler, now, features_at(0));
-    if (total > 1) fetch(next);
+    pipeline.fill(fetcher, images, table, now, next, total);
     float adjoint_carry = 0.f;  // of the channel that this thread scans
     int image = 0;
     __syncthreads();
@@ -121,7 +110,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
     for (int n = 0; n < total; ++n) {
         const int stage = n % kSm90Stages;
         unsigned char* const box_u = shared + stage * 3 * layout.tile_bytes + chunk.offset(s);
-        const float* const features = features_at(n) + chunk.slot0 * Block::width(s);
+        const float* const features = pipeline.features(n) + chunk.slot0 * Block::width(s);
         const int partial = kPartials<Block> == 1 ? 0 : tid % Block::kLanes / 8;
         float* const token_gradients = gradients + (partial * Block::kTokens + chunk.slot0) * Block::width(s);
         float saved = 0.f;
@@ -178,11 +167,9 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
             [](int, int, float) {});
         TileCursor after = next;
         if (n + 1 < total) {
-            fetcher.keep(s, plan, scheduler, next, features_at(n + 1));
-            if (next.batch != now.batch)
-                put_gated_rows<T, Block>(args.scan, table, image ^ 1, next.batch, scheduler.group);
+            pipeline.keep_next(fetcher, table, n, now, next, image);
             scheduler.advance(s, plan, after);
-            if (n + 2 < total) fetch(after);
+            if (n + 2 < total) fetcher.fetch(s, plan, scheduler, after, images);
         }
         __syncthreads();
         {

@@ -3,6 +3,7 @@
 // into one of kSm90Stages stages while an earlier tile is computed, and stores the results from where inputs were.
 #pragma once
 
+#include "cuda/scan/sm90/channel_table.cuh"
 #include "cuda/scan/sm90/features.cuh"
 #include "cuda/scan/sm90/tile_scheduler.cuh"
 
@@ -14,20 +15,23 @@ namespace gm {
 // cursor where its coordinates are needed.
 template <class Layout, class Scheduler, class Args>
 struct TilePipeline {
+    using Block = typename Layout::Block;
     static constexpr int kInputs = Layout::kInputs, kBarriers = Layout::kBarriers;
     static_assert(kBarriers == 1 || kBarriers == kInputs);
 
     const Args& args;
     const Scheduler& scheduler;
     const Layout& layout;
+    unsigned char* const shared;
     const uint32_t stages, barriers;  // addresses in shared memory
 
     __device__ __forceinline__ TilePipeline(const Args& kernel_args, const Scheduler& tile_scheduler,
-                                            const Layout& shared_layout, const unsigned char* shared)
+                                            const Layout& shared_layout, unsigned char* dynamic_shared)
         : args(kernel_args),
           scheduler(tile_scheduler),
           layout(shared_layout),
-          stages(shared_address(shared)),
+          shared(dynamic_shared),
+          stages(shared_address(dynamic_shared)),
           barriers(stages + layout.barriers) {}
 
     __device__ __forceinline__ uint32_t barrier(int stage, int i) const {
@@ -67,6 +71,34 @@ struct TilePipeline {
             tma_store(from + offset, maps + static_cast<int>(scheduler.columns), c);
         });
         tma_commit();
+    }
+
+    // The features of the tiles n and n + 1; those of tile n + 2 are on their way, in the registers of `fetcher`.
+    __device__ __forceinline__ float* features(int n) const {
+        return reinterpret_cast<float*>(shared + layout.features + (n & 1) * layout.feature_bytes);
+    }
+    // Fills shared memory for the first tile, but for what TMA loads: the table of channels, the features, and zeros
+    // where nothing is written later. Requests the features of the second tile. A barrier must follow.
+    template <class T>
+    __device__ __forceinline__ void fill(StepFeatures<T, Block>& fetcher, const FeatureImages& images, float* table,
+                                         const TileCursor& now, const TileCursor& next, int total) const {
+        const ScanShape& s = args.scan.shape;
+        clear_tails<Block>(shared, kSm90Stages * kInputs, layout.tile_bytes, scheduler.box_bytes(s));
+        clear_features<Block>(features(0), layout.feature_bytes);
+        pdl_wait();
+        fetcher.fetch(s, args.plan, scheduler, now, images);
+        put_rows<T, Block>(args.scan, table, now.batch, scheduler.group);
+        __syncthreads();
+        fetcher.keep(s, args.plan, scheduler, now, features(0));
+        if (total > 1) fetcher.fetch(s, args.plan, scheduler, next, images);
+    }
+    // Writes what the threads know of tile n + 1: its features and, where a new image begins, the rows of the table
+    // that hold its gate. `image` is the parity of the current image.
+    template <class T>
+    __device__ __forceinline__ void keep_next(const StepFeatures<T, Block>& fetcher, float* table, int n,
+                                              const TileCursor& now, const TileCursor& next, int image) const {
+        fetcher.keep(args.scan.shape, args.plan, scheduler, next, features(n + 1));
+        if (next.batch != now.batch) put_gated_rows<T, Block>(args.scan, table, image ^ 1, next.batch, scheduler.group);
     }
 };
 
