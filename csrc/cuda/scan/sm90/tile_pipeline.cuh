@@ -3,6 +3,7 @@
 // into one of kSm90Stages stages while an earlier tile is computed, and stores the results from where inputs were.
 #pragma once
 
+#include "cuda/common/launch_kernel.cuh"
 #include "cuda/scan/sm90/channel_table.cuh"
 #include "cuda/scan/sm90/features.cuh"
 #include "cuda/scan/sm90/tile_scheduler.cuh"
