@@ -12,8 +12,8 @@
 // of `partials`; reduce.cu adds the rows.
 #include "cuda/common/dispatch.h"
 #include "cuda/common/launch_kernel.cuh"
+#include "cuda/scan/bwd_phases.cuh"
 #include "cuda/scan/launch.h"
-#include "cuda/scan/tile.cuh"
 
 namespace gm {
 namespace {
@@ -24,8 +24,7 @@ __global__ void __launch_bounds__(kBwdTile / kBwdTokens<T, kSingle>, kSingle&& k
     begin_kernel();
     constexpr int kTokens = kBwdTokens<T, kSingle>, kThreads = kBwdTile / kTokens;
     __shared__ ScanExchange exchange;
-    enum { kBias, kSkip, kNormWeight, kNormBias, kGate };
-    __shared__ ChannelTable<5> table;
+    __shared__ ChannelTable<kBwdTableRows> table;
     extern __shared__ float4 dynamic_shared[];
 
     const ScanShape& s = args.shape;
@@ -46,7 +45,7 @@ __global__ void __launch_bounds__(kBwdTile / kBwdTokens<T, kSingle>, kSingle&& k
         dB_out = Plane<T>(args.dB, coord, 0), dC_out = Plane<T>(args.dC, coord, 0);
     }
     const StepWeight<T> weight(s, args.dt_weight, coord, reinterpret_cast<float*>(dynamic_shared));
-    table.fill(s.dim, [&](int c, float(&row)[5]) {
+    table.fill(s.dim, [&](int c, float(&row)[kBwdTableRows]) {
         const int64_t i = static_cast<int64_t>(coord.group) * s.param_dim + c;
         row[kBias] = load_param_or<T>(args.dt_bias, i, 0.f) / Math<T>::kStepUnit;
         row[kSkip] = load_param_or<T>(args.D, i, 0.f);
@@ -99,17 +98,9 @@ __global__ void __launch_bounds__(kBwdTile / kBwdTokens<T, kSingle>, kSingle&& k
             [&](int k) { return Math<T>::kStepUnit * to_float(B.at(path.token[k])[n]); },
             [&](int k) { return load4<kAligned>(u.at(path.token[k]), valid); }, carry, h, entering);
     };
-    // Each thread's sums for the parameters, kept in shared memory between the phases that add to them.
-    __shared__ float4 parked[kFixedRows + 1][kThreads];
-    constexpr int kParkedA = kFixedRows;
-    const auto park = [&](int row, const float(&sum)[kVec]) {
-        parked[row][threadIdx.x] = make_float4(sum[0], sum[1], sum[2], sum[3]);
-    };
-    const auto unpark = [&](int row, float(&sum)[kVec]) {
-        const float4 v = parked[row][threadIdx.x];
-        sum[0] = v.x, sum[1] = v.y, sum[2] = v.z, sum[3] = v.w;
-    };
-    for (int row = 0; row <= kFixedRows; ++row) parked[row][threadIdx.x] = make_float4(0.f, 0.f, 0.f, 0.f);
+    __shared__ float4 parked_sums[kParkedRows][kThreads];
+    const ParkedSums<kThreads> parked{parked_sums};
+    for (int row = 0; row < kParkedRows; ++row) parked_sums[row][threadIdx.x] = make_float4(0.f, 0.f, 0.f, 0.f);
     float A[kVec], adjoint_carry[kVec] = {};
 #pragma unroll
     for (int j = 0; j < kVec; ++j) A[j] = kSingle && j < valid ? load_param<T>(args.A, param + j) : 0.f;
@@ -184,8 +175,8 @@ __global__ void __launch_bounds__(kBwdTile / kBwdTokens<T, kSingle>, kSingle&& k
             // A part of the tokens at a time: the derivatives of all of them would not fit beside the states.
             constexpr int kPart = 4;
             float product[kVec], total[kVec];
-            unpark(kRowProduct, product);
-            unpark(kRowSum, total);
+            parked.get(kRowProduct, product);
+            parked.get(kRowSum, total);
 #pragma unroll
             for (int k0 = 0; k0 < kTokens; k0 += kPart) {
                 float dnormed[kPart][kVec], moments[2 * kPart] = {};
@@ -232,14 +223,14 @@ __global__ void __launch_bounds__(kBwdTile / kBwdTokens<T, kSingle>, kSingle&& k
                     }
                 }
             }
-            park(kRowProduct, product);
-            park(kRowSum, total);
+            parked.put(kRowProduct, product);
+            parked.put(kRowSum, total);
         }
 
         float du[kTokens][kVec], dstep[kTokens][kVec], dA[kVec], skip[kVec], dskip[kVec];
         table.get(kSkip, c0, skip);
-        unpark(kRowSkip, dskip);
-        if (kSingle) unpark(kParkedA, dA);
+        parked.get(kRowSkip, dskip);
+        if (kSingle) parked.get(kParkedA, dA);
         for (int n = 0; n < states; ++n) {
             if (!kSingle) {
 #pragma unroll
@@ -254,20 +245,7 @@ __global__ void __launch_bounds__(kBwdTile / kBwdTokens<T, kSingle>, kSingle&& k
             }
             float P[kVec], local[kVec], adjoint[kVec], dC[kTokens], dB[kTokens];
             hide(A);
-#pragma unroll
-            for (int j = 0; j < kVec; ++j) P[j] = 1.f, local[j] = 0.f;
-#pragma unroll
-            for (int k = kTokens - 1; k >= 0; --k) {
-                const float c = to_float(C.at(path.token[k])[n]);
-                dC[k] = 0.f;
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) {
-                    const float decay = Math<T>::decay(step[k][j], A[j]);
-                    local[j] = decay * fmaf(c, dy[k][j], local[j]);
-                    P[j] *= decay;
-                    dC[k] = fmaf(dy[k][j], h[k][j], dC[k]);
-                }
-            }
+            start_adjoints(C, path, n, A, step, h, dy, P, local, dC);
             write_token_sums(dC, 1.f, dC_out, path, n);
             block_scan<true>(coord, exchange, buffer, P, local, adjoint_carry, adjoint);
             if (!kSingle && tile > 0 && coord.chunk == 0) {
@@ -307,27 +285,12 @@ __global__ void __launch_bounds__(kBwdTile / kBwdTokens<T, kSingle>, kSingle&& k
             }
         }
 
-        park(kRowSkip, dskip);
-        if (kSingle) park(kParkedA, dA);
+        parked.put(kRowSkip, dskip);
+        if (kSingle) parked.put(kParkedA, dA);
         float dbias[kVec];
-        unpark(kRowBias, dbias);
-#pragma unroll
-        for (int k = 0; k < kTokens; ++k) {
-            if (!kSingle && k < path.count) store4<kAligned>(du_out.at(path.token[k]) + c0, du[k], valid);
-#pragma unroll
-            for (int j = 0; j < kVec; ++j) {
-                if (s.softplus) dstep[k][j] = Math<T>::through_softplus(dstep[k][j], step[k][j]);
-                if (k >= path.count) dstep[k][j] = 0.f;
-                dbias[j] += dstep[k][j];
-            }
-            if (s.rank == 0 && k < path.count) {
-                float ddt[kVec];
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) ddt[j] = dstep[k][j] / Math<T>::kStepUnit;
-                store4<kAligned>(ddt_out.at(path.token[k]) + c0, ddt, valid);
-            }
-        }
-        park(kRowBias, dbias);
+        parked.get(kRowBias, dbias);
+        finish_steps<T, kSingle, kAligned>(s, coord, du_out, ddt_out, path, step, du, dstep, dbias);
+        parked.put(kRowBias, dbias);
         for (int r = 0; r < s.rank; ++r) {
             float w[kVec], dw[kVec] = {}, ddt[kTokens];
             weight.get(r, w);
@@ -350,7 +313,7 @@ __global__ void __launch_bounds__(kBwdTile / kBwdTokens<T, kSingle>, kSingle&& k
 
     const auto finish = [&](int row, int64_t partial, float unit) {
         float sum[kVec];
-        unpark(row, sum);
+        parked.get(row, sum);
 #pragma unroll
         for (int j = 0; j < kVec; ++j) sum[j] = unit * chunk_sum(sum[j], lanes);
         add_partial(partial, sum, true);

@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a thread of the portable backward (bwd.cu) computes of its tokens in each phase of a tile. README.md derives it.
+#pragma once
+
+#include "cuda/scan/tile.cuh"
+
+namespace gm {
+
+// Rows of the backward's ChannelTable.
+enum BwdTableRow { kBias, kSkip, kNormWeight, kNormBias, kGate, kBwdTableRows };
+
+// Each thread's sums for the parameters, kept in shared memory between the phases that add to them: the rows of
+// ScanPartialRow, and dA of the one state of kSingle.
+constexpr int kParkedA = kFixedRows, kParkedRows = kFixedRows + 1;
+template <int kThreads>
+struct ParkedSums {
+    float4 (&sums)[kParkedRows][kThreads];
+
+    __device__ __forceinline__ void put(int row, const float (&sum)[kVec]) const {
+        sums[row][threadIdx.x] = make_float4(sum[0], sum[1], sum[2], sum[3]);
+    }
+    __device__ __forceinline__ void get(int row, float (&sum)[kVec]) const {
+        const float4 v = sums[row][threadIdx.x];
+        sum[0] = v.x, sum[1] = v.y, sum[2] = v.z, sum[3] = v.w;
+    }
+};
+
+// The aggregate (P, local) of the adjoint over a thread's tokens, from the last one to the first, and dC.
+template <class T, int kTokens>
+__device__ __forceinline__ void start_adjoints(const Plane<const T>& C, const Path<kTokens>& path, int n,
+                                               const float (&A)[kVec], const float (&step)[kTokens][kVec],
+                                               const float (&h)[kTokens][kVec], const float (&dy)[kTokens][kVec],
+                                               float (&P)[kVec], float (&local)[kVec], float (&dC)[kTokens]) {
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) P[j] = 1.f, local[j] = 0.f;
+#pragma unroll
+    for (int k = kTokens - 1; k >= 0; --k) {
+        const float c = to_float(C.at(path.token[k])[n]);
+        dC[k] = 0.f;
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) {
+            const float decay = Math<T>::decay(step[k][j], A[j]);
+            local[j] = decay * fmaf(c, dy[k][j], local[j]);
+            P[j] *= decay;
+            dC[k] = fmaf(dy[k][j], h[k][j], dC[k]);
+        }
+    }
+}
+
+// The gradients of the steps through the softplus, and what is complete with the last state: du, and ddt where dt holds
+// the steps.
+template <class T, bool kSingle, bool kAligned, int kTokens>
+__device__ __forceinline__ void finish_steps(const ScanShape& s, const ThreadCoord& coord, const Plane<T>& du_out,
+                                             const Plane<T>& ddt_out, const Path<kTokens>& path,
+                                             const float (&step)[kTokens][kVec], const float (&du)[kTokens][kVec],
+                                             float (&dstep)[kTokens][kVec], float (&dbias)[kVec]) {
+    const int c0 = coord.channel, valid = coord.valid;
+#pragma unroll
+    for (int k = 0; k < kTokens; ++k) {
+        if (!kSingle && k < path.count) store4<kAligned>(du_out.at(path.token[k]) + c0, du[k], valid);
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) {
+            if (s.softplus) dstep[k][j] = Math<T>::through_softplus(dstep[k][j], step[k][j]);
+            if (k >= path.count) dstep[k][j] = 0.f;
+            dbias[j] += dstep[k][j];
+        }
+        if (s.rank == 0 && k < path.count) {
+            float ddt[kVec];
+#pragma unroll
+            for (int j = 0; j < kVec; ++j) ddt[j] = dstep[k][j] / Math<T>::kStepUnit;
+            store4<kAligned>(ddt_out.at(path.token[k]) + c0, ddt, valid);
+        }
+    }
+}
+
+}  // namespace gm
