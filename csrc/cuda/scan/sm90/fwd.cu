@@ -29,7 +29,6 @@ __global__ void __launch_bounds__(Block::kThreads, kResident<Block>)
     float* const aggregate_P = reinterpret_cast<float*>(shared + layout.aggregates);
     float* const aggregate_h = aggregate_P + Block::kAggregates;
     float* const table = reinterpret_cast<float*>(shared + layout.table);
-    const uint32_t shared_base = shared_address(shared), barriers = shared_base + layout.barriers;
     const int tid = threadIdx.x;
     const TileScheduler<Block, false> scheduler(s, plan);
     const TilePipeline pipeline(args, scheduler, layout, shared);
@@ -39,31 +38,18 @@ __global__ void __launch_bounds__(Block::kThreads, kResident<Block>)
     // One thread loads u. Another loads z; it also stores the result from z's place, and waits until that store has
     // read it.
     constexpr int kU = 0, kZ = 1, kLoadsU = 0, kLoadsZ = 32;
-    const auto barrier_of = [&](int n, int tensor) { return barriers + (n % kSm90Stages * 2 + tensor) * 8; };
-    const auto place_of = [&](int n, int tensor) {
-        return shared_base + (n % kSm90Stages * 2 + tensor) * layout.tile_bytes;
-    };
-    const auto load = [&](int n, const TileCursor& at, int tensor) {
-        const uint32_t barrier = barrier_of(n, tensor);
-        mbarrier_expect(barrier, scheduler.box_bytes(s));
-        const CUtensorMap* const maps = tensor == kU ? args.u : args.z;
-        scheduler.boxes(s, plan, at, args.kind[tensor], [&](const Coordinates& c, int offset) {
-            tma_load(place_of(n, tensor) + offset, maps + static_cast<int>(scheduler.columns), c, barrier);
-        });
-    };
     if (tid == kLoadsU) tma_prefetch_map(&args.u[scheduler.columns]);
     if (tid == kLoadsZ) tma_prefetch_map(&args.z[scheduler.columns]), tma_prefetch_map(&args.y[scheduler.columns]);
     if (tid == 0) {
-        for (int i = 0; i < kSm90Stages * 2; ++i) mbarrier_init(barriers + i * 8, 1);
-        mbarrier_init_fence();
+        pipeline.init_barriers();
         pdl_wait();
-        load(0, now, kU);
-        load(0, now, kZ);
+        pipeline.load(0, now, kU);
+        pipeline.load(0, now, kZ);
     }
     TileCursor next = now;
     scheduler.advance(s, plan, next);
     const int total = scheduler.total(s, plan);
-    if (tid == 0 && total > 1) load(1, next, kU);
+    if (tid == 0 && total > 1) pipeline.load(1, next, kU);
     const TileChunk<Block> chunk(s, plan, scheduler);
     const bool ragged = is_ragged<Block>(s, plan, scheduler);
     const FeatureImages images{args.scan.B, args.scan.C, args.scan.dt};
@@ -84,18 +70,23 @@ __global__ void __launch_bounds__(Block::kThreads, kResident<Block>)
         const int u_step = chunk.step(s), feature_step = chunk.slot_step * Block::width(s);
         const float* const features = pipeline.features(n) + chunk.slot0 * Block::width(s);
         float y[kTokens][kVec], decayed_C[kTokens][kVec];
-        mbarrier_wait(barrier_of(n, kU), n / kSm90Stages & 1);
+
+        // Phase 1: the steps, and the aggregate of each chunk from a state of 0.
+        pipeline.wait(n, kU);
         load_steps_sm90<T, Block>(
             features, feature_step, s, thread.rows[kBias], [&](int r) { return thread.rows[kWeight + r]; }, decayed_C);
         if (ragged) mask_steps(chunk, chunk.count(s, plan, scheduler, now), decayed_C);
         thread.start_states(box_u, u_step, features, feature_step, y, decayed_C, aggregate_P, aggregate_h);
         __syncthreads();
+
+        // Phase 2: the states that enter the chunks, from those of the chunks and tiles before. What tiles n + 1 and
+        // n + 2 need is loaded meanwhile.
         TileCursor after = next;
         if (n + 1 < total) scheduler.advance(s, plan, after);
-        if (tid == kLoadsU && n + 2 < total) load(n + 2, after, kU);
+        if (tid == kLoadsU && n + 2 < total) pipeline.load(n + 2, after, kU);
         if (tid == kLoadsZ && n + 1 < total) {
             tma_wait_read();
-            load(n + 1, next, kZ);
+            pipeline.load(n + 1, next, kZ);
         }
         if (scheduler.enters(plan, now)) carry[0] = carry[1] = carry[2] = carry[3] = 0.f;
         const auto plane = [&] { return now.batch * s.groups + scheduler.group; };
@@ -139,18 +130,15 @@ __global__ void __launch_bounds__(Block::kThreads, kResident<Block>)
             const float4 in = *reinterpret_cast<const float4*>(aggregate_h + Block::aggregate(chunk.order) + chunk.c0);
             entering[0] = in.x, entering[1] = in.y, entering[2] = in.z, entering[3] = in.w;
         }
+
+        // Phase 3: y from the entering states, its norm and the gates. The result takes the place of z.
         thread.finish_outputs(entering, decayed_C, norm, y);
         const float4 scale = thread.rows[kScale + image], shift = thread.rows[kShift + image];
-        mbarrier_wait(barrier_of(n, kZ), n / kSm90Stages & 1);
+        pipeline.wait(n, kZ);
         thread.write_result(norm, scale, shift, y, box_u + layout.tile_bytes, u_step);
         fence_proxy_async();
         __syncthreads();
-        if (tid == kLoadsZ) {
-            scheduler.boxes(s, plan, now, args.kind[2], [&](const Coordinates& c, int offset) {
-                tma_store(place_of(n, kZ) + offset, &args.y[scheduler.columns], c);
-            });
-            tma_commit();
-        }
+        if (tid == kLoadsZ) pipeline.store(n, now, kZ, args.y, args.kind[2]);
         image ^= next.batch != now.batch;
         now = next, next = after;
     }

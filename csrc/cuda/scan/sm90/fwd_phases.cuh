@@ -65,7 +65,7 @@ struct ScanFwdThread {
         *reinterpret_cast<float4*>(aggregate_h + at) = make_float4(h[0], h[1], h[2], h[3]);
     }
 
-    // Phase 2: y of the state that enters the chunk, less its mean over the channels.
+    // Phase 3: y of the state that enters the chunk, less its mean over the channels.
     __device__ __forceinline__ void finish_outputs(const float (&entering)[kVec], const Values& decayed_C,
                                                    TokenNorm<T, Block>& norm, Values& y) const {
         float moment[kTokens];
@@ -83,7 +83,7 @@ struct ScanFwdThread {
         norm.centre(counted, y, moment);
     }
 
-    // Phase 2: the result, norm and gates of y, in the place of z, which is at `box`.
+    // Phase 3: the result, norm and gates of y, in the place of z, which is at `box`.
     __device__ __forceinline__ void write_result(const TokenNorm<T, Block>& norm, const float4& scale4,
                                                  const float4& shift4, const Values& y, unsigned char* box,
                                                  int step) const {
