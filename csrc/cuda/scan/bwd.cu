@@ -133,41 +133,10 @@ __global__ void __launch_bounds__(kBwdTile / kBwdTokens<T, kSingle>, kSingle&& k
         }
 
         {
-            float skip[kVec];
-            table.get(kSkip, c0, skip);
             const float inverse_dim = 1.f / s.norm_dim;
             const int normed_channels = min(valid, s.norm_dim - c0);
-            float inverse_std[kTokens], m1[kTokens], m2[kTokens];
-#pragma unroll
-            for (int k = 0; k < kTokens; ++k) {
-                const Vec4<T> uv = load4<kAligned>(u.at(path.token[k]), valid);
-                inverse_std[k] = 1.f;
-                m1[k] = m2[k] = 0.f;
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) {
-                    dy[k][j] = fmaf(skip[j], to_float(uv.v[j]), dy[k][j]);
-                    m1[k] += dy[k][j];
-                }
-            }
-            if (has_norm) {  // dy: y -> (y - mean) / std
-                lane_sums(m1, lanes);
-#pragma unroll
-                for (int k = 0; k < kTokens; ++k) {
-                    const float mean = mean_of(m1[k], s.norm_dim, inverse_dim);
-#pragma unroll
-                    for (int j = 0; j < kVec; ++j) {
-                        dy[k][j] = j < normed_channels ? dy[k][j] - mean : 0.f;
-                        m2[k] = fmaf(dy[k][j], dy[k][j], m2[k]);
-                    }
-                }
-                lane_sums(m2, lanes);
-#pragma unroll
-                for (int k = 0; k < kTokens; ++k) {
-                    inverse_std[k] = Math<T>::rsqrt(fmaf(m2[k], inverse_dim, s.norm_eps));
-#pragma unroll
-                    for (int j = 0; j < kVec; ++j) dy[k][j] *= inverse_std[k];
-                }
-            }
+            float inverse_std[kTokens];
+            normalise<T, kAligned>(s, coord, has_norm, table, path, u, dy, inverse_std);
             float norm_weight[kVec], norm_bias[kVec], gate[kVec];
             table.get(kNormWeight, c0, norm_weight);
             table.get(kNormBias, c0, norm_bias);
@@ -256,27 +225,8 @@ __global__ void __launch_bounds__(kBwdTile / kBwdTokens<T, kSingle>, kSingle&& k
                             adjoint_carry[j];
             }
             hide(A);
-#pragma unroll
-            for (int k = kTokens - 1; k >= 0; --k) {
-                const float b = Math<T>::kStepUnit * to_float(B.at(path.token[k])[n]);
-                const float c = to_float(C.at(path.token[k])[n]);
-                const Vec4<T> uv = load4<kAligned>(u.at(path.token[k]), valid);
-                dB[k] = 0.f;
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) {
-                    const float x = to_float(uv.v[j]), g = fmaf(c, dy[k][j], adjoint[j]);
-                    const float decay = Math<T>::decay(step[k][j], A[j]);
-                    const float through = g * decay * (k > 0 ? h[k > 0 ? k - 1 : 0][j] : entering[j]);
-                    const float ds = fmaf(Math<T>::kStepUnit * A[j], through, g * (b * x)), gs = g * step[k][j];
-                    dA[j] = fmaf(through, step[k][j], dA[j]);
-                    dstep[k][j] = kSingle || n == 0 ? ds : dstep[k][j] + ds;
-                    du[k][j] = fmaf(gs, b, kSingle || n == 0 ? skip[j] * dy[k][j] : du[k][j]);
-                    dB[k] = fmaf(gs, x, dB[k]);
-                    adjoint[j] = decay * g;
-                    if (kSingle || n == 0) dskip[j] = fmaf(dy[k][j], x, dskip[j]);
-                }
-                if (kSingle && k < path.count) store4<kAligned>(du_out.at(path.token[k]) + c0, du[k], valid);
-            }
+            state_gradients<T, kSingle, kAligned>(coord, u, B, C, du_out, path, n, A, step, h, entering, dy, skip,
+                                                  adjoint, du, dstep, dA, dskip, dB);
             write_token_sums(dB, Math<T>::kStepUnit, dB_out, path, n);
             if (!kSingle) {
 #pragma unroll
