@@ -45,14 +45,7 @@ __global__ void __launch_bounds__(kBwdTile / kBwdTokens<T, kSingle>, kSingle&& k
         dB_out = Plane<T>(args.dB, coord, 0), dC_out = Plane<T>(args.dC, coord, 0);
     }
     const StepWeight<T> weight(s, args.dt_weight, coord, reinterpret_cast<float*>(dynamic_shared));
-    table.fill(s.dim, [&](int c, float(&row)[kBwdTableRows]) {
-        const int64_t i = static_cast<int64_t>(coord.group) * s.param_dim + c;
-        row[kBias] = load_param_or<T>(args.dt_bias, i, 0.f) / Math<T>::kStepUnit;
-        row[kSkip] = load_param_or<T>(args.D, i, 0.f);
-        row[kNormWeight] = load_param_or<T>(args.norm_weight, i, 1.f);
-        row[kNormBias] = load_param_or<T>(args.norm_bias, i, 0.f);
-        row[kGate] = load_param_or<T>(args.gate, static_cast<int64_t>(coord.batch) * s.groups * s.dim + i, 1.f);
-    });
+    fill_table<T>(args, coord, table);
     __syncthreads();
 
     const int tokens = s.height * s.width, tile_tokens = coord.num_chunks() * kTokens;
@@ -67,37 +60,9 @@ __global__ void __launch_bounds__(kBwdTile / kBwdTokens<T, kSingle>, kSingle&& k
         ((static_cast<int64_t>(coord.batch) * coord.num_warps() + coord.warp()) * s.groups + coord.group) * rows *
             s.dim +
         c0;
-    const bool writes_partials = coord.chunk_in_warp == 0;
-    const auto add_partial = [&](int64_t row, const float(&sum)[kVec], bool first_time) {
-        if (!writes_partials) return;
-        float* p = partials + row * s.dim;
-#pragma unroll
-        for (int j = 0; j < kVec; ++j)
-            if (j < valid) p[j] = first_time ? sum[j] : p[j] + sum[j];
-    };
-
-    // Sums over the channels of each token, written by one lane a token.
-    const auto write_token_sums = [&](float(&sum)[kTokens], float unit, const Plane<T>& out, const Path<kTokens>& path,
-                                      int i) {
-        lane_sums(sum, lanes);
-#pragma unroll
-        for (int k = 0; k < kTokens; ++k)
-            if (k < path.count && coord.lane() == (k & (lanes - 1)))
-                out.at(path.token[k])[i] = from_float<T>(unit * sum[k]);
-    };
-
+    const PartialRows partial{partials, valid, s.dim, coord.chunk_in_warp == 0};
+    const TokenSums<T, kTokens> write_token_sums{coord, lanes};
     int buffer = 0;
-    const auto states_forward = [&](int n, const Path<kTokens>& path, const float(&A)[kVec],
-                                    const float(&step)[kTokens][kVec], const float* saved, float(&h)[kTokens][kVec],
-                                    float(&entering)[kVec]) {
-        float carry[kVec];
-#pragma unroll
-        for (int j = 0; j < kVec; ++j) carry[j] = j < valid ? saved[static_cast<int64_t>(n) * s.dim + j] : 0.f;
-        tile_states<T>(
-            coord, exchange, buffer, A, step,
-            [&](int k) { return Math<T>::kStepUnit * to_float(B.at(path.token[k])[n]); },
-            [&](int k) { return load4<kAligned>(u.at(path.token[k]), valid); }, carry, h, entering);
-    };
     __shared__ float4 parked_sums[kParkedRows][kThreads];
     const ParkedSums<kThreads> parked{parked_sums};
     for (int row = 0; row < kParkedRows; ++row) parked_sums[row][threadIdx.x] = make_float4(0.f, 0.f, 0.f, 0.f);
@@ -123,27 +88,21 @@ __global__ void __launch_bounds__(kBwdTile / kBwdTokens<T, kSingle>, kSingle&& k
 #pragma unroll
                 for (int j = 0; j < kVec; ++j) A[j] = j < valid ? load_param<T>(args.A, (param + j) * states + n) : 0.f;
             }
-            states_forward(n, path, A, step, saved, h, entering);
-#pragma unroll
-            for (int k = 0; k < kTokens; ++k) {
-                const float c = to_float(C.at(path.token[k])[n]);
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) dy[k][j] = kSingle || n == 0 ? c * h[k][j] : fmaf(c, h[k][j], dy[k][j]);
-            }
+            states_of_tile<kAligned>(coord, exchange, buffer, u, B, path, n, A, step,
+                                     saved + static_cast<int64_t>(n) * s.dim, h, entering);
+            add_outputs<T, kSingle>(C, path, n, h, dy);
         }
-
-        {
+        {  // the norm of y, and dy through gates and norm
             const float inverse_dim = 1.f / s.norm_dim;
             const int normed_channels = min(valid, s.norm_dim - c0);
             float inverse_std[kTokens];
             normalise<T, kAligned>(s, coord, has_norm, table, path, u, dy, inverse_std);
-            float norm_weight[kVec], norm_bias[kVec], gate[kVec];
+            float norm_weight[kVec], norm_bias[kVec], gate[kVec], product[kVec], total[kVec];
             table.get(kNormWeight, c0, norm_weight);
             table.get(kNormBias, c0, norm_bias);
             table.get(kGate, c0, gate);
             // A part of the tokens at a time: the derivatives of all of them would not fit beside the states.
             constexpr int kPart = 4;
-            float product[kVec], total[kVec];
             parked.get(kRowProduct, product);
             parked.get(kRowSum, total);
 #pragma unroll
@@ -210,7 +169,8 @@ __global__ void __launch_bounds__(kBwdTile / kBwdTokens<T, kSingle>, kSingle&& k
                                            : 0.f;
                     dA[j] = 0.f;
                 }
-                states_forward(n, path, A, step, saved, h, entering);
+                states_of_tile<kAligned>(coord, exchange, buffer, u, B, path, n, A, step,
+                                         saved + static_cast<int64_t>(n) * s.dim, h, entering);
             }
             float P[kVec], local[kVec], adjoint[kVec], dC[kTokens], dB[kTokens];
             hide(A);
@@ -231,7 +191,7 @@ __global__ void __launch_bounds__(kBwdTile / kBwdTokens<T, kSingle>, kSingle&& k
             if (!kSingle) {
 #pragma unroll
                 for (int j = 0; j < kVec; ++j) dA[j] = Math<T>::kStepUnit * chunk_sum(dA[j], lanes);
-                add_partial(n, dA, first_time);
+                partial.add(n, dA, first_time);
             }
         }
 
@@ -244,35 +204,19 @@ __global__ void __launch_bounds__(kBwdTile / kBwdTokens<T, kSingle>, kSingle&& k
         for (int r = 0; r < s.rank; ++r) {
             float w[kVec], dw[kVec] = {}, ddt[kTokens];
             weight.get(r, w);
-#pragma unroll
-            for (int k = 0; k < kTokens; ++k) {
-                const float d = to_float(dt.at(path.token[k])[r]);
-                ddt[k] = 0.f;
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) {
-                    ddt[k] = fmaf(dstep[k][j], w[j], ddt[k]);
-                    dw[j] = fmaf(dstep[k][j], d, dw[j]);
-                }
-            }
+            feature_gradients(dt, path, r, dstep, w, ddt, dw);
             write_token_sums(ddt, 1.f, ddt_out, path, r);
 #pragma unroll
             for (int j = 0; j < kVec; ++j) dw[j] = chunk_sum(dw[j], lanes) / Math<T>::kStepUnit;
-            add_partial(states + kFixedRows + r, dw, first_time);
+            partial.add(states + kFixedRows + r, dw, first_time);
         }
     }
 
-    const auto finish = [&](int row, int64_t partial, float unit) {
-        float sum[kVec];
-        parked.get(row, sum);
-#pragma unroll
-        for (int j = 0; j < kVec; ++j) sum[j] = unit * chunk_sum(sum[j], lanes);
-        add_partial(partial, sum, true);
-    };
-    if (kSingle) finish(kParkedA, 0, Math<T>::kStepUnit);
-    finish(kRowSkip, states + kRowSkip, 1.f);
-    finish(kRowBias, states + kRowBias, 1.f / Math<T>::kStepUnit);
-    finish(kRowProduct, states + kRowProduct, 1.f);
-    finish(kRowSum, states + kRowSum, 1.f);
+    if (kSingle) partial.finish(parked, lanes, kParkedA, 0, Math<T>::kStepUnit);
+    partial.finish(parked, lanes, kRowSkip, states + kRowSkip, 1.f);
+    partial.finish(parked, lanes, kRowBias, states + kRowBias, 1.f / Math<T>::kStepUnit);
+    partial.finish(parked, lanes, kRowProduct, states + kRowProduct, 1.f);
+    partial.finish(parked, lanes, kRowSum, states + kRowSum, 1.f);
 }
 
 template <class T, bool kSingle>

@@ -9,6 +9,21 @@ namespace gm {
 // Rows of the backward's ChannelTable.
 enum BwdTableRow { kBias, kSkip, kNormWeight, kNormBias, kGate, kBwdTableRows };
 
+// The table of a block's channels.
+template <class T>
+__device__ __forceinline__ void fill_table(const ScanBwdArgs& args, const ThreadCoord& coord,
+                                           ChannelTable<kBwdTableRows>& table) {
+    const ScanShape& s = args.shape;
+    table.fill(s.dim, [&](int c, float(&row)[kBwdTableRows]) {
+        const int64_t i = static_cast<int64_t>(coord.group) * s.param_dim + c;
+        row[kBias] = load_param_or<T>(args.dt_bias, i, 0.f) / Math<T>::kStepUnit;
+        row[kSkip] = load_param_or<T>(args.D, i, 0.f);
+        row[kNormWeight] = load_param_or<T>(args.norm_weight, i, 1.f);
+        row[kNormBias] = load_param_or<T>(args.norm_bias, i, 0.f);
+        row[kGate] = load_param_or<T>(args.gate, static_cast<int64_t>(coord.batch) * s.groups * s.dim + i, 1.f);
+    });
+}
+
 // Each thread's sums for the parameters, kept in shared memory between the phases that add to them: the rows of
 // ScanPartialRow, and dA of the one state of kSingle.
 constexpr int kParkedA = kFixedRows, kParkedRows = kFixedRows + 1;
@@ -24,6 +39,75 @@ struct ParkedSums {
         sum[0] = v.x, sum[1] = v.y, sum[2] = v.z, sum[3] = v.w;
     }
 };
+
+// A warp's rows of partial sums (ScanPartialRow), `dim` floats apart, from the thread's first channel on.
+struct PartialRows {
+    float* const partials;
+    const int& valid;
+    const int& dim;
+    const bool writes;  // one chunk of the warp does
+
+    __device__ __forceinline__ void add(int64_t row, const float (&sum)[kVec], bool first_time) const {
+        if (!writes) return;
+        float* const p = partials + row * dim;
+#pragma unroll
+        for (int j = 0; j < kVec; ++j)
+            if (j < valid) p[j] = first_time ? sum[j] : p[j] + sum[j];
+    }
+    // Writes row `to`: `unit` times the warp's total of a parked sum.
+    template <class Parked>
+    __device__ __forceinline__ void finish(const Parked& parked, const int& lanes, int row, int64_t to,
+                                           float unit) const {
+        float sum[kVec];
+        parked.get(row, sum);
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) sum[j] = unit * chunk_sum(sum[j], lanes);
+        add(to, sum, true);
+    }
+};
+
+// Writes the sums over the channels of each token, `unit` times `sum`, by one lane a token.
+template <class T, int kTokens>
+struct TokenSums {
+    const ThreadCoord& coord;
+    const int& lanes;
+
+    __device__ __forceinline__ void operator()(float (&sum)[kTokens], float unit, const Plane<T>& out,
+                                               const Path<kTokens>& path, int i) const {
+        lane_sums(sum, lanes);
+#pragma unroll
+        for (int k = 0; k < kTokens; ++k)
+            if (k < path.count && coord.lane() == (k & (lanes - 1)))
+                out.at(path.token[k])[i] = from_float<T>(unit * sum[k]);
+    }
+};
+
+// States h of a tile and the one that enters the chunk, by way of state n, from the one that was saved before the tile.
+template <bool kAligned, class T, int kTokens>
+__device__ __forceinline__ void states_of_tile(const ThreadCoord& coord, ScanExchange& exchange, int& buffer,
+                                               const Plane<const T>& u, const Plane<const T>& B,
+                                               const Path<kTokens>& path, int n, const float (&A)[kVec],
+                                               const float (&step)[kTokens][kVec], const float* saved,
+                                               float (&h)[kTokens][kVec], float (&entering)[kVec]) {
+    float carry[kVec];
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) carry[j] = j < coord.valid ? saved[j] : 0.f;
+    tile_states<T>(
+        coord, exchange, buffer, A, step, [&](int k) { return Math<T>::kStepUnit * to_float(B.at(path.token[k])[n]); },
+        [&](int k) { return load4<kAligned>(u.at(path.token[k]), coord.valid); }, carry, h, entering);
+}
+
+// Adds the part of state n to y; n == 0 is the first.
+template <class T, bool kSingle, int kTokens>
+__device__ __forceinline__ void add_outputs(const Plane<const T>& C, const Path<kTokens>& path, int n,
+                                            const float (&h)[kTokens][kVec], float (&y)[kTokens][kVec]) {
+#pragma unroll
+    for (int k = 0; k < kTokens; ++k) {
+        const float c = to_float(C.at(path.token[k])[n]);
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) y[k][j] = kSingle || n == 0 ? c * h[k][j] : fmaf(c, h[k][j], y[k][j]);
+    }
+}
 
 // y comes in without the skip, as C . h, and becomes normalised; inverse_std becomes that of each token.
 template <class T, bool kAligned, int kTokens>
@@ -146,6 +230,23 @@ __device__ __forceinline__ void finish_steps(const ScanShape& s, const ThreadCoo
 #pragma unroll
             for (int j = 0; j < kVec; ++j) ddt[j] = dstep[k][j] / Math<T>::kStepUnit;
             store4<kAligned>(ddt_out.at(path.token[k]) + c0, ddt, valid);
+        }
+    }
+}
+
+// The gradients of step feature r and of its weights w, from those of the steps.
+template <class T, int kTokens>
+__device__ __forceinline__ void feature_gradients(const Plane<const T>& dt, const Path<kTokens>& path, int r,
+                                                  const float (&dstep)[kTokens][kVec], const float (&w)[kVec],
+                                                  float (&ddt)[kTokens], float (&dw)[kVec]) {
+#pragma unroll
+    for (int k = 0; k < kTokens; ++k) {
+        const float d = to_float(dt.at(path.token[k])[r]);
+        ddt[k] = 0.f;
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) {
+            ddt[k] = fmaf(dstep[k][j], w[j], ddt[k]);
+            dw[j] = fmaf(dstep[k][j], d, dw[j]);
         }
     }
 }
