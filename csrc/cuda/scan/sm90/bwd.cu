@@ -50,6 +50,8 @@ __global__ void __launch_bounds__(Block::kThreads, kResident)
     const bool ragged = is_ragged<Block>(s, plan, scheduler);
     const FeatureImages images{args.scan.B, args.scan.C, args.scan.dt};
     StepFeatures<T, Block> fetcher(s, plan, scheduler);
+    pipeline.clear();
+    pdl_wait();
     pipeline.fill(fetcher, images, table, now, next, total);
     float adjoint_carry = 0.f;  // of the channel that this thread scans
     int image = 0;

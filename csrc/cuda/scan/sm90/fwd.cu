@@ -54,6 +54,8 @@ __global__ void __launch_bounds__(Block::kThreads, kResident<Block>)
     const bool ragged = is_ragged<Block>(s, plan, scheduler);
     const FeatureImages images{args.scan.B, args.scan.C, args.scan.dt};
     StepFeatures<T, Block> fetcher(s, plan, scheduler);
+    pipeline.clear();
+    pdl_wait();
     pipeline.fill(fetcher, images, table, now, next, total);
     TokenNorm<T, Block> norm(s, shared + layout.norm);
     // Where registers allow it, each thread combines the chunks for its own channels; elsewhere scan lanes do.

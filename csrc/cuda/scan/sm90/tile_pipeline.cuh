@@ -3,7 +3,6 @@
 // into one of kSm90Stages stages while an earlier tile is computed, and stores the results from where inputs were.
 #pragma once
 
-#include "cuda/common/launch_kernel.cuh"
 #include "cuda/scan/sm90/channel_table.cuh"
 #include "cuda/scan/sm90/features.cuh"
 #include "cuda/scan/sm90/tile_scheduler.cuh"
@@ -78,15 +77,17 @@ struct TilePipeline {
     __device__ __forceinline__ float* features(int n) const {
         return reinterpret_cast<float*>(shared + layout.features + (n & 1) * layout.feature_bytes);
     }
-    // Fills shared memory for the first tile, but for what TMA loads: the table of channels, the features, and zeros
-    // where nothing is written later. Requests the features of the second tile. A barrier must follow.
+    // Zeros in shared memory where nothing is written later.
+    __device__ __forceinline__ void clear() const {
+        clear_tails<Block>(shared, kSm90Stages * kInputs, layout.tile_bytes, scheduler.box_bytes(args.scan.shape));
+        clear_features<Block>(features(0), layout.feature_bytes);
+    }
+    // Fills shared memory for the first tile, but for what TMA loads: the table of channels and the features. Requests
+    // the features of the second tile. pdl_wait comes before; a barrier must follow.
     template <class T>
     __device__ __forceinline__ void fill(StepFeatures<T, Block>& fetcher, const FeatureImages& images, float* table,
                                          const TileCursor& now, const TileCursor& next, int total) const {
         const ScanShape& s = args.scan.shape;
-        clear_tails<Block>(shared, kSm90Stages * kInputs, layout.tile_bytes, scheduler.box_bytes(s));
-        clear_features<Block>(features(0), layout.feature_bytes);
-        pdl_wait();
         fetcher.fetch(s, args.plan, scheduler, now, images);
         put_rows<T, Block>(args.scan, table, now.batch, scheduler.group);
         __syncthreads();
