@@ -167,4 +167,11 @@ struct Math<float> {
     static __device__ __forceinline__ float rsqrt(float x) { return 1.f / sqrtf(x); }
 };
 
+// Makes the compiler forget what it knows of these values, so that it computes what depends on them again: the decays
+// exp(step A), kept in registers over all phases of the scan's backward, would take 28 of them.
+__device__ __forceinline__ void hide(float (&x)[kVec]) {
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) asm volatile("" : "+f"(x[j]));
+}
+
 }  // namespace gm

@@ -12,8 +12,8 @@
 // of `partials`; reduce.cu adds the rows.
 #include "cuda/common/dispatch.h"
 #include "cuda/common/launch_kernel.cuh"
+#include "cuda/scan/bwd_phases.cuh"
 #include "cuda/scan/launch.h"
-#include "cuda/scan/tile.cuh"
 
 namespace gm {
 namespace {
@@ -24,8 +24,7 @@ __global__ void __launch_bounds__(kBwdTile / kBwdTokens<T, kSingle>, kSingle&& k
     begin_kernel();
     constexpr int kTokens = kBwdTokens<T, kSingle>, kThreads = kBwdTile / kTokens;
     __shared__ ScanExchange exchange;
-    enum { kBias, kSkip, kNormWeight, kNormBias, kGate };
-    __shared__ ChannelTable<5> table;
+    __shared__ ChannelTable<kBwdTableRows> table;
     extern __shared__ float4 dynamic_shared[];
 
     const ScanShape& s = args.shape;
@@ -46,14 +45,7 @@ __global__ void __launch_bounds__(kBwdTile / kBwdTokens<T, kSingle>, kSingle&& k
         dB_out = Plane<T>(args.dB, coord, 0), dC_out = Plane<T>(args.dC, coord, 0);
     }
     const StepWeight<T> weight(s, args.dt_weight, coord, reinterpret_cast<float*>(dynamic_shared));
-    table.fill(s.dim, [&](int c, float(&row)[5]) {
-        const int64_t i = static_cast<int64_t>(coord.group) * s.param_dim + c;
-        row[kBias] = load_param_or<T>(args.dt_bias, i, 0.f) / Math<T>::kStepUnit;
-        row[kSkip] = load_param_or<T>(args.D, i, 0.f);
-        row[kNormWeight] = load_param_or<T>(args.norm_weight, i, 1.f);
-        row[kNormBias] = load_param_or<T>(args.norm_bias, i, 0.f);
-        row[kGate] = load_param_or<T>(args.gate, static_cast<int64_t>(coord.batch) * s.groups * s.dim + i, 1.f);
-    });
+    fill_table<T>(args, coord, table);
     __syncthreads();
 
     const int tokens = s.height * s.width, tile_tokens = coord.num_chunks() * kTokens;
@@ -68,48 +60,12 @@ __global__ void __launch_bounds__(kBwdTile / kBwdTokens<T, kSingle>, kSingle&& k
         ((static_cast<int64_t>(coord.batch) * coord.num_warps() + coord.warp()) * s.groups + coord.group) * rows *
             s.dim +
         c0;
-    const bool writes_partials = coord.chunk_in_warp == 0;
-    const auto add_partial = [&](int64_t row, const float(&sum)[kVec], bool first_time) {
-        if (!writes_partials) return;
-        float* p = partials + row * s.dim;
-#pragma unroll
-        for (int j = 0; j < kVec; ++j)
-            if (j < valid) p[j] = first_time ? sum[j] : p[j] + sum[j];
-    };
-
-    // Sums over the channels of each token, written by one lane a token.
-    const auto write_token_sums = [&](float(&sum)[kTokens], float unit, const Plane<T>& out, const Path<kTokens>& path,
-                                      int i) {
-        lane_sums(sum, lanes);
-#pragma unroll
-        for (int k = 0; k < kTokens; ++k)
-            if (k < path.count && coord.lane() == (k & (lanes - 1)))
-                out.at(path.token[k])[i] = from_float<T>(unit * sum[k]);
-    };
-
+    const PartialRows partial{partials, valid, s.dim, coord.chunk_in_warp == 0};
+    const TokenSums<T, kTokens> write_token_sums{coord, lanes};
     int buffer = 0;
-    const auto states_forward = [&](int n, const Path<kTokens>& path, const float(&A)[kVec],
-                                    const float(&step)[kTokens][kVec], const float* saved, float(&h)[kTokens][kVec],
-                                    float(&entering)[kVec]) {
-        float carry[kVec];
-#pragma unroll
-        for (int j = 0; j < kVec; ++j) carry[j] = j < valid ? saved[static_cast<int64_t>(n) * s.dim + j] : 0.f;
-        tile_states<T>(
-            coord, exchange, buffer, A, step,
-            [&](int k) { return Math<T>::kStepUnit * to_float(B.at(path.token[k])[n]); },
-            [&](int k) { return load4<kAligned>(u.at(path.token[k]), valid); }, carry, h, entering);
-    };
-    // Each thread's sums for the parameters, kept in shared memory between the phases that add to them.
-    __shared__ float4 parked[kFixedRows + 1][kThreads];
-    constexpr int kParkedA = kFixedRows;
-    const auto park = [&](int row, const float(&sum)[kVec]) {
-        parked[row][threadIdx.x] = make_float4(sum[0], sum[1], sum[2], sum[3]);
-    };
-    const auto unpark = [&](int row, float(&sum)[kVec]) {
-        const float4 v = parked[row][threadIdx.x];
-        sum[0] = v.x, sum[1] = v.y, sum[2] = v.z, sum[3] = v.w;
-    };
-    for (int row = 0; row <= kFixedRows; ++row) parked[row][threadIdx.x] = make_float4(0.f, 0.f, 0.f, 0.f);
+    __shared__ float4 parked_sums[kParkedRows][kThreads];
+    const ParkedSums<kThreads> parked{parked_sums};
+    for (int row = 0; row < kParkedRows; ++row) parked_sums[row][threadIdx.x] = make_float4(0.f, 0.f, 0.f, 0.f);
     float A[kVec], adjoint_carry[kVec] = {};
 #pragma unroll
     for (int j = 0; j < kVec; ++j) A[j] = kSingle && j < valid ? load_param<T>(args.A, param + j) : 0.f;
@@ -132,60 +88,23 @@ __global__ void __launch_bounds__(kBwdTile / kBwdTokens<T, kSingle>, kSingle&& k
 #pragma unroll
                 for (int j = 0; j < kVec; ++j) A[j] = j < valid ? load_param<T>(args.A, (param + j) * states + n) : 0.f;
             }
-            states_forward(n, path, A, step, saved, h, entering);
-#pragma unroll
-            for (int k = 0; k < kTokens; ++k) {
-                const float c = to_float(C.at(path.token[k])[n]);
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) dy[k][j] = kSingle || n == 0 ? c * h[k][j] : fmaf(c, h[k][j], dy[k][j]);
-            }
+            states_of_tile<kAligned>(coord, exchange, buffer, u, B, path, n, A, step,
+                                     saved + static_cast<int64_t>(n) * s.dim, h, entering);
+            add_outputs<T, kSingle>(C, path, n, h, dy);
         }
-
-        {
-            float skip[kVec];
-            table.get(kSkip, c0, skip);
+        {  // the norm of y, and dy through gates and norm
             const float inverse_dim = 1.f / s.norm_dim;
             const int normed_channels = min(valid, s.norm_dim - c0);
-            float inverse_std[kTokens], m1[kTokens], m2[kTokens];
-#pragma unroll
-            for (int k = 0; k < kTokens; ++k) {
-                const Vec4<T> uv = load4<kAligned>(u.at(path.token[k]), valid);
-                inverse_std[k] = 1.f;
-                m1[k] = m2[k] = 0.f;
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) {
-                    dy[k][j] = fmaf(skip[j], to_float(uv.v[j]), dy[k][j]);
-                    m1[k] += dy[k][j];
-                }
-            }
-            if (has_norm) {  // dy: y -> (y - mean) / std
-                lane_sums(m1, lanes);
-#pragma unroll
-                for (int k = 0; k < kTokens; ++k) {
-                    const float mean = mean_of(m1[k], s.norm_dim, inverse_dim);
-#pragma unroll
-                    for (int j = 0; j < kVec; ++j) {
-                        dy[k][j] = j < normed_channels ? dy[k][j] - mean : 0.f;
-                        m2[k] = fmaf(dy[k][j], dy[k][j], m2[k]);
-                    }
-                }
-                lane_sums(m2, lanes);
-#pragma unroll
-                for (int k = 0; k < kTokens; ++k) {
-                    inverse_std[k] = Math<T>::rsqrt(fmaf(m2[k], inverse_dim, s.norm_eps));
-#pragma unroll
-                    for (int j = 0; j < kVec; ++j) dy[k][j] *= inverse_std[k];
-                }
-            }
-            float norm_weight[kVec], norm_bias[kVec], gate[kVec];
+            float inverse_std[kTokens];
+            normalise<T, kAligned>(s, coord, has_norm, table, path, u, dy, inverse_std);
+            float norm_weight[kVec], norm_bias[kVec], gate[kVec], product[kVec], total[kVec];
             table.get(kNormWeight, c0, norm_weight);
             table.get(kNormBias, c0, norm_bias);
             table.get(kGate, c0, gate);
             // A part of the tokens at a time: the derivatives of all of them would not fit beside the states.
             constexpr int kPart = 4;
-            float product[kVec], total[kVec];
-            unpark(kRowProduct, product);
-            unpark(kRowSum, total);
+            parked.get(kRowProduct, product);
+            parked.get(kRowSum, total);
 #pragma unroll
             for (int k0 = 0; k0 < kTokens; k0 += kPart) {
                 float dnormed[kPart][kVec], moments[2 * kPart] = {};
@@ -232,14 +151,14 @@ __global__ void __launch_bounds__(kBwdTile / kBwdTokens<T, kSingle>, kSingle&& k
                     }
                 }
             }
-            park(kRowProduct, product);
-            park(kRowSum, total);
+            parked.put(kRowProduct, product);
+            parked.put(kRowSum, total);
         }
 
         float du[kTokens][kVec], dstep[kTokens][kVec], dA[kVec], skip[kVec], dskip[kVec];
         table.get(kSkip, c0, skip);
-        unpark(kRowSkip, dskip);
-        if (kSingle) unpark(kParkedA, dA);
+        parked.get(kRowSkip, dskip);
+        if (kSingle) parked.get(kParkedA, dA);
         for (int n = 0; n < states; ++n) {
             if (!kSingle) {
 #pragma unroll
@@ -250,24 +169,12 @@ __global__ void __launch_bounds__(kBwdTile / kBwdTokens<T, kSingle>, kSingle&& k
                                            : 0.f;
                     dA[j] = 0.f;
                 }
-                states_forward(n, path, A, step, saved, h, entering);
+                states_of_tile<kAligned>(coord, exchange, buffer, u, B, path, n, A, step,
+                                         saved + static_cast<int64_t>(n) * s.dim, h, entering);
             }
             float P[kVec], local[kVec], adjoint[kVec], dC[kTokens], dB[kTokens];
             hide(A);
-#pragma unroll
-            for (int j = 0; j < kVec; ++j) P[j] = 1.f, local[j] = 0.f;
-#pragma unroll
-            for (int k = kTokens - 1; k >= 0; --k) {
-                const float c = to_float(C.at(path.token[k])[n]);
-                dC[k] = 0.f;
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) {
-                    const float decay = Math<T>::decay(step[k][j], A[j]);
-                    local[j] = decay * fmaf(c, dy[k][j], local[j]);
-                    P[j] *= decay;
-                    dC[k] = fmaf(dy[k][j], h[k][j], dC[k]);
-                }
-            }
+            start_adjoints(C, path, n, A, step, h, dy, P, local, dC);
             write_token_sums(dC, 1.f, dC_out, path, n);
             block_scan<true>(coord, exchange, buffer, P, local, adjoint_carry, adjoint);
             if (!kSingle && tile > 0 && coord.chunk == 0) {
@@ -278,88 +185,38 @@ __global__ void __launch_bounds__(kBwdTile / kBwdTokens<T, kSingle>, kSingle&& k
                             adjoint_carry[j];
             }
             hide(A);
-#pragma unroll
-            for (int k = kTokens - 1; k >= 0; --k) {
-                const float b = Math<T>::kStepUnit * to_float(B.at(path.token[k])[n]);
-                const float c = to_float(C.at(path.token[k])[n]);
-                const Vec4<T> uv = load4<kAligned>(u.at(path.token[k]), valid);
-                dB[k] = 0.f;
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) {
-                    const float x = to_float(uv.v[j]), g = fmaf(c, dy[k][j], adjoint[j]);
-                    const float decay = Math<T>::decay(step[k][j], A[j]);
-                    const float through = g * decay * (k > 0 ? h[k > 0 ? k - 1 : 0][j] : entering[j]);
-                    const float ds = fmaf(Math<T>::kStepUnit * A[j], through, g * (b * x)), gs = g * step[k][j];
-                    dA[j] = fmaf(through, step[k][j], dA[j]);
-                    dstep[k][j] = kSingle || n == 0 ? ds : dstep[k][j] + ds;
-                    du[k][j] = fmaf(gs, b, kSingle || n == 0 ? skip[j] * dy[k][j] : du[k][j]);
-                    dB[k] = fmaf(gs, x, dB[k]);
-                    adjoint[j] = decay * g;
-                    if (kSingle || n == 0) dskip[j] = fmaf(dy[k][j], x, dskip[j]);
-                }
-                if (kSingle && k < path.count) store4<kAligned>(du_out.at(path.token[k]) + c0, du[k], valid);
-            }
+            state_gradients<T, kSingle, kAligned>(coord, u, B, C, du_out, path, n, A, step, h, entering, dy, skip,
+                                                  adjoint, du, dstep, dA, dskip, dB);
             write_token_sums(dB, Math<T>::kStepUnit, dB_out, path, n);
             if (!kSingle) {
 #pragma unroll
                 for (int j = 0; j < kVec; ++j) dA[j] = Math<T>::kStepUnit * chunk_sum(dA[j], lanes);
-                add_partial(n, dA, first_time);
+                partial.add(n, dA, first_time);
             }
         }
 
-        park(kRowSkip, dskip);
-        if (kSingle) park(kParkedA, dA);
+        parked.put(kRowSkip, dskip);
+        if (kSingle) parked.put(kParkedA, dA);
         float dbias[kVec];
-        unpark(kRowBias, dbias);
-#pragma unroll
-        for (int k = 0; k < kTokens; ++k) {
-            if (!kSingle && k < path.count) store4<kAligned>(du_out.at(path.token[k]) + c0, du[k], valid);
-#pragma unroll
-            for (int j = 0; j < kVec; ++j) {
-                if (s.softplus) dstep[k][j] = Math<T>::through_softplus(dstep[k][j], step[k][j]);
-                if (k >= path.count) dstep[k][j] = 0.f;
-                dbias[j] += dstep[k][j];
-            }
-            if (s.rank == 0 && k < path.count) {
-                float ddt[kVec];
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) ddt[j] = dstep[k][j] / Math<T>::kStepUnit;
-                store4<kAligned>(ddt_out.at(path.token[k]) + c0, ddt, valid);
-            }
-        }
-        park(kRowBias, dbias);
+        parked.get(kRowBias, dbias);
+        finish_steps<T, kSingle, kAligned>(s, coord, du_out, ddt_out, path, step, du, dstep, dbias);
+        parked.put(kRowBias, dbias);
         for (int r = 0; r < s.rank; ++r) {
             float w[kVec], dw[kVec] = {}, ddt[kTokens];
             weight.get(r, w);
-#pragma unroll
-            for (int k = 0; k < kTokens; ++k) {
-                const float d = to_float(dt.at(path.token[k])[r]);
-                ddt[k] = 0.f;
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) {
-                    ddt[k] = fmaf(dstep[k][j], w[j], ddt[k]);
-                    dw[j] = fmaf(dstep[k][j], d, dw[j]);
-                }
-            }
+            feature_gradients(dt, path, r, dstep, w, ddt, dw);
             write_token_sums(ddt, 1.f, ddt_out, path, r);
 #pragma unroll
             for (int j = 0; j < kVec; ++j) dw[j] = chunk_sum(dw[j], lanes) / Math<T>::kStepUnit;
-            add_partial(states + kFixedRows + r, dw, first_time);
+            partial.add(states + kFixedRows + r, dw, first_time);
         }
     }
 
-    const auto finish = [&](int row, int64_t partial, float unit) {
-        float sum[kVec];
-        unpark(row, sum);
-#pragma unroll
-        for (int j = 0; j < kVec; ++j) sum[j] = unit * chunk_sum(sum[j], lanes);
-        add_partial(partial, sum, true);
-    };
-    if (kSingle) finish(kParkedA, 0, Math<T>::kStepUnit);
-    finish(kRowSkip, states + kRowSkip, 1.f);
-    finish(kRowBias, states + kRowBias, 1.f / Math<T>::kStepUnit);
-    finish(kRowProduct, states + kRowProduct, 1.f);
-    finish(kRowSum, states + kRowSum, 1.f);
+    if (kSingle) partial.finish(parked, lanes, kParkedA, 0, Math<T>::kStepUnit);
+    partial.finish(parked, lanes, kRowSkip, states + kRowSkip, 1.f);
+    partial.finish(parked, lanes, kRowBias, states + kRowBias, 1.f / Math<T>::kStepUnit);
+    partial.finish(parked, lanes, kRowProduct, states + kRowProduct, 1.f);
+    partial.finish(parked, lanes, kRowSum, states + kRowSum, 1.f);
 }
 
 template <class T, bool kSingle>

@@ -285,13 +285,6 @@ __device__ __forceinline__ void load_steps(const ScanShape& s, const Plane<const
     }
 }
 
-// Makes the compiler forget what it knows of these values, so that it computes what depends on them again: the decays
-// exp(step A), kept in registers over all phases of the backward, would take 28 of them.
-__device__ __forceinline__ void hide(float (&x)[kVec]) {
-#pragma unroll
-    for (int j = 0; j < kVec; ++j) asm volatile("" : "+f"(x[j]));
-}
-
 // States of one tile: h[k] after the thread's token k, `entering` before its first. `carry` is the state that enters
 // the tile and becomes the one that leaves it. b(k) is B in units of the step, u(k) the four channels of the input.
 template <class T, int kTokens, class Exchange, class LoadB, class LoadU>

@@ -89,4 +89,19 @@ __device__ __forceinline__ void put_rows(const Args& args, float* table, int bat
     table[kCounted * Block::kWidth + c] = c < s.norm_dim ? 1.f : 0.f;
 }
 
+// The rows of the table, for the four channels of a thread.
+template <class Block>
+struct ChannelRows {
+    const float* const table;
+    const int& c0;
+
+    __device__ __forceinline__ float4 operator[](int row) const {
+        return *reinterpret_cast<const float4*>(table + row * Block::kWidth + c0);
+    }
+    __device__ __forceinline__ void get(int row, float (&out)[kVec]) const {
+        const float4 v = (*this)[row];
+        out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
+    }
+};
+
 }  // namespace gm

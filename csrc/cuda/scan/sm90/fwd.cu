@@ -4,12 +4,10 @@
 // blocks an SM, so that others compute while one waits at a barrier. The result takes the place of z in shared memory
 // and is stored from there. u, which is free after the first half of a tile's work, is loaded one and a half tiles
 // ahead.
-#include "cuda/scan/sm90/channel_table.cuh"
 #include "cuda/scan/sm90/chunk_scan.cuh"
-#include "cuda/scan/sm90/features.cuh"
+#include "cuda/scan/sm90/fwd_phases.cuh"
 #include "cuda/scan/sm90/launch.cuh"
 #include "cuda/scan/sm90/look_back.cuh"
-#include "cuda/scan/sm90/norm.cuh"
 
 namespace gm {
 namespace {
@@ -17,23 +15,6 @@ namespace {
 // 512 threads an SM of up to 128 registers; with blocks of three warps, of up to 168.
 template <class Block>
 constexpr int kResident = 512 / (Block::kThreads == 96 ? 128 : Block::kThreads);
-
-// Byte offsets in dynamic shared memory.
-template <class Block>
-struct Layout {
-    int tile_bytes, features, feature_bytes, aggregates, table, norm, barriers, total;
-
-    __host__ __device__ explicit Layout(const ScanShape& s) {
-        tile_bytes = Block::tile_bytes(s);
-        features = kSm90Stages * 2 * tile_bytes;
-        feature_bytes = (Block::kTokens + 1) * Block::width(s) * 4;
-        aggregates = features + 2 * feature_bytes;
-        table = aggregates + 2 * Block::kAggregates * 4;
-        norm = table + table_rows<Block>(s) * Block::kWidth * 4;
-        barriers = norm + TokenNorm<__half, Block>::kBytes;
-        total = barriers + kSm90Stages * 2 * 8;
-    }
-};
 
 template <class T, class Block>
 __global__ void __launch_bounds__(Block::kThreads, kResident<Block>)
@@ -44,60 +25,38 @@ __global__ void __launch_bounds__(Block::kThreads, kResident<Block>)
     extern __shared__ __align__(128) unsigned char shared[];
     const ScanShape& s = args.scan.shape;
     const TilePlan& plan = args.plan;
-    const Layout<Block> layout(s);
+    const ScanFwdLayout<Block> layout(s);
     float* const aggregate_P = reinterpret_cast<float*>(shared + layout.aggregates);
     float* const aggregate_h = aggregate_P + Block::kAggregates;
     float* const table = reinterpret_cast<float*>(shared + layout.table);
-    const uint32_t shared_base = shared_address(shared), barriers = shared_base + layout.barriers;
     const int tid = threadIdx.x;
     const TileScheduler<Block, false> scheduler(s, plan);
+    const TilePipeline pipeline(args, scheduler, layout, shared);
     TileCursor now = scheduler.first(s, plan);
     if (now.batch >= s.batch) return;
 
     // One thread loads u. Another loads z; it also stores the result from z's place, and waits until that store has
     // read it.
     constexpr int kU = 0, kZ = 1, kLoadsU = 0, kLoadsZ = 32;
-    const auto barrier_of = [&](int n, int tensor) { return barriers + (n % kSm90Stages * 2 + tensor) * 8; };
-    const auto place_of = [&](int n, int tensor) {
-        return shared_base + (n % kSm90Stages * 2 + tensor) * layout.tile_bytes;
-    };
-    const auto load = [&](int n, const TileCursor& at, int tensor) {
-        const uint32_t barrier = barrier_of(n, tensor);
-        mbarrier_expect(barrier, scheduler.box_bytes(s));
-        const CUtensorMap* const maps = tensor == kU ? args.u : args.z;
-        scheduler.boxes(s, plan, at, args.kind[tensor], [&](const Coordinates& c, int offset) {
-            tma_load(place_of(n, tensor) + offset, maps + static_cast<int>(scheduler.columns), c, barrier);
-        });
-    };
     if (tid == kLoadsU) tma_prefetch_map(&args.u[scheduler.columns]);
     if (tid == kLoadsZ) tma_prefetch_map(&args.z[scheduler.columns]), tma_prefetch_map(&args.y[scheduler.columns]);
     if (tid == 0) {
-        for (int i = 0; i < kSm90Stages * 2; ++i) mbarrier_init(barriers + i * 8, 1);
-        mbarrier_init_fence();
+        pipeline.init_barriers();
         pdl_wait();
-        load(0, now, kU);
-        load(0, now, kZ);
+        pipeline.load(0, now, kU);
+        pipeline.load(0, now, kZ);
     }
     TileCursor next = now;
     scheduler.advance(s, plan, next);
     const int total = scheduler.total(s, plan);
-    if (tid == 0 && total > 1) load(1, next, kU);
+    if (tid == 0 && total > 1) pipeline.load(1, next, kU);
     const TileChunk<Block> chunk(s, plan, scheduler);
     const bool ragged = is_ragged<Block>(s, plan, scheduler);
-    const FeatureImages features_in{args.scan.B, args.scan.C, args.scan.dt};
+    const FeatureImages images{args.scan.B, args.scan.C, args.scan.dt};
     StepFeatures<T, Block> fetcher(s, plan, scheduler);
-    const auto features_at = [&](int n) {
-        return reinterpret_cast<float*>(shared + layout.features + (n & 1) * layout.feature_bytes);
-    };
-    const auto fetch = [&](const TileCursor& at) { fetcher.fetch(s, plan, scheduler, at, features_in); };
-    clear_tails<Block>(shared, kSm90Stages * 2, layout.tile_bytes, scheduler.box_bytes(s));
-    clear_features<Block>(features_at(0), layout.feature_bytes);
+    pipeline.clear();
     pdl_wait();
-    fetch(now);
-    put_rows<T, Block>(args.scan, table, now.batch, scheduler.group);
-    __syncthreads();
-    fetcher.keep(s, plan, scheduler, now, features_at(0));
-    if (total > 1) fetch(next);
+    pipeline.fill(fetcher, images, table, now, next, total);
     TokenNorm<T, Block> norm(s, shared + layout.norm);
     // Where registers allow it, each thread combines the chunks for its own channels; elsewhere scan lanes do.
     constexpr bool kRoom = Block::kLanes == kNarrowLanes;
@@ -106,47 +65,30 @@ __global__ void __launch_bounds__(Block::kThreads, kResident<Block>)
     int image = 0;
     __syncthreads();
 
-    const auto row = [&](int i) { return *reinterpret_cast<const float4*>(table + i * Block::kWidth + chunk.c0); };
+    const ScanFwdThread<T, Block> thread{s, chunk, ChannelRows<Block>{table, chunk.c0}};
     for (int n = 0; n < total; ++n) {
         const int stage = n % kSm90Stages;
         unsigned char* const box_u = shared + stage * 2 * layout.tile_bytes + chunk.offset(s);
         const int u_step = chunk.step(s), feature_step = chunk.slot_step * Block::width(s);
-        const float* const features = features_at(n) + chunk.slot0 * Block::width(s);
+        const float* const features = pipeline.features(n) + chunk.slot0 * Block::width(s);
         float y[kTokens][kVec], decayed_C[kTokens][kVec];
-        mbarrier_wait(barrier_of(n, kU), n / kSm90Stages & 1);
-        {
-            float(&steps)[kTokens][kVec] = decayed_C;
-            load_steps_sm90<T, Block>(
-                features, feature_step, s, row(kBias), [&](int r) { return row(kWeight + r); }, steps);
-            if (ragged) mask_steps(chunk, chunk.count(s, plan, scheduler, now), steps);
-            const float4 A4 = row(kA), skip4 = row(kSkip);
-            const float A[kVec] = {A4.x, A4.y, A4.z, A4.w}, skip[kVec] = {skip4.x, skip4.y, skip4.z, skip4.w};
-            float P[kVec], h[kVec];
-#pragma unroll
-            for (int k = 0; k < kTokens; ++k) {
-                const float2 bc = load_features<Block>(features + k * feature_step);
-                float x[kVec];
-                to_floats(*reinterpret_cast<const Vec4<T>*>(box_u + k * u_step), x);
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) {
-                    const float a = Math<T>::decay(steps[k][j], A[j]), in = steps[k][j] * (bc.x * x[j]);
-                    h[j] = k == 0 ? in : fmaf(a, h[j], in);
-                    P[j] = k == 0 ? a : P[j] * a;
-                    y[k][j] = fmaf(bc.y, h[j], skip[j] * x[j]);
-                    decayed_C[k][j] = bc.y * P[j];
-                }
-            }
-            const int at = Block::aggregate(chunk.order) + chunk.c0;
-            *reinterpret_cast<float4*>(aggregate_P + at) = make_float4(P[0], P[1], P[2], P[3]);
-            *reinterpret_cast<float4*>(aggregate_h + at) = make_float4(h[0], h[1], h[2], h[3]);
-        }
+
+        // Phase 1: the steps, and the aggregate of each chunk from a state of 0.
+        pipeline.wait(n, kU);
+        load_steps_sm90<T, Block>(
+            features, feature_step, s, thread.rows[kBias], [&](int r) { return thread.rows[kWeight + r]; }, decayed_C);
+        if (ragged) mask_steps(chunk, chunk.count(s, plan, scheduler, now), decayed_C);
+        thread.start_states(box_u, u_step, features, feature_step, y, decayed_C, aggregate_P, aggregate_h);
         __syncthreads();
+
+        // Phase 2: the states that enter the chunks, from those of the chunks and tiles before. What tiles n + 1 and
+        // n + 2 need is loaded meanwhile.
         TileCursor after = next;
         if (n + 1 < total) scheduler.advance(s, plan, after);
-        if (tid == kLoadsU && n + 2 < total) load(n + 2, after, kU);
+        if (tid == kLoadsU && n + 2 < total) pipeline.load(n + 2, after, kU);
         if (tid == kLoadsZ && n + 1 < total) {
             tma_wait_read();
-            load(n + 1, next, kZ);
+            pipeline.load(n + 1, next, kZ);
         }
         if (scheduler.enters(plan, now)) carry[0] = carry[1] = carry[2] = carry[3] = 0.f;
         const auto plane = [&] { return now.batch * s.groups + scheduler.group; };
@@ -182,54 +124,23 @@ __global__ void __launch_bounds__(Block::kThreads, kResident<Block>)
             scan_chunks<Block, false>(aggregate_P, aggregate_h, carry[0], arrive, save);
         }
         if (n + 1 < total) {
-            fetcher.keep(s, plan, scheduler, next, features_at(n + 1));
-            if (next.batch != now.batch)
-                put_gated_rows<T, Block>(args.scan, table, image ^ 1, next.batch, scheduler.group);
-            if (n + 2 < total) fetch(after);
+            pipeline.keep_next(fetcher, table, n, now, next, image);
+            if (n + 2 < total) fetcher.fetch(s, plan, scheduler, after, images);
         }
         if (!gather) {
             __syncthreads();
             const float4 in = *reinterpret_cast<const float4*>(aggregate_h + Block::aggregate(chunk.order) + chunk.c0);
             entering[0] = in.x, entering[1] = in.y, entering[2] = in.z, entering[3] = in.w;
         }
-        {
-            float moment[kTokens];
-#pragma unroll
-            for (int k = 0; k < kTokens; ++k) {
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) y[k][j] = fmaf(decayed_C[k][j], entering[j], y[k][j]);
-                moment[k] = (y[k][0] + y[k][1]) + (y[k][2] + y[k][3]);
-            }
-            float counted[kVec] = {1.f, 1.f, 1.f, 1.f};
-            if (!Block::kWhole) {
-                const float4 counted4 = row(kCounted);
-                counted[0] = counted4.x, counted[1] = counted4.y, counted[2] = counted4.z, counted[3] = counted4.w;
-            }
-            norm.centre(counted, y, moment);
-            const float4 scale4 = row(kScale + image), shift4 = row(kShift + image);
-            const float scale[kVec] = {scale4.x, scale4.y, scale4.z, scale4.w};
-            const float shift[kVec] = {shift4.x, shift4.y, shift4.z, shift4.w};
-            unsigned char* const box_z = box_u + layout.tile_bytes;
-            mbarrier_wait(barrier_of(n, kZ), n / kSm90Stages & 1);
-#pragma unroll
-            for (int k = 0; k < kTokens; ++k) {
-                const auto normed = norm.scale(k);
-                float x[kVec], out[kVec];
-                to_floats(*reinterpret_cast<const Vec4<T>*>(box_z + k * u_step), x);
-#pragma unroll
-                for (int j = 0; j < kVec; ++j)
-                    out[j] = fmaf(normed(y[k][j]), scale[j], shift[j]) * (x[j] * Math<T>::sigmoid(x[j]));
-                if (chunk.owns) store4<true>(reinterpret_cast<T*>(box_z + k * u_step), out, kVec);
-            }
-        }
+
+        // Phase 3: y from the entering states, its norm and the gates. The result takes the place of z.
+        thread.finish_outputs(entering, decayed_C, norm, y);
+        const float4 scale = thread.rows[kScale + image], shift = thread.rows[kShift + image];
+        pipeline.wait(n, kZ);
+        thread.write_result(norm, scale, shift, y, box_u + layout.tile_bytes, u_step);
         fence_proxy_async();
         __syncthreads();
-        if (tid == kLoadsZ) {
-            scheduler.boxes(s, plan, now, args.kind[2], [&](const Coordinates& c, int offset) {
-                tma_store(place_of(n, kZ) + offset, &args.y[scheduler.columns], c);
-            });
-            tma_commit();
-        }
+        if (tid == kLoadsZ) pipeline.store(n, now, kZ, args.y, args.kind[2]);
         image ^= next.batch != now.batch;
         now = next, next = after;
     }
@@ -240,7 +151,7 @@ __global__ void __launch_bounds__(Block::kThreads, kResident<Block>)
 template <class T, class Block>
 cudaError_t launch(const ScanFwdSm90Args& args, cudaStream_t stream) {
     return launch_sm90(grouped_scan_fwd_sm90_kernel<T, Block>, Block::kThreads, kResident<Block>,
-                       Layout<Block>(args.scan.shape).total, stream, args);
+                       ScanFwdLayout<Block>(args.scan.shape).total, stream, args);
 }
 
 // f(type tag, type tag of the block)
@@ -272,7 +183,7 @@ cudaError_t share_grouped_scan_fwd_sm90(ScanFwdSm90Args& args, DType dtype) {
     return dispatch(dtype, args.scan.shape, args.plan, [&](auto tag, auto block) {
         using Block = typename decltype(block)::type;
         return share_sm90(grouped_scan_fwd_sm90_kernel<typename decltype(tag)::type, Block>, Block::kThreads,
-                          Layout<Block>(args.scan.shape).total, std::size(args.kind), args);
+                          ScanFwdLayout<Block>(args.scan.shape).total, std::size(args.kind), args);
     });
 }
 
