@@ -144,7 +144,7 @@ def run_tests(root: Path, mutant: Mutant) -> str:
         if done.returncode == 5:  # nothing collected
             continue
         if done.returncode != 0:
-            failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
+            failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.M)
             return failed[1] if failed else f"crash ({done.returncode})"
     return ""
 

@@ -164,8 +164,8 @@ def test_verdicts(tmp_path, monkeypatch, capsys):
     for name, text in {
         "groupmamba_ext/ops/a.py": "def f(x):\n    return x + 1\n",
         "groupmamba_ext/libgroupmamba.so": "",
-        "tests/test_a.py": "import sys; sys.path.insert(0, 'groupmamba_ext/ops')\nimport a\n\n"
-        "def test_f():\n    assert a.f(1) == 2\n",
+        "tests/test_a.py": "import sys; sys.path.insert(0, 'groupmamba_ext/ops')\nimport a, pytest\n\n"
+        "@pytest.mark.parametrize('x', [1], ids=['x: 1'])\ndef test_f(x):\n    assert a.f(x) == 2\n",
     }.items():
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).write_text(text)
@@ -179,7 +179,7 @@ def test_verdicts(tmp_path, monkeypatch, capsys):
     assert mutate.main([*arguments, "--work", str(tmp_path / "work")]) == 0
     results = json.loads(report.read_text())
     assert {r["mutated"].strip() for r in results.values()} == {"return x - 1", "return x + 2"}
-    assert {(r["verdict"], r["by"]) for r in results.values()} == {("killed", "tests/test_a.py::test_f")}
+    assert {(r["verdict"], r["by"]) for r in results.values()} == {("killed", "tests/test_a.py::test_f[x: 1]")}
     assert (tmp_path / "work/groupmamba_ext/ops/a.py").read_text() == (tree / "groupmamba_ext/ops/a.py").read_text()
 
     (tree / "tests/test_a.py").write_text("def test_nothing():\n    pass\n")
