@@ -12,7 +12,7 @@ from torch.export import Dim, export
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import groupmamba_ext as ext
-from support.common import relative_error
+from support.common import fakes_of_cuda, relative_error
 from support.layers import SCANS, VARIANTS, image, make
 from support.scan import inputs
 from support.transforms import small
@@ -173,6 +173,7 @@ def test_export_fixes_no_size_of_cuda(dim, scan):
     exported(layer, torch.empty(2, dim, 16, 24, device="meta"), 2)
 
 
+@fakes_of_cuda
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize(
     "options, one_op",

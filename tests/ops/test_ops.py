@@ -17,6 +17,7 @@ from groupmamba_ext.ops.cross_selective_scan import CrossScanInputs
 from groupmamba_ext.ops.feed_forward import FeedForwardParameters
 from groupmamba_ext.ops.grouped_mamba_layer import LayerOptions, LayerParameters
 from groupmamba_ext.ops.grouped_selective_scan import ScanInputs
+from support.common import fakes_of_cuda
 from support.layers import image, layer_arguments, make
 from support.raw_ops import op
 
@@ -97,6 +98,7 @@ def check_flops(name, composed, x, arguments, tensors):
         assert counted(lambda: op(f"{name}_bwd")(*backward))[0] == expected_backward
 
 
+@fakes_of_cuda
 @pytest.mark.parametrize("variant", ["released", "fused"])
 @pytest.mark.parametrize("affinity", [True, False])
 def test_flops_of_a_layer(variant, affinity):
@@ -106,6 +108,7 @@ def test_flops_of_a_layer(variant, affinity):
     check_flops("grouped_mamba_layer", layer, x, arguments, 1 + len(LayerParameters._fields))
 
 
+@fakes_of_cuda
 def test_flops_of_a_feed_forward_network():
     module, norm = ConvFeedForward(24, 40), torch.nn.LayerNorm(24)
     layers = (norm, module.fc1, module.dwconv, module.fc2)

@@ -7,7 +7,11 @@ plain PyTorch makes in the same dtype on the same inputs.
 
 import functools
 
+import pytest
 import torch
+
+# Tests of fake tensors on CUDA, which need no GPU, but a torch with CUDA: without it, torch's own views of them raise.
+fakes_of_cuda = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs a torch that is built with CUDA")
 
 # Images on CUDA of more tokens than this have their truth from the compiled op in float64 on the CPU, which the same
 # tests compare with the reference to FLOOR[float64]: the reference goes through the tokens one by one.
