@@ -9,6 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from groupmamba.layers.token_norm import TokenNorm
 from groupmamba_ext.layouts import BIASED_CHANNELS
 from groupmamba_ext.ops.token_norm import token_norm
+from support.common import fakes_of_cuda
+
+pytestmark = fakes_of_cuda
 
 IMAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
