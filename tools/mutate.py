@@ -62,7 +62,14 @@ FIRST = (
     (r"norm", ["test_norms.py", "test_generated.py", "test_batch_norm.py"]),
     (
         r"layers/|layer/|group|feed|gemm|param|affinity|images",
-        ["test_layer.py", "test_generated.py", "test_plain.py", "test_layer_groups.py", "test_layer_ops.py"],
+        [
+            "test_layer.py",
+            "test_layer_state.py",
+            "test_generated.py",
+            "test_plain.py",
+            "test_layer_groups.py",
+            "test_layer_ops.py",
+        ],
     ),
 )
 EVERY = (
