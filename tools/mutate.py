@@ -53,33 +53,27 @@ EQUIVALENT = {
 
 # Quick tests for what stands in a file's name, the likeliest to fail first; then all of EVERY.
 FIRST = (
+    (r"scratch", ["test_scan.py", "test_norms.py", "test_conv.py", "test_cpu_memory.py"]),
     (r"cross", ["test_cross_scan.py", "test_generated.py", "test_scan.py"]),
     (
-        r"grouped_sel|grouped_scan|scan|vec|math|rows|scratch|capab",
+        r"grouped_sel|grouped_scan|scan|vec|math|rows|capab",
         ["test_generated.py", "test_scan.py", "test_scan_semantics.py", "test_instruction_sets.py"],
     ),
     (r"depthwise|conv", ["test_conv.py", "test_generated.py", "test_feed_forward.py"]),
     (r"norm", ["test_norms.py", "test_generated.py", "test_batch_norm.py"]),
     (
         r"layers/|layer/|group|feed|gemm|param|affinity|images",
-        [
-            "test_layer.py",
-            "test_layer_state.py",
-            "test_generated.py",
-            "test_plain.py",
-            "test_layer_groups.py",
-            "test_layer_ops.py",
-        ],
+        ["test_layer.py", "test_layer_state.py", "test_generated.py", "test_plain.py", "test_layer_groups.py"],
     ),
 )
 EVERY = (
     "test_generated.py", "test_ops.py", "test_bad_arguments.py", "test_layouts.py", "test_raw_ops.py",
-    "test_fake_cuda.py", "test_instruction_sets.py", "test_conv.py", "test_norms.py", "test_storage.py",
-    "test_masked_tokens.py", "test_scan.py", "test_scan_semantics.py", "test_scan_split.py", "test_cross_scan.py",
-    "test_layer.py", "test_layer_groups.py", "test_layer_values.py", "test_layer_ops.py", "test_layer_state.py",
-    "test_unwritten_memory.py", "test_feed_forward.py", "test_batch_norm.py", "test_entry_conv.py", "test_plain.py",
-    "test_explain.py", "test_backend.py", "test_bitwise.py", "test_hard_use.py", "test_forward_mode.py",
-    "test_tracing.py", "test_transforms.py", "test_models.py",
+    "test_fake_cuda.py", "test_instruction_sets.py", "test_cpu_memory.py", "test_conv.py", "test_norms.py",
+    "test_storage.py", "test_masked_tokens.py", "test_scan.py", "test_scan_semantics.py", "test_scan_split.py",
+    "test_cross_scan.py", "test_layer.py", "test_layer_groups.py", "test_layer_values.py", "test_layer_ops.py",
+    "test_layer_state.py", "test_unwritten_memory.py", "test_feed_forward.py", "test_batch_norm.py",
+    "test_entry_conv.py", "test_plain.py", "test_explain.py", "test_backend.py", "test_bitwise.py", "test_hard_use.py",
+    "test_forward_mode.py", "test_tracing.py", "test_transforms.py", "test_models.py",
 )  # fmt: skip
 LIBRARY, UNCHANGED = "groupmamba_ext/libgroupmamba.so", "groupmamba_ext/libgroupmamba.unchanged"
 SECONDS = 1200  # of processor time for the tests of one mutant; the unchanged tree takes a third
