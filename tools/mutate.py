@@ -49,6 +49,16 @@ EQUIVALENT = {
         "if _traced() or (torch.is_grad_enabled() and _require_gradient(args)):",
         "if _traced() or (torch.is_grad_enabled() or _require_gradient(args)):",
     ): "chooses between two ways to the same kernel: more calls take the one with the check, which is slower",
+    (
+        "csrc/cpu/params.h",
+        "int64_t batch = 0, token = 0, group = 0;",
+        "int64_t batch = 1, token = 0, group = 0;",
+    ): "of an absent image, whose strides nothing reads: the scans, which alone have any, look at `data` or at z first",
+    (
+        "csrc/cpu/grouped_scan_fwd_kernels.cpp",
+        "constexpr int64_t kBlockBytes = 24 * 1024;  // u, step and y of a block; half of a usual first-level cache",
+        "constexpr int64_t kBlockBytes = 24 / 1024;  // u, step and y of a block; half of a usual first-level cache",
+    ): "blocks of 8 tokens, the least, in place of up to 128: the same operations in the same order, only slower",
 }
 
 # Quick tests for what stands in a file's name, the likeliest to fail first; then all of EVERY.
