@@ -58,7 +58,7 @@ EQUIVALENT = {
         "csrc/cpu/grouped_scan_fwd_kernels.cpp",
         "constexpr int64_t kBlockBytes = 24 * 1024;  // u, step and y of a block; half of a usual first-level cache",
         "constexpr int64_t kBlockBytes = 24 / 1024;  // u, step and y of a block; half of a usual first-level cache",
-    ): "blocks of 8 tokens, the least, in place of up to 128: the same operations in the same order, only slower",
+    ): "blocks of 8 tokens, the least, in place of up to 128: the same operations in the same order, a matter of speed",
 }
 
 # Quick tests for what stands in a file's name, the likeliest to fail first; then all of EVERY.
