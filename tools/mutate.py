@@ -85,7 +85,7 @@ EVERY = (
     "test_entry_conv.py", "test_plain.py", "test_explain.py", "test_backend.py", "test_bitwise.py", "test_hard_use.py",
     "test_forward_mode.py", "test_tracing.py", "test_transforms.py", "test_models.py",
 )  # fmt: skip
-LIBRARY, UNCHANGED = "groupmamba_ext/libgroupmamba.so", "groupmamba_ext/libgroupmamba.unchanged"
+LIBRARY, UNCHANGED = "groupmamba_ext/libgroupmamba.so", "unchanged"  # a folder for the libraries of the tree as it is
 SECONDS = 1200  # of processor time for the tests of one mutant; the unchanged tree takes a third
 
 
@@ -175,7 +175,9 @@ def run(options: argparse.Namespace) -> int:
             shutil.copyfile(path, root / "groupmamba_ext" / path.name)
     elif libraries is None and not build(root, "cuda" in kinds):
         raise SystemExit("mutate: the unchanged tree does not compile")
-    shutil.copyfile(root / LIBRARY, root / UNCHANGED)
+    (root / UNCHANGED).mkdir(exist_ok=True)
+    for path in (root / "groupmamba_ext").glob("*.so"):
+        shutil.copyfile(path, root / UNCHANGED / path.name)
     left = 0
     for mutant in mutants:
         if mutant.key in results and not (options.again and results[mutant.key]["verdict"] == "survived"):
@@ -208,10 +210,12 @@ def run(options: argparse.Namespace) -> int:
 @functools.cache
 def check_unchanged(root: Path, test: str) -> None:
     """SystemExit where ``test`` fails on the unchanged tree too, and so says nothing."""
-    mutated = (root / LIBRARY).read_bytes()
-    shutil.copyfile(root / UNCHANGED, root / LIBRARY)
+    mutated = {path: path.read_bytes() for path in (root / "groupmamba_ext").glob("*.so")}
+    for path in mutated:
+        shutil.copyfile(root / UNCHANGED / path.name, path)
     done = pytest(root, ["-q", "--tb=short", str(root / test)], SECONDS)
-    (root / LIBRARY).write_bytes(mutated)
+    for path, content in mutated.items():
+        path.write_bytes(content)
     if done.returncode != 0:
         raise SystemExit(f"mutate: {test} fails on the unchanged tree\n{done.stdout}")
 
