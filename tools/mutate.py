@@ -7,13 +7,10 @@
     python tools/mutate.py build --libraries DIR      builds the CUDA mutants, for a machine with a GPU
     python tools/mutate.py run --kinds cuda --libraries DIR
 
-A mutant is drawn as a file, uniformly among the files of its kind, then a place in it, uniformly: an operator for its
-neighbour, a constant one up, a comparison at its edge, a condition turned round. Comments, strings, declarations of
-types and assertions hold no place. The list depends on the sources and SEED alone; nothing that was drawn is dropped.
-
-Results are kept in --report, a JSON file; the same command goes on from it. Verdicts: "killed" by the first test that
-fails (or a crash, or an endless loop), "compiler" where it does not compile, "survived" otherwise. Survivors that no
-test can tell from the original stand in EQUIVALENT with the reason, and are not run.
+How they are drawn stands in tools/_mutants.py. Results are kept in --report, a JSON file; the same command goes on
+from it. Verdicts: "killed" by the first test that fails (or a crash, or an endless loop), "compiler" where it does not
+compile, "survived" otherwise. Survivors that no test can tell from the original stand in EQUIVALENT with the reason,
+and are not run.
 
 Exit status: 0 where none survived, 1 where some did, 2 where mutants are left.
 """
@@ -23,11 +20,9 @@ from __future__ import annotations
 import argparse
 import difflib
 import functools
-import io
 import json
 import lzma
 import os
-import random
 import re
 import resource
 import shutil
@@ -36,23 +31,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import tokenize
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
+from _mutants import COUNTS, Mutant, draw
+
 ROOT = Path(__file__).resolve().parents[1]
-SEED = 13772
-COUNTS = {"python": 26, "cpu": 20, "cuda": 16}
-FILES = {
-    "python": ("groupmamba_ext/ops/*.py", "groupmamba_ext/*.py", "python/groupmamba/layers/*.py"),
-    "cpu": ("csrc/cpu/*", "csrc/ops/*_cpu.cpp"),
-    "cuda": ("csrc/cuda/**/*", "csrc/ops/*_cuda.cpp", "csrc/ops/layer/*", "csrc/host/*"),
-}
-# No kernels, ops or layers: loading, command lines, versions, the reference (which is the truth), launch tables.
-LEFT_OUT = re.compile(r"__init__|_version|_command|_load|_explain|selftest|reference|\.md$|\.svg$|launch\.h$|args\.h$")
-# Python of ops that only CUDA has: only a machine with a GPU can tell.
-CUDA_ONLY = re.compile(r"ops/(batch_norm_fold|batch_norm_relu|feed_forward|grouped_mamba_layer|token_norm)\.py$")
 # (file, line, mutated line): why no test can tell.
 EQUIVALENT = {
     (
@@ -65,201 +49,43 @@ EQUIVALENT = {
         "if _traced() or (torch.is_grad_enabled() and _require_gradient(args)):",
         "if _traced() or (torch.is_grad_enabled() or _require_gradient(args)):",
     ): "chooses between two ways to the same kernel: more calls take the one with the check, which is slower",
+    (
+        "csrc/cpu/params.h",
+        "int64_t batch = 0, token = 0, group = 0;",
+        "int64_t batch = 1, token = 0, group = 0;",
+    ): "of an absent image, whose strides nothing reads: the scans, which alone have any, look at `data` or at z first",
+    (
+        "csrc/cpu/grouped_scan_fwd_kernels.cpp",
+        "constexpr int64_t kBlockBytes = 24 * 1024;  // u, step and y of a block; half of a usual first-level cache",
+        "constexpr int64_t kBlockBytes = 24 / 1024;  // u, step and y of a block; half of a usual first-level cache",
+    ): "blocks of 8 tokens, the least, in place of up to 128: the same operations in the same order, a matter of speed",
 }
-
-
-@dataclass
-class Mutant:
-    """A file with another line in place of one of its own."""
-
-    kind: str
-    file: str
-    number: int  # of the line, from 1
-    line: str
-    mutated: str
-    what: str
-
-    @property
-    def key(self) -> str:
-        return f"{self.file}:{self.number}: {self.what}"
-
-    def apply(self, root: Path) -> None:
-        path = root / self.file
-        lines = path.read_text().splitlines(keepends=True)
-        assert lines[self.number - 1].rstrip("\n") == self.line, f"{self.file} is another than was drawn from"
-        lines[self.number - 1] = self.mutated + "\n"
-        path.write_text("".join(lines))
-
-    def undo(self, root: Path) -> None:
-        shutil.copyfile(ROOT / self.file, root / self.file)
-
-
-# what is drawn ------------------------------------------------------------------------------------
-
-SWAPS = {
-    "+": "-", "-": "+", "*": "/", "/": "*", "//": "*", "%": "*", "<": "<=", "<=": "<", ">": ">=", ">=": ">",
-    "==": "!=", "!=": "==", "+=": "-=", "-=": "+=", "*=": "+=", "&&": "||", "||": "&&", "<<": ">>", ">>": "<<",
-    "and": "or", "or": "and", "min": "max", "max": "min", "true": "false", "false": "true", "True": "False",
-    "False": "True", "not": "", "!": "", "is": "is not", "any": "all", "all": "any",
-}  # fmt: skip
-NUMBER = re.compile(r"\d+|\d*\.\d+f?|\d+\.\d*f?|\de-\d+f?")
-CPP_TOKEN = re.compile(
-    r"//.*|/\*.*?\*/|'(?:\\.|[^'\\])*'|[A-Za-z_]\w*|\d[\w.]*|"
-    r"<<=|>>=|<=|>=|==|!=|&&|\|\||<<|>>|->|\+\+|--|[-+*/%]=|::|\S"
-)
-# Lines without a place: preprocessor, declarations (whose < and * are no operators), assertions, messages.
-CPP_NO_PLACE = re.compile(
-    r"^\s*(#|//|\*|using |namespace |template|static_assert|struct |class |friend |typedef |extern |GM_CHECK|STD_TORCH|"
-    r"check\w*\(|m\.|asm|\")|__launch_bounds__|static_cast<[^>]*$|std::to_string|reinterpret_cast"
-)
-PYTHON_NO_PLACE = re.compile(r"^\s*(import |from |@|raise |assert |class |def .*:$|\)? *->|__all__|warnings)")
-
-
-def mutate_number(text: str) -> str | None:
-    """The next number, in the form of this one."""
-    suffix = text[-1] if text[-1] in "fuUlL" and not text.startswith("0x") else ""
-    body = text.removesuffix(suffix)
-    if re.fullmatch(r"\d+", body):
-        return f"{int(body) + 1}{suffix}"
-    try:
-        return f"{2 * float(body)!r}{suffix}" if float(body) else f"1.0{suffix}"
-    except ValueError:
-        return None
-
-
-def python_places(text: str) -> Iterator[tuple[int, int, int, str]]:
-    """(line, column, end, replacement) of each place of a Python file."""
-    lines = text.splitlines()
-    tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
-    depth_def = 0  # inside the parentheses of a signature: annotations and defaults
-    in_def = False
-    for i, token in enumerate(tokens):
-        if token.type == tokenize.NAME and token.string == "def":
-            in_def, depth_def = True, 0
-        if in_def and token.type == tokenize.OP:
-            depth_def += token.string in "([{"
-            depth_def -= token.string in ")]}"
-            if token.string == ":" and depth_def == 0:
-                in_def = False
-        line = lines[token.start[0] - 1] if token.start[0] <= len(lines) else ""
-        if in_def or token.start[0] != token.end[0] or PYTHON_NO_PLACE.match(line):
-            continue
-        if re.match(r"^\s*\w+(\.\w+)*: [A-Z]?\w+", line) and "=" not in line:
-            continue  # an annotation
-        before = tokens[i - 1].string if i else ""
-        replacement = None
-        if token.type == tokenize.OP or (token.type == tokenize.NAME and token.string in SWAPS):
-            if token.string in ("-", "+", "*") and (
-                before in "=([,:{" or before in ("return", "in", "else", "*", "**", "if")
-            ):
-                if token.string != "-":
-                    continue  # unpacking
-                replacement = ""
-            elif token.string == "not" and tokens[i + 1].string == "in":
-                replacement = ""
-            elif token.string == "is" and tokens[i + 1].string == "not":
-                continue  # "not" itself is a place
-            else:
-                replacement = SWAPS.get(token.string)
-        elif token.type == tokenize.NUMBER and NUMBER.fullmatch(token.string):
-            replacement = mutate_number(token.string)
-        if replacement is not None:
-            yield token.start[0], token.start[1], token.end[1], replacement
-
-
-def cpp_places(text: str) -> Iterator[tuple[int, int, int, str]]:
-    """The same of a C++ or CUDA file."""
-    in_comment = False
-    for number, line in enumerate(text.splitlines(), 1):
-        if in_comment or line.lstrip().startswith("/*"):
-            in_comment = "*/" not in line
-            continue
-        if CPP_NO_PLACE.search(line) or '"' in line:
-            continue
-        matches = list(CPP_TOKEN.finditer(line))
-        for i, match in enumerate(matches):
-            token = match[0]
-            before = matches[i - 1][0] if i else ""
-            after = matches[i + 1][0] if i + 1 < len(matches) else ""
-            replacement = None
-            # < and > of templates, * and & of pointers: an operator has a blank on both sides.
-            spaced = line[match.start() - 1 : match.start()] == " " and line[match.end() : match.end() + 1] == " "
-            if token in ("true", "false", "min", "max"):
-                replacement = SWAPS[token] if token not in ("min", "max") or after == "(" else None
-            elif token == "!" and after != "=":
-                replacement = ""
-            elif token in ("++", "--"):
-                continue
-            elif token == "-" and not spaced and before in ("=", "(", ",", "return", "?", ":", "*", ""):
-                replacement = ""
-            elif token in SWAPS and spaced and not re.match(r"\w+$", token):
-                pointer = (
-                    token in ("*", "&") and re.match(r"^\s*(const )?\w+(::\w+)*\*? ", line) and before in ("const",)
-                )
-                replacement = None if pointer else SWAPS[token]
-            elif NUMBER.fullmatch(token.rstrip("fuUlL")) and before not in ("<", "::") and after not in (">", "::"):
-                replacement = mutate_number(token)
-            if replacement is not None:
-                yield number, match.start(), match.end(), replacement
-
-
-def files(kind: str) -> list[str]:
-    found = {p for pattern in FILES[kind] for p in ROOT.glob(pattern) if p.is_file()}
-    names = sorted(str(p.relative_to(ROOT)) for p in found)
-    return [name for name in names if not LEFT_OUT.search(name) and not name.endswith(".so")]
-
-
-def draw() -> list[Mutant]:
-    """All mutants of this tree."""
-    out = []
-    for kind, count in COUNTS.items():
-        generator = random.Random(f"{SEED} {kind}")
-        names = files(kind)
-        chosen: set[tuple] = set()
-        while len(chosen) < count:
-            name = generator.choice(names)
-            text = (ROOT / name).read_text()
-            places = list((python_places if name.endswith(".py") else cpp_places)(text))
-            if not places:
-                continue
-            number, start, end, replacement = generator.choice(places)
-            if (name, number, start) in chosen:
-                continue
-            chosen.add((name, number, start))
-            line = text.splitlines()[number - 1]
-            mutated = line[:start] + replacement + line[end:]
-            out.append(
-                Mutant(kind, name, number, line, mutated, f"{line[start:end]} -> {replacement or 'nothing'} at {start}")
-            )
-    return out
-
-
-# what is run --------------------------------------------------------------------------------------
 
 # Quick tests for what stands in a file's name, the likeliest to fail first; then all of EVERY.
 FIRST = (
+    (r"scratch", ["test_scan.py", "test_norms.py", "test_conv.py", "test_cpu_memory.py"]),
     (r"cross", ["test_cross_scan.py", "test_generated.py", "test_scan.py"]),
     (
-        r"grouped_sel|grouped_scan|scan|vec|math|rows|scratch|capab",
-        ["test_generated.py", "test_scan.py", "test_scan_semantics.py"],
+        r"grouped_sel|grouped_scan|scan|vec|math|rows|capab",
+        ["test_generated.py", "test_scan.py", "test_scan_semantics.py", "test_instruction_sets.py"],
     ),
     (r"depthwise|conv", ["test_conv.py", "test_generated.py", "test_feed_forward.py"]),
     (r"norm", ["test_norms.py", "test_generated.py", "test_batch_norm.py"]),
     (
         r"layers/|layer/|group|feed|gemm|param|affinity|images",
-        ["test_layer.py", "test_generated.py", "test_plain.py", "test_layer_groups.py", "test_layer_ops.py"],
+        ["test_layer.py", "test_layer_state.py", "test_generated.py", "test_plain.py", "test_layer_groups.py"],
     ),
 )
 EVERY = (
-    "test_generated.py", "test_ops.py", "test_bad_arguments.py", "test_layouts.py", "test_raw_ops.py", "test_conv.py",
-    "test_norms.py", "test_storage.py", "test_masked_tokens.py", "test_scan.py", "test_scan_semantics.py",
-    "test_scan_split.py", "test_cross_scan.py", "test_layer.py", "test_layer_groups.py", "test_layer_values.py",
-    "test_layer_ops.py", "test_layer_state.py", "test_unwritten_memory.py", "test_feed_forward.py",
-    "test_batch_norm.py", "test_entry_conv.py", "test_plain.py", "test_explain.py", "test_backend.py",
-    "test_bitwise.py", "test_hard_use.py", "test_forward_mode.py", "test_tracing.py", "test_transforms.py",
-    "test_models.py",
+    "test_generated.py", "test_ops.py", "test_bad_arguments.py", "test_layouts.py", "test_raw_ops.py",
+    "test_fake_cuda.py", "test_instruction_sets.py", "test_cpu_memory.py", "test_conv.py", "test_norms.py",
+    "test_storage.py", "test_masked_tokens.py", "test_scan.py", "test_scan_semantics.py", "test_scan_split.py",
+    "test_cross_scan.py", "test_layer.py", "test_layer_groups.py", "test_layer_values.py", "test_layer_ops.py",
+    "test_layer_state.py", "test_unwritten_memory.py", "test_feed_forward.py", "test_batch_norm.py",
+    "test_entry_conv.py", "test_plain.py", "test_explain.py", "test_backend.py", "test_bitwise.py", "test_hard_use.py",
+    "test_forward_mode.py", "test_tracing.py", "test_transforms.py", "test_models.py",
 )  # fmt: skip
-LIBRARY, UNCHANGED = "groupmamba_ext/libgroupmamba.so", "groupmamba_ext/libgroupmamba.unchanged"
+LIBRARY, UNCHANGED = "groupmamba_ext/libgroupmamba.so", "unchanged"  # a folder for the libraries of the tree as it is
 SECONDS = 1200  # of processor time for the tests of one mutant; the unchanged tree takes a third
 
 
@@ -329,14 +155,14 @@ def run_tests(root: Path, mutant: Mutant) -> str:
         if done.returncode == 5:  # nothing collected
             continue
         if done.returncode != 0:
-            failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
+            failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.M)
             return failed[1] if failed else f"crash ({done.returncode})"
     return ""
 
 
 def run(options: argparse.Namespace) -> int:
     kinds = options.kinds.split(",")
-    mutants = [m for m in draw() if m.kind in kinds]
+    mutants = [m for m in draw(ROOT) if m.kind in kinds]
     report = Path(options.report)
     results = json.loads(report.read_text()) if report.exists() else {}
     stop = time.monotonic() + 60 * options.minutes
@@ -349,7 +175,9 @@ def run(options: argparse.Namespace) -> int:
             shutil.copyfile(path, root / "groupmamba_ext" / path.name)
     elif libraries is None and not build(root, "cuda" in kinds):
         raise SystemExit("mutate: the unchanged tree does not compile")
-    shutil.copyfile(root / LIBRARY, root / UNCHANGED)
+    (root / UNCHANGED).mkdir(exist_ok=True)
+    for path in (root / "groupmamba_ext").glob("*.so"):
+        shutil.copyfile(path, root / UNCHANGED / path.name)
     left = 0
     for mutant in mutants:
         if mutant.key in results and not (options.again and results[mutant.key]["verdict"] == "survived"):
@@ -357,7 +185,7 @@ def run(options: argparse.Namespace) -> int:
         if reason := EQUIVALENT.get((mutant.file, mutant.line.strip(), mutant.mutated.strip())):
             results[mutant.key] = {**asdict(mutant), "verdict": "equivalent", "by": reason, "seconds": 0}
             continue
-        if time.monotonic() > stop or (CUDA_ONLY.search(mutant.file) and not has_gpu()):
+        if time.monotonic() > stop:
             left += 1
             continue
         began = time.monotonic()
@@ -380,18 +208,14 @@ def run(options: argparse.Namespace) -> int:
 
 
 @functools.cache
-def has_gpu() -> bool:
-    code = "import torch; raise SystemExit(not torch.cuda.is_available())"
-    return subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-@functools.cache
 def check_unchanged(root: Path, test: str) -> None:
     """SystemExit where ``test`` fails on the unchanged tree too, and so says nothing."""
-    mutated = (root / LIBRARY).read_bytes()
-    shutil.copyfile(root / UNCHANGED, root / LIBRARY)
+    mutated = {path: path.read_bytes() for path in (root / "groupmamba_ext").glob("*.so")}
+    for path in mutated:
+        shutil.copyfile(root / UNCHANGED / path.name, path)
     done = pytest(root, ["-q", "--tb=short", str(root / test)], SECONDS)
-    (root / LIBRARY).write_bytes(mutated)
+    for path, content in mutated.items():
+        path.write_bytes(content)
     if done.returncode != 0:
         raise SystemExit(f"mutate: {test} fails on the unchanged tree\n{done.stdout}")
 
@@ -423,7 +247,7 @@ def build_libraries(options: argparse.Namespace) -> int:
         raise SystemExit("mutate: the unchanged tree does not compile")
     out = Path(options.libraries)
     out.mkdir(parents=True, exist_ok=True)
-    for mutant in draw():
+    for mutant in draw(ROOT):
         packed = out / f"{library_name(mutant)}.so.xz"
         if mutant.kind != "cuda" or packed.exists():
             continue
@@ -456,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="run those that survived again, on a GPU say")
     options = parser.parse_args(argv)
     if options.mode == "list":
-        for mutant in draw():
+        for mutant in draw(ROOT):
             print(f"{mutant.kind:6} {mutant.key}")
             difference = difflib.ndiff([mutant.line.strip()], [mutant.mutated.strip()])
             print("".join(f"       {line}\n" for line in difference if line[0] in "-+"), end="")

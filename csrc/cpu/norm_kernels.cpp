@@ -5,8 +5,6 @@
 // Sums over tokens are float within a block and double across blocks.
 #include <initializer_list>
 
-#include <initializer_list>
-
 #include "cpu/norm.h"
 #include "cpu/rows.h"
 #include "cpu/scratch.h"

@@ -2,7 +2,6 @@
 """tools/sanitize.py and tools/mutate.py: what they read, count and say, with a sanitizer and tests that are made up."""
 
 import ast
-import importlib.util
 import json
 import subprocess
 import sys
@@ -10,19 +9,11 @@ from pathlib import Path
 
 import pytest
 
+import _mutants
+import mutate
+import sanitize
+
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def load(name):
-    if not (ROOT / "tools" / f"{name}.py").exists():
-        pytest.skip("needs the source tree")
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-sanitize, mutate = load("sanitize"), load("mutate")
 
 # The form of compute-sanitizer's output: a record is a line with one blank behind the mark, and those with more.
 FOUND = """========= COMPUTE-SANITIZER
@@ -125,8 +116,8 @@ def test_it_stops_in_time_and_goes_on(fake):
 
 
 def test_mutants_are_enough_and_repeatable():
-    mutants = mutate.draw()
-    assert [m.key for m in mutants] == [m.key for m in mutate.draw()]
+    mutants = _mutants.draw(ROOT)
+    assert [m.key for m in mutants] == [m.key for m in _mutants.draw(ROOT)]
     assert len({m.key for m in mutants}) == len(mutants) >= 60
     assert sum(m.kind == "cuda" for m in mutants) >= 15
     folders = {str(Path(m.file).parent) for m in mutants}
@@ -149,7 +140,7 @@ def f(x: int = 3, *y, z=4 - 1) -> int:
     raise ValueError(f"{x} + 6")
     return x + 7
 '''
-    found = [(line, new) for line, _, _, new in mutate.python_places(python)]
+    found = [(line, new) for line, _, _, new in _mutants.python_places(python)]
     assert found == [(6, "-"), (6, "8")]
     cpp = """// 1 + 1
 #include <a>
@@ -163,7 +154,7 @@ x = "6 + 6";
 y = a * b - 7.5f;
 if (a < b && !c) return;
 """
-    found = [(line, new) for line, _, _, new in mutate.cpp_places(cpp)]
+    found = [(line, new) for line, _, _, new in _mutants.cpp_places(cpp)]
     assert found == [(10, "/"), (10, "+"), (10, "15.0f"), (11, "<="), (11, "||"), (11, "")]
 
 
@@ -173,13 +164,13 @@ def test_verdicts(tmp_path, monkeypatch, capsys):
     for name, text in {
         "groupmamba_ext/ops/a.py": "def f(x):\n    return x + 1\n",
         "groupmamba_ext/libgroupmamba.so": "",
-        "tests/test_a.py": "import sys; sys.path.insert(0, 'groupmamba_ext/ops')\nimport a\n\n"
-        "def test_f():\n    assert a.f(1) == 2\n",
+        "tests/test_a.py": "import sys; sys.path.insert(0, 'groupmamba_ext/ops')\nimport a, pytest\n\n"
+        "@pytest.mark.parametrize('x', [1], ids=['x: 1'])\ndef test_f(x):\n    assert a.f(x) == 2\n",
     }.items():
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).write_text(text)
     monkeypatch.setattr(mutate, "ROOT", tree)
-    monkeypatch.setattr(mutate, "COUNTS", {"python": 2})
+    monkeypatch.setattr(_mutants, "COUNTS", {"python": 2})
     monkeypatch.setattr(mutate, "EVERY", ("test_a.py",))
     monkeypatch.setattr(mutate, "first_tests", lambda name: [])
     monkeypatch.setattr(mutate, "EQUIVALENT", {})
@@ -188,7 +179,7 @@ def test_verdicts(tmp_path, monkeypatch, capsys):
     assert mutate.main([*arguments, "--work", str(tmp_path / "work")]) == 0
     results = json.loads(report.read_text())
     assert {r["mutated"].strip() for r in results.values()} == {"return x - 1", "return x + 2"}
-    assert {(r["verdict"], r["by"]) for r in results.values()} == {("killed", "tests/test_a.py::test_f")}
+    assert {(r["verdict"], r["by"]) for r in results.values()} == {("killed", "tests/test_a.py::test_f[x: 1]")}
     assert (tmp_path / "work/groupmamba_ext/ops/a.py").read_text() == (tree / "groupmamba_ext/ops/a.py").read_text()
 
     (tree / "tests/test_a.py").write_text("def test_nothing():\n    pass\n")
@@ -209,7 +200,7 @@ def test_an_endless_loop_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(mutate, "first_tests", lambda name: [])
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_loop.py").write_text("def test_loop():\n    while True:\n        pass\n")
-    mutant = mutate.Mutant("python", "a.py", 1, "", "", "")
+    mutant = _mutants.Mutant("python", "a.py", 1, "", "", "")
     assert mutate.run_tests(tmp_path, mutant) == "endless"
 
 

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import groupmamba_ext as ext
 from support.inputs import cross_inputs
-from support.raw_ops import NAMES, SCANS, arguments, feed_forward_arguments, op
+from support.raw_ops import NAMES, PAIRS, SCANS, arguments, feed_forward_arguments, op
 from support.scan import inputs
 
 RAISES = (ValueError, RuntimeError)  # of the fake kernels, of the compiled ops
@@ -38,6 +38,37 @@ def test_meta_tensors_alone(name):
     results = op(name)(*made)
     results = results if isinstance(results, tuple) else (results,)
     assert all(t.is_meta for t in results)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_backwards_on_meta(name):
+    """Gradients are like what they are of, and without elements for an optional tensor that is not given."""
+    made = [t.to("meta") if isinstance(t, torch.Tensor) else t for t in arguments(f"{name}_bwd", "cpu")]
+    backward = op(f"{name}_bwd").default
+    names = [argument.name for argument in backward._schema.arguments]
+    gradients = [result.name.removeprefix("d") for result in backward._schema.returns]
+    optional = [a.name for a in backward._schema.arguments if a.type.kind() == "OptionalType" and a.name in gradients]
+    for absent in (None, *optional):
+        given = {k: None if k == absent else value for k, value in zip(names, made, strict=True)}
+        for of, gradient in zip(gradients, backward(*given.values()), strict=True):
+            wanted = (0,) if of == absent else given[of].shape
+            assert gradient.shape == wanted and (of == absent or gradient.dtype == given[of].dtype), of
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_gradients_on_meta(name):
+    """Every image and parameter gets its own, through the ops' autograd, whichever optional one is absent."""
+    made = [t.detach().to("meta") if isinstance(t, torch.Tensor) else t for t in arguments(f"{name}_fwd", "cpu")]
+    schema = op(f"{name}_fwd").default._schema.arguments
+    optional = [i for i, a in enumerate(schema) if a.type.kind() == "OptionalType" and a.name != "drop_path_mask"]
+    for absent in (None, *optional):
+        leaves = [None if i == absent else value for i, value in enumerate(made)]
+        inputs = {a.name: t.requires_grad_() for a, t in zip(schema, leaves, strict=True)
+                  if isinstance(t, torch.Tensor) and a.name != "drop_path_mask"}  # fmt: skip
+        out = op(f"{name}_fwd")(*leaves)
+        image = out[0] if isinstance(out, tuple) else out
+        gradients = torch.autograd.grad(image.sum(), list(inputs.values()), allow_unused=True)
+        assert [k for k, g in zip(inputs, gradients, strict=True) if g is None] == []
 
 
 @pytest.mark.parametrize("place", ["as given", "meta"])

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What layers call on CUDA, seen by fake tensors: types, shapes and the order of ops, on a machine without a GPU."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from groupmamba.layers.token_norm import TokenNorm
+from groupmamba_ext.layouts import BIASED_CHANNELS
+from groupmamba_ext.ops.token_norm import token_norm
+from support.common import fakes_of_cuda
+
+pytestmark = fakes_of_cuda
+
+IMAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def fake_cuda(monkeypatch):
+    monkeypatch.setattr("groupmamba_ext._load.check_device_supported", lambda *_: None)
+    with FakeTensorMode(), torch.device("cuda"):
+        yield
+
+
+@pytest.fixture
+def autocast():
+    """``torch.autocast("cuda", torch.bfloat16)``, which turns itself off where there is no GPU."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    yield
+    torch.set_autocast_enabled("cuda", before[0])
+    torch.set_autocast_dtype("cuda", before[1])
+
+
+class OwnOps(TorchDispatchMode):
+    """Collects calls of this project's ops: name and arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "groupmamba":
+            self.calls.append((func._opname, args))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("channels", [1, BIASED_CHANNELS, BIASED_CHANNELS + 1])
+def test_norm_adds_the_bias_of_an_image_in_its_kernel(channels):
+    """Where the kernel takes so many channels; beyond, the addition is an op before it."""
+    norm = TokenNorm(channels)
+    x, x_bias = torch.empty(2, 3, 5, channels), torch.empty(channels)
+    with OwnOps() as mode:
+        y = norm(x, x_bias)
+    ((name, (_, added, *_)),) = mode.calls
+    assert name == "token_norm_fwd" and y.shape == x.shape
+    assert added is (x_bias if channels <= BIASED_CHANNELS else None)
+
+
+@pytest.mark.parametrize("dtype", IMAGE_DTYPES)
+def test_autocast_of_a_norm(autocast, dtype):
+    """Of the image alone: kernels read parameters of either dtype."""
+    x, weight = torch.empty(2, 3, 5, 16, dtype=dtype), torch.empty(16)
+    with OwnOps() as mode:
+        y = token_norm(x, weight, weight, 1e-5)
+    ((_, (image, _, scale, *_)),) = mode.calls
+    assert image.dtype == y.dtype == torch.bfloat16 and scale is weight
+
+
+def test_no_autocast_of_float64(autocast):
+    assert token_norm(torch.empty(2, 3, 5, 16).double(), *torch.empty(2, 16), 1e-5).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", IMAGE_DTYPES)
+def test_outside_autocast_an_image_keeps_its_dtype(dtype):
+    assert token_norm(torch.empty(2, 3, 5, 16, dtype=dtype), *torch.empty(2, 16), 1e-5).dtype == dtype
