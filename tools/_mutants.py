@@ -3,8 +3,8 @@
 
 A mutant is drawn as a file, uniformly among the files of its kind, then a place in it, uniformly: an operator for its
 neighbour, a constant one up, a comparison at its edge, a condition turned round. Comments, strings, declarations of
-types and assertions hold no place. The list of a kind depends on that kind's sources and SEED alone; nothing that was
-drawn is dropped.
+types and assertions hold no place. The list of a kind depends on that kind's sources and the seed alone; nothing that
+was drawn is dropped.
 """
 
 from __future__ import annotations
@@ -170,11 +170,11 @@ def files(root: Path, kind: str) -> list[str]:
     return [name for name in names if not LEFT_OUT.search(name) and not name.endswith(".so")]
 
 
-def draw(root: Path) -> list[Mutant]:
+def draw(root: Path, seed: int = SEED) -> list[Mutant]:
     """All mutants of the tree in ``root``."""
     out = []
     for kind, count in COUNTS.items():
-        generator = random.Random(f"{SEED} {kind}")
+        generator = random.Random(f"{seed} {kind}")
         names = files(root, kind)
         chosen: set[tuple] = set()
         while len(chosen) < count:

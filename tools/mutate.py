@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mutation testing: one-line faults in kernels, ops and layers, each of which the tests must notice.
 
-    python tools/mutate.py list                       the mutants of this tree, drawn from SEED
+    python tools/mutate.py list                       the mutants of this tree, drawn from --seed
     python tools/mutate.py run --kinds cpu,python     applies each to a copy of the tree, builds, runs the tests
     python tools/mutate.py build --libraries DIR      builds the CUDA mutants, for a machine with a GPU
     python tools/mutate.py run --kinds cuda --libraries DIR
@@ -34,7 +34,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from _mutants import COUNTS, Mutant, draw
+from _mutants import COUNTS, SEED, Mutant, draw
 
 ROOT = Path(__file__).resolve().parents[1]
 # (file, line, mutated line): why no test can tell.
@@ -162,7 +162,7 @@ def run_tests(root: Path, mutant: Mutant) -> str:
 
 def run(options: argparse.Namespace) -> int:
     kinds = options.kinds.split(",")
-    mutants = [m for m in draw(ROOT) if m.kind in kinds]
+    mutants = [m for m in draw(ROOT, options.seed) if m.kind in kinds]
     report = Path(options.report)
     results = json.loads(report.read_text()) if report.exists() else {}
     stop = time.monotonic() + 60 * options.minutes
@@ -247,7 +247,7 @@ def build_libraries(options: argparse.Namespace) -> int:
         raise SystemExit("mutate: the unchanged tree does not compile")
     out = Path(options.libraries)
     out.mkdir(parents=True, exist_ok=True)
-    for mutant in draw(ROOT):
+    for mutant in draw(ROOT, options.seed):
         packed = out / f"{library_name(mutant)}.so.xz"
         if mutant.kind != "cuda" or packed.exists():
             continue
@@ -273,6 +273,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("mode", choices=("list", "run", "build", "table"))
     parser.add_argument("--kinds", default="python,cpu", help=f"of {', '.join(COUNTS)}, by commas")
+    parser.add_argument("--seed", type=int, default=SEED, help="of what is drawn (default: %(default)s)")
     parser.add_argument("--report", default="mutants.json", metavar="FILE")
     parser.add_argument("--work", metavar="DIR", help="a folder for the copy of the tree, kept for the next call")
     parser.add_argument("--libraries", metavar="DIR", help="of the CUDA mutants' libraries")
@@ -280,7 +281,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="run those that survived again, on a GPU say")
     options = parser.parse_args(argv)
     if options.mode == "list":
-        for mutant in draw(ROOT):
+        for mutant in draw(ROOT, options.seed):
             print(f"{mutant.kind:6} {mutant.key}")
             difference = difflib.ndiff([mutant.line.strip()], [mutant.mutated.strip()])
             print("".join(f"       {line}\n" for line in difference if line[0] in "-+"), end="")

@@ -117,7 +117,7 @@ def test_it_stops_in_time_and_goes_on(fake):
 
 def test_mutants_are_enough_and_repeatable():
     mutants = _mutants.draw(ROOT)
-    assert [m.key for m in mutants] == [m.key for m in _mutants.draw(ROOT)]
+    assert [m.key for m in mutants] == [m.key for m in _mutants.draw(ROOT)] != [m.key for m in _mutants.draw(ROOT, 1)]
     assert len({m.key for m in mutants}) == len(mutants) >= 60
     assert sum(m.kind == "cuda" for m in mutants) >= 15
     folders = {str(Path(m.file).parent) for m in mutants}

@@ -6,8 +6,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import groupmamba_ext as ext
 from groupmamba.layers.token_norm import TokenNorm
-from groupmamba_ext.layouts import BIASED_CHANNELS
+from groupmamba_ext.layouts import BIASED_CHANNELS, FUSED_CHANNELS
 from groupmamba_ext.ops.token_norm import token_norm
 from support.common import fakes_of_cuda
 
@@ -57,6 +58,17 @@ def test_norm_adds_the_bias_of_an_image_in_its_kernel(channels):
     ((name, (_, added, *_)),) = mode.calls
     assert name == "token_norm_fwd" and y.shape == x.shape
     assert added is (x_bias if channels <= BIASED_CHANNELS else None)
+
+
+@pytest.mark.parametrize("dim, tiles, width", [(FUSED_CHANNELS, 1, 128), (129, 2, 65), (300, 3, 100)])
+def test_wide_groups_are_scanned_in_equal_tiles(dim, tiles, width):
+    """As groups of their own, in one call."""
+    u, B, A = torch.empty(1, 3, 5, 2, dim), torch.empty(1, 3, 5, 2, 1), torch.empty(2, dim, 1)
+    with OwnOps() as mode:
+        y = ext.grouped_selective_scan(u, u, A, B, B, directions=("lr", "bt"))
+    ((name, (scanned, *_)),) = mode.calls
+    assert name == "grouped_selective_scan_fwd" and scanned.shape == (1, 3, 5, 2 * tiles, width)
+    assert y.shape == u.shape
 
 
 @pytest.mark.parametrize("dtype", IMAGE_DTYPES)

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from groupmamba_ext import _load, layouts
+from support.layers import image, layer_arguments, make
+from support.raw_ops import op
 
 WIDTHS = (1, 3, 4, 5, 8, 9, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 87, 88, 96, 106, 112, 120, 127, 128)
 PLANES = [
@@ -131,6 +133,23 @@ def test_what_the_layer_saves(library, merges, hidden):
         assert layouts.layer_saved_images(sizes) == images, sizes
         chunk = layouts.chunk_tokens(layouts.padded(inner), "cuda")
         assert layouts.layer_saved_floats(sizes, chunk) == floats, sizes
+
+
+@pytest.mark.parametrize("variant", ["released", "fused"])
+@pytest.mark.parametrize("affinity", [True, False])
+def test_what_the_layers_fake_kernel_returns(library, variant, affinity):
+    """Sizes that it reads off the parameters, against those of the layer."""
+    layer = make(24, variant=variant, affinity=affinity, d_state=2, expand=1.5, directions=("lr", "bt", "rl"))
+    arguments = layer_arguments(layer, image(2, 24, 5, 7, dtype=torch.float32))
+    fakes = [t.to("meta") if isinstance(t, torch.Tensor) else t for t in arguments]
+    out, saved, saved_float = op("grouped_mamba_layer_fwd")(*fakes)
+    images, floats = library.layer_saved(
+        batch=2, height=5, width=7, groups=3, channels=24, inner=12, states=2, rank=layer.mamba.dt_rank,
+        hidden=layer.affinity.fc1.out_features if affinity else 0, merges=variant == "released",
+    )  # fmt: skip
+    assert out.shape == (2, 5, 7, 24)
+    assert (saved.numel(), saved.dtype) == (images, torch.float32)
+    assert (saved_float.numel(), saved_float.dtype) == (floats, torch.float32)
 
 
 def test_what_the_feed_forward_network_saves(library):
