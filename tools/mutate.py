@@ -25,12 +25,15 @@ import lzma
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -143,13 +146,13 @@ def pytest(root: Path, arguments: list[str], seconds: float) -> subprocess.Compl
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, preexec_fn=limit)
 
 
-def run_tests(root: Path, mutant: Mutant) -> str:
-    """The test that failed, "crash" or "endless", or "" where all passed."""
+def run_tests(root: Path, mutant: Mutant, more: list[str]) -> str:
+    """The test that failed, "crash" or "endless", or "" where all passed; ``more`` are arguments of pytest."""
     first = first_tests(mutant.file)
     for names in (first, [name for name in EVERY if name not in first]):
         paths = [str(path) for name in names for path in sorted((root / "tests").rglob(name))]
         select = ["-m", "cuda"] if mutant.kind == "cuda" else []
-        done = pytest(root, ["-x", "-q", "--tb=no", *select, *paths], SECONDS)
+        done = pytest(root, ["-x", "-q", "--tb=no", *more, *select, *paths], SECONDS)
         if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
             return "endless"
         if done.returncode == 5:  # nothing collected
@@ -160,51 +163,78 @@ def run_tests(root: Path, mutant: Mutant) -> str:
     return ""
 
 
+def prepare(root: Path, options: argparse.Namespace, kinds: list[str]) -> None:
+    """A copy of the tree in ``root``, built, and its libraries beside it."""
+    root.mkdir(parents=True, exist_ok=True)
+    copy_of_tree(root)
+    in_place = (ROOT / LIBRARY).exists()  # as by `pip install -e .`
+    if in_place and (kinds == ["python"] or options.libraries):
+        for path in (ROOT / "groupmamba_ext").glob("*.so"):
+            shutil.copyfile(path, root / "groupmamba_ext" / path.name)
+    elif options.libraries:
+        raise SystemExit(f"mutate: --libraries needs {LIBRARY} of the unchanged tree: pip install -e .")
+    elif not build(root, "cuda" in kinds):
+        raise SystemExit("mutate: the unchanged tree does not compile")
+    (root / UNCHANGED).mkdir(exist_ok=True)
+    for path in (root / "groupmamba_ext").glob("*.so"):
+        shutil.copyfile(path, root / UNCHANGED / path.name)
+
+
+def try_out(root: Path, mutant: Mutant, options: argparse.Namespace) -> dict:
+    """What the report says of a mutant."""
+    libraries = Path(options.libraries) if options.libraries else None
+    began = time.monotonic()
+    mutant.apply(root)
+    try:
+        verdict, by = judge(root, mutant, libraries, shlex.split(options.pytest))
+    finally:
+        mutant.undo(root)
+    if verdict == "killed" and by.startswith("tests/"):
+        check_unchanged(root, by)
+    return {**asdict(mutant), "verdict": verdict, "by": by, "seconds": round(time.monotonic() - began)}
+
+
 def run(options: argparse.Namespace) -> int:
     kinds = options.kinds.split(",")
     mutants = [m for m in draw(ROOT, options.seed) if m.kind in kinds]
     report = Path(options.report)
     results = json.loads(report.read_text()) if report.exists() else {}
     stop = time.monotonic() + 60 * options.minutes
-    root = Path(options.work or tempfile.mkdtemp(prefix="groupmamba-mutants-"))
-    root.mkdir(parents=True, exist_ok=True)
-    copy_of_tree(root)
-    libraries = Path(options.libraries) if options.libraries else None
-    if kinds == ["python"] and (ROOT / LIBRARY).exists():  # built in place, as for `pip install -e .`
-        for path in (ROOT / "groupmamba_ext").glob("*.so"):
-            shutil.copyfile(path, root / "groupmamba_ext" / path.name)
-    elif libraries is None and not build(root, "cuda" in kinds):
-        raise SystemExit("mutate: the unchanged tree does not compile")
-    (root / UNCHANGED).mkdir(exist_ok=True)
-    for path in (root / "groupmamba_ext").glob("*.so"):
-        shutil.copyfile(path, root / UNCHANGED / path.name)
-    left = 0
+    work = Path(options.work or tempfile.mkdtemp(prefix="groupmamba-mutants-"))
+    todo: list[Mutant] = []
     for mutant in mutants:
-        if mutant.key in results and not (options.again and results[mutant.key]["verdict"] == "survived"):
-            continue
         if reason := EQUIVALENT.get((mutant.file, mutant.line.strip(), mutant.mutated.strip())):
             results[mutant.key] = {**asdict(mutant), "verdict": "equivalent", "by": reason, "seconds": 0}
-            continue
-        if time.monotonic() > stop:
-            left += 1
-            continue
-        began = time.monotonic()
-        mutant.apply(root)
-        try:
-            verdict, by = judge(root, mutant, libraries)
-        finally:
-            mutant.undo(root)
-        if verdict == "killed" and by.startswith("tests/"):
-            check_unchanged(root, by)
-        seconds = time.monotonic() - began
-        results[mutant.key] = {**asdict(mutant), "verdict": verdict, "by": by, "seconds": round(seconds)}
-        report.write_text(json.dumps(results, indent=1))
-        print(f"{verdict}: {mutant.key} ({by}, {seconds:.0f} s)", flush=True)
+        elif options.libraries and not (Path(options.libraries) / f"{library_name(mutant)}.so.xz").exists():
+            print(f"not built: {mutant.key}", flush=True)
+        elif mutant.key not in results or (options.again and results[mutant.key]["verdict"] == "survived"):
+            todo.append(mutant)
+    waiting = iter(todo)
+    lock = threading.Lock()
+
+    def worker(root: Path) -> None:
+        prepare(root, options, kinds)
+        while time.monotonic() < stop:
+            with lock:
+                mutant = next(waiting, None)
+            if mutant is None:
+                return
+            found = try_out(root, mutant, options)
+            with lock:
+                results[mutant.key] = found
+                report.write_text(json.dumps(results, indent=1))
+            print(f"{found['verdict']}: {mutant.key} ({found['by']}, {found['seconds']} s)", flush=True)
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        roots = [work] if options.jobs == 1 else [work / str(i) for i in range(options.jobs)]
+        for done in [pool.submit(worker, root) for root in roots]:
+            done.result()
+    report.write_text(json.dumps(results, indent=1))
     print(table([results[m.key] for m in mutants if m.key in results]))
     survivors = [m for m in mutants if results.get(m.key, {}).get("verdict") == "survived"]
     for mutant in survivors:
         print(f"\nsurvived: {mutant.file}:{mutant.number}\n-{mutant.line}\n+{mutant.mutated}")
-    return 1 if survivors else 2 if left else 0
+    return 1 if survivors else 2 if any(m.key not in results for m in mutants) else 0
 
 
 @functools.cache
@@ -220,17 +250,17 @@ def check_unchanged(root: Path, test: str) -> None:
         raise SystemExit(f"mutate: {test} fails on the unchanged tree\n{done.stdout}")
 
 
-def judge(root: Path, mutant: Mutant, libraries: Path | None) -> tuple[str, str]:
+def judge(root: Path, mutant: Mutant, libraries: Path | None, more: list[str]) -> tuple[str, str]:
     if mutant.kind != "python":
         if libraries is None:
             if not build(root, mutant.kind == "cuda"):
                 return "compiler", "does not compile"
         else:
             packed = libraries / f"{library_name(mutant)}.so.xz"
-            if not packed.exists():
+            if not packed.stat().st_size:
                 return "compiler", "does not compile"
             (root / "groupmamba_ext" / "libgroupmamba.so").write_bytes(lzma.decompress(packed.read_bytes()))
-    by = run_tests(root, mutant)
+    by = run_tests(root, mutant, more)
     return ("killed", by) if by else ("survived", "-")
 
 
@@ -239,7 +269,7 @@ def library_name(mutant: Mutant) -> str:
 
 
 def build_libraries(options: argparse.Namespace) -> int:
-    """libgroupmamba.so of each CUDA mutant, packed, into a folder."""
+    """libgroupmamba.so of each CUDA mutant, packed, into a folder; an empty file where it does not compile."""
     root = Path(options.work or tempfile.mkdtemp(prefix="groupmamba-mutants-"))
     root.mkdir(parents=True, exist_ok=True)
     copy_of_tree(root)
@@ -255,8 +285,10 @@ def build_libraries(options: argparse.Namespace) -> int:
         compiled = build(root, True)
         mutant.undo(root)
         print(f"{'built' if compiled else 'does not compile'}: {mutant.key}", flush=True)
-        if compiled:
-            packed.write_bytes(lzma.compress((root / "groupmamba_ext" / "libgroupmamba.so").read_bytes(), preset=6))
+        content = (root / LIBRARY).read_bytes() if compiled else b""
+        beside = packed.with_suffix(".part")
+        beside.write_bytes(lzma.compress(content, preset=6) if compiled else content)
+        beside.replace(packed)
     return 0
 
 
@@ -277,6 +309,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--report", default="mutants.json", metavar="FILE")
     parser.add_argument("--work", metavar="DIR", help="a folder for the copy of the tree, kept for the next call")
     parser.add_argument("--libraries", metavar="DIR", help="of the CUDA mutants' libraries")
+    parser.add_argument("--jobs", type=int, default=1, help="mutants at a time, each in a copy of its own")
+    parser.add_argument("--pytest", default="", metavar="ARGS", help='more arguments of pytest, as in "-n 4"')
     parser.add_argument("--minutes", type=float, default=1e9, help="no mutant begins later")
     parser.add_argument("--again", action="store_true", help="run those that survived again, on a GPU say")
     options = parser.parse_args(argv)
@@ -289,6 +323,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.mode == "table":
         print(table(list(json.loads(Path(options.report).read_text()).values())))
         return 0
+    if options.mode == "run" and options.libraries and options.kinds != "cuda":
+        parser.error(f"--libraries are of --kinds cuda, not of {options.kinds}")
     if options.mode == "build":
         if not options.libraries:
             parser.error("build needs --libraries")

@@ -3,6 +3,7 @@
 
 import ast
 import json
+import lzma
 import subprocess
 import sys
 from pathlib import Path
@@ -158,7 +159,8 @@ if (a < b && !c) return;
     assert found == [(10, "/"), (10, "+"), (10, "15.0f"), (11, "<="), (11, "||"), (11, "")]
 
 
-def test_verdicts(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_verdicts(tmp_path, monkeypatch, capsys, jobs):
     """A mutant that a test notices, one that none does, and a test that always fails."""
     tree = tmp_path / "tree"
     for name, text in {
@@ -175,12 +177,14 @@ def test_verdicts(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(mutate, "first_tests", lambda name: [])
     monkeypatch.setattr(mutate, "EQUIVALENT", {})
     report = tmp_path / "mutants.json"
-    arguments = ["run", "--kinds", "python", "--report", str(report)]
+    arguments = ["run", "--kinds", "python", "--report", str(report), "--jobs", str(jobs), "--pytest", "-k 'not none'"]
     assert mutate.main([*arguments, "--work", str(tmp_path / "work")]) == 0
     results = json.loads(report.read_text())
     assert {r["mutated"].strip() for r in results.values()} == {"return x - 1", "return x + 2"}
     assert {(r["verdict"], r["by"]) for r in results.values()} == {("killed", "tests/test_a.py::test_f[x: 1]")}
-    assert (tmp_path / "work/groupmamba_ext/ops/a.py").read_text() == (tree / "groupmamba_ext/ops/a.py").read_text()
+    copies = list((tmp_path / "work").rglob("ops/a.py"))
+    assert len(copies) == jobs
+    assert all(copy.read_text() == (tree / "groupmamba_ext/ops/a.py").read_text() for copy in copies)
 
     (tree / "tests/test_a.py").write_text("def test_nothing():\n    pass\n")
     report.unlink()
@@ -194,6 +198,44 @@ def test_verdicts(tmp_path, monkeypatch, capsys):
         mutate.main([*arguments, "--work", str(tmp_path / "work")])
 
 
+def test_libraries_of_cuda_mutants(tmp_path, monkeypatch, capsys):
+    """One that is not built yet is left; one that does not compile has an empty file; one that does is put in place."""
+    tree, libraries = tmp_path / "tree", tmp_path / "libraries"
+    for name, text in {
+        "csrc/cuda/a.cu": "int f(int x) { return x + 1; }\n",
+        "groupmamba_ext/libgroupmamba.so": "whole",
+        "tests/test_a.py": "import pytest\n\n@pytest.mark.cuda\ndef test_f():\n"
+        "    assert open('groupmamba_ext/libgroupmamba.so').read() == 'whole'\n",
+        "pytest.ini": "[pytest]\nmarkers = cuda\n",
+    }.items():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text(text)
+    libraries.mkdir()
+    monkeypatch.setattr(mutate, "ROOT", tree)
+    monkeypatch.setattr(_mutants, "COUNTS", {"cuda": 1})
+    monkeypatch.setattr(mutate, "EVERY", ("test_a.py",))
+    monkeypatch.setattr(mutate, "first_tests", lambda name: [])
+    report = tmp_path / "mutants.json"
+    arguments = ["run", "--kinds", "cuda", "--libraries", str(libraries), "--report", str(report)]
+
+    def verdicts():
+        return [(r["verdict"], r["by"]) for r in json.loads(report.read_text()).values()]
+
+    assert mutate.main([*arguments, "--work", str(tmp_path / "work")]) == 2
+    assert verdicts() == [] and "not built: csrc/cuda/a.cu" in capsys.readouterr().out
+    (mutant,) = _mutants.draw(tree, _mutants.SEED)
+    packed = libraries / f"{mutate.library_name(mutant)}.so.xz"
+    packed.touch()
+    assert mutate.main([*arguments, "--work", str(tmp_path / "work")]) == 0
+    assert verdicts() == [("compiler", "does not compile")]
+    report.unlink()
+    packed.write_bytes(lzma.compress(b"changed"))
+    assert mutate.main([*arguments, "--work", str(tmp_path / "work")]) == 0
+    assert verdicts() == [("killed", "tests/test_a.py::test_f")]
+    with pytest.raises(SystemExit):
+        mutate.main(["run", "--kinds", "cpu", "--libraries", str(libraries)])
+
+
 def test_an_endless_loop_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(mutate, "SECONDS", 1)
     monkeypatch.setattr(mutate, "EVERY", ("test_loop.py",))
@@ -201,7 +243,7 @@ def test_an_endless_loop_is_stopped(tmp_path, monkeypatch):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_loop.py").write_text("def test_loop():\n    while True:\n        pass\n")
     mutant = _mutants.Mutant("python", "a.py", 1, "", "", "")
-    assert mutate.run_tests(tmp_path, mutant) == "endless"
+    assert mutate.run_tests(tmp_path, mutant, []) == "endless"
 
 
 def test_help():
