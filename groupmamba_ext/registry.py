@@ -103,7 +103,17 @@ def _no_double_backward(name: str) -> Callable:
 
 def _below_autograd(op: Callable, args: tuple):
     with torch._C._AutoDispatchBelowAutograd():
+        return _run(op, args)
+
+
+def _run(op: Callable, args: tuple):
+    """``op(*args)``; of a GPU whose memory runs out torch's own error, which no library of the stable ABI can raise."""
+    try:
         return op(*args)
+    except RuntimeError as error:
+        if type(error) is RuntimeError and "CUDA out of memory" in str(error):
+            raise torch.OutOfMemoryError(str(error)) from None
+        raise
 
 
 def _traced() -> bool:
@@ -153,4 +163,6 @@ def call_inference(name: str, *args) -> Tensor | tuple[Tensor, ...]:
 def call_backward(name: str, *args) -> tuple[Tensor, ...]:
     """``groupmamba::{name}_bwd``; what raises on a second derivative is in the way only where one could be taken."""
     op = _overloads[f"{name}_bwd"]
-    return op(*args) if torch.is_grad_enabled() or _traced() else _below_autograd(op, args)
+    if _traced():
+        return op(*args)
+    return _run(op, args) if torch.is_grad_enabled() else _below_autograd(op, args)

@@ -117,7 +117,7 @@ private:
     const void* transpose(const Tensor& t, int64_t groups, int64_t channels, int64_t rows, RowPad pad) {
         const int64_t padded = padded_row(channels);
         A* out = rows_of_zeros<A>(groups * rows * padded);
-        const Tensor in = t.is_contiguous() ? t : torch::stable::contiguous(t);
+        const Tensor in = t.is_contiguous() ? t : contiguous_copy(t);
         with_element_type(in, [&](auto element) {
             const auto* from = static_cast<const decltype(element)*>(in.data_ptr());
             for (int64_t g = 0; g < groups; ++g) {

@@ -40,7 +40,7 @@ public:
     ParamArg operator()(const OptTensor& t) {
         if (!t) return {};
         if (t->is_contiguous()) return {t->data_ptr(), is_float(*t)};
-        kept_.push_back(torch::stable::contiguous(*t));
+        kept_.push_back(contiguous_copy(*t));
         return {kept_.back().data_ptr(), is_float(*t)};
     }
 

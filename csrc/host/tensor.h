@@ -19,12 +19,8 @@
 #include "host/layout.h"
 #include "host/shape.h"
 
-// Checks a call of torch's C interface; torch 2.12 renamed its macro for that.
-#ifdef STABLE_TORCH_ERROR_CODE_CHECK
-#define GM_TORCH_CALL STABLE_TORCH_ERROR_CODE_CHECK
-#else
-#define GM_TORCH_CALL TORCH_ERROR_CODE_CHECK
-#endif
+// The message of the thread's last error in torch. Weak: torch before 2.13 does not export it.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace gm {
 
@@ -45,6 +41,16 @@ std::string message(const Parts&... parts) {
     do {                                                                                         \
         if (!(condition)) throw std::runtime_error("groupmamba: " + ::gm::message(__VA_ARGS__)); \
     } while (0)
+
+// What torch says of the call that failed, or `otherwise` where it does not tell.
+inline std::string torch_error(const std::string& otherwise) {
+    const bool told = &torch_exception_get_what_without_backtrace != nullptr;
+    const char* const what = told ? torch_exception_get_what_without_backtrace() : nullptr;
+    return what != nullptr && *what != '\0' ? what : otherwise;
+}
+
+// Checks a call of torch's C interface.
+#define GM_TORCH_CALL(call) GM_CHECK((call) == 0, ::gm::torch_error(#call " failed"))
 
 inline Shape shape_of(const Tensor& t) {
     const auto sizes = t.sizes();
@@ -102,13 +108,25 @@ inline Tensor empty_strided(const Shape& sizes, const Shape& strides, ScalarType
     GM_TORCH_CALL(aoti_torch_get_device_type(device_of.get(), &device_type));
     GM_TORCH_CALL(aoti_torch_get_device_index(device_of.get(), &device_index));
     dtype_code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-    GM_TORCH_CALL(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype_code,
-                                           device_type, device_index, &handle));
+    const AOTITorchError error =
+        aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype_code,
+                                 device_type, device_index, &handle);
+    // Python makes torch's own error of the words "out of memory" (registry.py).
+    if (error != 0) {
+        const char* const device = device_type == aoti_torch_device_type_cuda() ? "CUDA out" : "Out";
+        GM_CHECK(false, torch_error(message(device, " of memory. Tried to allocate a tensor of shape ", show(sizes))));
+    }
     return Tensor(handle);
 }
 
 inline Tensor empty(const Shape& sizes, ScalarType dtype, const Tensor& device_of) {
     return empty_strided(sizes, contiguous_strides(sizes), dtype, device_of);
+}
+
+inline Tensor contiguous_copy(const Tensor& t) {
+    Tensor copy = empty(shape_of(t), t.scalar_type(), t);
+    torch::stable::copy_(copy, t);
+    return copy;
 }
 
 // The gradient of an optional input that was not given.

@@ -10,9 +10,7 @@ namespace {
 // Rows of channels that every thread may read 16 bytes at a time; a copy where `t` does not allow that.
 Tensor dense_image(const Tensor& t) {
     if (t.is_contiguous() && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0) return t;
-    Tensor copy = empty(shape_of(t), t.scalar_type(), t);
-    torch::stable::copy_(copy, t);
-    return copy;
+    return contiguous_copy(t);
 }
 
 BatchNormArgs batch_norm_args(const Tensor& x, const Tensor& weight, double eps, ParamHolder& param) {

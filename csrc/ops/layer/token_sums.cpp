@@ -60,7 +60,7 @@ PaddedRows::PaddedRows(const Tensor& image, const CudaContext& context) {
     const int64_t tokens = image.size(0) * image.size(1) * image.size(2);
     // What lies between the pixels of a slice of a wider image is multiplied by zeros of a weight, or never read.
     if (channels == step) {
-        rows_ = alias(image.is_contiguous() ? image : torch::stable::contiguous(image), {tokens, step});
+        rows_ = alias(image.is_contiguous() ? image : contiguous_copy(image), {tokens, step});
         return;
     }
     if (is_padded(image, step)) {
@@ -71,7 +71,7 @@ PaddedRows::PaddedRows(const Tensor& image, const CudaContext& context) {
     // Most gradients have one stride for all pixels; those of contiguous (batch, C, H, W) are transposed first.
     const std::optional<Shape> strides = view_strides(image, {tokens, channels});
     const bool walks = strides && (channels == 1 || (*strides)[1] == 1);
-    const Tensor dense = walks ? image : torch::stable::contiguous(image);
+    const Tensor dense = walks ? image : contiguous_copy(image);
     CopyRowsArgs args;
     args.from[0] = dense.data_ptr(), args.to[0] = rows_.data_ptr(), args.rows = tokens;
     args.stride = walks ? (*strides)[0] : channels;
