@@ -162,12 +162,18 @@ def wide_layer(dtype) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--count", action="store_true", help="print how many cases there are")
     parser.add_argument("--first", type=int, default=0, help="the case to begin with")
+    parser.add_argument("--end", type=int, help="the case to stop before (default: none)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="none begins after so long")
     options = parser.parse_args()
     found = [case for dtype in (torch.bfloat16, torch.float32) for case in cases(dtype)]
+    if options.count:
+        print(len(found))
+        return
+    end = len(found) if options.end is None else options.end
     start, number = time.monotonic(), options.first
-    while number < len(found) and (number == options.first or time.monotonic() - start < options.seconds):
+    while number < end and (number == options.first or time.monotonic() - start < options.seconds):
         name, call = found[number]
         print(f"case {number}: {name}", flush=True)
         torch.manual_seed(number)  # the same numbers, wherever a slice begins

@@ -25,7 +25,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -205,33 +207,33 @@ def reports(text: str) -> tuple[list[str], int]:
     return ours, others
 
 
-def command_of(tool: str, first: int, seconds: float) -> tuple[list[str], dict[str, str]]:
+def command_of(tool: str, first: int, end: int, seconds: float) -> tuple[list[str], dict[str, str]]:
     command = ["compute-sanitizer", "--tool", tool, "--print-limit", "50", "--error-exitcode", "9"]
     if tool != "initcheck":
         command += ["--kernel-name", OURS]
     environment = {**os.environ}
     if tool in ("memcheck", "initcheck"):  # each tensor its own allocation, so that one ends where it should
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
-    command += [sys.executable, str(CASES), "--first", str(first), "--seconds", f"{seconds:g}"]
+    command += [sys.executable, str(CASES), "--first", str(first), "--end", str(end), "--seconds", f"{seconds:g}"]
     return command, environment
 
 
-def run_slice(tool: str, first: int, options: argparse.Namespace, seconds: float) -> tuple[Slice, int]:
-    """A slice that begins with case ``first``, and the number of all cases (0 where that is not known).
+def run_slice(tool: str, first: int, end: int, options: argparse.Namespace, seconds: float) -> Slice:
+    """A slice that begins with case ``first`` and ends before ``end``.
 
     One that takes too long is run again with half the time to begin cases in, down to a single case.
     """
     start = time.monotonic()
-    command, environment = command_of(tool, first, seconds)
+    command, environment = command_of(tool, first, end, seconds)
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=options.limit)
     except subprocess.TimeoutExpired as stopped:
         text = (stopped.stdout or b"").decode(errors="replace")
         began = [int(n) for n in re.findall(r"^case (\d+):", text, re.M)]
-        end = max([*began, first]) + 1
-        if end > first + 1:
-            return run_slice(tool, first, options, seconds / 2 if seconds > 5 else 0)
-        return Slice(tool, first, end, time.monotonic() - start, "timeout", reports(text)[0]), 0
+        behind = max([*began, first]) + 1
+        if behind > first + 1:
+            return run_slice(tool, first, end, options, seconds / 2 if seconds > 5 else 0)
+        return Slice(tool, first, behind, time.monotonic() - start, "timeout", reports(text)[0])
     text = done.stdout + done.stderr
     ours, others = reports(text)
     ran = _RAN.search(text)
@@ -239,10 +241,31 @@ def run_slice(tool: str, first: int, options: argparse.Namespace, seconds: float
     if ran is None:
         tail = "\n".join(text.splitlines()[-15:])
         began = [int(n) for n in re.findall(r"^case (\d+):", text, re.M)]
-        return Slice(tool, first, max([*began, first]) + 1, took, "failed", [*ours, tail], others), 0
+        return Slice(tool, first, max([*began, first]) + 1, took, "failed", [*ours, tail], others)
     summed = _SUMMARY.search(text)
     verdict = "found" if ours else "clean" if done.returncode in (0, 9) and summed else "failed"
-    return Slice(tool, int(ran[1]), int(ran[2]), took, verdict, ours, others), int(ran[3])
+    return Slice(tool, int(ran[1]), int(ran[2]), took, verdict, ours, others)
+
+
+def case_count() -> int:
+    done = subprocess.run([sys.executable, str(CASES), "--count"], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"sanitize: {CASES} failed\n{done.stderr}")
+    return int(done.stdout)
+
+
+def gaps(slices: list[Slice], total: int, jobs: int) -> list[tuple[int, int]]:
+    """What no slice has run, as (first, behind the last), in at least `jobs` pieces where there are as many cases."""
+    missing = sorted(set(range(total)) - {n for s in slices for n in range(s.first, s.end)})
+    size = max(1, -(-len(missing) // jobs))
+    pieces: list[tuple[int, int]] = []
+    for n in missing:
+        first, end = pieces[-1] if pieces else (-1, -1)
+        if end == n and end - first < size:
+            pieces[-1] = (first, n + 1)
+        else:
+            pieces.append((n, n + 1))
+    return pieces
 
 
 def run_gpu(options: argparse.Namespace) -> int:
@@ -250,32 +273,32 @@ def run_gpu(options: argparse.Namespace) -> int:
         raise SystemExit("sanitize: there is no compute-sanitizer on PATH; it comes with the CUDA toolkit")
     stop = time.monotonic() + 60 * options.minutes
     report = Path(options.report)
-    state = json.loads(report.read_text()) if report.exists() else {"total": 0, "slices": []}
+    state = json.loads(report.read_text()) if report.exists() else {"slices": []}
     slices = [Slice(**entry) for entry in state["slices"]]
-    left = False
-    for tool in options.tools.split(","):
-        while True:
-            first = max((s.end for s in slices if s.tool == tool), default=0)
-            if state["total"] and first >= state["total"]:
-                break
-            if time.monotonic() + options.limit > stop:
-                left = True
-                break
-            piece, total = run_slice(tool, first, options, options.seconds)
-            state["total"] = total or state["total"]
-            slices.append(piece)
-            state["slices"] = [vars(s) for s in slices]
-            report.write_text(json.dumps(state, indent=1))
-            print(f"{tool}: cases {piece.first} to {piece.end - 1}: {piece.verdict} in {piece.seconds:.0f} s, "
-                  f"{piece.others} reports on kernels of others", flush=True)  # fmt: skip
-            for text in piece.ours[:5]:
-                print("  " + text.replace("\n", "\n  "), flush=True)
-            if piece.verdict == "failed" and piece.end >= (state["total"] or piece.end):
-                break
-    print(table(slices, state["total"]))
+    total, lock = case_count(), threading.Lock()
+
+    def work(tool: str, first: int, end: int) -> None:
+        while first < end and time.monotonic() + options.limit < stop:
+            piece = run_slice(tool, first, end, options, options.seconds)
+            first = piece.end
+            with lock:
+                slices.append(piece)
+                slices.sort(key=lambda s: (TOOLS.index(s.tool), s.first))
+                report.write_text(json.dumps({"total": total, "slices": [vars(s) for s in slices]}, indent=1))
+                print(f"{tool}: cases {piece.first} to {piece.end - 1}: {piece.verdict} in {piece.seconds:.0f} s, "
+                      f"{piece.others} reports on kernels of others", flush=True)  # fmt: skip
+                for text in piece.ours[:5]:
+                    print("  " + text.replace("\n", "\n  "), flush=True)
+
+    tools = options.tools.split(",")
+    with ThreadPoolExecutor(options.jobs) as pool:
+        wanted = [(t, gap) for t in tools for gap in gaps([s for s in slices if s.tool == t], total, options.jobs)]
+        for done in [pool.submit(work, tool, *gap) for tool, gap in wanted]:
+            done.result()
+    print(table(slices, total))
     if any(s.verdict != "clean" for s in slices):
         return 1
-    return 2 if left else 0
+    return 2 if any(gaps([s for s in slices if s.tool == tool], total, 1) for tool in tools) else 0
 
 
 def table(slices: list[Slice], total: int) -> str:
@@ -283,10 +306,11 @@ def table(slices: list[Slice], total: int) -> str:
     lines = ["| tool | slices | cases | longest slice | found | verdict |", "|---|---|---|---|---|---|"]
     for tool in dict.fromkeys(s.tool for s in slices):
         own = [s for s in slices if s.tool == tool]
-        done = max(s.end for s in own)
+        left = gaps(own, total, 1)
+        done = total - sum(end - first for first, end in left)
         bad = [s for s in own if s.verdict != "clean"]
         verdict = "clean" if not bad else ", ".join(f"{s.verdict} in {s.first} to {s.end - 1}" for s in bad)
-        verdict += "" if done >= total else f"; cases from {done} are left"
+        verdict += "".join(f"; cases {first} to {end - 1} are left" for first, end in left)
         found = sum(len(s.ours) for s in own)
         lines.append(
             f"| {tool} | {len(own)} | {done} of {total} | {max(s.seconds for s in own):.0f} s | {found} | {verdict} |"
@@ -309,6 +333,7 @@ def main(argv: list[str] | None = None) -> int:
     gpu.add_argument("--report", default="sanitizers.json", metavar="FILE", help="what was found; goes on from it")
     gpu.add_argument("--seconds", type=float, default=75, help="no case begins in a slice after so long")
     gpu.add_argument("--limit", type=float, default=120, help="a slice that takes so long is stopped: no verdict")
+    gpu.add_argument("--jobs", type=int, default=1, help="slices at a time")
     gpu.add_argument("--minutes", type=float, default=1e9, help="no slice begins that could end later")
     options = parser.parse_args(argv)
     return run_cpu(options) if options.mode == "cpu" else run_gpu(options)

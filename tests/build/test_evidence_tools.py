@@ -51,10 +51,11 @@ FAKE = """#!{python}
 import sys, time
 arguments = sys.argv[1:]
 tool, first = arguments[arguments.index("--tool") + 1], int(arguments[arguments.index("--first") + 1])
+last = int(arguments[arguments.index("--end") + 1])
 seconds = float(arguments[arguments.index("--seconds") + 1])
 print("========= COMPUTE-SANITIZER")
 end = first
-while end < 5 and (end == first or end - first < seconds):
+while end < last and (end == first or end - first < seconds):
     print(f"case {{end}}: name", flush=True)
     if tool == "racecheck" and end == 3:
         time.sleep(60)
@@ -77,6 +78,7 @@ def fake(tmp_path, monkeypatch):
     program.write_text(FAKE.format(python=sys.executable))
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(sanitize, "case_count", lambda: 5)
     report = tmp_path / "report.json"
 
     def run(tool, *more):
@@ -91,6 +93,26 @@ def test_slices_cover_all_cases(fake, capsys):
     assert fake("memcheck") == (0, [(0, 2, "clean"), (2, 4, "clean"), (4, 5, "clean")])
     assert "| memcheck | 3 | 5 of 5 |" in capsys.readouterr().out
     assert fake("memcheck")[0] == 0  # nothing is left
+
+
+def test_slices_at_a_time(fake, capsys):
+    assert fake("memcheck", "--jobs", "2") == (0, [(0, 2, "clean"), (2, 3, "clean"), (3, 5, "clean")])
+    assert "| memcheck | 3 | 5 of 5 |" in capsys.readouterr().out
+    assert fake("memcheck", "--jobs", "2")[0] == 0  # nothing is left
+
+
+def test_what_is_left_is_said():
+    slices = [sanitize.Slice("memcheck", *ends, 1.0, "clean") for ends in ((0, 2), (6, 7))]
+    assert sanitize.gaps(slices, 9, 1) == [(2, 6), (7, 9)]
+    assert sanitize.gaps(slices, 9, 3) == [(2, 4), (4, 6), (7, 9)]
+    assert (
+        "| memcheck | 2 | 3 of 9 | 1 s | 0 | clean; cases 2 to 5 are left; cases 7 to 8 are left |"
+        in sanitize.table(slices, 9)
+    )
+
+
+def test_cases_are_counted():
+    assert sanitize.case_count() >= 200
 
 
 def test_what_is_found_is_said(fake, capsys):
