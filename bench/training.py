@@ -66,7 +66,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pictures", type=positive, metavar="N", help="train from N JPEG files, too")
     parser.add_argument("--workers", type=positive, default=4, help="processes that load them (default: 4)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--profile", type=writable, metavar="PNG", help="draw when kernels and NCCL run in a step")
+    parser.add_argument(
+        "--profile", type=writable, metavar="PNG", help="draw when kernels and NCCL run in a step of the first model"
+    )
     parser.add_argument("--json", type=writable, metavar="FILE", help="write the results")
     parser.add_argument("--append", action="store_true", help="keep the runs that FILE already holds")
     return parser.parse_args(argv)
@@ -254,16 +256,17 @@ def steps(name: str, args: argparse.Namespace, processes: Processes, device: tor
                 continue
             title = f"step{' with teacher' if kd else ''}, {launched}"
             add(title, lambda k=kd, g=launched == "graph": Recipe(name, args, processes, images, kd=k, graph=g))
-    if processes.world > 1 and graph:  # what both GPUs do at the same time by themselves
-        add(
-            "step, graph, not averaged",
-            lambda: Recipe(name, args, processes, images, kd=False, graph=True, averaged=False),
-        )
+    if processes.world > 1 and graph:  # what the GPUs do at the same time, each by itself
+        for launched in ("graph",) if args.no_eager else ("graph", "as called"):
+            add(
+                f"step, {launched}, not averaged",
+                lambda g=launched == "graph": Recipe(name, args, processes, images, kd=False, graph=g, averaged=False),
+            )
     if args.fsdp:
         for by in AVERAGING:
             add(f"plain step by {by}", lambda b=by: Plain(name, args, processes, images, b))
     graphed = calls.get("step, graph")
-    if args.profile and graphed is not None:
+    if args.profile and graphed is not None and name == args.models[0]:
         draw_profile(graphed, args.profile, f"{name}, a step of {args.batch_size} images on each GPU", processes)
     rows = rates_of(calls, args.batch_size * processes.world, args.steps, args.rounds, processes)
     for call in calls.values():
