@@ -76,7 +76,7 @@ def _ratio(
         tokens: of an image, how many steps a scan takes and how many terms a sum has.
         size: of the numbers that were added up to ``got``, where that is larger than ``got``.
     """
-    info = torch.finfo(got.dtype)
+    dtype, info = got.dtype, torch.finfo(got.dtype)
     got = got.detach().double().cpu()
     fits = truth.abs() < 0.5 * info.max  # larger ones may be infinite
     nan = got.isnan() | (fits & ~got.isfinite())
@@ -87,7 +87,7 @@ def _ratio(
     movements = [torch.where(fits, m, 0.0) for m in movements]
     # Below the smallest normal number the unit in the last place no longer shrinks, and exponentials become 0 before
     # what they are multiplied by makes their product larger again.
-    tiny = info.smallest_normal * (info.eps if got.dtype == torch.float16 else 2.0**16)
+    tiny = info.smallest_normal * (info.eps if dtype == torch.float16 else 2.0**16)
     # The result's own rounding, and that of states and sums, one after the other in float32 or float64.
     rounding = info.eps + math.sqrt(tokens) * min(info.eps, torch.finfo(torch.float32).eps)
     worst = 0.0
@@ -95,7 +95,7 @@ def _ratio(
         count = max(truth.numel() // max(len(error), 1), 1)
         movement = torch.stack(moved).square().mean(0).sqrt()
         scale = movement + rounding * norm.clamp(min=size) + tiny * math.sqrt(count)
-        worst = max(worst, (error / scale).max().item() if len(error) else 0.0)
+        worst = max(worst, (error / scale).nan_to_num(math.inf).max().item() if len(error) else 0.0)
     return worst
 
 
