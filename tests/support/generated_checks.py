@@ -105,17 +105,24 @@ def _norms(t: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _ratio(
-    got: torch.Tensor, truth: torch.Tensor, movements: list[torch.Tensor], tokens: int, size: float = 0.0
+    got: torch.Tensor,
+    truth: torch.Tensor,
+    movements: list[torch.Tensor],
+    tokens: int,
+    size: float = 0.0,
+    part: torch.Tensor | None = None,
 ) -> float:
     """The largest error in units of the case's own tolerance, over the norms of `_norms`.
 
     Args:
         tokens: of an image, how many steps a scan takes and how many terms a sum has.
         size: of the numbers that were added up to ``got``, where that is larger than ``got``.
+        part: the largest of several that were stored in the type of ``got`` and then added up to it.
     """
     dtype, info = got.dtype, torch.finfo(got.dtype)
     got = got.detach().double().cpu()
-    fits = truth.abs() < 0.5 * info.max  # larger ones may be infinite, and NaN where they are a sum of such parts
+    largest = truth.abs() if part is None else truth.abs().maximum(part)
+    fits = largest < 0.5 * info.max  # larger ones may be infinite, and NaN where they are a sum of such parts
     if (fits & ~got.isfinite()).any():
         return math.inf
     difference = torch.where(fits, got - truth, 0.0)
@@ -140,7 +147,9 @@ def _relative(got: torch.Tensor, truth: torch.Tensor) -> float:
     return (difference.norm() / truth.norm()).item() if truth.norm() > 0 else difference.norm().item()
 
 
-def _compare(case: dict, native, reference, tensors: dict, stored: dict, linear=None) -> dict[str, float]:
+def _compare(
+    case: dict, native, reference, tensors: dict, stored: dict, linear=None, largest_parts=None
+) -> dict[str, float]:
     """Ratios of `_ratio` by the result's name; AssertionError where one is above the limit or a dtype is wrong.
 
     Args:
@@ -148,6 +157,7 @@ def _compare(case: dict, native, reference, tensors: dict, stored: dict, linear=
         tensors: float64, on the CPU, in the dense order.
         stored: the same values as the op gets them.
         linear: the reference without its activation, where that has a tail.
+        largest_parts: from the output's gradient to what `_ratio` calls ``part``, by the result's name.
     """
     wanted = [name for name, t in stored.items() if t is not None and name not in case["frozen"]]
     generator = torch.Generator().manual_seed(case["seed"] + 2)
@@ -179,6 +189,9 @@ def _compare(case: dict, native, reference, tensors: dict, stored: dict, linear=
         source = stored.get(name[1:]) if name.startswith("d") else None
         assert source is None or got.dtype == source.dtype, f"{name} has {got.dtype}, its input {source.dtype}"
 
+    infinite = largest_parts is not None and any(not t.isfinite().all() for t in actual.values())
+    parts = largest_parts(wide) if infinite else {}
+
     def ratio(name: str) -> float:
         # A norm follows the scale, so its gradient is a sum that cancels: it is compared with what such a sum is by
         # chance.
@@ -189,7 +202,9 @@ def _compare(case: dict, native, reference, tensors: dict, stored: dict, linear=
             ]
             chance = max(sizes).item() / tensors[name[1:]].abs().item()
         moved, tokens = [m[name] for m in movements], case["height"] * case["width"]
-        return _ratio(actual[name], truth[name], moved, tokens, chance) if actual[name].numel() else 0.0
+        return (
+            _ratio(actual[name], truth[name], moved, tokens, chance, parts.get(name)) if actual[name].numel() else 0.0
+        )
 
     ratios = {name: ratio(name) for name in truth}
     if any(LIMIT < r < math.inf for r in ratios.values()):
@@ -243,7 +258,32 @@ def _op_case(case: dict, device: str) -> dict[str, float]:
     linear = None
     if options.get("activation") == "gelu":
         linear = lambda t: reference(**t)  # noqa: E731
-    return _compare(case, lambda t: native(**t, **options), lambda t: reference(**t, **options), wide, stored, linear)
+    parts = None
+    if case["op"] == "cross_selective_scan" and device == "cuda":
+        parts = lambda given: _largest_of_directions(case, wide, options, given)  # noqa: E731
+    return _compare(
+        case, lambda t: native(**t, **options), lambda t: reference(**t, **options), wide, stored, linear, parts
+    )
+
+
+def _largest_of_directions(case: dict, tensors: dict, options: dict, given: list[torch.Tensor]) -> dict:
+    """The largest number that a direction adds to each element of the output and of du.
+
+    On CUDA the directions of a cross scan are stored one by one before they are added up. In float16 one of them may
+    be infinite where the sum is not.
+    """
+    scans, largest = 1 if case["groups"] else 0, {}
+    wanted = [] if "u" in case["frozen"] else ["u"]
+    for k, direction in enumerate(options["directions"]):
+        one = {
+            n: t if t is None or n == "u" else t.narrow(scans + (3 if n in ("dt", "B", "C") else 0), k, 1)
+            for n, t in tensors.items()
+        }
+        run = lambda t, way=direction: ext.reference.cross_selective_scan(**t, **{**options, "directions": [way]})  # noqa: E731
+        for name, t in _run(run, one, wanted, given).items():
+            part = t.detach().abs()
+            largest[name] = largest[name].maximum(part) if name in largest else part
+    return largest
 
 
 def _placed(t: torch.Tensor, device: str, storages: dict[int, torch.Tensor]) -> torch.Tensor:
