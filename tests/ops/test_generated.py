@@ -223,3 +223,14 @@ def test_a_small_fault_is_found(case, name, fault, monkeypatch):
     monkeypatch.setattr(generated_checks, "_run", faulty)
     with pytest.raises(AssertionError, match=f"^{name} is off"):
         generated_checks.check(case, "cpu")
+
+
+def test_a_result_that_is_not_finite_is_found():
+    """But where the result, or a part that was added up to it, does not fit its type."""
+    got, truth = torch.tensor([torch.nan, 1.0], dtype=torch.float16), torch.tensor([1e3, 1.0], dtype=torch.float64)
+    movements = [torch.full_like(truth, 1e-3)]
+    part = torch.tensor([1e5, 1.0], dtype=torch.float64)
+    assert generated_checks._ratio(got, truth, movements, 1) == math.inf
+    assert generated_checks._ratio(got, truth, movements, 1, part=part) < 1
+    assert generated_checks._ratio(got, truth * 100, movements, 1, part=part) > generated_checks.LIMIT
+    assert generated_checks._ratio(got[1:], truth[1:], [torch.tensor([torch.nan])], 1) == math.inf
