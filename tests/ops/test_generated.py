@@ -144,7 +144,7 @@ _CONV = {
     "absent": [], "frozen": [], "output_gradient": "plain",
 }  # fmt: skip
 _ONE_TOKEN = {"batch": 1, "height": 1, "width": 1}
-# The tolerance of these four is measured a second time, with rounded intermediates.
+# The tolerance of these is measured a second time, with rounded intermediates.
 _CANCELLING = {
     **_SCAN, **_ONE_TOKEN, "seed": 0, "directions": ["lr"], "dim": 3, "rank": None, "eps": 1e-6, "absent": ["D"],
 }  # fmt: skip
@@ -162,10 +162,13 @@ _ONE_CHANNEL = {
     "dim": 1, "eps": 0.01, "mixed": False, "scales": {}, "layouts": {"o": "plain", "x": "plain"},
     "parameter_layout": "plain", "absent": ["gate"], "frozen": [], "output_gradient": "plain",
 }  # fmt: skip
+_ONE_CHANNEL_LAYER = {**_LAYER, "groups": 3, "dim": 1, "variant": "released", "scan": "cross"}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
-@pytest.mark.parametrize("case", [_CANCELLING, _FEED_FORWARD, _LAYER, _ONE_CHANNEL], ids=lambda case: case["op"])
+@pytest.mark.parametrize(
+    "case", [_CANCELLING, _FEED_FORWARD, _LAYER, _ONE_CHANNEL, _ONE_CHANNEL_LAYER], ids=lambda case: case["op"]
+)
 def test_what_cancels_passes(case, dtype):
     """The gradient of what a norm takes out again, GELU far below 0, one token that decides a row of a gradient."""
     generated_checks.check({**case, "dtype": dtype}, "cpu")

@@ -45,7 +45,7 @@ def _moved(t: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> t
 
 class _Rounded(TorchFunctionMode):
     """Rounds what torch computes in one step as an implementation may: one plus a number near -1 or 0 to one unit in
-    the last place of 1. The other roundings are those of the type.
+    the last place of 1, a norm's mean to one of its own. The other roundings are those of the type.
 
     Args:
         coarse: also in the softplus, and in its derivative, as the ops do in 16 bits on CUDA.
@@ -59,10 +59,17 @@ class _Rounded(TorchFunctionMode):
         sign = torch.randint(0, 2, t.shape, generator=self.generator, dtype=torch.int8).to(t.dtype) * 2 - 1
         return sign * torch.finfo(t.dtype).eps
 
+    def _rounded_mean(self, x, shape, weight=None, bias=None, eps=1e-5) -> torch.Tensor:
+        variance, mean = torch.var_mean(x.detach(), dim=list(range(-len(shape), 0)), correction=0, keepdim=True)
+        moved = self._unit(x) * mean * torch.rsqrt(variance + eps)
+        return moved if weight is None else moved * weight
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func is F.gelu:  # x times 1 + erf
             return out + args[0] * self._unit(out)
+        if func is F.layer_norm:
+            return out + self._rounded_mean(*args, **(kwargs or {}))
         if func is torch.logaddexp and self.coarse:
             noise = self._unit(out) + self._unit(out) * (args[0] - args[0].detach())  # of the value, of the derivative
             return torch.where(args[0].isfinite(), out + noise, out)
