@@ -21,7 +21,7 @@ pytest.importorskip("hypothesis", reason="needs the extra 'test'")
 from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 
 from support import generated_cases, generated_checks  # noqa: E402
-from support.generated_cases import MODULES, OPS  # noqa: E402
+from support.generated_cases import DTYPES, MODULES, OPS  # noqa: E402
 
 QUICK = 30  # cases of each op
 FIXED_SEED = 2407_13772
@@ -130,3 +130,110 @@ def test_a_wrong_result_is_found_and_replayed(monkeypatch):
             check(case, "cpu")
         line = REPLAYS.pop(("cpu", case["op"]))
         assert json.loads(line.partition("--case '")[2].rstrip("'")) == case
+
+
+_SCAN = {
+    "op": "grouped_selective_scan", "seed": 3, "dtype": "float32", "batch": 2, "height": 5, "width": 7,
+    "directions": ["lr", "bt"], "dim": 87, "states": 1, "rank": 3, "softplus": True, "masked": 0, "eps": 1e-5,
+    "mixed": False, "scales": {}, "layouts": dict.fromkeys(("u", "dt", "B", "C", "z"), "plain"),
+    "parameter_layout": "plain", "absent": [], "frozen": [], "output_gradient": "plain",
+}  # fmt: skip
+_CONV = {
+    "op": "depthwise_conv3x3", "seed": 1, "dtype": "float32", "batch": 2, "height": 5, "width": 7, "groups": None,
+    "dim": 87, "activation": None, "mixed": False, "scales": {}, "layouts": {"x": "plain"}, "parameter_layout": "plain",
+    "absent": [], "frozen": [], "output_gradient": "plain",
+}  # fmt: skip
+_ONE_TOKEN = {"batch": 1, "height": 1, "width": 1}
+# The tolerance of these is measured a second time, with rounded intermediates.
+_CANCELLING = {
+    **_SCAN, **_ONE_TOKEN, "seed": 0, "directions": ["lr"], "dim": 3, "rank": None, "eps": 1e-6, "absent": ["D"],
+}  # fmt: skip
+_FEED_FORWARD = {
+    "op": "feed_forward", **_ONE_TOKEN, "seed": 176, "dtype": "float32", "groups": 8, "dim": 87, "layout": "contiguous",
+    "residual": False, "frozen": [], "ratio": 1,
+}  # fmt: skip
+_LAYER = {
+    "op": "layer", **_ONE_TOKEN, "seed": 0, "dtype": "float32", "groups": 1, "dim": 87, "layout": "contiguous",
+    "residual": False, "frozen": [], "variant": "paper", "scan": "grouped", "affinity": False, "states": 1, "conv": 3,
+    "expand": 1.0, "gate_source": "input", "directions": ["lr"] * 8,
+}  # fmt: skip
+_ONE_CHANNEL = {
+    "op": "modulated_layer_norm", "seed": 1609, "dtype": "float32", "batch": 1, "height": 1, "width": 5, "groups": None,
+    "dim": 1, "eps": 0.01, "mixed": False, "scales": {}, "layouts": {"o": "plain", "x": "plain"},
+    "parameter_layout": "plain", "absent": ["gate"], "frozen": [], "output_gradient": "plain",
+}  # fmt: skip
+_ONE_CHANNEL_LAYER = {**_LAYER, "groups": 3, "dim": 1, "variant": "released", "scan": "cross"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "case", [_CANCELLING, _FEED_FORWARD, _LAYER, _ONE_CHANNEL, _ONE_CHANNEL_LAYER], ids=lambda case: case["op"]
+)
+def test_what_cancels_passes(case, dtype):
+    """The gradient of what a norm takes out again, GELU far below 0, one token that decides a row of a gradient."""
+    generated_checks.check({**case, "dtype": dtype}, "cpu")
+
+
+def _scaled(factor):
+    return lambda t, given: t * factor
+
+
+def _swapped(t, given):
+    order = list(range(t.shape[-1]))
+    order[40], order[41] = 41, 40
+    return t[..., order]
+
+
+def _without_last_token(t, given):
+    t = t.clone()
+    t[:, -1, -1] = 0
+    return t
+
+
+def _without_last_row(t, given):
+    return t - given[0][:, -1].sum((0, 1))
+
+
+@pytest.mark.parametrize(
+    ("case", "name", "fault"),
+    [
+        *[(_SCAN, name, _scaled(1.001)) for name in ("out", "du", "ddt", "dA", "dB", "dC", "dD", "ddt_weight")],
+        *[(_SCAN, name, _swapped) for name in ("out", "du", "dD", "ddt_bias", "dnorm_weight", "dgate")],
+        *[(_SCAN, name, _without_last_token) for name in ("out", "du", "ddt", "dB", "dz")],
+        *[({**_SCAN, "dtype": "bfloat16"}, name, _swapped) for name in ("out", "du", "dz")],
+        *[({**_SCAN, "dtype": "float16"}, name, _swapped) for name in ("out", "dD", "ddt_bias", "dnorm_weight")],
+        *[({**_SCAN, "dtype": "float16"}, name, _scaled(1.1)) for name in ("out", "du", "dC", "dnorm_weight")],
+        *[({**_SCAN, "dtype": "float16"}, name, _without_last_token) for name in ("out", "du", "dB")],
+        *[({**_CONV, "dtype": dtype}, "dbias", _without_last_row) for dtype in DTYPES],
+        *[(_CANCELLING, name, _scaled(1.001)) for name in ("out", "du", "ddt", "dB", "dz", "dnorm_weight")],
+        (_FEED_FORWARD, "dmlp.dwconv.weight", _scaled(1.001)),
+        *[(_LAYER, f"dlayer.vsss.{name}", _scaled(1.001)) for name in ("fc1_weight", "fc2_weight")],
+        (_LAYER, "dlayer.vsss.fc2_weight", _swapped),
+        (_ONE_CHANNEL, "dbias", _scaled(1.001)),
+    ],
+    ids=lambda value: value["op"] if isinstance(value, dict) else None,
+)  # fmt: skip
+def test_a_small_fault_is_found(case, name, fault, monkeypatch):
+    """One result of the op is changed; also where the tolerance is measured twice."""
+    run = generated_checks._run
+
+    def faulty(function, tensors, wanted, given, *, layout=None):
+        results = run(function, tensors, wanted, given, layout=layout)
+        if layout is not None:  # the op, not the reference
+            results[name] = fault(results[name], given)
+        return results
+
+    monkeypatch.setattr(generated_checks, "_run", faulty)
+    with pytest.raises(AssertionError, match=f"^{name} is off"):
+        generated_checks.check(case, "cpu")
+
+
+def test_a_result_that_is_not_finite_is_found():
+    """But where the result, or a part that was added up to it, does not fit its type."""
+    got, truth = torch.tensor([torch.nan, 1.0], dtype=torch.float16), torch.tensor([1e3, 1.0], dtype=torch.float64)
+    movements = [torch.full_like(truth, 1e-3)]
+    part = torch.tensor([1e5, 1.0], dtype=torch.float64)
+    assert generated_checks._ratio(got, truth, movements, 1) == math.inf
+    assert generated_checks._ratio(got, truth, movements, 1, part=part) < 1
+    assert generated_checks._ratio(got, truth * 100, movements, 1, part=part) > generated_checks.LIMIT
+    assert generated_checks._ratio(got[1:], truth[1:], [torch.tensor([torch.nan])], 1) == math.inf
