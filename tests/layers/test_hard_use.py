@@ -100,7 +100,7 @@ def test_no_memory_on_the_cpu():
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_the_error_of_memory(monkeypatch, device):
-    """What the compiled op says of a GPU becomes torch's own error, in a forward and in a backward; nothing else does."""
+    """What the compiled op says of a GPU becomes torch's own error, in both passes; nothing else does."""
     from groupmamba_ext import registry
 
     said = f"groupmamba: {device.upper()} out of memory. Tried to allocate 1.00 GiB"
