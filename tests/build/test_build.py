@@ -96,7 +96,7 @@ def test_op_library_uses_only_the_stable_abi(library):
 
 
 def test_only_few_functions_of_torch_may_be_missing(library):
-    """CPU builds of torch lack those of CUDA, torch before 2.13 the text of its errors; any other shim function missing at
+    """CPU builds of torch lack those of CUDA, torch before 2.13 the text of its errors; any other one missing at
     load time is an error."""
     weak = {name for name, required in library.undefined().items() if not required and "torch" in name}
     products = {f"aoti_torch_cuda_{name}_out" for name in ("mm", "bmm", "addmm", "baddbmm")}
