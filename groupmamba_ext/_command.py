@@ -41,14 +41,12 @@ def one_line(error: object) -> str:
     return " ".join(first.split())
 
 
-NO_MEMORY = "ut of memory"  # as csrc/host/tensor.h says it, and torch's GPU allocator
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory was asked for that is not there, on the CPU or a GPU."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in ("DefaultCPUAllocator", NO_MEMORY))
+    words = ("DefaultCPUAllocator", "ut of memory")  # the second as csrc/host/tensor.h says it
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def run_command(name: str, command: Callable[[], int]) -> int:
