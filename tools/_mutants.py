@@ -3,16 +3,18 @@
 
 A mutant is drawn as a file, uniformly among the files of its kind, then a place in it, uniformly: an operator for its
 neighbour, a constant one up, a comparison at its edge, a condition turned round. Comments, strings, declarations of
-types and assertions hold no place. The list of a kind depends on that kind's sources and the seed alone; nothing that
-was drawn is dropped.
+types and assertions hold no place. The list depends on the sources and the seed alone; nothing that was drawn is
+dropped. What is drawn is what has the smallest hash, so that a change of the sources draws few others: a line that
+moves keeps its mutant, and so do the places beside a new one, nearly always.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
-import random
 import re
 import tokenize
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +40,18 @@ class Mutant:
     line: str
     mutated: str
     what: str
+    repeat: int = 0  # of the same change of an equal line, in the order of the file
 
     @property
     def key(self) -> str:
+        """Where it is, for people."""
         return f"{self.file}:{self.number}: {self.what}"
+
+    @property
+    def identity(self) -> str:
+        """What it is, wherever its line has moved."""
+        again = f" ({self.repeat + 1})" if self.repeat else ""
+        return f"{self.file}: {self.line.strip()} => {self.mutated.strip()}{again}"
 
     def apply(self, root: Path) -> None:
         self._replace(root, self.line, self.mutated)
@@ -170,26 +180,44 @@ def files(root: Path, kind: str) -> list[str]:
     return [name for name in names if not LEFT_OUT.search(name) and not name.endswith(".so")]
 
 
+DEPTH = 4  # places of a file that can be drawn
+
+
+def _hash(*parts: object) -> bytes:
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
+
+
 def draw(root: Path, seed: int = SEED) -> list[Mutant]:
     """All mutants of the tree in ``root``."""
     out = []
     for kind, count in COUNTS.items():
-        generator = random.Random(f"{seed} {kind}")
-        names = files(root, kind)
-        chosen: set[tuple] = set()
-        while len(chosen) < count:
-            name = generator.choice(names)
-            text = (root / name).read_text()
-            places = list((python_places if name.endswith(".py") else cpp_places)(text))
-            if not places:
-                continue
-            number, start, end, replacement = generator.choice(places)
-            if (name, number, start) in chosen:
-                continue
-            chosen.add((name, number, start))
-            line = text.splitlines()[number - 1]
-            mutated = line[:start] + replacement + line[end:]
-            out.append(
-                Mutant(kind, name, number, line, mutated, f"{line[start:end]} -> {replacement or 'nothing'} at {start}")
-            )
+        turns = [(_hash(seed, kind, name, turn), name, turn) for name in files(root, kind) for turn in range(DEPTH)]
+        places: dict[str, list[Mutant]] = {}
+        drawn: list[Mutant] = []
+        for _, name, turn in sorted(turns):
+            if len(drawn) == count:
+                break
+            if name not in places:
+                places[name] = _by_hash(kind, name, (root / name).read_text(), seed)
+            if turn < len(places[name]):
+                drawn.append(places[name][turn])
+        out += drawn
     return out
+
+
+def _by_hash(kind: str, name: str, text: str, seed: int) -> list[Mutant]:
+    """All mutants of a file, in an order that the seed and each one's own line tell."""
+    lines, seen = text.splitlines(), Counter[tuple[str, int]]()
+    found: list[tuple[bytes, Mutant]] = []
+    for number, start, end, replacement in (python_places if name.endswith(".py") else cpp_places)(text):
+        line = lines[number - 1]
+        what = f"{line[start:end]} -> {replacement or 'nothing'} at {start}"
+        place = line.strip(), start - (len(line) - len(line.lstrip()))
+        found.append(
+            (
+                _hash(seed, name, *place, seen[place]),
+                Mutant(kind, name, number, line, line[:start] + replacement + line[end:], what, seen[place]),
+            )
+        )
+        seen[place] += 1
+    return [mutant for _, mutant in sorted(found, key=lambda one: one[0])]

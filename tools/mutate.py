@@ -7,10 +7,10 @@
     python tools/mutate.py build --libraries DIR      builds the CUDA mutants, for a machine with a GPU
     python tools/mutate.py run --kinds cuda --libraries DIR
 
-How they are drawn stands in tools/_mutants.py. Results are kept in --report, a JSON file; the same command goes on
-from it. Verdicts: "killed" by the first test that fails (or a crash, or an endless loop), "compiler" where it does not
-compile, "survived" otherwise. Survivors that no test can tell from the original stand in EQUIVALENT with the reason,
-and are not run.
+How they are drawn stands in tools/_mutants.py. Results are kept in --report, tools/mutants.json; the same command goes
+on from it, and runs what a change of the tree has drawn anew. Verdicts: "killed" by the first test that fails (or a
+crash, or an endless loop), "compiler" where it does not compile, "survived" otherwise. Survivors that no test can tell
+from the original stand in EQUIVALENT with the reason, and are not run.
 
 Exit status: 0 where none survived, 1 where some did, 2 where mutants are left.
 """
@@ -204,10 +204,10 @@ def run(options: argparse.Namespace) -> int:
     todo: list[Mutant] = []
     for mutant in mutants:
         if reason := EQUIVALENT.get((mutant.file, mutant.line.strip(), mutant.mutated.strip())):
-            results[mutant.key] = {**asdict(mutant), "verdict": "equivalent", "by": reason, "seconds": 0}
+            results[mutant.identity] = {**asdict(mutant), "verdict": "equivalent", "by": reason, "seconds": 0}
         elif options.libraries and not (Path(options.libraries) / f"{library_name(mutant)}.so.xz").exists():
             print(f"not built: {mutant.key}", flush=True)
-        elif mutant.key not in results or (options.again and results[mutant.key]["verdict"] == "survived"):
+        elif mutant.identity not in results or (options.again and results[mutant.identity]["verdict"] == "survived"):
             todo.append(mutant)
     waiting = iter(todo)
     lock = threading.Lock()
@@ -221,7 +221,7 @@ def run(options: argparse.Namespace) -> int:
                 return
             found = try_out(root, mutant, options)
             with lock:
-                results[mutant.key] = found
+                results[mutant.identity] = found
                 report.write_text(json.dumps(results, indent=1))
             print(f"{found['verdict']}: {mutant.key} ({found['by']}, {found['seconds']} s)", flush=True)
 
@@ -230,11 +230,11 @@ def run(options: argparse.Namespace) -> int:
         for done in [pool.submit(worker, root) for root in roots]:
             done.result()
     report.write_text(json.dumps(results, indent=1))
-    print(table([results[m.key] for m in mutants if m.key in results]))
-    survivors = [m for m in mutants if results.get(m.key, {}).get("verdict") == "survived"]
+    print(table([results[m.identity] | asdict(m) for m in mutants if m.identity in results]))
+    survivors = [m for m in mutants if results.get(m.identity, {}).get("verdict") == "survived"]
     for mutant in survivors:
         print(f"\nsurvived: {mutant.file}:{mutant.number}\n-{mutant.line}\n+{mutant.mutated}")
-    return 1 if survivors else 2 if any(m.key not in results for m in mutants) else 0
+    return 1 if survivors else 2 if any(m.identity not in results for m in mutants) else 0
 
 
 @functools.cache
@@ -306,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("mode", choices=("list", "run", "build", "table"))
     parser.add_argument("--kinds", default="python,cpu", help=f"of {', '.join(COUNTS)}, by commas")
     parser.add_argument("--seed", type=int, default=SEED, help="of what is drawn (default: %(default)s)")
-    parser.add_argument("--report", default="mutants.json", metavar="FILE")
+    parser.add_argument("--report", default=str(ROOT / "tools" / "mutants.json"), metavar="FILE")
     parser.add_argument("--work", metavar="DIR", help="a folder for the copy of the tree, kept for the next call")
     parser.add_argument("--libraries", metavar="DIR", help="of the CUDA mutants' libraries")
     parser.add_argument("--jobs", type=int, default=1, help="mutants at a time, each in a copy of its own")
@@ -321,7 +321,8 @@ def main(argv: list[str] | None = None) -> int:
             print("".join(f"       {line}\n" for line in difference if line[0] in "-+"), end="")
         return 0
     if options.mode == "table":
-        print(table(list(json.loads(Path(options.report).read_text()).values())))
+        results = json.loads(Path(options.report).read_text())
+        print(table([results[m.identity] | asdict(m) for m in draw(ROOT, options.seed) if m.identity in results]))
         return 0
     if options.mode == "run" and options.libraries and options.kinds != "cuda":
         parser.error(f"--libraries are of --kinds cuda, not of {options.kinds}")

@@ -140,8 +140,8 @@ def test_it_stops_in_time_and_goes_on(fake):
 
 def test_mutants_are_enough_and_repeatable():
     mutants = _mutants.draw(ROOT)
-    assert [m.key for m in mutants] == [m.key for m in _mutants.draw(ROOT)] != [m.key for m in _mutants.draw(ROOT, 1)]
-    assert len({m.key for m in mutants}) == len(mutants) >= 60
+    assert mutants == _mutants.draw(ROOT) != _mutants.draw(ROOT, 1)
+    assert len({m.identity for m in mutants}) == len({m.key for m in mutants}) == len(mutants) >= 60
     assert sum(m.kind == "cuda" for m in mutants) >= 15
     folders = {str(Path(m.file).parent) for m in mutants}
     assert {"groupmamba_ext/ops", "python/groupmamba/layers", "csrc/cpu"} <= folders
@@ -152,6 +152,26 @@ def test_mutants_are_enough_and_repeatable():
             lines = text.splitlines()
             lines[mutant.number - 1] = mutant.mutated
             ast.parse("\n".join(lines))
+
+
+def test_a_change_of_the_tree_draws_few_others(tmp_path):
+    """Lines that move keep their mutants; a file more, and a place more in every file, change a quarter of them at most."""
+    before = _mutants.draw(ROOT)
+    for name in {name for kind in _mutants.COUNTS for name in _mutants.files(ROOT, kind)}:
+        target = tmp_path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(("#" if name.endswith(".py") else "//") + " moved\n" + (ROOT / name).read_text())
+    moved = _mutants.draw(tmp_path)
+    assert [m.identity for m in moved] == [m.identity for m in before]
+    assert all(m.number == n.number + 1 for m, n in zip(moved, before, strict=True))
+
+    for kind in _mutants.COUNTS:
+        for name in _mutants.files(ROOT, kind):
+            more = "more = more + 1\n" if name.endswith(".py") else "more = more + 1;\n"
+            (tmp_path / name).write_text((tmp_path / name).read_text() + more)
+    (tmp_path / "csrc" / "cuda" / "new.cu").write_text("int f(int x) { return x + 1; }\n")
+    changed = {m.identity for m in _mutants.draw(tmp_path)} - {m.identity for m in before}
+    assert len(changed) <= len(before) / 4
 
 
 def test_places_are_code():
