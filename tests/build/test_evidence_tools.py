@@ -155,7 +155,7 @@ def test_mutants_are_enough_and_repeatable():
 
 
 def test_a_change_of_the_tree_draws_few_others(tmp_path):
-    """Lines that move keep their mutants; a file more, and a place more in every file, change a quarter of them at most."""
+    """Lines that move keep theirs; a file more, and a place more in every file, change a quarter at most."""
     before = _mutants.draw(ROOT)
     for name in {name for kind in _mutants.COUNTS for name in _mutants.files(ROOT, kind)}:
         target = tmp_path / name
