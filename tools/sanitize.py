@@ -44,8 +44,11 @@ CPU_TESTS = (
     "test_bitwise.py", "test_layer.py", "test_layer_groups.py",
 )  # fmt: skip
 # Those that start Python anew, from the source tree, without the instrumented library; those of the check of generated
-# cases, which compute faults in Python.
-CPU_LEFT_OUT = "not another_process and not import_needs and not is_found and not what_cancels"
+# cases, which compute faults in Python; those whose time is the compiler's of torch, with kernels that others run too.
+CPU_LEFT_OUT = (
+    "not another_process and not import_needs and not is_found and not what_cancels"
+    " and not one_graph and not exports"
+)
 
 
 def build_cpu(folder: Path, jobs: int) -> Path:
