@@ -25,9 +25,11 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 def pytest_configure():
-    # Processes of pytest-xdist that each use all processors mostly wait for one another.
+    # Processes of pytest-xdist that each use all processors mostly wait for one another, unless the environment says
+    # how many threads there are, as CI does.
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    torch.set_num_threads(max(torch.get_num_threads() // workers, 1))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(torch.get_num_threads() // workers, 1))
 
 
 def pytest_collection_modifyitems(config, items):

@@ -4,8 +4,8 @@
 
     python tools/sanitize.py cpu
         Builds the CPU half with AddressSanitizer and UndefinedBehaviorSanitizer (g++, about 2 minutes of one core) and
-        runs the tests of the ops and layers with it. --capability baseline,avx2,avx512 repeats them with each
-        instruction set of this machine; arguments behind -- go to pytest.
+        runs the tests of the ops and layers with it, where pytest-xdist is installed in --jobs processes. --capability
+        baseline,avx2,avx512 repeats them with each instruction set of this machine; arguments behind -- go to pytest.
 
     python tools/sanitize.py gpu --report sanitizers.json
         Runs tests/sanitizer_cases.py, every CUDA kernel forward and backward, under compute-sanitizer's memcheck,
@@ -18,6 +18,7 @@ Exit status: 0 where nothing was found and all was run, 1 where something was fo
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -43,8 +44,11 @@ CPU_TESTS = (
     "test_bitwise.py", "test_layer.py", "test_layer_groups.py",
 )  # fmt: skip
 # Those that start Python anew, from the source tree, without the instrumented library; those of the check of generated
-# cases, which compute faults in Python.
-CPU_LEFT_OUT = "not another_process and not import_needs and not is_found and not what_cancels"
+# cases, which compute faults in Python; those whose time is the compiler's of torch, with kernels that others run too.
+CPU_LEFT_OUT = (
+    "not another_process and not import_needs and not is_found and not what_cancels"
+    " and not one_graph and not exports"
+)
 
 
 def build_cpu(folder: Path, jobs: int) -> Path:
@@ -135,6 +139,8 @@ def run_cpu(options: argparse.Namespace) -> int:
     subprocess.run([sys.executable, "-c", CHECK_LIBRARY, str(prefix)], env=environment, check=True, cwd=folder)
     tests = [str(path) for name in CPU_TESTS for path in sorted((ROOT / "tests").rglob(name))]
     arguments = options.pytest or ["-q", "-x", "-p", "no:cacheprovider", "-k", CPU_LEFT_OUT]
+    if not options.pytest and options.jobs > 1 and importlib.util.find_spec("xdist"):
+        arguments += ["-n", str(options.jobs), "--dist", "worksteal"]
     failed = []
     for capability in options.capability.split(","):
         start = time.monotonic()
@@ -326,7 +332,9 @@ def main(argv: list[str] | None = None) -> int:
     cpu.add_argument(
         "--build", default=str(Path(tempfile.gettempdir()) / f"groupmamba-asan-{os.getuid()}"), metavar="DIR"
     )
-    cpu.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilers at a time")
+    cpu.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilers, and processes of tests, at a time"
+    )
     cpu.add_argument("--capability", default="", help="instruction sets, by commas; default: the widest")
     cpu.add_argument("pytest", nargs="*", help="arguments of pytest in place of the usual")
     gpu = modes.add_parser("gpu", help="compute-sanitizer over every CUDA kernel")

@@ -15,18 +15,25 @@ pytest.importorskip("segmentation_models_pytorch", reason="needs the extra 'visi
 pytest.importorskip("safetensors", reason="needs the extra 'train'")
 
 
+import dense  # noqa: E402
+
+ARGUMENTS = ("--device", "cpu", "--quick")
+
+
 def run(*arguments):
-    argv = [sys.executable, str(ROOT / "bench" / "dense.py"), "--device", "cpu", "--quick", *arguments]
-    return subprocess.run(argv, env=environment(), text=True, capture_output=True)
+    """In this process, which has imported what the program needs: its exit status."""
+    return dense.main([*ARGUMENTS, *map(str, arguments)])
 
 
-def test_rows_and_file(tmp_path):
+def test_rows_and_file(tmp_path, one_thread):
+    """As a program of its own, and once more behind what that wrote."""
     file = tmp_path / "out.json"
     chosen = ["fpn-varied", "mask_rcnn", "upernet"]
     small = ["--models", "groupmamba_tiny", "convnext_atto", "--no-compile", "--json", str(file)]
-    done = run(*small, "--cases", *chosen)
+    argv = [sys.executable, str(ROOT / "bench" / "dense.py"), *ARGUMENTS, *small, "--cases", *chosen]
+    done = subprocess.run(argv, env=environment(), text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
-    assert run(*small, "--cases", "fpn-800", "--append").returncode == 0
+    assert run(*small, "--cases", "fpn-800", "--append") == 0
     first, second = json.loads(file.read_text())
     assert list(first["dense"]) == chosen and list(second["dense"]) == ["fpn-800"]
     for case in first["dense"].values():
@@ -36,8 +43,10 @@ def test_rows_and_file(tmp_path):
     assert done.stdout.count("| `groupmamba_tiny` |") == 3 and "| 1.00 |" in done.stdout
 
 
-def test_an_unknown_model_is_one_line():
-    done = run("--models", "nothing", "--cases", "fpn-512")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "'nothing'" in done.stderr
-    done = run("--cases", "nothing")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
+def test_an_unknown_model_is_one_line(capsys):
+    assert run("--models", "nothing", "--cases", "fpn-512") == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "'nothing'" in said
+    with pytest.raises(SystemExit) as end:
+        run("--cases", "nothing")
+    assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
