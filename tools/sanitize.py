@@ -46,8 +46,7 @@ CPU_TESTS = (
 # Those that start Python anew, from the source tree, without the instrumented library; those of the check of generated
 # cases, which compute faults in Python; those whose time is the compiler's of torch, with kernels that others run too.
 CPU_LEFT_OUT = (
-    "not another_process and not import_needs and not is_found and not what_cancels"
-    " and not one_graph and not exports"
+    "not another_process and not import_needs and not is_found and not what_cancels and not one_graph and not exports"
 )
 
 
