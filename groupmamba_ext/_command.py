@@ -62,8 +62,7 @@ def run_command(name: str, command: Callable[[], int]) -> int:
         print(f"{name}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # Python flushes again at its exit, and would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return CLOSED_PIPE
     except (CommandError, OSError) as error:
         status, message = getattr(error, "status", 1), one_line(error)
@@ -72,7 +71,17 @@ def run_command(name: str, command: Callable[[], int]) -> int:
             raise
         status, message = 1, f"out of memory: {one_line(error)[:160]}"
     print(f"{name}: {message}", file=sys.stderr)
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:  # a full disk, say
+        _drop_output()
     return status
+
+
+def _drop_output() -> None:
+    """What stdout still holds goes nowhere: Python flushes it again at its exit, and would complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def check_out(out: Path) -> None:

@@ -238,9 +238,11 @@ def test_a_defect_keeps_its_traceback():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
-def test_output_that_cannot_be_written():
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_cannot_be_written(unbuffered):
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     with open("/dev/full", "w") as full:
-        done = subprocess.run([*COMMAND, "info"], stdout=full, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run([*COMMAND, "info"], stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
     assert done.returncode == 1
     assert done.stderr == "groupmamba info: [Errno 28] No space left on device\n"
 
