@@ -9,26 +9,14 @@
 #include <vector>
 
 #include "cuda/common/device.h"
+#include "cuda/common/ptx/dependent_launch.cuh"
 
 namespace gm {
 
 constexpr size_t kDefaultSharedLimit = 48 * 1024;
 
-// Programmatic dependent launch (PDL, compute capability 9.0 and newer): the blocks of a kernel may start while the
-// last blocks of the kernel before it still run, which saves about a microsecond between two kernels.
-// pdl_launch_dependents lets the blocks of the next kernel start; pdl_wait waits until everything that earlier kernels
-// write is written. begin_kernel is the first statement of every kernel that launch_kernel launches. A kernel with
-// much to set up calls the two functions itself, and in between does what needs no device memory.
-__device__ __forceinline__ void pdl_launch_dependents() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-__device__ __forceinline__ void pdl_wait() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
+// The first statement of every kernel that launch_kernel launches. A kernel with much to set up calls the two functions
+// itself, and in between does what needs no device memory.
 __device__ __forceinline__ void begin_kernel() {
     pdl_launch_dependents();
     pdl_wait();

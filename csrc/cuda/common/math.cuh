@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "cuda/common/args.h"
+#include "cuda/common/ptx/special.cuh"
 #include "cuda/common/vec.h"
 
 namespace gm {
@@ -109,22 +110,6 @@ __device__ __forceinline__ bool keeps_branch(const DropPathArg& drop_path, int64
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-__device__ __forceinline__ float ex2_approx(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-__device__ __forceinline__ float lg2_approx(float x) {
-    float y;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-__device__ __forceinline__ float rcp_approx(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 // sum / count, given 1 / count, rounded once: the error of the reciprocal would be multiplied by mean / deviation.
 __device__ __forceinline__ float mean_of(float sum, float count, float inverse) {
     const float mean = sum * inverse;
@@ -134,12 +119,6 @@ __device__ __forceinline__ float mean_of(float sum, float count, float inverse) 
 // Steps and decays. For 16-bit storage the step is kept in units of ln 2, s' = s / ln 2, so that both special
 // functions work in base 2: s' = max(x', 0) + lg2(1 + 2^-|x'|) with x' = x / ln 2 (dt_weight and dt_bias contain the
 // factor), and exp(s A) = 2^(s' A). kStepUnit is the unit.
-__device__ __forceinline__ float rsqrt_approx(float x) {
-    float y;
-    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 template <class T>
 struct Math {  // 16-bit storage
     static constexpr float kStepUnit = kLn2;
@@ -171,7 +150,7 @@ struct Math<float> {
 // exp(step A), kept in registers over all phases of the scan's backward, would take 28 of them.
 __device__ __forceinline__ void hide(float (&x)[kVec]) {
 #pragma unroll
-    for (int j = 0; j < kVec; ++j) asm volatile("" : "+f"(x[j]));
+    for (int j = 0; j < kVec; ++j) forget(x[j]);
 }
 
 }  // namespace gm

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "cuda/common/ptx/memory.cuh"
+
 namespace gm {
 
 constexpr uint32_t kNotReady = 0xffffffffu;
@@ -15,21 +17,17 @@ __device__ __forceinline__ uint32_t ready_bits(float v) {
     return bits == kNotReady ? 0x7fffffffu : bits;
 }
 __device__ __forceinline__ void publish_state(float* to, float v) {
-    asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(to), "r"(ready_bits(v)) : "memory");
+    store_relaxed(reinterpret_cast<uint32_t*>(to), ready_bits(v));
 }
 __device__ __forceinline__ uint32_t poll_state(const float* from) {
-    uint32_t bits;
-    asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(bits) : "l"(from) : "memory");
-    return bits;
+    return load_relaxed(reinterpret_cast<const uint32_t*>(from));
 }
 __device__ __forceinline__ void publish_aggregate(float2* to, float x, float y) {
     const uint64_t bits = uint64_t{__float_as_uint(y)} << 32 | ready_bits(x);
-    asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to), "l"(bits) : "memory");
+    store_relaxed(reinterpret_cast<uint64_t*>(to), bits);
 }
 __device__ __forceinline__ uint64_t poll_aggregate(const float2* from) {
-    uint64_t bits;
-    asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(bits) : "l"(from) : "memory");
-    return bits;
+    return load_relaxed(reinterpret_cast<const uint64_t*>(from));
 }
 
 }  // namespace gm

@@ -18,8 +18,8 @@ namespace gm {
 // Called, not inlined: inlined, it takes registers from blocks that share nothing, 4% of the forward at 128 x 28 and
 // 5% at 352 x 14.
 template <class Block>
-__device__ __noinline__ float look_back(float* plane, int tiles, int blocks_per_plane, int step, float state, float P,
-                                        float h) {
+__device__ __attribute__((noinline)) float look_back(float* plane, int tiles, int blocks_per_plane, int step,
+                                                     float state, float P, float h) {
     constexpr int kLanes = Block::kScanLanes, kHeld = kLanes == 2 ? 3 : 8;  // 4 for 2 lanes would make the caller spill
     const int channel = threadIdx.x / kLanes, q = threadIdx.x % kLanes;
     float2* const pairs = reinterpret_cast<float2*>(plane) + channel;

@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0
+// Accesses to device memory that other blocks see, each in one piece and in no order with others.
+#pragma once
+
+#include <cstdint>
+
+namespace gm {
+
+__device__ __forceinline__ void store_relaxed(uint32_t* to, uint32_t v) {
+    asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
+}
+__device__ __forceinline__ void store_relaxed(uint64_t* to, uint64_t v) {
+    asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to), "l"(v) : "memory");
+}
+__device__ __forceinline__ uint32_t load_relaxed(const uint32_t* from) {
+    uint32_t v;
+    asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
+    return v;
+}
+__device__ __forceinline__ uint64_t load_relaxed(const uint64_t* from) {
+    uint64_t v;
+    asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(v) : "l"(from) : "memory");
+    return v;
+}
+
+}  // namespace gm

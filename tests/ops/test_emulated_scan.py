@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels of the scan without a GPU: as threads of the CPU against the float64 reference, and under
+ThreadSanitizer, which finds a missing barrier. See tests/support/emulation/README.md."""
+
+import functools
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import groupmamba_ext as ext
+from support import emulation
+from support.common import check
+from support.scan import MIXED, inputs
+
+SANITIZED = "GROUPMAMBA_EMULATION"  # names the sanitized library in the process that runs it
+pytestmark = pytest.mark.skipif(
+    platform.machine() != "x86_64" or shutil.which(os.environ.get("CXX", "g++")) is None,
+    reason="needs a C++ compiler for x86-64",
+)
+
+PORTABLE = [  # dim, states, rank, h, w: lanes from 1 to 32, one tile and several, aligned and not
+    (1, 1, 1, 3, 5), (3, 1, 1, 5, 7), (16, 1, None, 9, 11), (16, 1, 1, 29, 31), (64, 1, 2, 11, 13), (20, 3, 2, 11, 13),
+    (32, 2, 2, 21, 22), (87, 2, 6, 7, 9), (128, 1, 8, 7, 17),
+]  # fmt: skip
+SM90 = [  # whole columns, ragged ones and runs of them; whole widths, narrow ones and others; one tile and several
+    (16, 1, 1, 5, 7), (16, 1, 1, 28, 28), (16, 1, 1, 60, 10), (24, 1, 2, 9, 11), (32, 1, 2, 14, 16), (64, 1, 4, 28, 9),
+    (72, 1, 6, 14, 14), (88, 1, 6, 9, 17), (128, 1, 14, 3, 40), (16, 1, 1, 29, 31),
+]  # fmt: skip
+
+
+if SANITIZED in os.environ:  # every access is looked at, twenty times as slow
+    PORTABLE, SM90 = PORTABLE[2::3], SM90[0::3]
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory) -> Path:
+    if SANITIZED in os.environ:
+        return Path(os.environ[SANITIZED])
+    return emulation.build(tmp_path_factory.mktemp("emulation"))
+
+
+def compare(library, kernel, tensors, **options):
+    options = {"directions": MIXED[: tensors["u"].shape[3]], "norm_eps": 0.1, **options}
+    return check(
+        functools.partial(emulation.scan, library, kernel), ext.reference.grouped_selective_scan, tensors, options
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim, n, rank, h, w", PORTABLE)
+def test_portable(library, dtype, dim, n, rank, h, w):
+    compare(library, "portable", inputs("cpu", dtype, batch=1, dim=dim, n=n, rank=rank, h=h, w=w))
+
+
+@pytest.mark.parametrize("drop", [("z",), ("norm_weight", "norm_bias"), ("D", "dt_bias", "gate"), ("norm_bias",)])
+def test_portable_without_options(library, drop):
+    compare(library, "portable", inputs("cpu", dim=20, n=2, h=5, w=7, groups=2, drop=drop))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim, n, rank, h, w", SM90)
+def test_sm90(library, dtype, dim, n, rank, h, w):
+    compare(library, "sm90", inputs("cpu", dtype, batch=1, dim=dim, n=n, rank=rank, h=h, w=w))
+
+
+def test_sm90_goes_through_several_images(library):
+    compare(library, "sm90", inputs("cpu", torch.bfloat16, batch=3, dim=64, groups=2, h=7, w=9))
+
+
+def sanitized(folder: Path, chosen: str, **options) -> subprocess.CompletedProcess:
+    """Some of the tests above under ThreadSanitizer."""
+    compiler = os.environ.get("CXX", "g++")
+    runtime = subprocess.run([compiler, "-print-file-name=libtsan.so"], capture_output=True, text=True).stdout.strip()
+    if not os.path.isabs(runtime):
+        pytest.skip(f"{compiler} has no ThreadSanitizer")
+    environment = {
+        **os.environ,
+        SANITIZED: str(emulation.build(folder, threads_sanitized=True, **options)),
+        "LD_PRELOAD": runtime,
+        "TSAN_OPTIONS": "ignore_noninstrumented_modules=1 exitcode=66",
+        "OMP_NUM_THREADS": "1",
+    }
+    argv = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-k", chosen, __file__]
+    return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.skipif(SANITIZED in os.environ, reason="runs in that process")
+def test_no_thread_reads_what_another_one_writes(tmp_path):
+    done = sanitized(tmp_path, "(test_portable and dtype1) or (test_sm90 and dtype0) or images")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout and "data race" not in done.stderr
+
+
+@pytest.mark.skipif(SANITIZED in os.environ, reason="runs in that process")
+def test_a_missing_barrier_is_found(tmp_path):
+    csrc = tmp_path / "csrc"
+    shutil.copytree(emulation.ROOT / "csrc", csrc)
+    tile = csrc / "cuda" / "scan" / "tile.cuh"
+    whole = tile.read_text()
+    assert whole.count("    __syncthreads();\n    for (int i = 0; i < coord.num_warps(); ++i)") == 1
+    tile.write_text(
+        whole.replace(
+            "    __syncthreads();\n    for (int i = 0; i < coord.num_warps()",
+            "    for (int i = 0; i < coord.num_warps()",
+        )
+    )
+    done = sanitized(tmp_path, "test_portable and 128 and dtype1", csrc=csrc)
+    assert done.returncode != 0 and "data race" in done.stderr and "block_scan" in done.stderr

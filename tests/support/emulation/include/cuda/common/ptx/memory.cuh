@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: Apache-2.0
+// In place of csrc/cuda/common/ptx/memory.cuh.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+namespace gm {
+
+template <class T>
+void store_relaxed(T* to, T v) {
+    __atomic_store_n(to, v, __ATOMIC_RELAXED);
+}
+template <class T>
+T load_relaxed(const T* from) {
+    return __atomic_load_n(from, __ATOMIC_RELAXED);
+}
+
+}  // namespace gm

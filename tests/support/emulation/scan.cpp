@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels of csrc/cuda/scan/ on the CPU, for emulation.py: what the op entries of csrc/ops/ do, without torch.
+#include <vector>
+
+#include "cuda/common/ptx/tma.cuh"
+#include "cuda/common/tensor_map.h"
+#include "cuda/scan/launch.h"
+#include "cuda/scan/plan.h"
+#include "cuda/scan/sm90/launch.h"
+
+namespace gm {
+
+bool encode_tensor_map(CUtensorMap& map, const void* tensor, DType, const TensorMapShape& shape, CUtensorMapL2promotion,
+                       CUtensorMapSwizzle) {
+    map.base = static_cast<char*>(const_cast<void*>(tensor));
+    bool allowed = reinterpret_cast<uintptr_t>(tensor) % 16 == 0 && shape.box[0] * 2 % 16 == 0;
+    for (int d = 0; d < kMapRank; ++d) {
+        map.sizes[d] = shape.sizes[d], map.box[d] = d < 3 ? shape.box[d] : 1;
+        map.strides[d] = d > 0 ? shape.strides[d - 1] : 1;
+        allowed = allowed && map.sizes[d] > 0 && map.box[d] > 0 && map.box[d] <= kBoxLimit &&
+                  (d == 0 || map.strides[d] * 2 % 16 == 0);
+    }
+    return allowed;
+}
+
+namespace {
+
+constexpr int kParameters = 7;
+
+struct Sizes {  // as in emulation.py
+    int64_t batch, height, width, groups, dim, states, rank, param_dim, norm_dim;
+    int dtype, softplus, aligned;
+    float norm_eps;
+};
+
+ScanShape shape_of(const Sizes& sizes, const int* directions) {
+    ScanShape s{};
+    s.batch = sizes.batch, s.scans = 1;
+    s.height = static_cast<int>(sizes.height), s.width = static_cast<int>(sizes.width);
+    s.groups = static_cast<int>(sizes.groups), s.dim = static_cast<int>(sizes.dim);
+    s.states = static_cast<int>(sizes.states), s.rank = static_cast<int>(sizes.rank);
+    s.param_dim = static_cast<int>(sizes.param_dim), s.norm_dim = static_cast<int>(sizes.norm_dim);
+    s.lanes = scan_lanes(s.dim);
+    s.softplus = sizes.softplus != 0, s.aligned = sizes.aligned != 0, s.norm_eps = sizes.norm_eps;
+    for (int g = 0; g < s.groups; ++g) s.directions[g / 16] |= static_cast<uint32_t>(directions[g]) << (2 * (g % 16));
+    return s;
+}
+
+template <class Args>
+void set_inputs(Args& args, const ScanShape& s, const ImageArg* images, const ParamArg* parameters) {
+    args.shape = s;
+    args.u = images[0], args.dt = images[1], args.B = images[2], args.C = images[3], args.z = images[4];
+    ParamArg* const places[kParameters] = {&args.A,           &args.D,         &args.dt_weight, &args.dt_bias,
+                                           &args.norm_weight, &args.norm_bias, &args.gate};
+    for (int i = 0; i < kParameters; ++i) *places[i] = parameters[i];
+    args.chunk = kBwdTile / s.lanes;
+    args.num_chunks = scan_saved_states(s.height, s.width, s.dim, args.chunk);
+}
+
+int64_t tokens_of(const ScanShape& s) { return static_cast<int64_t>(s.height) * s.width; }
+std::vector<float> carry_of(const ScanShape& s) {
+    return std::vector<float>(s.states > 1 ? 2 * s.batch * s.groups * s.states * s.dim : 0);
+}
+
+const char* forward(bool sm90, const ScanShape& s, DType dtype, const ImageArg* images, const ParamArg* parameters,
+                    float* states) {
+    ScanFwdArgs args;
+    set_inputs(args, s, images, parameters);
+    args.y = images[5], args.states = states;
+    std::vector<float> carry = carry_of(s);
+    if (states == nullptr && s.states > 1) args.carry = carry.data();
+    if (!sm90) {
+        args.shape.threads = scan_fwd_threads(s.lanes, tokens_of(s));
+        return launch_grouped_scan_fwd(args, dtype, nullptr) == cudaSuccess ? nullptr : "not launched";
+    }
+    ScanFwdSm90Args own{};
+    own.scan = args;
+    if (!prepare_grouped_scan_fwd_sm90(dtype, own)) return "no tensor map";
+    if (share_grouped_scan_fwd_sm90(own, dtype) != cudaSuccess) return "not shared";
+    return launch_grouped_scan_fwd_sm90(own, dtype, nullptr) == cudaSuccess ? nullptr : "not launched";
+}
+
+const char* backward(bool sm90, const ScanShape& s, DType dtype, const ImageArg* images, const ParamArg* parameters,
+                     const float* states, const ImageArg* gradients, const ParamOut* parameter_gradients) {
+    ScanBwdArgs args;
+    set_inputs(args, s, images, parameters);
+    args.dy = images[5], args.states = states;
+    args.du = gradients[0], args.ddt = gradients[1], args.dB = gradients[2], args.dC = gradients[3];
+    args.dz = gradients[4];
+    std::vector<float> carry = carry_of(s);
+    if (s.states > 1) args.carry = carry.data();
+    std::vector<float> partials;
+    const auto partials_of = [&](int parts) {
+        partials.assign(s.batch * parts * s.groups * (s.states + kFixedRows + s.rank) * s.param_dim, NAN);
+        return partials.data();
+    };
+    ScanReduceArgs sums;
+    if (sm90) {
+        ScanBwdSm90Args own{};
+        own.scan = args;
+        own.scan.shape.threads = kTileThreads;
+        if (!prepare_grouped_scan_bwd_sm90(dtype, own)) return "no tensor map";
+        if (share_grouped_scan_bwd_sm90(own, dtype) != cudaSuccess) return "not shared";
+        sums.parts = own.plan.blocks_per_plane;
+        own.scan.partials = partials_of(sums.parts);
+        if (launch_grouped_scan_bwd_sm90(own, dtype, nullptr) != cudaSuccess) return "not launched";
+    } else {
+        args.shape.threads = scan_bwd_threads(s.lanes, tokens_of(s), s.states == 1, dtype == DType::kFloat ? 4 : 2);
+        sums.parts = args.shape.threads / 32;
+        args.partials = partials_of(sums.parts);
+        if (launch_grouped_scan_bwd(args, dtype, nullptr) != cudaSuccess) return "not launched";
+    }
+    sums.partials = partials.data(), sums.batch = s.batch, sums.groups = s.groups;
+    sums.dim = sums.param_dim = s.param_dim, sums.states = s.states, sums.rank = s.rank;
+    sums.norm_weight = args.norm_weight, sums.norm_bias = args.norm_bias, sums.gate = args.gate;
+    ParamOut* const places[kParameters] = {&sums.dA,           &sums.dD,         &sums.ddt_weight, &sums.ddt_bias,
+                                           &sums.dnorm_weight, &sums.dnorm_bias, &sums.dgate};
+    for (int i = 0; i < kParameters; ++i) *places[i] = parameter_gradients[i];
+    return launch_scan_reduce(sums, dtype, nullptr) == cudaSuccess ? nullptr : "sums not launched";
+}
+
+}  // namespace
+}  // namespace gm
+
+// States that a forward saves for a backward, in floats.
+extern "C" int64_t emulated_scan_states(const gm::Sizes* sizes) {
+    const int64_t chunk = gm::kBwdTile / gm::scan_lanes(static_cast<int>(sizes->dim));
+    return sizes->batch * sizes->groups * sizes->states * sizes->param_dim *
+           gm::scan_saved_states(sizes->height, sizes->width, sizes->dim, chunk);
+}
+
+// Null, or what went wrong. Images are u, dt, B, C, z and y (backward: dy); parameters and their gradients A, D,
+// dt_weight, dt_bias, norm_weight, norm_bias and gate.
+extern "C" const char* emulated_scan_fwd(int sm90, const gm::Sizes* sizes, const int* directions,
+                                         const gm::ImageArg* images, const gm::ParamArg* parameters, float* states) {
+    const gm::ScanShape shape = gm::shape_of(*sizes, directions);
+    return gm::forward(sm90 != 0, shape, static_cast<gm::DType>(sizes->dtype), images, parameters, states);
+}
+extern "C" const char* emulated_scan_bwd(int sm90, const gm::Sizes* sizes, const int* directions,
+                                         const gm::ImageArg* images, const gm::ParamArg* parameters,
+                                         const float* states, const gm::ImageArg* gradients,
+                                         const gm::ParamOut* parameter_gradients) {
+    const gm::ScanShape shape = gm::shape_of(*sizes, directions);
+    return gm::backward(sm90 != 0, shape, static_cast<gm::DType>(sizes->dtype), images, parameters, states, gradients,
+                        parameter_gradients);
+}
