@@ -86,7 +86,8 @@ EVERY = (
     "test_cross_scan.py", "test_layer.py", "test_layer_groups.py", "test_layer_values.py", "test_layer_ops.py",
     "test_layer_state.py", "test_unwritten_memory.py", "test_feed_forward.py", "test_batch_norm.py",
     "test_entry_conv.py", "test_plain.py", "test_explain.py", "test_backend.py", "test_bitwise.py", "test_hard_use.py",
-    "test_forward_mode.py", "test_tracing.py", "test_transforms.py", "test_models.py",
+    "test_forward_mode.py", "test_onednn_linear.py", "test_tools.py", "test_tracing.py", "test_transforms.py",
+    "test_models.py",
 )  # fmt: skip
 LIBRARY, UNCHANGED = "groupmamba_ext/libgroupmamba.so", "unchanged"  # a folder for the libraries of the tree as it is
 SECONDS = 1200  # of processor time for the tests of one mutant; the unchanged tree takes a third

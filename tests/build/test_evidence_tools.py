@@ -174,6 +174,12 @@ def test_a_change_of_the_tree_draws_few_others(tmp_path):
     assert len(changed) <= len(before) / 4
 
 
+def test_mutants_meet_every_test_of_ops_and_layers():
+    files = {path.name for folder in ("ops", "layers") for path in (ROOT / "tests" / folder).glob("test_*.py")}
+    # The one calls what others call; the other compiles the CUDA kernels of its own tree, not the mutant's library.
+    assert files - set(mutate.EVERY) == {"test_selftest.py", "test_emulated_scan.py"}
+
+
 def test_places_are_code():
     """No comment, string, signature, import, assertion, template or pointer."""
     python = '''"""1 + 1"""
