@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import groupmamba_ext as ext
+from groupmamba import GroupedMamba2d
 from groupmamba.layers.token_norm import TokenNorm
 from groupmamba_ext.layouts import BIASED_CHANNELS, FUSED_CHANNELS
 from groupmamba_ext.ops.token_norm import token_norm
@@ -88,3 +89,14 @@ def test_no_autocast_of_float64(autocast):
 @pytest.mark.parametrize("dtype", IMAGE_DTYPES)
 def test_outside_autocast_an_image_keeps_its_dtype(dtype):
     assert token_norm(torch.empty(2, 3, 5, 16, dtype=dtype), *torch.empty(2, 16), 1e-5).dtype == dtype
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_layer_is_one_op_whose_first_result_is_the_image(wanted):
+    """With a gradient that which keeps what the backward needs; it is not what comes back."""
+    layer = GroupedMamba2d(64)
+    x = torch.empty(2, 64, 5, 7, requires_grad=wanted).to(memory_format=torch.channels_last)
+    with OwnOps() as mode, torch.set_grad_enabled(wanted):
+        y = layer(x)
+    assert [name for name, _ in mode.calls] == ["grouped_mamba_layer_fwd" if wanted else "grouped_mamba_layer"]
+    assert y.shape == x.shape and y.dtype == x.dtype and y.requires_grad == wanted
