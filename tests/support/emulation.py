@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels of the scan as threads of the CPU: see emulation/README.md."""
+"""The CUDA kernels of the scan on the CPU: see emulation/README.md."""
 
 import ctypes
 import functools
@@ -47,7 +47,7 @@ def build(folder: Path, *, threads_sanitized: bool = False, csrc: Path = ROOT / 
     sanitizer = ["-fsanitize=thread"] if threads_sanitized else []
 
     def compile_one(source: Path) -> Path:
-        own = [*sanitizer] if source.name != "scheduler.cpp" else ["-DEMULATION_TSAN"] * threads_sanitized
+        own = sanitizer if source.name != "scheduler.cpp" else ["-DEMULATION_TSAN"] * threads_sanitized
         compiled = folder / f"{source.parent.name}_{source.stem}.o"
         # What C++ has no words for: an array that the launch gives its size.
         text = DYNAMIC_SHARED.sub(
@@ -98,15 +98,13 @@ class _Scan(torch.autograd.Function):
         sizes.aligned = dim % 4 == 0
         directions = _array(ctypes.c_int, [CODES[d] for d in options["directions"]])
         lib = load(library)
-        y, states = (
-            torch.full_like(u, torch.nan),
-            torch.full((lib.emulated_scan_states(ctypes.byref(sizes)),), torch.nan),
-        )
+        y = torch.full_like(u, torch.nan)
+        states = torch.full((lib.emulated_scan_states(ctypes.byref(sizes)),), torch.nan)
         arguments = [int(sm90), ctypes.byref(sizes), directions, _array(ImageArg, [_image(t) for t in (*images, y)])]
         arguments += [_array(ParamArg, [_parameter(t) for t in parameters])]
         problem = lib.emulated_scan_fwd(*arguments, ctypes.c_void_p(states.data_ptr()))
         assert problem is None, problem
-        ctx.library, ctx.arguments, ctx.sizes = library, arguments, sizes
+        ctx.library, ctx.arguments = library, arguments
         ctx.kept = tensors, states
         return y
 
