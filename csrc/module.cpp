@@ -90,15 +90,16 @@ py::dict limits() {
                     "workspace_unit"_a = gm::WorkspaceLayout::kAlignment);
 }
 
-int64_t chunk_of(int64_t dim) {
+int64_t chunk_of(int64_t dim, int64_t states) {
     check_range("dim", dim, 1, gm::kMaxScanDim);
-    return gm::kBwdTile / gm::scan_lanes(static_cast<int>(dim));
+    check_range("states", states, 1, gm::kMaxStates);
+    return gm::scan_chunk(dim, states);
 }
 
-int64_t saved_states(int64_t height, int64_t width, int64_t dim) {
+int64_t saved_states(int64_t height, int64_t width, int64_t dim, int64_t states) {
     check_range("height", height, 0, INT32_MAX);
     check_range("width", width, 0, INT32_MAX);
-    return gm::scan_saved_states(height, width, dim, chunk_of(dim));
+    return gm::scan_saved_states(height, width, dim, chunk_of(dim, states));
 }
 
 int64_t slice_width(int64_t dim) {
@@ -121,7 +122,7 @@ std::pair<int64_t, int64_t> layer_saved(int64_t batch, int64_t height, int64_t w
                                         int64_t inner, int64_t states, int64_t rank, int64_t hidden, bool merges) {
     check_range("groups", groups, 1, gm::kMaxGroups);
     gm::LayerSizes s = gm::layer_sizes_of(batch, height, width, groups, channels, inner, states, rank, hidden, merges);
-    s.saved_states = saved_states(height, width, s.inner_pad);
+    s.saved_states = saved_states(height, width, s.inner_pad, s.states);
     gm::WorkspaceLayout workspace;
     gm::reserve_layer(s, true, workspace);
     return {workspace.image_elements(), workspace.float_elements()};
@@ -148,8 +149,9 @@ PYBIND11_MODULE(_C, m) {
 
     py::module_ layouts = m.def_submodule("layouts", "Sizes and strides of what the ops allocate; sizes of CUDA.");
     layouts.def("limits", &limits);
-    layouts.def("chunk_tokens", &chunk_of, "dim"_a, "Path tokens between two saved states.");
-    layouts.def("saved_states", &saved_states, "height"_a, "width"_a, "dim"_a, "Of a plane, for its backward.");
+    layouts.def("chunk_tokens", &chunk_of, "dim"_a, "states"_a, "Path tokens between two saved states.");
+    layouts.def("saved_states", &saved_states, "height"_a, "width"_a, "dim"_a, "states"_a,
+                "Of a plane, for its backward.");
     layouts.def("slice_width", &slice_width, "dim"_a, "Channels of a launch of the cross scan.");
     layouts.def("padded_features", &gm::padded_features, "features"_a, "inner_pad"_a);
     layouts.def(

@@ -24,6 +24,7 @@ CPU_CHUNK = 64  # path tokens whose scan fits L2; the CPU kernels take any numbe
 _LANE_CHANNELS = 4
 _THREAD_TOKENS = 7
 _TILE = _THREAD_TOKENS * 128  # tokens times lanes of a tile of the scan's backward
+_MANY_STATES, _MANY_STATES_CHUNK = 5, 28  # from so many states on, so many tokens
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -87,10 +88,13 @@ def padded_features(features: int, inner_pad: int) -> int:
 # Saved states of the scans -----------------------------------------------------------------
 
 
-def chunk_tokens(dim: int, device_type: str) -> int:
-    """Path tokens between two saved states of a scan of ``dim`` channels; on CUDA those of a tile of the backward."""
+def chunk_tokens(dim: int, states: int, device_type: str) -> int:
+    """Path tokens between two saved states of a scan of ``dim`` channels with ``states`` states each; on CUDA those of
+    a tile of the backward."""
     if device_type == "cpu":
         return CPU_CHUNK
+    if states >= _MANY_STATES:
+        return _MANY_STATES_CHUNK
     lanes = 1
     while lanes * _LANE_CHANNELS < min(dim, FUSED_CHANNELS):
         lanes *= 2
@@ -131,13 +135,13 @@ def _column_tiles(height: int, width: int, dim: int, chunk: int) -> int:
 def cross_slices(dim: int) -> list[int]:
     """Channels of the launches that scan ``dim`` channels of a cross scan on CUDA."""
     count = -(-dim // FUSED_CHANNELS)
-    width = dim if count == 1 else -(-dim // count // _LANE_CHANNELS) * _LANE_CHANNELS
+    width = dim if count == 1 else padded(-(-dim // count))
     return [min(width, dim - first) for first in range(0, dim, width)]
 
 
-def cross_chunk(dim: int, device_type: str) -> int:
+def cross_chunk(dim: int, states: int, device_type: str) -> int:
     """Path tokens between two saved states of a cross scan; on CUDA those of the first slice."""
-    return chunk_tokens(dim if device_type == "cpu" else cross_slices(dim)[0], device_type)
+    return chunk_tokens(dim if device_type == "cpu" else cross_slices(dim)[0], states, device_type)
 
 
 def cross_saved_elements(u: Tensor, scans: int, states: int, chunk: int) -> int:
@@ -148,7 +152,8 @@ def cross_saved_elements(u: Tensor, scans: int, states: int, chunk: int) -> int:
     if kind == "cpu":
         elements = saved_states(height, width, dim, kind, chunk) * dim
     else:
-        elements = sum(saved_states(height, width, p, kind, chunk_tokens(p, kind)) * p for p in cross_slices(dim))
+        slices = ((p, chunk_tokens(p, states, kind)) for p in cross_slices(dim))
+        elements = sum(saved_states(height, width, p, kind, tokens) * p for p, tokens in slices)
     return batch * groups * scans * states * elements
 
 

@@ -39,10 +39,15 @@ SCANS = [  # dim, rank, states, h, w: the portable kernels, aligned and not
     # planes of more tiles than a segment, shared like all those above of more than one tile
     (16, 1, 1, 30, 600), (128, 14, 1, 33, 29),
 ]  # fmt: skip
+SCANS += [  # the kernels for several states
+    (16, 1, 16, 21, 43), (6, None, 64, 5, 7), (87, 6, 17, 9, 11), (112, 7, 16, 7, 7), (128, 8, 16, 6, 9),
+    (1, 1, 5, 3, 3), (32, 2, 40, 9, 14),
+]  # fmt: skip
 MANY_IMAGES = [(24, 2, 1, 15, 16), (112, 7, 1, 7, 7)]  # planes that are not shared
 CROSS = [  # dim, rank, states, h, w: the last in two slices of its channels
     (3, 1, 1, 5, 7), (16, 1, 1, 56, 56), (40, 2, 3, 29, 31), (87, 6, 1, 7, 9), (16, None, 1, 9, 11), (32, 2, 2, 90, 91),
-    (132, 3, 1, 6, 5),
+    (132, 3, 1, 6, 5), (40, 2, 16, 9, 11), (132, 3, 5, 6, 5), (96, 6, 1, 9, 17), (192, 6, 1, 14, 14),
+    (16, 1, 1, 30, 300),
 ]  # fmt: skip
 
 # dim, h, w: groups of 16, 32, 11, 87, 112 channels, and of 1 in the portable scan, padded to 8

@@ -20,10 +20,11 @@ inline DType dtype_of(const Tensor& t) {
 }
 
 // For a scan of `dim` channels a group: the kernels save states that many tokens apart.
-inline void check_cuda_chunk(int64_t dim, int64_t chunk) {
+inline void check_cuda_chunk(int64_t dim, int64_t states, int64_t chunk) {
     GM_CHECK(dim <= kMaxScanDim, "the CUDA scan takes up to ", kMaxScanDim, " channels a group, got ", dim);
-    const int expected = kBwdTile / scan_lanes(static_cast<int>(dim));
-    GM_CHECK(chunk == expected, "on CUDA chunk must be ", expected, " for ", dim, " channels, got ", chunk);
+    const int expected = scan_chunk(dim, states);
+    GM_CHECK(chunk == expected, "on CUDA chunk must be ", expected, " for ", dim, " channels of ", states,
+             " states, got ", chunk);
 }
 
 // `t` must be canonical (see canonical_image).

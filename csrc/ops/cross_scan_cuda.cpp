@@ -1,16 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 // cross_selective_scan on CUDA, by the kernels of the grouped scan: K scans of each of G groups are G * K groups that
 // share the images u and dy. They give K images, which one more kernel adds. Where there are more channels than a warp
-// holds, they are scanned in slices, one launch each. Schemas and layouts: csrc/schemas.cpp.
+// holds, they are scanned in slices, one launch each; the sm_90 kernels take the K scans of one group in a launch.
+// Schemas and layouts: csrc/schemas.cpp.
 #include "cuda/images/launch.h"
 #include "cuda/scan/launch.h"
+#include "cuda/scan/sm90/launch.h"
+#include "cuda/scan/sm90/select.h"
 #include "host/cuda_args.h"
 #include "host/explain.h"
 #include "host/scan_args.h"
 #include "host/stream.h"
+#include "ops/scan_kernels.h"
+#include "ops/scan_sm90.h"
 
 namespace gm {
 namespace {
+
+constexpr const char* kOp = "cross_selective_scan";
 
 // Channels [first, first + dim) of every group, and the part of the saved states that is theirs.
 struct Slice {
@@ -31,7 +38,7 @@ std::vector<Slice> slices_of(const CrossSizes& s) {
     int64_t states = 0;
     for (int64_t first = 0; first < s.dim; first += width) {
         Slice slice{first, std::min(width, s.dim - first), 0, 0, states};
-        slice.chunk = kBwdTile / scan_lanes(static_cast<int>(slice.dim));
+        slice.chunk = scan_chunk(slice.dim, s.states);
         slice.saved = scan_saved_states(s.height, s.width, slice.dim, slice.chunk);
         states += s.batch * s.groups * s.scans * slice.saved * s.states * slice.dim;
         slices.push_back(slice);
@@ -51,7 +58,8 @@ CrossSizes check_inputs(const CrossInputs& in) {
              " scans of all groups together, got ", s.groups, " groups in ", s.scans, " directions");
     GM_CHECK(s.dim <= INT32_MAX, "D must be below 2^31, got ", s.dim);
     const int64_t chunk = slices_of(s)[0].chunk;
-    GM_CHECK(in.chunk == chunk, "on CUDA chunk must be ", chunk, " for ", s.dim, " channels, got ", in.chunk);
+    GM_CHECK(in.chunk == chunk, "on CUDA chunk must be ", chunk, " for ", s.dim, " channels of ", s.states,
+             " states, got ", in.chunk);
     return s;
 }
 
@@ -119,10 +127,62 @@ void prepare(Args& args, CrossInputs& in, const CrossSizes& s, const Slice& slic
     args.chunk = static_cast<int>(slice.chunk), args.num_chunks = slice.saved;
 }
 
+// The part of `args` that belongs to group `g` of G: its K scans as K groups.
+ImageArg of_group(const ImageArg& image, int64_t g, int64_t size) {
+    ImageArg own = behind(image, g * image.group, size);
+    own.group = image.scan, own.scan = 0;
+    return own;
+}
+template <class Args>
+void take_group(Args& args, const CrossSizes& s, int64_t g, int64_t size) {
+    ScanShape& shape = args.shape;
+    shape.groups = static_cast<int>(s.scans), shape.scans = 1;  // their directions are those of the first K
+    for (ImageArg* image : {&args.u, &args.dt, &args.B, &args.C}) *image = of_group(*image, g, size);
+    const int64_t channels = g * s.scans * s.dim;
+    args.A = behind(args.A, channels * s.states, size), args.D = behind(args.D, channels, size);
+    args.dt_bias = behind(args.dt_bias, channels, size);
+    args.dt_weight = behind(args.dt_weight, channels * s.rank, size);
+    if (args.states != nullptr) args.states += g * s.batch * s.scans * args.num_chunks * s.states * shape.norm_dim;
+}
+
+// Whether the sm_90 kernels take the first slice: the widest, so that what they move of the image is theirs.
+bool moves_by_tma(const CrossSizes& s, const CrossInputs& in, const std::vector<Slice>& slices, DType dtype) {
+    ScanShape shape{};
+    shape.dim = static_cast<int>(slices[0].dim), shape.param_dim = static_cast<int>(s.dim);
+    shape.states = static_cast<int>(s.states), shape.rank = static_cast<int>(s.rank);
+    shape.lanes = scan_lanes(shape.dim), shape.softplus = in.softplus;
+    return why_not_cross_scan_sm90(shape, dtype) == nullptr;
+}
+// An image that TMA can move: `t`, or a copy.
+Tensor tma_image(const Tensor& t, const CrossSizes& s) {
+    ScanShape shape{};
+    shape.batch = s.batch, shape.height = static_cast<int>(s.height), shape.width = static_cast<int>(s.width);
+    shape.groups = static_cast<int>(s.groups);
+    if (allows_tma(image_arg(t), shape)) return t;
+    note(kOp, ": copies an image that TMA can't move: its address and strides are no multiples of 16 bytes");
+    return contiguous_copy(t);
+}
+
 bool allows_scan_vectors(std::initializer_list<ImageArg> images, int64_t dim, int64_t size) {
     bool aligned = dim % kVec == 0;
     for (const ImageArg& image : images) aligned = aligned && allows_vectors(image, size) && image.scan % kVec == 0;
     return aligned;
+}
+
+// Scans group `g` by the sm_90 kernel.
+void launch_sm90(const ScanFwdArgs& all, const CrossSizes& s, int64_t g, DType dtype, const CudaContext& context,
+                 const Tensor& u) {
+    constexpr const char* kName = "cross_selective_scan forward";
+    const int64_t size = static_cast<int64_t>(u.element_size());
+    ScanFwdSm90Args args{};
+    args.scan = all;
+    take_group(args.scan, s, g, size);
+    args.scan.y = of_group(all.y, g, size);
+    GM_CHECK(prepare_cross_scan_fwd_sm90(dtype, args), kName, ": the driver refused a tensor map of u ",
+             show(shape_of(u)));
+    check_cuda(share_cross_scan_fwd_sm90(args, dtype), kName);
+    const Tensor inter_block_state = inter_block_scratch(args, u);
+    check_cuda(launch_cross_scan_fwd_sm90(args, dtype, context.stream()), kName);
 }
 
 std::tuple<Tensor, Tensor> cross_selective_scan_fwd(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, OptTensor D,
@@ -140,6 +200,7 @@ std::tuple<Tensor, Tensor> cross_selective_scan_fwd(Tensor u, Tensor dt, Tensor 
     if (s.batch == 0 || s.tokens() == 0) return {y, states};
 
     for (Tensor* t : {&in.u, &in.dt, &in.B, &in.C}) *t = canonical_image(*t);
+    if (moves_by_tma(s, in, slices, dtype)) in.u = tma_image(in.u, s);
     const int64_t size = static_cast<int64_t>(u.element_size());
     const Parts parts(y, s.scans);
     Tensor carry;
@@ -157,14 +218,45 @@ std::tuple<Tensor, Tensor> cross_selective_scan_fwd(Tensor u, Tensor dt, Tensor 
         } else if (s.states > 1) {
             args.carry = static_cast<float*>(carry.data_ptr());
         }
+        const char* const why_not_sm90 = why_not_cross_scan_sm90(args.shape, dtype);
+        if (why_not_sm90 == nullptr) {
+            note(kOp, " forward: the sm_90 kernel");
+            for (int64_t g = 0; g < s.groups; ++g) launch_sm90(args, s, g, dtype, context, u);
+            continue;
+        }
         args.shape.aligned = allows_scan_vectors({args.u, args.y}, slice.dim, size) &&
                              (s.rank > 0 || allows_scan_vectors({args.dt}, slice.dim, size));
-        args.shape.threads = scan_fwd_threads(args.shape.lanes, s.tokens());
-        note("cross_selective_scan forward: the portable kernel: the sm_90 one scans one direction a group");
-        check_cuda(launch_grouped_scan_fwd(args, dtype, context.stream()), "cross_selective_scan forward");
+        check_cuda(launch_scan_fwd(args, dtype, context.stream(), kOp, why_not_sm90), "cross_selective_scan forward");
     }
     parts.add_up(dtype, context);
     return {y, states};
+}
+
+// Scans group `g` back by the sm_90 kernel; its sums for the parameters are (batch, parts, K, rows, D).
+struct Partials {
+    Tensor partials;
+    int parts;
+};
+Partials launch_sm90(const ScanBwdArgs& all, const CrossSizes& s, int64_t g, DType dtype, const CudaContext& context,
+                     const Tensor& u) {
+    constexpr const char* kName = "cross_selective_scan backward";
+    const int64_t size = static_cast<int64_t>(u.element_size());
+    ScanBwdSm90Args args{};
+    args.scan = all;
+    take_group(args.scan, s, g, size);
+    for (ImageArg* image : {&args.scan.dy, &args.scan.du, &args.scan.ddt, &args.scan.dB, &args.scan.dC})
+        *image = of_group(*image, g, size);
+    GM_CHECK(prepare_cross_scan_bwd_sm90(dtype, args), kName, ": the driver refused a tensor map of u ",
+             show(shape_of(u)));
+    check_cuda(share_cross_scan_bwd_sm90(args, dtype), kName);
+    const Tensor inter_block_state = inter_block_scratch(args, u);
+    const ScanShape& shape = args.scan.shape;
+    const int parts = args.plan.blocks_per_plane;
+    const int64_t rows = shape.states + kFixedRows + shape.rank;
+    const Tensor partials = empty({s.batch, parts, s.scans, rows, shape.norm_dim}, ScalarType::Float, u);
+    args.scan.partials = static_cast<float*>(partials.data_ptr());
+    check_cuda(launch_cross_scan_bwd_sm90(args, dtype, context.stream()), kName);
+    return {partials, parts};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_selective_scan_bwd(
@@ -190,6 +282,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross
 
     for (Tensor* t : {&in.u, &in.dt, &in.B, &in.C}) *t = canonical_image(*t);
     dy = canonical_image(dy);
+    if (moves_by_tma(s, in, slices, dtype)) in.u = tma_image(in.u, s), dy = tma_image(dy, s);
     const int64_t size = static_cast<int64_t>(u.element_size()), all = s.groups * s.scans;
     const int64_t count = static_cast<int64_t>(slices.size());
     const Parts du_parts(du, s.scans), dB_parts(dB, count), dC_parts(dC, count);
@@ -214,25 +307,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross
         args.dB = of_slice(dB, dB_parts), args.dC = of_slice(dC, dC_parts);
         args.states = static_cast<const float*>(states.data_ptr()) + slice.states_offset;
         if (s.states > 1) args.carry = static_cast<float*>(carry.data_ptr());
+        // Adds up the parameters' gradients of `groups` groups of scans from `first` on.
+        const auto reduce = [&](const Tensor& partials, int parts, int state_parts, int64_t first, int64_t groups) {
+            const int64_t channels = first * s.dim + slice.first;
+            ScanReduceArgs sums;
+            sums.partials = static_cast<const float*>(partials.data_ptr());
+            sums.batch = s.batch, sums.parts = parts, sums.state_parts = state_parts;
+            sums.groups = static_cast<int>(groups);
+            sums.dim = static_cast<int>(slice.dim), sums.param_dim = static_cast<int>(s.dim);
+            sums.states = args.shape.states, sums.rank = args.shape.rank;
+            sums.dA = behind(param_out(dA, A), channels * s.states, size);
+            sums.dD = behind(param_out(dD, D), channels, size);
+            sums.ddt_bias = behind(param_out(ddt_bias, dt_bias), channels, size);
+            sums.ddt_weight = behind(param_out(ddt_weight, dt_weight), channels * s.rank, size);
+            check_cuda(launch_scan_reduce(sums, dtype, context.stream()), "cross_selective_scan parameter sums");
+        };
+        const char* const why_not_sm90 = why_not_cross_scan_sm90(args.shape, dtype);
+        if (why_not_sm90 == nullptr) {
+            note(kOp, " backward: the sm_90 kernel");
+            for (int64_t g = 0; g < s.groups; ++g) {
+                const Partials found = launch_sm90(args, s, g, dtype, context, u);
+                reduce(found.partials, found.parts, found.parts, g * s.scans, s.scans);
+            }
+            continue;
+        }
         args.shape.aligned = allows_scan_vectors({args.u, args.dy, args.du}, slice.dim, size) &&
                              (s.rank > 0 || allows_scan_vectors({args.dt, args.ddt}, slice.dim, size));
-        args.shape.threads = scan_bwd_threads(args.shape.lanes, s.tokens(), s.states == 1, static_cast<int>(size));
-        const int64_t warps = args.shape.threads / 32, rows = s.states + kFixedRows + s.rank;
-        const Tensor partials = empty({s.batch, warps, all, rows, slice.dim}, ScalarType::Float, u);
+        const ScanBwdKernel kernel(args.shape, static_cast<int>(size), kOp, why_not_sm90);
+        const int64_t rows = s.states + kFixedRows + s.rank;
+        const Tensor partials = empty({s.batch, kernel.parts, all, rows, slice.dim}, ScalarType::Float, u);
         args.partials = static_cast<float*>(partials.data_ptr());
-        note("cross_selective_scan backward: the portable kernel: the sm_90 one scans one direction a group");
-        check_cuda(launch_grouped_scan_bwd(args, dtype, context.stream()), "cross_selective_scan backward");
-
-        ScanReduceArgs reduce;
-        reduce.partials = args.partials;
-        reduce.batch = s.batch, reduce.parts = static_cast<int>(warps), reduce.groups = static_cast<int>(all);
-        reduce.dim = args.shape.dim, reduce.param_dim = args.shape.param_dim;
-        reduce.states = args.shape.states, reduce.rank = args.shape.rank;
-        reduce.dA = behind(param_out(dA, A), slice.first * s.states, size);
-        reduce.dD = behind(param_out(dD, D), slice.first, size);
-        reduce.ddt_bias = behind(param_out(ddt_bias, dt_bias), slice.first, size);
-        reduce.ddt_weight = behind(param_out(ddt_weight, dt_weight), slice.first * s.rank, size);
-        check_cuda(launch_scan_reduce(reduce, dtype, context.stream()), "cross_selective_scan parameter sums");
+        check_cuda(kernel.launch(args, dtype, context.stream()), "cross_selective_scan backward");
+        reduce(partials, kernel.parts, kernel.state_parts, 0, all);
     }
     for (const Parts* parts : {&du_parts, &ddt_parts, &dB_parts, &dC_parts}) parts->add_up(dtype, context);
     return {du, ddt, dA, dB, dC, dD, ddt_weight, ddt_bias};

@@ -11,10 +11,14 @@
 #include "host/scan_args.h"
 #include "host/stream.h"
 #include "ops/entries_cuda.h"
+#include "ops/scan_kernels.h"
+#include "ops/scan_sm90.h"
 #include "ops/tma_images.h"
 
 namespace gm {
 namespace {
+
+constexpr const char* kOp = "grouped_selective_scan";
 
 ScanShape scan_shape(const ScanSizes& s, const ScanInputs& in) {
     GM_CHECK(s.groups <= kMaxGroups, "the CUDA scan takes up to ", kMaxGroups, " groups, got ", s.groups);
@@ -51,38 +55,27 @@ ScanSizes check_inputs(const ScanInputs& in) {
     const ScanSizes s = check_scan(in.u, in.dt, in.A, in.B, in.C, in.D, in.dt_weight, in.dt_bias, in.z, in.norm_weight,
                                    in.norm_bias, in.gate, in.directions, in.chunk);
     GM_CHECK(in.norm_dim >= 0 && in.norm_dim <= s.dim, "norm_dim must be 0 to ", s.dim, ", got ", in.norm_dim);
-    check_cuda_chunk(s.dim, in.chunk);
+    check_cuda_chunk(s.dim, s.states, in.chunk);
     return s;
 }
 
-// The memory through which blocks of a sm_90 kernel that share planes pass states; held until the launch is queued.
-template <class Args>
-Tensor inter_block_scratch(Args& args, const Tensor& device_of) {
-    const int64_t floats = inter_block_floats(args.scan.shape, args.plan);
-    if (floats == 0) return {};
-    Tensor scratch = empty({floats}, ScalarType::Float, device_of);
-    args.inter_block_state = static_cast<float*>(scratch.data_ptr());
-    return scratch;
-}
-
 // Prepares the inputs, and in the backward `dy`, for the kernel that takes the scan: for a sm_90 kernel images that
-// TMA moves, in `tma_images`, else canonical ones.
-void prepare_inputs(std::optional<TmaImages>& tma_images, ScanInputs& in, Tensor* dy, ScanShape& shape, DType dtype,
-                    const CudaContext& context) {
+// TMA moves, in `tma_images`, else canonical ones. Returns why no sm_90 kernel takes it, or null.
+const char* prepare_inputs(std::optional<TmaImages>& tma_images, ScanInputs& in, Tensor* dy, ScanShape& shape,
+                           DType dtype, const CudaContext& context) {
     for (Tensor* t : {&in.dt, &in.B, &in.C}) *t = canonical_image(*t);
     std::vector<Tensor*> images{&in.u};
     if (in.z) images.push_back(&*in.z);
     if (dy != nullptr) images.push_back(dy);
     const char* const why_not = why_not_grouped_scan_sm90(shape, in.z.has_value(), in.norm_weight.has_value(), dtype);
-    const char* const pass = dy == nullptr ? "forward" : "backward";
     if (why_not == nullptr) {
-        note("grouped_selective_scan ", pass, ": the sm_90 kernel");
+        note(kOp, dy == nullptr ? " forward" : " backward", ": the sm_90 kernel");
         tma_images.emplace(shape, context);
         tma_images->read(images);
     } else {
-        note("grouped_selective_scan ", pass, ": the portable kernel, not the sm_90 one: ", why_not);
         for (Tensor* t : images) *t = canonical_image(*t);
     }
+    return why_not;
 }
 
 // What forward and backward read; the inputs must be canonical.
@@ -139,6 +132,7 @@ struct ScanForward::Planned {
     ParamHolder param{};
     ScanFwdSm90Args args{};  // the portable kernels use args.scan alone
     std::optional<TmaImages> tma_images{};
+    const char* why_not_sm90 = nullptr;
     Tensor carry{}, inter_block_state{};
 
     static constexpr const char* kName = "grouped_selective_scan forward";
@@ -158,7 +152,7 @@ ScanForward::ScanForward(const Tensor& y, const OptTensor& states, ScanInputs in
     Planned& p = *planned_;
     ScanFwdArgs& args = p.args.scan;
     args.shape = shape;
-    prepare_inputs(p.tma_images, p.in, nullptr, args.shape, dtype, context);
+    p.why_not_sm90 = prepare_inputs(p.tma_images, p.in, nullptr, args.shape, dtype, context);
     set_inputs(args, p.in, p.param);
     args.y = p.tma_images ? p.tma_images->write(y, *p.in.z) : image_arg(y);
     if (states) {
@@ -171,10 +165,7 @@ ScanForward::ScanForward(const Tensor& y, const OptTensor& states, ScanInputs in
     const int64_t size = static_cast<int64_t>(p.in.u.element_size());
     args.shape.aligned = s.dim % kVec == 0 && allows_vectors(args.u, size) && allows_vectors(args.z, size) &&
                          allows_vectors(args.y, size) && (s.rank > 0 || allows_vectors(args.dt, size));
-    if (!p.tma_images) {
-        args.shape.threads = scan_fwd_threads(args.shape.lanes, s.tokens());
-        return;
-    }
+    if (!p.tma_images) return;
     GM_CHECK(prepare_grouped_scan_fwd_sm90(dtype, p.args), Planned::kName, ": the driver refused a tensor map of u ",
              show(shape_of(p.in.u)));
     check_cuda(share_grouped_scan_fwd_sm90(p.args, dtype), Planned::kName);
@@ -196,7 +187,7 @@ void ScanForward::launch() {
         check_cuda(launch_grouped_scan_fwd_sm90(p.args, p.dtype, stream), Planned::kName);
         p.tma_images->finish();
     } else {
-        check_cuda(launch_grouped_scan_fwd(p.args.scan, p.dtype, stream), Planned::kName);
+        check_cuda(launch_scan_fwd(p.args.scan, p.dtype, stream, kOp, p.why_not_sm90), Planned::kName);
     }
 }
 
@@ -222,7 +213,7 @@ ScanParameterGradients scan_bwd_into(const ScanImageGradients& images, Tensor dy
     }
 
     std::optional<TmaImages> tma_images;
-    prepare_inputs(tma_images, in, &dy, args.shape, dtype, context);
+    const char* const why_not_sm90 = prepare_inputs(tma_images, in, &dy, args.shape, dtype, context);
     if (tma_images) tma_images->start();
     ParamHolder param;
     set_inputs(args, in, param);
@@ -242,11 +233,8 @@ ScanParameterGradients scan_bwd_into(const ScanImageGradients& images, Tensor dy
                          allows_vectors(args.dy, size) && allows_vectors(args.du, size) &&
                          allows_vectors(args.dz, size) &&
                          (s.rank > 0 || (allows_vectors(args.dt, size) && allows_vectors(args.ddt, size)));
-    args.shape.threads = tma_images
-                             ? kTileThreads
-                             : scan_bwd_threads(args.shape.lanes, s.tokens(), s.states == 1, static_cast<int>(size));
     const int64_t rows = s.states + kFixedRows + s.rank;
-    int64_t parts = args.shape.threads / 32;
+    int parts = 0, state_parts = 0;
     Tensor partials;
     const auto make_partials = [&] {
         partials = empty({s.batch, parts, s.groups, rows, s.dim}, ScalarType::Float, in.u);
@@ -254,25 +242,28 @@ ScanParameterGradients scan_bwd_into(const ScanImageGradients& images, Tensor dy
     };
     constexpr const char* kName = "grouped_selective_scan backward";
     if (tma_images) {
+        args.shape.threads = kTileThreads;
         ScanBwdSm90Args sm90_args{};
         sm90_args.scan = args;
         GM_CHECK(prepare_grouped_scan_bwd_sm90(dtype, sm90_args), kName, ": the driver refused a tensor map of u ",
                  show(shape_of(in.u)));
         check_cuda(share_grouped_scan_bwd_sm90(sm90_args, dtype), kName);
         const Tensor inter_block_state = inter_block_scratch(sm90_args, in.u);
-        parts = sm90_args.plan.blocks_per_plane;
+        parts = state_parts = sm90_args.plan.blocks_per_plane;
         sm90_args.scan.partials = args.partials = make_partials();
         check_cuda(launch_grouped_scan_bwd_sm90(sm90_args, dtype, context.stream()), kName);
         tma_images->finish();
     } else {
+        const ScanBwdKernel kernel(args.shape, static_cast<int>(size), kOp, why_not_sm90);
+        parts = kernel.parts, state_parts = kernel.state_parts;
         args.partials = make_partials();
-        check_cuda(launch_grouped_scan_bwd(args, dtype, context.stream()), kName);
+        check_cuda(kernel.launch(args, dtype, context.stream()), kName);
     }
 
     ScanReduceArgs reduce;
     reduce.partials = args.partials;
     reduce.batch = s.batch;
-    reduce.parts = static_cast<int>(parts);
+    reduce.parts = parts, reduce.state_parts = state_parts;
     reduce.groups = args.shape.groups, reduce.dim = reduce.param_dim = static_cast<int>(s.dim);
     reduce.states = args.shape.states, reduce.rank = args.shape.rank;
     reduce.norm_weight = args.norm_weight, reduce.norm_bias = args.norm_bias, reduce.gate = args.gate;

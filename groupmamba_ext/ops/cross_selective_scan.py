@@ -134,16 +134,18 @@ def cross_selective_scan(
 def _native(inputs: CrossScanInputs, codes: Sequence[int], softplus: bool) -> Tensor:
     u = inputs.u
     save_states = may_want_gradient(inputs)
-    y, _ = call(NAME, *inputs, codes, softplus, layouts.cross_chunk(u.shape[-1], u.device.type), save_states)
+    chunk = layouts.cross_chunk(u.shape[-1], inputs.A.shape[-1], u.device.type)
+    y, _ = call(NAME, *inputs, codes, softplus, chunk, save_states)
     return y
 
 
 # Fakes and gradient ------------------------------------------------------------------------
 
 
-def _check_path(u: Tensor, directions: Sequence[int], chunk: int) -> None:
-    kind = u.device.type
-    path_arguments(NAME, directions, chunk, layouts.cross_chunk(u.shape[4], kind) if kind == "cuda" else None)
+def _check_path(inputs: CrossScanInputs, directions: Sequence[int], chunk: int) -> None:
+    kind = inputs.u.device.type
+    expected = layouts.cross_chunk(inputs.u.shape[4], inputs.A.shape[-1], kind) if kind == "cuda" else None
+    path_arguments(NAME, directions, chunk, expected)
 
 
 def _fake(*args):
@@ -151,7 +153,7 @@ def _fake(*args):
     directions, _softplus, chunk, save_states = args[_TENSORS:]
     u = inputs.u
     same_device(NAME, inputs)
-    _check_path(u, directions, chunk)
+    _check_path(inputs, directions, chunk)
 
     def count() -> int:
         return layouts.cross_saved_elements(u, len(directions), inputs.A.shape[3], chunk)
@@ -165,7 +167,7 @@ def _backward_fake(dy, *args):
     states, directions, _softplus, chunk = args[_TENSORS:]
     u = inputs.u
     same_device(NAME, (dy, *inputs, states))
-    _check_path(u, directions, chunk)
+    _check_path(inputs, directions, chunk)
     others = (layouts.empty_absent(u) if t is None else layouts.empty_like(t) for t in inputs[1:])
     return layouts.empty_image(u), *others
 

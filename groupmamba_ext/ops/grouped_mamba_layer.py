@@ -72,13 +72,13 @@ class ScanPath(NamedTuple):
     chunk: int
 
 
-def scan_path(directions: Directions, inner_dim: int) -> ScanPath:
-    """Of one direction for each group of ``inner_dim`` scanned channels."""
-    return ScanPath(directions.codes, _chunk(inner_dim))
+def scan_path(directions: Directions, inner_dim: int, states: int) -> ScanPath:
+    """Of one direction for each group of ``inner_dim`` scanned channels with ``states`` states each."""
+    return ScanPath(directions.codes, _chunk(inner_dim, states))
 
 
-def _chunk(inner_dim: int) -> int:
-    return layouts.chunk_tokens(layouts.padded(inner_dim), "cuda")
+def _chunk(inner_dim: int, states: int) -> int:
+    return layouts.chunk_tokens(layouts.padded(inner_dim), states, "cuda")
 
 
 def can_fuse(x: Tensor, inner_dim: int) -> bool:
@@ -133,7 +133,7 @@ def grouped_mamba_layer(
 def _split(args) -> tuple[LayerParameters, LayerOptions]:
     """Arguments of the compiled op from the parameters on, checked as far as a fake kernel has to."""
     parameters, options = LayerParameters(*args[:_PARAMETERS]), LayerOptions(*args[_PARAMETERS:])
-    path_arguments(NAME, options.directions, options.chunk, _chunk(parameters.A_log.shape[1]))
+    path_arguments(NAME, options.directions, options.chunk, _chunk(*parameters.A_log.shape[1:]))
     return parameters, options
 
 

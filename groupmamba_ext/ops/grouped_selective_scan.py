@@ -162,7 +162,7 @@ def grouped_selective_scan(
 def _native(inputs: ScanInputs, codes: Sequence[int], softplus: bool, norm_eps: float) -> Tensor:
     save_states = may_want_gradient(inputs)
     u = inputs.u
-    chunk = layouts.chunk_tokens(u.shape[-1], u.device.type)
+    chunk = layouts.chunk_tokens(u.shape[-1], inputs.A.shape[-1], u.device.type)
     y, _ = call(NAME, *inputs, codes, softplus, float(norm_eps), chunk, save_states)
     return y
 
@@ -224,9 +224,10 @@ def _tiled(inputs: ScanInputs, codes: Sequence[int], softplus: bool, norm_eps: f
 # Fakes and gradient ------------------------------------------------------------------------
 
 
-def _check_path(u: Tensor, directions: Sequence[int], chunk: int) -> None:
-    kind = u.device.type
-    path_arguments(NAME, directions, chunk, layouts.chunk_tokens(u.shape[4], kind) if kind == "cuda" else None)
+def _check_path(inputs: ScanInputs, directions: Sequence[int], chunk: int) -> None:
+    kind = inputs.u.device.type
+    expected = layouts.chunk_tokens(inputs.u.shape[4], inputs.A.shape[-1], kind) if kind == "cuda" else None
+    path_arguments(NAME, directions, chunk, expected)
 
 
 def _fake(*args):
@@ -234,7 +235,7 @@ def _fake(*args):
     directions, _softplus, _norm_eps, chunk, save_states = args[_TENSORS:]
     u = inputs.u
     same_device(NAME, inputs)
-    _check_path(u, directions, chunk)
+    _check_path(inputs, directions, chunk)
     batch, height, width, groups, dim = u.shape
 
     def count() -> int:
@@ -249,7 +250,7 @@ def _backward_fake(dy, *args):
     inputs = ScanInputs(*args[:_TENSORS])
     states, directions, _softplus, _norm_eps, chunk = args[_TENSORS:]
     same_device(NAME, (dy, *inputs, states))
-    _check_path(inputs.u, directions, chunk)
+    _check_path(inputs, directions, chunk)
 
     def gradient(name: str, t: Tensor | None) -> Tensor:
         if t is None:

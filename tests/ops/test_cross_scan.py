@@ -67,6 +67,30 @@ def test_several_tiles_and_slices(device, dtype, dim, h, w, n):
     compare(inputs(device, dtype, batch=1, dim=dim, h=h, w=w, n=n))
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("groups", [None, 2])
+@pytest.mark.parametrize(
+    "dim, rank, h, w",
+    [
+        (16, 1, 56, 56), (24, 2, 29, 31), (40, 4, 60, 50), (64, 4, 28, 28), (72, 6, 14, 14), (96, 6, 9, 17),
+        (128, 8, 14, 16), (128, 14, 3, 70), (136, 4, 7, 7), (192, 6, 14, 14), (256, 8, 5, 33), (16, 1, 230, 5),
+        (64, 1, 1, 1), (16, 1, 30, 300),
+    ],
+)  # fmt: skip
+def test_channels_that_tma_moves(dtype, groups, dim, rank, h, w):
+    """The sm_90 kernels on CUDA: whole columns and runs of them, slices of the channels, planes that blocks share."""
+    compare(inputs("cuda", dtype, groups=groups, dim=dim, rank=rank, h=h, w=w))
+
+
+def test_an_image_that_tma_cannot_move(device):
+    """At an address that is no multiple of 16 bytes."""
+    tensors = inputs(device, torch.bfloat16, dim=16, h=9, w=7)
+    moved = torch.empty(tensors["u"].numel() + 3, dtype=torch.bfloat16, device=device)[3:]
+    tensors["u"] = moved.view(tensors["u"].shape).copy_(tensors["u"])
+    compare(tensors)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n", [1, 2, 3, 16, 256])
 def test_states(device, dtype, n):
@@ -329,7 +353,7 @@ def test_float64_on_cuda_uses_the_reference():
 def test_opcheck(device):
     tensors = {k: v.requires_grad_() for k, v in inputs(device, groups=2, h=3, w=4, dim=8).items()}
     arguments = tuple(tensors[k] for k in ORDER)
-    chunk = cross_chunk(8, device)
+    chunk = cross_chunk(8, tensors["A"].shape[-1], device)
     torch.library.opcheck(torch.ops.groupmamba.cross_selective_scan_fwd, (*arguments, [0, 1, 2, 3], True, chunk, True))
     layout = tuple(group_major(t.detach()) if k == "u" else t.detach() for k, t in zip(ORDER, arguments, strict=True))
     y, states = torch.ops.groupmamba.cross_selective_scan_fwd(*layout, [0, 1, 2, 3], True, chunk, True)

@@ -34,9 +34,13 @@ SM90 = [  # whole columns, ragged ones and runs of them; whole widths, narrow on
     (72, 1, 6, 14, 14), (88, 1, 6, 9, 17), (128, 1, 14, 3, 40), (16, 1, 1, 29, 31),
 ]  # fmt: skip
 
+MANY_STATES = [  # 2, 4 or 8 states of a thread, 2 to 16 threads of a channel; one tile and several
+    (16, 16, 1, 9, 11), (8, 8, 2, 9, 11), (20, 10, 2, 9, 13), (1, 5, 1, 3, 3), (2, 64, 1, 4, 9), (6, 33, None, 6, 9),
+    (87, 16, 6, 6, 9), (112, 16, 7, 6, 5), (4, 100, 1, 5, 7), (87, 17, 6, 5, 7), (128, 12, 8, 5, 6),
+]  # fmt: skip
 
 if SANITIZED in os.environ:  # every access is looked at, twenty times as slow
-    PORTABLE, SM90 = PORTABLE[2::3], SM90[0::3]
+    PORTABLE, SM90, MANY_STATES = PORTABLE[2::3], SM90[0::3], MANY_STATES[0::3]
 
 
 @pytest.fixture(scope="session")
@@ -69,6 +73,16 @@ def test_portable_without_options(library, drop):
 def test_sm90(library, dtype, dim, n, rank, h, w):
     compare(library, "sm90", inputs("cpu", dtype, batch=1, dim=dim, n=n, rank=rank, h=h, w=w))
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim, n, rank, h, w", MANY_STATES)
+def test_many_states(library, dtype, dim, n, rank, h, w):
+    compare(library, "many_states", inputs("cpu", dtype, batch=1, dim=dim, n=n, rank=rank, h=h, w=w))
+
+
+def test_portable_with_the_saved_states_of_many(library):
+    compare(library, "portable", inputs("cpu", torch.bfloat16, batch=1, dim=64, n=6, h=11, w=13))
+
+
 
 def test_sm90_goes_through_several_images(library):
     compare(library, "sm90", inputs("cpu", torch.bfloat16, batch=3, dim=64, groups=2, h=7, w=9))
@@ -92,7 +106,7 @@ def sanitized(folder: Path, chosen: str, **options) -> subprocess.CompletedProce
 
 
 def test_no_thread_reads_what_another_one_writes(tmp_path):
-    done = sanitized(tmp_path, "(test_portable and dtype1) or (test_sm90 and dtype0) or images")
+    done = sanitized(tmp_path, "((test_portable or test_many_states) and dtype1) or (test_sm90 and dtype0) or images")
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout and "data race" not in done.stderr
 

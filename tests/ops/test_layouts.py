@@ -36,28 +36,30 @@ def test_limits(library):
 
 
 def test_chunks_and_saved_states(library):
-    for dim in WIDTHS:
-        chunk = layouts.chunk_tokens(dim, "cuda")
-        assert chunk == library.chunk_tokens(dim), dim
+    for dim, states in itertools.product(WIDTHS, (1, 4, 5, 16)):
+        chunk = layouts.chunk_tokens(dim, states, "cuda")
+        assert chunk == library.chunk_tokens(dim, states), (dim, states)
         for height, width in PLANES:
-            expected = library.saved_states(height, width, dim)
-            assert layouts.saved_states(height, width, dim, "cuda", chunk) == expected, (height, width, dim)
+            expected = library.saved_states(height, width, dim, states)
+            assert layouts.saved_states(height, width, dim, "cuda", chunk) == expected, (height, width, dim, states)
 
 
 def test_saved_states_of_random_planes(library):
     draw = random.Random(0)
     for _ in range(3000):
         height, width, dim = draw.randint(1, 400), draw.randint(1, 400), draw.randint(1, 128)
-        expected = library.saved_states(height, width, dim)
-        states = layouts.saved_states(height, width, dim, "cuda", layouts.chunk_tokens(dim, "cuda"))
-        assert states == expected, (height, width, dim)
+        states = draw.choice((1, 3, 8))
+        expected = library.saved_states(height, width, dim, states)
+        chunk = layouts.chunk_tokens(dim, states, "cuda")
+        assert layouts.saved_states(height, width, dim, "cuda", chunk) == expected, (height, width, dim, states)
 
 
 def test_slices_of_the_cross_scan(library):
     for dim in range(1, 1200):
         slices = layouts.cross_slices(dim)
         assert slices[0] == library.slice_width(dim) and set(slices[:-1]) <= {slices[0]} and sum(slices) == dim
-        assert layouts.cross_chunk(dim, "cuda") == library.chunk_tokens(slices[0])
+        for states in (1, 16):
+            assert layouts.cross_chunk(dim, states, "cuda") == library.chunk_tokens(slices[0], states)
 
 
 @pytest.mark.parametrize("scans, states", [(1, 1), (4, 3)])
@@ -66,8 +68,8 @@ def test_saved_states_of_the_cross_scan(library, dim, scans, states):
     u = torch.empty(2, 13, 29, 3, dim, device="meta")
     width = library.slice_width(dim)
     slices = [min(width, dim - first) for first in range(0, dim, width)]
-    expected = 2 * 3 * scans * states * sum(library.saved_states(13, 29, p) * p for p in slices)
-    chunk = layouts.cross_chunk(dim, "meta")
+    expected = 2 * 3 * scans * states * sum(library.saved_states(13, 29, p, states) * p for p in slices)
+    chunk = layouts.cross_chunk(dim, states, "meta")
     assert layouts.cross_saved_elements(u, scans, states, chunk) == expected
 
 
@@ -131,7 +133,7 @@ def test_what_the_layer_saves(library, merges, hidden):
         )  # fmt: skip
         images, floats = library.layer_saved(**sizes._asdict())
         assert layouts.layer_saved_images(sizes) == images, sizes
-        chunk = layouts.chunk_tokens(layouts.padded(inner), "cuda")
+        chunk = layouts.chunk_tokens(layouts.padded(inner), sizes.states, "cuda")
         assert layouts.layer_saved_floats(sizes, chunk) == floats, sizes
 
 
@@ -159,8 +161,9 @@ def test_what_the_feed_forward_network_saves(library):
 
 def test_refused_sizes(library):
     for call in (
-        lambda: library.chunk_tokens(129),
-        lambda: library.saved_states(-1, 4, 8),
+        lambda: library.chunk_tokens(129, 1),
+        lambda: library.chunk_tokens(16, 0),
+        lambda: library.saved_states(-1, 4, 8, 1),
         lambda: library.slice_width(0),
         lambda: library.gradient_strides([2, 3], [3]),
     ):

@@ -47,6 +47,26 @@ def test_states(device, dtype, n):
     compare(inputs(device, dtype, n=n, dim=8, h=6, w=9))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dim, n, rank, h, w",
+    [
+        (16, 16, 1, 21, 43), (32, 16, 2, 29, 13), (64, 16, 4, 9, 14), (88, 16, 6, 14, 14), (112, 16, 7, 7, 7),
+        (128, 16, 8, 6, 9), (1, 5, 1, 3, 3), (2, 64, 1, 4, 9), (6, 64, None, 5, 7), (3, 8, 1, 31, 30), (21, 7, 1, 1, 1),
+        (87, 17, 6, 9, 11), (127, 12, 3, 13, 5), (32, 33, 2, 14, 14), (16, 100, 1, 5, 7), (17, 9, None, 1, 57),
+        (6, 64, 2, 5, 7), (1, 40, 1, 3, 3), (13, 33, 3, 9, 11), (5, 16, 65, 5, 7),
+    ],
+)  # fmt: skip
+def test_many_states(device, dtype, dim, n, rank, h, w):
+    """The kernels for several states: 4 and 8 of a thread, 2 to 16 threads a channel, one and several tiles."""
+    compare(inputs(device, dtype, dim=dim, n=n, rank=rank, h=h, w=w))
+
+
+@pytest.mark.parametrize("drop", [("z",), ("norm_weight", "norm_bias"), ("D", "dt_bias", "gate"), ("norm_bias",)])
+def test_many_states_without_options(device, drop):
+    compare(inputs(device, dim=20, n=10, h=9, w=13, drop=drop))
+
+
 @pytest.mark.parametrize("n", [2, 16])
 def test_states_without_gradient(device, n):
     """No saved states: the carries of N > 1 go through scratch memory."""
@@ -161,9 +181,10 @@ def test_optional_arguments(device, dtype, drop):
     compare(inputs(device, dtype, drop=drop))
 
 
+@pytest.mark.parametrize("n", [1, 10])
 @pytest.mark.parametrize("rank", [None, 2])
-def test_without_softplus(device, rank):
-    tensors = inputs(device, rank=rank)
+def test_without_softplus(device, rank, n):
+    tensors = inputs(device, rank=rank, n=n)
     tensors["dt"] = tensors["dt"].abs()
     tensors["dt_bias"] = tensors["dt_bias"].abs()
     if rank is not None:

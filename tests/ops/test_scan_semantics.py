@@ -187,7 +187,7 @@ def test_more_than_two_to_the_31_elements():
 def test_opcheck(device):
     tensors = {k: v.requires_grad_() for k, v in inputs(device, h=3, w=4, dim=8).items()}
     arguments = tuple(tensors[k] for k in ORDER)
-    chunk = chunk_tokens(8, device)
+    chunk = chunk_tokens(8, tensors["A"].shape[-1], device)
     torch.library.opcheck(
         torch.ops.groupmamba.grouped_selective_scan_fwd, (*arguments, [0, 1, 2, 3], True, 1e-5, chunk, True)
     )

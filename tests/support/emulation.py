@@ -13,11 +13,15 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(__file__).resolve().parent / "emulation"
-SOURCES = ("fwd.cu", "bwd.cu", "reduce.cu", "sm90/fwd.cu", "sm90/bwd.cu", "sm90/tma_maps.cpp")  # of csrc/cuda/scan/
+SOURCES = (  # of csrc/cuda/scan/
+    "fwd.cu", "bwd.cu", "reduce.cu", "many_states/fwd.cu", "many_states/bwd.cu", "many_states/select.cpp",
+    "sm90/fwd.cu", "sm90/bwd.cu", "sm90/tma_maps.cpp",
+)  # fmt: skip
 DYNAMIC_SHARED = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+?) (\w+)\[\];")
 IMAGES = ("u", "dt", "B", "C", "z")
 PARAMETERS = ("A", "D", "dt_weight", "dt_bias", "norm_weight", "norm_bias", "gate")
 CODES = {"lr": 0, "rl": 1, "tb": 2, "bt": 3}
+KERNELS = ("portable", "sm90", "many_states")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -40,26 +44,30 @@ class ParamArg(ctypes.Structure):
 
 def build(folder: Path, *, threads_sanitized: bool = False, csrc: Path = ROOT / "csrc") -> Path:
     """Compiles the kernels with the C++ compiler of an x86-64 machine, half a minute of two cores."""
-    library = folder / "libemulated_scan.so"
+    library, copied = folder / "libemulated_scan.so", folder / "emulated"
+    for source in (csrc / "cuda").rglob("*.*"):
+        target = copied / source.relative_to(csrc)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # What C++ has no words for: an array that the launch gives its size.
+        array = r"\1* const \2 = reinterpret_cast<\1*>(emulation::self().block->shared);"
+        target.write_text(DYNAMIC_SHARED.sub(array, source.read_text()))
     command = [os.environ.get("CXX", "g++"), "-std=c++17", "-O1", "-g", "-fPIC", "-w"]
     # The kernels for sm_90 have a body for that architecture alone.
-    command += ["-D__CUDA_ARCH__=900", f"-I{FOLDER / 'include'}", f"-I{csrc}"]
+    command += ["-D__CUDA_ARCH__=900", f"-I{FOLDER / 'include'}", f"-I{copied}"]
     sanitizer = ["-fsanitize=thread"] if threads_sanitized else []
 
     def compile_one(source: Path) -> Path:
         own = sanitizer if source.name != "scheduler.cpp" else ["-DEMULATION_TSAN"] * threads_sanitized
         compiled = folder / f"{source.parent.name}_{source.stem}.o"
-        # What C++ has no words for: an array that the launch gives its size.
-        text = DYNAMIC_SHARED.sub(
-            r"\1* const \2 = reinterpret_cast<\1*>(emulation::self().block->shared);", source.read_text()
-        )
-        text = f'#line 1 "{source}"\n{text}'
-        command_line = [*command, *own, f"-iquote{source.parent}", "-x", "c++", "-c", "-", "-o", str(compiled)]
-        subprocess.run(command_line, input=text, text=True, check=True)
+        subprocess.run([*command, *own, "-x", "c++", "-c", str(source), "-o", str(compiled)], check=True)
         return compiled
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        sources = [*(csrc / "cuda" / "scan" / name for name in SOURCES), FOLDER / "scan.cpp", FOLDER / "scheduler.cpp"]
+        sources = [
+            *(copied / "cuda" / "scan" / name for name in SOURCES),
+            FOLDER / "scan.cpp",
+            FOLDER / "scheduler.cpp",
+        ]
         objects = list(pool.map(compile_one, sources))
     subprocess.run([*command, *sanitizer, "-shared", *map(str, objects), "-o", str(library)], check=True)
     return library
@@ -88,7 +96,7 @@ def _array(kind, values):
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, library, sm90, options, *tensors):
+    def forward(ctx, library, kernel, options, *tensors):
         images, parameters = tensors[: len(IMAGES)], tensors[len(IMAGES) :]
         u, A = images[0], parameters[0]
         batch, height, width, groups, dim = u.shape
@@ -100,7 +108,7 @@ class _Scan(torch.autograd.Function):
         lib = load(library)
         y = torch.full_like(u, torch.nan)
         states = torch.full((lib.emulated_scan_states(ctypes.byref(sizes)),), torch.nan)
-        arguments = [int(sm90), ctypes.byref(sizes), directions, _array(ImageArg, [_image(t) for t in (*images, y)])]
+        arguments = [kernel, ctypes.byref(sizes), directions, _array(ImageArg, [_image(t) for t in (*images, y)])]
         arguments += [_array(ParamArg, [_parameter(t) for t in parameters])]
         problem = lib.emulated_scan_fwd(*arguments, ctypes.c_void_p(states.data_ptr()))
         assert problem is None, problem
@@ -125,6 +133,6 @@ class _Scan(torch.autograd.Function):
 
 
 def scan(library: Path, kernel: str, *, directions, softplus=True, norm_eps=1e-5, **tensors) -> torch.Tensor:
-    """`groupmamba_ext.grouped_selective_scan` by a kernel for the GPU: "portable" or "sm90"."""
+    """`groupmamba_ext.grouped_selective_scan` by a kernel for the GPU, one of `KERNELS`."""
     options = {"directions": directions, "softplus": softplus, "norm_eps": norm_eps}
-    return _Scan.apply(library, kernel == "sm90", options, *(tensors.get(name) for name in (*IMAGES, *PARAMETERS)))
+    return _Scan.apply(library, KERNELS.index(kernel), options, *(tensors.get(name) for name in (*IMAGES, *PARAMETERS)))

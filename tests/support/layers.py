@@ -45,7 +45,7 @@ def layer_arguments(layer, x, residual=False):
     fc = (affinity.fc1.weight, affinity.fc1.bias, affinity.fc2.weight, affinity.fc2.bias) if affinity else (None,) * 4
     norm, proj = (layer.norm.weight, layer.norm.bias), (layer.proj.weight, layer.proj.bias)
     parameters = LayerParameters(*norm, *fc, *mamba.core_parameters(), mamba.out_proj_weight, layer.skip_scale, *proj)
-    codes, chunk = scan_path(Directions.of(layer.directions, None), mamba.inner_dim)
+    codes, chunk = scan_path(Directions.of(layer.directions, None), mamba.inner_dim, mamba.d_state)
     mask = torch.tensor([1.0, 0.0], device=x.device) if residual and layer.variant == "released" else None
     options = LayerOptions(list(codes), layer.norm.eps, 1e-5, chunk, residual, mask, 1.0 if mask is None else 1.5)
     tokens = x.permute(0, 2, 3, 1).contiguous().detach().requires_grad_()

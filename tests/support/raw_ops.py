@@ -29,12 +29,12 @@ def detached(arguments):
 
 def scan_arguments(device, dim=8):
     tensors = inputs(device, h=3, w=4, dim=dim)
-    return [*(tensors[k] for k in ORDER), CODES, True, 1e-5, chunk_tokens(dim, device)]
+    return [*(tensors[k] for k in ORDER), CODES, True, 1e-5, chunk_tokens(dim, tensors["A"].shape[-1], device)]
 
 
 def cross_arguments(device, dim=8):
     tensors = cross_inputs(device, groups=2, h=3, w=4, dim=dim)
-    return [*(tensors[k] for k in CROSS_ORDER), CODES, True, cross_chunk(dim, device)]
+    return [*(tensors[k] for k in CROSS_ORDER), CODES, True, cross_chunk(dim, tensors["A"].shape[-1], device)]
 
 
 def norm_arguments(device):

@@ -74,12 +74,12 @@ def loss_of(function, options):
 
 
 def _raw_scan(*tensors, directions):
-    chunk = chunk_tokens(tensors[0].shape[-1], tensors[0].device.type)
+    chunk = chunk_tokens(tensors[0].shape[-1], tensors[ORDER.index("A")].shape[-1], tensors[0].device.type)
     return torch.ops.groupmamba.grouped_selective_scan_fwd(*tensors, [0, 1, 2, 3], True, 1e-5, chunk, True)[0]
 
 
 def _raw_cross(u, dt, A, B, C, D, dt_weight, dt_bias, *, directions):
-    chunk = cross_chunk(u.shape[-1], u.device.type)
+    chunk = cross_chunk(u.shape[-1], A.shape[-1], u.device.type)
     images = [t.unsqueeze(3) for t in (u, dt)]
     B, C = B.unsqueeze(3), C.unsqueeze(3)
     A, D, dt_weight, dt_bias = (t.unsqueeze(0) for t in (A, D, dt_weight, dt_bias))

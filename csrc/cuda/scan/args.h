@@ -54,6 +54,7 @@ struct ScanReduceArgs {
     const float* partials = nullptr;  // (batch, parts, G, rows, D), see ScanPartialRow
     int64_t batch = 0;
     int parts = 0, groups = 0, dim = 0, param_dim = 0, states = 0, rank = 0;
+    int state_parts = 0;  // those that hold sums for A: the first ones
     ParamArg norm_weight, norm_bias, gate;
     ParamOut dA, dD, ddt_bias, ddt_weight, dnorm_weight, dnorm_bias, dgate;
 };

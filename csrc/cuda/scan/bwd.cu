@@ -70,11 +70,12 @@ __global__ void __launch_bounds__(kBwdTile / kBwdTokens<T, kSingle>, kSingle&& k
 #pragma unroll
     for (int j = 0; j < kVec; ++j) A[j] = kSingle && j < valid ? load_param<T>(args.A, param + j) : 0.f;
 
+    const int64_t chunks_per_tile = kSingle ? 1 : tile_tokens / args.chunk;
     const int num_tiles = (tokens + tile_tokens - 1) / tile_tokens;
     for (int tile = num_tiles - 1; tile >= 0; --tile) {
         const bool first_time = tile == num_tiles - 1;
         const Path<kTokens> path(s, coord.direction, tile * tile_tokens + coord.chunk * kTokens);
-        const float* saved = saved_plane + static_cast<int64_t>(tile) * plane_states;
+        const float* saved = saved_plane + tile * chunks_per_tile * plane_states;
         float step[kTokens][kVec], h[kTokens][kVec], dy[kTokens][kVec], entering[kVec];
         {
             float bias[kVec];
@@ -93,66 +94,10 @@ __global__ void __launch_bounds__(kBwdTile / kBwdTokens<T, kSingle>, kSingle&& k
             add_outputs<T, kSingle>(C, path, n, h, dy);
         }
         {  // the norm of y, and dy through gates and norm
-            const float inverse_dim = 1.f / s.norm_dim;
-            const int normed_channels = min(valid, s.norm_dim - c0);
             float inverse_std[kTokens];
             normalise<T, kAligned>(s, coord, has_norm, table, path, u, dy, inverse_std);
-            float norm_weight[kVec], norm_bias[kVec], gate[kVec], product[kVec], total[kVec];
-            table.get(kNormWeight, c0, norm_weight);
-            table.get(kNormBias, c0, norm_bias);
-            table.get(kGate, c0, gate);
-            // A part of the tokens at a time: the derivatives of all of them would not fit beside the states.
-            constexpr int kPart = 4;
-            parked.get(kRowProduct, product);
-            parked.get(kRowSum, total);
-#pragma unroll
-            for (int k0 = 0; k0 < kTokens; k0 += kPart) {
-                float dnormed[kPart][kVec], moments[2 * kPart] = {};
-#pragma unroll
-                for (int i = 0; i < kPart && k0 + i < kTokens; ++i) {
-                    const int k = k0 + i;
-                    const bool real = k < path.count;
-                    const Vec4<T> gv = load4<kAligned>(dout.at(path.token[k]) + c0, real ? valid : 0);
-                    float dz[kVec];
-                    Vec4<T> zv = {};
-                    if (has_z) zv = load4<kAligned>(z.at(path.token[k]) + c0, valid);
-#pragma unroll
-                    for (int j = 0; j < kVec; ++j) {
-                        const float g = to_float(gv.v[j]), normed = real ? dy[k][j] : 0.f;
-                        float gated = g;
-                        if (has_z) {
-                            const float x = to_float(zv.v[j]), sigmoid = Math<T>::sigmoid(x), silu = x * sigmoid;
-                            gated = g * silu;
-                            dz[j] = g * gate[j] * fmaf(normed, norm_weight[j], norm_bias[j]) *
-                                    fmaf(silu, 1.f - sigmoid, sigmoid);
-                        }
-                        product[j] = fmaf(gated, normed, product[j]);
-                        total[j] += gated;
-                        dnormed[i][j] = gated * gate[j] * norm_weight[j];
-                        moments[2 * i] += dnormed[i][j];
-                        moments[2 * i + 1] = fmaf(dnormed[i][j], normed, moments[2 * i + 1]);
-                    }
-                    if (has_z && real) store4<kAligned>(dz_out.at(path.token[k]) + c0, dz, valid);
-                }
-                if (has_norm) lane_sums(moments, lanes);
-#pragma unroll
-                for (int i = 0; i < kPart && k0 + i < kTokens; ++i) {
-                    const int k = k0 + i;
-                    // Channels that the norm does not count get no part of its means. With A = 0 they would sum it
-                    // over all tokens without decay, and du may overflow float16 there: one channel's norm has a
-                    // factor of 316.
-#pragma unroll
-                    for (int j = 0; j < kVec; ++j) {
-                        if (has_norm)
-                            dnormed[i][j] =
-                                inverse_std[k] *
-                                (dnormed[i][j] - inverse_dim * fmaf(dy[k][j], moments[2 * i + 1], moments[2 * i]));
-                        dy[k][j] = k < path.count && j < normed_channels ? dnormed[i][j] : 0.f;
-                    }
-                }
-            }
-            parked.put(kRowProduct, product);
-            parked.put(kRowSum, total);
+            through_gates_and_norm<T, kAligned>(s, coord, has_norm, has_z, table, dout, z, dz_out, path, parked,
+                                                inverse_std, dy);
         }
 
         float du[kTokens][kVec], dstep[kTokens][kVec], dA[kVec], skip[kVec], dskip[kVec];
@@ -199,7 +144,8 @@ __global__ void __launch_bounds__(kBwdTile / kBwdTokens<T, kSingle>, kSingle&& k
         if (kSingle) parked.put(kParkedA, dA);
         float dbias[kVec];
         parked.get(kRowBias, dbias);
-        finish_steps<T, kSingle, kAligned>(s, coord, du_out, ddt_out, path, step, du, dstep, dbias);
+        if (s.softplus) through_softplus<T>(step, dstep);
+        finish_steps<T, kSingle, kAligned>(s, coord, du_out, ddt_out, path, du, dstep, dbias);
         parked.put(kRowBias, dbias);
         for (int r = 0; r < s.rank; ++r) {
             float w[kVec], dw[kVec] = {}, ddt[kTokens];

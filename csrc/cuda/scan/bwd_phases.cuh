@@ -153,6 +153,75 @@ __device__ __forceinline__ void normalise(const ScanShape& s, const ThreadCoord&
     }
 }
 
+// dy comes in as the normalised y of the thread's tokens and becomes the gradient of y, 0 for tokens past the end.
+// Stores dz and adds to the parked sums for gate and norm.
+template <class T, bool kAligned, int kTokens, class Parked>
+__device__ __forceinline__ void through_gates_and_norm(const ScanShape& s, const ThreadCoord& coord, bool has_norm,
+                                                       bool has_z, const ChannelTable<kBwdTableRows>& table,
+                                                       const Plane<const T>& dout, const Plane<const T>& z,
+                                                       const Plane<T>& dz_out, const Path<kTokens>& path,
+                                                       Parked&& parked, const float (&inverse_std)[kTokens],
+                                                       float (&dy)[kTokens][kVec]) {
+    const int c0 = coord.channel, valid = coord.valid, lanes = coord.lanes;
+    const float inverse_dim = 1.f / s.norm_dim;
+    const int normed_channels = min(valid, s.norm_dim - c0);
+    float norm_weight[kVec], norm_bias[kVec], gate[kVec], product[kVec], total[kVec];
+    table.get(kNormWeight, c0, norm_weight);
+    table.get(kNormBias, c0, norm_bias);
+    table.get(kGate, c0, gate);
+    // A part of the tokens at a time: the derivatives of all of them would not fit beside the states.
+    constexpr int kPart = 4;
+    parked.get(kRowProduct, product);
+    parked.get(kRowSum, total);
+#pragma unroll
+    for (int k0 = 0; k0 < kTokens; k0 += kPart) {
+        float dnormed[kPart][kVec], moments[2 * kPart] = {};
+#pragma unroll
+        for (int i = 0; i < kPart && k0 + i < kTokens; ++i) {
+            const int k = k0 + i;
+            const bool real = k < path.count;
+            const Vec4<T> gv = load4<kAligned>(dout.at(path.token[k]) + c0, real ? valid : 0);
+            float dz[kVec];
+            Vec4<T> zv = {};
+            if (has_z) zv = load4<kAligned>(z.at(path.token[k]) + c0, valid);
+#pragma unroll
+            for (int j = 0; j < kVec; ++j) {
+                const float g = to_float(gv.v[j]), normed = real ? dy[k][j] : 0.f;
+                float gated = g;
+                if (has_z) {
+                    const float x = to_float(zv.v[j]), sigmoid = Math<T>::sigmoid(x), silu = x * sigmoid;
+                    gated = g * silu;
+                    dz[j] =
+                        g * gate[j] * fmaf(normed, norm_weight[j], norm_bias[j]) * fmaf(silu, 1.f - sigmoid, sigmoid);
+                }
+                product[j] = fmaf(gated, normed, product[j]);
+                total[j] += gated;
+                dnormed[i][j] = gated * gate[j] * norm_weight[j];
+                moments[2 * i] += dnormed[i][j];
+                moments[2 * i + 1] = fmaf(dnormed[i][j], normed, moments[2 * i + 1]);
+            }
+            if (has_z && real) store4<kAligned>(dz_out.at(path.token[k]) + c0, dz, valid);
+        }
+        if (has_norm) lane_sums(moments, lanes);
+#pragma unroll
+        for (int i = 0; i < kPart && k0 + i < kTokens; ++i) {
+            const int k = k0 + i;
+            // Channels that the norm does not count get no part of its means. With A = 0 they would sum it
+            // over all tokens without decay, and du may overflow float16 there: one channel's norm has a
+            // factor of 316.
+#pragma unroll
+            for (int j = 0; j < kVec; ++j) {
+                if (has_norm)
+                    dnormed[i][j] = inverse_std[k] *
+                                    (dnormed[i][j] - inverse_dim * fmaf(dy[k][j], moments[2 * i + 1], moments[2 * i]));
+                dy[k][j] = k < path.count && j < normed_channels ? dnormed[i][j] : 0.f;
+            }
+        }
+    }
+    parked.put(kRowProduct, product);
+    parked.put(kRowSum, total);
+}
+
 // The aggregate (P, local) of the adjoint over a thread's tokens, from the last one to the first, and dC.
 template <class T, int kTokens>
 __device__ __forceinline__ void start_adjoints(const Plane<const T>& C, const Path<kTokens>& path, int n,
@@ -208,20 +277,28 @@ __device__ __forceinline__ void state_gradients(
     }
 }
 
-// The gradients of the steps through the softplus, and what is complete with the last state: du, and ddt where dt holds
-// the steps.
+// The gradients of the steps through the softplus.
+template <class T, int kTokens>
+__device__ __forceinline__ void through_softplus(const float (&step)[kTokens][kVec], float (&dstep)[kTokens][kVec]) {
+#pragma unroll
+    for (int k = 0; k < kTokens; ++k)
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) dstep[k][j] = Math<T>::through_softplus(dstep[k][j], step[k][j]);
+}
+
+// What is complete with the last state: du, dbias, and ddt where dt holds the steps. The gradients of the steps become
+// 0 for tokens past the end.
 template <class T, bool kSingle, bool kAligned, int kTokens>
 __device__ __forceinline__ void finish_steps(const ScanShape& s, const ThreadCoord& coord, const Plane<T>& du_out,
                                              const Plane<T>& ddt_out, const Path<kTokens>& path,
-                                             const float (&step)[kTokens][kVec], const float (&du)[kTokens][kVec],
-                                             float (&dstep)[kTokens][kVec], float (&dbias)[kVec]) {
+                                             const float (&du)[kTokens][kVec], float (&dstep)[kTokens][kVec],
+                                             float (&dbias)[kVec]) {
     const int c0 = coord.channel, valid = coord.valid;
 #pragma unroll
     for (int k = 0; k < kTokens; ++k) {
         if (!kSingle && k < path.count) store4<kAligned>(du_out.at(path.token[k]) + c0, du[k], valid);
 #pragma unroll
         for (int j = 0; j < kVec; ++j) {
-            if (s.softplus) dstep[k][j] = Math<T>::through_softplus(dstep[k][j], step[k][j]);
             if (k >= path.count) dstep[k][j] = 0.f;
             dbias[j] += dstep[k][j];
         }

@@ -5,8 +5,8 @@
 //   out = LayerNorm(y) * silu(z) * gate
 #include "cuda/common/dispatch.h"
 #include "cuda/common/launch_kernel.cuh"
+#include "cuda/scan/fwd_phases.cuh"
 #include "cuda/scan/launch.h"
-#include "cuda/scan/tile.cuh"
 
 namespace gm {
 namespace {
@@ -19,8 +19,8 @@ __global__ void __launch_bounds__(kFwdThreads, kSingle&& kAligned && sizeof(T) =
     begin_kernel();
     constexpr int kTokens = kFwdTokens;
     __shared__ ScanExchange exchange;
-    __shared__ ChannelTable<5>
-        table;  // of every channel, to spare registers; for the same reason planes are read once a tile
+    // Of every channel, to spare registers; for the same reason planes are read once a tile.
+    __shared__ ChannelTable<kFwdTableRows> table;
     __shared__ Plane<const T> u, B, C, dt, z;
     __shared__ Plane<T> y_out;
     extern __shared__ float4 dynamic_shared[];
@@ -32,17 +32,7 @@ __global__ void __launch_bounds__(kFwdThreads, kSingle&& kAligned && sizeof(T) =
     const StepWeight<T> weight(s, args.dt_weight, coord, reinterpret_cast<float*>(dynamic_shared));
 
     const bool has_norm = args.norm_weight.ptr != nullptr, has_z = args.z.ptr != nullptr;
-    enum { kBias, kSkip, kScale, kShift, kA };  // the gate is folded into the norm's scale and shift
-    table.fill(s.dim, [&](int c, float(&row)[5]) {
-        const int64_t i = static_cast<int64_t>(coord.group) * s.param_dim + c;
-        const int64_t gate_index = static_cast<int64_t>(coord.batch) * s.groups * s.dim + i;
-        const float gate = load_param_or<T>(args.gate, gate_index, 1.f);
-        row[kBias] = load_param_or<T>(args.dt_bias, i, 0.f) / Math<T>::kStepUnit;
-        row[kSkip] = load_param_or<T>(args.D, i, 0.f);
-        row[kScale] = gate * load_param_or<T>(args.norm_weight, i, 1.f);
-        row[kA] = kSingle ? load_param<T>(args.A, i) : 0.f;
-        row[kShift] = gate * load_param_or<T>(args.norm_bias, i, 0.f);
-    });
+    fill_table<T, kSingle>(args, coord, table);
     if (threadIdx.x == 0) {
         u = Plane<const T>(args.u, coord, 0);
         B = Plane<const T>(args.B, coord, 0);
@@ -57,8 +47,8 @@ __global__ void __launch_bounds__(kFwdThreads, kSingle&& kAligned && sizeof(T) =
     const int tokens = s.height * s.width, tile_tokens = coord.num_chunks() * kTokens;
     const int states = kSingle ? 1 : s.states;
     const int64_t plane_states = static_cast<int64_t>(states) * s.dim;  // of one saved state
-    // States are saved every kBwdTile / lanes tokens: at every threads_chunks-th chunk.
-    const int threads_chunks = kBwdTile / kTokens / lanes,
+    // States are saved every args.chunk tokens: at every threads_chunks-th chunk.
+    const int threads_chunks = (kSingle ? kBwdTile / lanes : args.chunk) / kTokens,
               chunks_per_tile = max(coord.num_chunks() / threads_chunks, 1);
     const auto saved_state = [&](int64_t chunk) {
         return args.states + (static_cast<int64_t>(blockIdx.x) * args.num_chunks + chunk) * plane_states + c0;
@@ -76,14 +66,14 @@ __global__ void __launch_bounds__(kFwdThreads, kSingle&& kAligned && sizeof(T) =
         float step[kTokens][kVec], y[kTokens][kVec], skip[kVec];
         {
             float bias[kVec];
-            table.get(kBias, c0, bias);
+            table.get(kFwdBias, c0, bias);
             load_steps<kAligned>(s, dt, weight, bias, path, c0, valid, step);
         }
-        table.get(kSkip, c0, skip);
+        table.get(kFwdSkip, c0, skip);
 
         for (int n = 0; n < states; ++n) {
             float a_coef[kVec], P[kVec], h[kVec], decayed_C[kTokens][kVec], entering[kVec];
-            if (kSingle) table.get(kA, c0, a_coef);
+            if (kSingle) table.get(kFwdA, c0, a_coef);
 #pragma unroll
             for (int j = 0; j < kVec; ++j) {
                 if (!kSingle) a_coef[j] = j < valid ? load_param<T>(args.A, (param + j) * states + n) : 0.f;
@@ -135,57 +125,7 @@ __global__ void __launch_bounds__(kFwdThreads, kSingle&& kAligned && sizeof(T) =
         int again = begin;
         asm volatile("" : "+r"(again));
         const Path<kTokens> out_path(s, coord.direction, again);
-        float scale[kVec], shift[kVec];
-        table.get(kScale, c0, scale);
-        table.get(kShift, c0, shift);
-        if (has_norm) {
-            const float inverse_dim = 1.f / s.norm_dim;
-            const int normed = min(valid, s.norm_dim - c0);
-            float mean[kTokens], variance[kTokens];
-#pragma unroll
-            for (int k = 0; k < kTokens; ++k) {
-                mean[k] = 0.f;
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) mean[k] += y[k][j];
-            }
-            lane_sums(mean, lanes);
-#pragma unroll
-            for (int k = 0; k < kTokens; ++k) {
-                variance[k] = 0.f;
-                mean[k] = mean_of(mean[k], s.norm_dim, inverse_dim);
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) {
-                    y[k][j] = j < normed ? y[k][j] - mean[k] : 0.f;
-                    variance[k] = fmaf(y[k][j], y[k][j], variance[k]);
-                }
-            }
-            lane_sums(variance, lanes);
-#pragma unroll
-            for (int k = 0; k < kTokens; ++k) {
-                const float inverse_std = Math<T>::rsqrt(fmaf(variance[k], inverse_dim, s.norm_eps));
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) y[k][j] = fmaf(y[k][j] * inverse_std, scale[j], shift[j]);
-            }
-        } else {
-#pragma unroll
-            for (int k = 0; k < kTokens; ++k)
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) y[k][j] *= scale[j];
-        }
-        if (has_z) {
-#pragma unroll
-            for (int k = 0; k < kTokens; ++k) {
-                const Vec4<T> zv = load4<kAligned>(z.at(out_path.token[k]) + c0, valid);
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) {
-                    const float x = to_float(zv.v[j]);
-                    y[k][j] *= x * Math<T>::sigmoid(x);
-                }
-            }
-        }
-#pragma unroll
-        for (int k = 0; k < kTokens; ++k)
-            if (k < out_path.count) store4<kAligned>(y_out.at(out_path.token[k]) + c0, y[k], valid);
+        finish_outputs<T, kAligned>(s, coord, has_norm, has_z, table, z, y_out, out_path, y);
     }
 }
 

@@ -27,11 +27,21 @@ constexpr int kMaxScanWarps = kFwdThreads / 32;
 
 constexpr int bwd_tokens(bool single_state, int element_size) { return single_state && element_size == 2 ? 7 : 4; }
 
+// From this many states on, states are saved every kManyStatesChunk tokens: the kernels for several states
+// (many_states/) hold so many at a time, and every kBwdTile / lanes is a multiple of it.
+constexpr int kManyStates = 5;
+constexpr int kManyStatesChunk = 28;
+
 // Lanes that share a token: the smallest power of two whose lanes hold all channels.
 inline int scan_lanes(int dim) {
     int lanes = 1;
     while (lanes * kVec < dim) lanes *= 2;
     return lanes;
+}
+
+// Tokens between two saved states of a plane of `dim` channels.
+inline int scan_chunk(int64_t dim, int64_t states) {
+    return states < kManyStates ? kBwdTile / scan_lanes(static_cast<int>(dim)) : kManyStatesChunk;
 }
 
 // Whole warps, and no more of them than the tokens need.
@@ -76,17 +86,17 @@ inline ColumnCut cut_columns(int64_t height, int64_t width, int64_t dim, int64_t
     return {0, best, up(width * (padded / best), slots / best)};
 }
 
-// States that the CUDA kernels save of a plane of `dim` channels, `chunk` tokens to a tile: as many as the portable
-// kernels have tiles along the path or the sm_90 kernels have along columns, whichever is more.
+// States that the CUDA kernels save of a plane of `dim` channels, `chunk` tokens apart: as many as there are chunks
+// along the path, or tiles of the sm_90 kernels along columns, whichever is more.
 inline int64_t scan_saved_states(int64_t height, int64_t width, int64_t dim, int64_t chunk) {
     if (height == 0 || width == 0) return 0;
     return std::max((height * width + chunk - 1) / chunk, cut_columns(height, width, dim, chunk).tiles);
 }
 
-// Channels of the launches that scan `dim` channels of a cross scan, all but those of the last: a multiple of kVec.
+// Channels of the launches that scan `dim` channels of a cross scan, all but those of the last: a multiple of kTmaUnit.
 inline int64_t scan_slice_width(int64_t dim) {
     const int64_t count = (dim + kMaxScanDim - 1) / kMaxScanDim;
-    return count == 1 ? dim : ((dim + count - 1) / count + kVec - 1) / kVec * kVec;
+    return count == 1 ? dim : ((dim + count - 1) / count + kTmaUnit - 1) / kTmaUnit * kTmaUnit;
 }
 
 // Rows of the backward's partial sums for one (batch, part, group), D floats each: A[N], skip, step bias, sum of the

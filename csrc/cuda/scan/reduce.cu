@@ -60,10 +60,12 @@ __global__ void __launch_bounds__(kReduceColumns* kRowThreads)
         return;
     }
     float sum = 0.f;
-    const int64_t count = args.batch * args.parts;
+    const int parts = fixed < 0 ? args.state_parts : args.parts;
+    const int64_t count = args.batch * parts;
     if (in) {
 #pragma unroll 8
-        for (int64_t i = threadIdx.y; i < count; i += kRowThreads) sum += column[i * row_stride];
+        for (int64_t i = threadIdx.y; i < count; i += kRowThreads)
+            sum += column[(parts == args.parts ? i : i / parts * args.parts + i % parts) * row_stride];
     }
     sum = row_sum(sum, shared);
     if (!in || threadIdx.y != 0) return;

@@ -23,7 +23,7 @@ LayerSizes layer_sizes(const Tensor& x, const LayerParameters& p, int64_t chunk)
              gated ? show(shape_of(*p.fc1_weight)) : "");
     LayerSizes s = layer_sizes_of(x.size(0), x.size(1), x.size(2), groups, x.size(3), inner, states, rank,
                                   gated ? p.fc1_weight->size(0) : 0, p.out_proj_weight.has_value());
-    check_cuda_chunk(s.inner_pad, chunk);
+    check_cuda_chunk(s.inner_pad, s.states, chunk);
     s.saved_states = scan_saved_states(s.height, s.width, s.inner_pad, chunk);
     check_parameter(p.norm_weight, "norm_weight", {s.channels}, x);
     check_parameter(p.norm_bias, "norm_bias", {s.channels}, x);

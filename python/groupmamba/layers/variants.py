@@ -135,7 +135,7 @@ class _Projected(Variant):
         by_input = layer.gate_source == "input"
         layer._one_op = layer.scan == "grouped" and layer.mamba.d_conv == 3 and by_input and groups <= MAX_GROUPS
         layer._inner_dim = layer.mamba.inner_dim
-        layer._scan_path = scan_path(directions, layer._inner_dim)
+        layer._scan_path = scan_path(directions, layer._inner_dim, layer.mamba.d_state)
         return mixed
 
     def reset_parameters(self, layer: nn.Module) -> None:

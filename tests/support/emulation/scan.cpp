@@ -5,6 +5,7 @@
 #include "cuda/common/ptx/tma.cuh"
 #include "cuda/common/tensor_map.h"
 #include "cuda/scan/launch.h"
+#include "cuda/scan/many_states/launch.h"
 #include "cuda/scan/plan.h"
 #include "cuda/scan/sm90/launch.h"
 
@@ -26,6 +27,7 @@ bool encode_tensor_map(CUtensorMap& map, const void* tensor, DType, const Tensor
 namespace {
 
 constexpr int kParameters = 7;
+enum Kernel { kPortable, kSm90, kManyStates };  // as in emulation.py
 
 struct Sizes {  // as in emulation.py
     int64_t batch, height, width, groups, dim, states, rank, param_dim, norm_dim;
@@ -53,7 +55,7 @@ void set_inputs(Args& args, const ScanShape& s, const ImageArg* images, const Pa
     ParamArg* const places[kParameters] = {&args.A,           &args.D,         &args.dt_weight, &args.dt_bias,
                                            &args.norm_weight, &args.norm_bias, &args.gate};
     for (int i = 0; i < kParameters; ++i) *places[i] = parameters[i];
-    args.chunk = kBwdTile / s.lanes;
+    args.chunk = static_cast<int>(scan_chunk(s.dim, s.states));
     args.num_chunks = scan_saved_states(s.height, s.width, s.dim, args.chunk);
 }
 
@@ -62,14 +64,20 @@ std::vector<float> carry_of(const ScanShape& s) {
     return std::vector<float>(s.states > 1 ? 2 * s.batch * s.groups * s.states * s.dim : 0);
 }
 
-const char* forward(bool sm90, const ScanShape& s, DType dtype, const ImageArg* images, const ParamArg* parameters,
+const char* forward(Kernel kernel, const ScanShape& s, DType dtype, const ImageArg* images, const ParamArg* parameters,
                     float* states) {
     ScanFwdArgs args;
     set_inputs(args, s, images, parameters);
     args.y = images[5], args.states = states;
     std::vector<float> carry = carry_of(s);
     if (states == nullptr && s.states > 1) args.carry = carry.data();
-    if (!sm90) {
+    if (kernel == kManyStates) {
+        ManyStatesLayout layout;
+        if (const char* const why_not = plan_many_states(s, false, layout)) return why_not;
+        args.shape.threads = layout.threads;
+        return launch_many_states_fwd(args, layout, dtype, nullptr) == cudaSuccess ? nullptr : "not launched";
+    }
+    if (kernel == kPortable) {
         args.shape.threads = scan_fwd_threads(s.lanes, tokens_of(s));
         return launch_grouped_scan_fwd(args, dtype, nullptr) == cudaSuccess ? nullptr : "not launched";
     }
@@ -80,7 +88,7 @@ const char* forward(bool sm90, const ScanShape& s, DType dtype, const ImageArg* 
     return launch_grouped_scan_fwd_sm90(own, dtype, nullptr) == cudaSuccess ? nullptr : "not launched";
 }
 
-const char* backward(bool sm90, const ScanShape& s, DType dtype, const ImageArg* images, const ParamArg* parameters,
+const char* backward(Kernel kernel, const ScanShape& s, DType dtype, const ImageArg* images, const ParamArg* parameters,
                      const float* states, const ImageArg* gradients, const ParamOut* parameter_gradients) {
     ScanBwdArgs args;
     set_inputs(args, s, images, parameters);
@@ -95,18 +103,25 @@ const char* backward(bool sm90, const ScanShape& s, DType dtype, const ImageArg*
         return partials.data();
     };
     ScanReduceArgs sums;
-    if (sm90) {
+    if (kernel == kManyStates) {
+        ManyStatesLayout layout;
+        if (const char* const why_not = plan_many_states(s, true, layout)) return why_not;
+        args.shape.threads = layout.threads;
+        sums.parts = layout.parts, sums.state_parts = 1;
+        args.partials = partials_of(sums.parts);
+        if (launch_many_states_bwd(args, layout, dtype, nullptr) != cudaSuccess) return "not launched";
+    } else if (kernel == kSm90) {
         ScanBwdSm90Args own{};
         own.scan = args;
         own.scan.shape.threads = kTileThreads;
         if (!prepare_grouped_scan_bwd_sm90(dtype, own)) return "no tensor map";
         if (share_grouped_scan_bwd_sm90(own, dtype) != cudaSuccess) return "not shared";
-        sums.parts = own.plan.blocks_per_plane;
+        sums.parts = sums.state_parts = own.plan.blocks_per_plane;
         own.scan.partials = partials_of(sums.parts);
         if (launch_grouped_scan_bwd_sm90(own, dtype, nullptr) != cudaSuccess) return "not launched";
     } else {
         args.shape.threads = scan_bwd_threads(s.lanes, tokens_of(s), s.states == 1, dtype == DType::kFloat ? 4 : 2);
-        sums.parts = args.shape.threads / 32;
+        sums.parts = sums.state_parts = args.shape.threads / 32;
         args.partials = partials_of(sums.parts);
         if (launch_grouped_scan_bwd(args, dtype, nullptr) != cudaSuccess) return "not launched";
     }
@@ -124,23 +139,23 @@ const char* backward(bool sm90, const ScanShape& s, DType dtype, const ImageArg*
 
 // States that a forward saves for a backward, in floats.
 extern "C" int64_t emulated_scan_states(const gm::Sizes* sizes) {
-    const int64_t chunk = gm::kBwdTile / gm::scan_lanes(static_cast<int>(sizes->dim));
+    const int64_t chunk = gm::scan_chunk(sizes->dim, sizes->states);
     return sizes->batch * sizes->groups * sizes->states * sizes->param_dim *
            gm::scan_saved_states(sizes->height, sizes->width, sizes->dim, chunk);
 }
 
 // Null, or what went wrong. Images are u, dt, B, C, z and y (backward: dy); parameters and their gradients A, D,
 // dt_weight, dt_bias, norm_weight, norm_bias and gate.
-extern "C" const char* emulated_scan_fwd(int sm90, const gm::Sizes* sizes, const int* directions,
+extern "C" const char* emulated_scan_fwd(int kernel, const gm::Sizes* sizes, const int* directions,
                                          const gm::ImageArg* images, const gm::ParamArg* parameters, float* states) {
     const gm::ScanShape shape = gm::shape_of(*sizes, directions);
-    return gm::forward(sm90 != 0, shape, static_cast<gm::DType>(sizes->dtype), images, parameters, states);
+    return gm::forward(static_cast<gm::Kernel>(kernel), shape, static_cast<gm::DType>(sizes->dtype), images, parameters, states);
 }
-extern "C" const char* emulated_scan_bwd(int sm90, const gm::Sizes* sizes, const int* directions,
+extern "C" const char* emulated_scan_bwd(int kernel, const gm::Sizes* sizes, const int* directions,
                                          const gm::ImageArg* images, const gm::ParamArg* parameters,
                                          const float* states, const gm::ImageArg* gradients,
                                          const gm::ParamOut* parameter_gradients) {
     const gm::ScanShape shape = gm::shape_of(*sizes, directions);
-    return gm::backward(sm90 != 0, shape, static_cast<gm::DType>(sizes->dtype), images, parameters, states, gradients,
+    return gm::backward(static_cast<gm::Kernel>(kernel), shape, static_cast<gm::DType>(sizes->dtype), images, parameters, states, gradients,
                         parameter_gradients);
 }

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Accesses to device memory that other blocks see, each in one piece and in no order with others.
+// Accesses to device memory.
 #pragma once
 
 #include <cstdint>
 
 namespace gm {
 
+// Those that other blocks see, each in one piece and in no order with others.
 __device__ __forceinline__ void store_relaxed(uint32_t* to, uint32_t v) {
     asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
 }
@@ -21,6 +22,11 @@ __device__ __forceinline__ uint64_t load_relaxed(const uint64_t* from) {
     uint64_t v;
     asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(v) : "l"(from) : "memory");
     return v;
+}
+
+// Brings what is at p into the L1 cache.
+__device__ __forceinline__ void touch(const void* p) {
+    asm volatile("{ .reg .u16 value; ld.global.ca.u8 value, [%0]; }" ::"l"(p));
 }
 
 }  // namespace gm

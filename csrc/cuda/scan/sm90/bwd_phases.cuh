@@ -22,7 +22,8 @@ constexpr int kGradientCopies = Block::kInWarp ? 1 : Block::kOctets;
 template <class BlockType>
 struct ScanBwdLayout {
     using Block = BlockType;
-    static constexpr int kInputs = 3, kBarriers = 1;
+    static constexpr bool kBackward = true;
+    static constexpr int kInputs = Block::kBare ? 2 : 3, kBarriers = 1;
     int tile_bytes, features, feature_bytes, gradients, aggregates, table, norm, sums, barriers, total;
 
     ScanBwdLayout() = default;
@@ -42,7 +43,7 @@ struct ScanBwdLayout {
 
 // Where a thread's chunk of the current tile is in shared memory, from its first token on the path on.
 struct BwdChunkPlace {
-    unsigned char* box;     // u, in whose place du will be; z (dz) and dy lie tile_bytes further each
+    unsigned char* box;     // u, in whose place du will be; z (dz), if there is one, and dy lie tile_bytes further each
     const float* features;  // B, C and the step features of a token
     float* gradients;       // of the features, this thread's copy
 };
@@ -119,6 +120,20 @@ struct ScanBwdThread {
                 y[k][j] = fmaf(c, h[k][j], skip[j] * x[j]);
             }
             moment[k] = (y[k][0] + y[k][1]) + (y[k][2] + y[k][3]);
+        }
+    }
+
+    // Phase 2 of a bare scan: states from the state that enters the chunk, and dy.
+    __device__ __forceinline__ void bare_outputs(const BwdChunkPlace& at, const float (&A)[kVec], const Values& steps,
+                                                 const float (&entering)[kVec], Values& h, Values& dy) const {
+#pragma unroll
+        for (int k = 0; k < kTokens; ++k) {
+            to_floats(*reinterpret_cast<const Vec4<T>*>(at.box + layout.tile_bytes + k * step), dy[k]);
+#pragma unroll
+            for (int j = 0; j < kVec; ++j) {
+                const float before = k == 0 ? entering[j] : h[k == 0 ? 0 : k - 1][j];
+                h[k][j] = fmaf(Math<T>::decay(steps[k][j], A[j]), before, h[k][j]);
+            }
         }
     }
 
@@ -273,7 +288,7 @@ __device__ __forceinline__ void write_partials(const ScanBwdArgs& args, const Ti
         const float unit = sum == kSumA ? kLn2 : sum == kSumBias || sum >= kSumWeight ? kLog2e : 1.f;
 #pragma unroll
         for (int j = 0; j < kVec; ++j)
-            if (Block::kWhole || c0 + j < s.param_dim) partials[sum * Block::real_dim(s) + c0 + j] = unit * x[j];
+            if (Block::kWhole || c0 + j < Block::real_dim(s)) partials[sum * Block::real_dim(s) + c0 + j] = unit * x[j];
     }
 }
 

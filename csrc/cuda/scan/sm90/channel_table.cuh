@@ -55,8 +55,8 @@ __device__ __forceinline__ void put_rows(const Args& args, float* table, int bat
     const int c = threadIdx.x % Block::kWidth, first = threadIdx.x / Block::kWidth;
     const int dim = Block::real_dim(s);
     const bool in = first < kRows && c < dim;
-    const int64_t channel = static_cast<int64_t>(group) * dim + c;
-    const int64_t weights = (static_cast<int64_t>(group) * dim + min(c, s.norm_dim - 1)) * s.rank;
+    const int64_t group_begin = static_cast<int64_t>(group) * Block::param_dim(s), channel = group_begin + c;
+    const int64_t weights = (group_begin + min(c, s.norm_dim - 1)) * s.rank;
     const auto bits_of = [&](const ParamArg& p, bool wanted, int64_t i) {
         return wanted && p.ptr != nullptr ? load_param_bits(p, i) : 0u;
     };

@@ -12,6 +12,7 @@ namespace gm {
 template <class BlockType>
 struct ScanFwdLayout {
     using Block = BlockType;
+    static constexpr bool kBackward = false;
     static constexpr int kInputs = 2, kBarriers = 2;
     int tile_bytes, features, feature_bytes, aggregates, table, norm, barriers, total;
 
@@ -81,6 +82,18 @@ struct ScanFwdThread {
             counted[0] = counted4.x, counted[1] = counted4.y, counted[2] = counted4.z, counted[3] = counted4.w;
         }
         norm.centre(counted, y, moment);
+    }
+
+    // Phase 3 of a bare scan: y of the state that enters the chunk is the result, in the place at `box`.
+    __device__ __forceinline__ void write_bare_result(const float (&entering)[kVec], const Values& decayed_C,
+                                                      const Values& y, unsigned char* box, int step) const {
+#pragma unroll
+        for (int k = 0; k < kTokens; ++k) {
+            float out[kVec];
+#pragma unroll
+            for (int j = 0; j < kVec; ++j) out[j] = fmaf(decayed_C[k][j], entering[j], y[k][j]);
+            if (chunk.owns) store4<true>(reinterpret_cast<T*>(box + k * step), out, kVec);
+        }
     }
 
     // Phase 3: the result, norm and gates of y, in the place of z, which is at `box`.

@@ -88,8 +88,8 @@ cudaError_t launch_sm90(Kernel kernel, int threads, int resident, int shared, cu
 
 // Calls f(type tag, std::integral_constant<int, lanes>, std::bool_constant<whole>, std::bool_constant<runs>). Tiles of
 // runs have a kernel of their own: finding a token's place costs instructions and registers there, 5% of the backward,
-// which the others need not pay.
-template <class F>
+// which the others need not pay. Of bare scans none is built for whole widths.
+template <bool kBare, class F>
 cudaError_t dispatch_sm90(DType dtype, const ScanShape& shape, const TilePlan& plan, F&& f) {
     const int used = sm90_lanes(shape);
     const bool runs = plan.columns == 0,
@@ -99,7 +99,10 @@ cudaError_t dispatch_sm90(DType dtype, const ScanShape& shape, const TilePlan& p
                     : f(tag, lanes, std::false_type{}, std::false_type{});
     };
     const auto with_width = [&](auto tag, auto lanes) {
-        return whole && !runs ? f(tag, lanes, std::true_type{}, std::false_type{}) : with_cut(tag, lanes);
+        if constexpr (kBare)
+            return with_cut(tag, lanes);
+        else
+            return whole && !runs ? f(tag, lanes, std::true_type{}, std::false_type{}) : with_cut(tag, lanes);
     };
     const auto with_lanes = [&](auto tag) {
         switch (used) {

@@ -21,4 +21,13 @@ cudaError_t share_grouped_scan_bwd_sm90(ScanBwdSm90Args& args, DType dtype);
 cudaError_t launch_grouped_scan_fwd_sm90(const ScanFwdSm90Args& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_grouped_scan_bwd_sm90(const ScanBwdSm90Args& args, DType dtype, cudaStream_t stream);
 
+// The same for the scans of one group of a cross scan, without z, norm and gates: `args.scan.shape` has a group for
+// each scan, all of which read u and dy, whose stride from group to group is 0.
+bool prepare_cross_scan_fwd_sm90(DType dtype, ScanFwdSm90Args& args);
+bool prepare_cross_scan_bwd_sm90(DType dtype, ScanBwdSm90Args& args);
+cudaError_t share_cross_scan_fwd_sm90(ScanFwdSm90Args& args, DType dtype);
+cudaError_t share_cross_scan_bwd_sm90(ScanBwdSm90Args& args, DType dtype);
+cudaError_t launch_cross_scan_fwd_sm90(const ScanFwdSm90Args& args, DType dtype, cudaStream_t stream);
+cudaError_t launch_cross_scan_bwd_sm90(const ScanBwdSm90Args& args, DType dtype, cudaStream_t stream);
+
 }  // namespace gm

@@ -34,6 +34,9 @@ constexpr int sm90_fwd_parts(int lanes) { return lanes == 4 ? 2 : 1; }
 // Why these kernels do not take a scan, or null where they do. It does not depend on strides, so forward and backward
 // of one scan agree.
 const char* why_not_grouped_scan_sm90(const ScanShape& shape, bool has_z, bool has_norm, DType dtype);
+// The same of a slice of a cross scan's channels. All slices of one cross scan agree too, but for the rank that they
+// allow.
+const char* why_not_cross_scan_sm90(const ScanShape& shape, DType dtype);
 
 // True where TMA can move an image: its address and strides are multiples of 16 bytes.
 inline bool allows_tma(const ImageArg& image, const ScanShape& s) {

@@ -9,7 +9,8 @@
 
 namespace gm {
 
-// A stage holds a tile of each of Layout::kInputs images: u, z and, in the backward, dy. It has Layout::kBarriers
+// A stage holds a tile of each of Layout::kInputs images: u, z and, in the backward, dy; the backward of a bare scan
+// has u and dy, its forward loads u alone, and the place of z is where its result goes. A stage has Layout::kBarriers
 // mbarriers, which say when they have arrived: one for each of them, or one for all. Layout has the byte offsets in
 // dynamic shared memory; the stages come first. A tile is given by its number n among those of the block, and by its
 // cursor where its coordinates are needed.
@@ -51,12 +52,18 @@ struct TilePipeline {
         const uint32_t arrival = barrier(stage, kBarriers == 1 ? 0 : input), to = place(stage, input);
         if (kBarriers > 1 || input == 0)
             mbarrier_expect(arrival, kInputs / kBarriers * scheduler.box_bytes(args.scan.shape));
-        const CUtensorMap* maps;
-        if constexpr (kInputs == 2)
-            maps = input == 0 ? args.u : args.z;
-        else
-            maps = input == 0 ? args.u : input == 1 ? args.z : args.dy;
-        scheduler.boxes(args.scan.shape, args.plan, at, args.kind[input], [&](const Coordinates& c, int offset) {
+        const CUtensorMap* maps = args.u;
+        int kind = 0;
+        if constexpr (Layout::kBackward) {
+            if (input + 1 == kInputs)
+                maps = args.dy, kind = 2;
+            else if (input == 1)
+                maps = args.z, kind = 1;
+        } else if (input == 1) {
+            maps = args.z, kind = 1;
+        }
+        const int of = Block::kBare ? 0 : scheduler.group;
+        scheduler.boxes(args.scan.shape, args.plan, at, of, args.kind[kind], [&](const Coordinates& c, int offset) {
             tma_load(to + offset, maps + static_cast<int>(scheduler.columns), c, arrival);
         });
     }
@@ -67,7 +74,7 @@ struct TilePipeline {
     __device__ __forceinline__ void store(int n, const TileCursor& at, int input, const CUtensorMap* maps,
                                           const TileMapKind& kind) const {
         const uint32_t from = place(n % kSm90Stages, input);
-        scheduler.boxes(args.scan.shape, args.plan, at, kind, [&](const Coordinates& c, int offset) {
+        scheduler.boxes(args.scan.shape, args.plan, at, scheduler.group, kind, [&](const Coordinates& c, int offset) {
             tma_store(from + offset, maps + static_cast<int>(scheduler.columns), c);
         });
         tma_commit();
@@ -100,7 +107,8 @@ struct TilePipeline {
     __device__ __forceinline__ void keep_next(const StepFeatures<T, Block>& fetcher, float* table, int n,
                                               const TileCursor& now, const TileCursor& next, int image) const {
         fetcher.keep(args.scan.shape, args.plan, scheduler, next, features(n + 1));
-        if (next.batch != now.batch) put_gated_rows<T, Block>(args.scan, table, image ^ 1, next.batch, scheduler.group);
+        if (!Block::kBare && next.batch != now.batch)
+            put_gated_rows<T, Block>(args.scan, table, image ^ 1, next.batch, scheduler.group);
     }
 };
 

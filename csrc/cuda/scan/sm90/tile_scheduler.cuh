@@ -26,10 +26,11 @@ __device__ __forceinline__ int operator/(int n, Divisor by) {
 
 // Constants of a block whose tile has kParts parts, each of kTileThreads / scan_lanes chunks; kLanes threads share a
 // token. kWhole: every lane has 4 channels and LayerNorm counts them all. kRuns: along columns tiles are made of runs.
-template <int kLanesOfToken, bool kWholeWidth, int kPartsPerTile, bool kRunsOfColumns>
+// kBare: a scan of a cross scan, without z, norm and gates; all groups read one image u and, in the backward, one dy.
+template <int kLanesOfToken, bool kWholeWidth, int kPartsPerTile, bool kRunsOfColumns, bool kBareScan>
 struct Sm90Block {
     static constexpr int kLanes = kLanesOfToken, kParts = kPartsPerTile;
-    static constexpr bool kWhole = kWholeWidth, kRuns = kRunsOfColumns;
+    static constexpr bool kWhole = kWholeWidth, kRuns = kRunsOfColumns, kBare = kBareScan;
     static constexpr int kWidth = kLanes * kVec;  // channels that the lanes have room for
     static constexpr int kChunks = kParts * kTileThreads / (kLanes == kNarrowLanes ? 32 : kLanes);
     static constexpr int kThreads = kChunks * kLanes, kTokens = kChunks * kFwdTokens;
@@ -55,8 +56,12 @@ struct Sm90Block {
 
     __device__ static int aggregate(int chunk) { return chunk * kWidth + chunk / kLaneChunks * kPad; }
     __host__ __device__ static int dim(const ScanShape& s) { return kWhole ? kWidth : s.dim; }
-    // Channels that exist: fewer than dim() where they are padded. Parameters and saved states have these alone.
-    __host__ __device__ static int real_dim(const ScanShape& s) { return kWhole ? kWidth : s.param_dim; }
+    // Channels that exist: fewer than dim() where they are padded. Saved states have these alone, and so have
+    // parameters, whose groups are param_dim() channels apart: further where a bare scan takes a slice of the channels.
+    __host__ __device__ static int real_dim(const ScanShape& s) {
+        return kWhole ? kWidth : kBare ? s.norm_dim : s.param_dim;
+    }
+    __host__ __device__ static int param_dim(const ScanShape& s) { return kBare ? s.param_dim : real_dim(s); }
     // Floats of a token's features in shared memory (B, C, dt_0, ...), a multiple of 4.
     __host__ __device__ static int width(const ScanShape& s) {
         return kFeatures <= 4 ? 4 : kConstantRank > 0 ? kFeatures : (s.rank + 5) / 4 * 4;
@@ -148,9 +153,10 @@ struct TileScheduler {
         const int place = Block::kParts == 1 ? 0 : reverse ? 1 - part : part;
         return (descending ? steps - 1 - at.step : at.step) * Block::kParts + place;
     }
-    // Visits the boxes that TMA moves of a tile: visit(coordinates, byte offset in shared memory).
+    // Visits the boxes that TMA moves of a tile of the image's group `of`: visit(coordinates, byte offset in shared
+    // memory).
     template <class F>
-    __device__ __forceinline__ void boxes(const ScanShape& s, const TilePlan& plan, const TileCursor& at,
+    __device__ __forceinline__ void boxes(const ScanShape& s, const TilePlan& plan, const TileCursor& at, int of,
                                           const TileMapKind& kind, F&& visit) const {
         const bool fused = columns && kind.column_fuse;
         const int count = runs() ? plan.runs_per_tile : Block::kTokens > kBoxLimit && !columns ? kind.row_boxes : 1;
@@ -163,7 +169,7 @@ struct TileScheduler {
                               fused     ? 0
                               : columns ? run.column
                                         : (at.first + tokens) >> kind.row_shift,
-                              columns ? run.row : 0, group, at.batch},
+                              columns ? run.row : 0, of, at.batch},
                   tokens * Block::dim(s) * 2);
         }
     }

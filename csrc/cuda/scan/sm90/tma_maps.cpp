@@ -6,12 +6,11 @@
 
 namespace gm {
 
-bool make_tile_maps(const ImageArg& image, const ScanShape& s, const TilePlan& plan, DType dtype, CUtensorMap (&map)[2],
-                    TileMapKind& kind) {
+bool make_tile_maps(const ImageArg& image, int groups, int channels, const ScanShape& s, const TilePlan& plan,
+                    DType dtype, CUtensorMap (&map)[2], TileMapKind& kind) {
     const int64_t dim = s.dim, width = s.width, height = s.height, tokens = width * height;
-    const bool padded = s.param_dim < s.dim;  // TMA reads zeros where channels are missing, and writes nothing there
+    const bool padded = channels < dim;  // TMA reads zeros where channels are missing, and writes nothing there
     const bool contiguous = image.token == dim && !padded;
-    const int64_t channels = padded ? s.param_dim : dim;
     // Promotion to whole L2 lines pays where the tokens of a plane are adjacent; elsewhere it reads other groups too.
     const auto promotion = contiguous ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_NONE;
 
@@ -23,7 +22,7 @@ bool make_tile_maps(const ImageArg& image, const ScanShape& s, const TilePlan& p
         ++kind.row_shift;
     const int64_t fuse = int64_t{1} << kind.row_shift;
     kind.row_boxes = plan.tokens / fuse > kBoxLimit ? 2 : 1;
-    const TensorMapShape by_rows{{channels * fuse, tokens / fuse, 1, s.groups, s.batch},
+    const TensorMapShape by_rows{{channels * fuse, tokens / fuse, 1, groups, s.batch},
                                  {image.token * fuse, 16, image.group, image.batch},
                                  {dim * fuse, plan.tokens / fuse / kind.row_boxes, 1}};
     if (!encode_tensor_map(map[0], image.ptr, dtype, by_rows, promotion)) return false;
@@ -31,11 +30,11 @@ bool make_tile_maps(const ImageArg& image, const ScanShape& s, const TilePlan& p
     // Along columns: (channel, column, row), or where columns are adjacent (channel of a column, row).
     const int64_t columns = plan.columns > 0 ? plan.columns : 1, rows = plan.columns > 0 ? height : plan.run_rows;
     kind.column_fuse = contiguous && columns * dim <= kBoxLimit;
-    TensorMapShape by_columns{{channels, width, height, s.groups, s.batch},
+    TensorMapShape by_columns{{channels, width, height, groups, s.batch},
                               {image.token, image.token * width, image.group, image.batch},
                               {dim, columns, rows}};
     if (kind.column_fuse)
-        by_columns = {{dim * width, 1, height, s.groups, s.batch},
+        by_columns = {{dim * width, 1, height, groups, s.batch},
                       {16, image.token * width, image.group, image.batch},
                       {dim * columns, 1, rows}};
     return encode_tensor_map(map[1], image.ptr, dtype, by_columns, promotion);
@@ -45,7 +44,7 @@ bool prepare_grouped_scan_fwd_sm90(DType dtype, ScanFwdSm90Args& args) {
     const ScanShape& s = args.scan.shape;
     args.plan = plan_tiles(s, sm90_fwd_parts(s.lanes));
     const auto make = [&](const ImageArg& image, CUtensorMap(&map)[2], TileMapKind& kind) {
-        return make_tile_maps(image, s, args.plan, dtype, map, kind);
+        return make_tile_maps(image, s.groups, s.param_dim, s, args.plan, dtype, map, kind);
     };
     return make(args.scan.u, args.u, args.kind[0]) && make(args.scan.z, args.z, args.kind[1]) &&
            make(args.scan.y, args.y, args.kind[2]);
@@ -55,11 +54,26 @@ bool prepare_grouped_scan_bwd_sm90(DType dtype, ScanBwdSm90Args& args) {
     const ScanShape& s = args.scan.shape;
     args.plan = plan_tiles(s, 1);
     const auto make = [&](const ImageArg& image, CUtensorMap(&map)[2], TileMapKind& kind) {
-        return make_tile_maps(image, s, args.plan, dtype, map, kind);
+        return make_tile_maps(image, s.groups, s.param_dim, s, args.plan, dtype, map, kind);
     };
     return make(args.scan.u, args.u, args.kind[0]) && make(args.scan.z, args.z, args.kind[1]) &&
            make(args.scan.dy, args.dy, args.kind[2]) && make(args.scan.du, args.du, args.kind[3]) &&
            make(args.scan.dz, args.dz, args.kind[4]);
+}
+
+bool prepare_cross_scan_fwd_sm90(DType dtype, ScanFwdSm90Args& args) {
+    const ScanShape& s = args.scan.shape;
+    args.plan = plan_tiles(s, sm90_fwd_parts(s.lanes));
+    return make_tile_maps(args.scan.u, 1, s.norm_dim, s, args.plan, dtype, args.u, args.kind[0]) &&
+           make_tile_maps(args.scan.y, s.groups, s.norm_dim, s, args.plan, dtype, args.y, args.kind[2]);
+}
+
+bool prepare_cross_scan_bwd_sm90(DType dtype, ScanBwdSm90Args& args) {
+    const ScanShape& s = args.scan.shape;
+    args.plan = plan_tiles(s, 1);
+    return make_tile_maps(args.scan.u, 1, s.norm_dim, s, args.plan, dtype, args.u, args.kind[0]) &&
+           make_tile_maps(args.scan.dy, 1, s.norm_dim, s, args.plan, dtype, args.dy, args.kind[2]) &&
+           make_tile_maps(args.scan.du, s.groups, s.norm_dim, s, args.plan, dtype, args.du, args.kind[3]);
 }
 
 }  // namespace gm

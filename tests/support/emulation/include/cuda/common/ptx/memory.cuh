@@ -15,4 +15,6 @@ T load_relaxed(const T* from) {
     return __atomic_load_n(from, __ATOMIC_RELAXED);
 }
 
+inline void touch(const void* p) { (void)*static_cast<const volatile unsigned char*>(p); }
+
 }  // namespace gm
