@@ -27,7 +27,7 @@ from support.inputs import (
     pool_inputs,
 )
 from support.inputs import batch_norm_inputs as norm_inputs
-from support.scan import IMAGES
+from support.scan import IMAGES, filling_batch
 from support.scan import inputs as scan_inputs
 
 SCANS = [  # dim, rank, states, h, w: the portable kernels, aligned and not
@@ -39,14 +39,14 @@ SCANS = [  # dim, rank, states, h, w: the portable kernels, aligned and not
     # planes of more tiles than a segment, shared like all those above of more than one tile
     (16, 1, 1, 30, 600), (128, 14, 1, 33, 29),
 ]  # fmt: skip
-SCANS += [  # the kernels for several states
-    (16, 1, 16, 21, 43), (6, None, 64, 5, 7), (87, 6, 17, 9, 11), (112, 7, 16, 7, 7), (128, 8, 16, 6, 9),
+MANY_STATES = [  # the kernels for several states, which ask for many planes
+    (16, 1, 16, 9, 13), (6, None, 64, 5, 7), (87, 6, 17, 9, 11), (112, 7, 16, 7, 7), (128, 8, 16, 6, 9),
     (1, 1, 5, 3, 3), (32, 2, 40, 9, 14),
 ]  # fmt: skip
 MANY_IMAGES = [(24, 2, 1, 15, 16), (112, 7, 1, 7, 7)]  # planes that are not shared
 CROSS = [  # dim, rank, states, h, w: the last in two slices of its channels
     (3, 1, 1, 5, 7), (16, 1, 1, 56, 56), (40, 2, 3, 29, 31), (87, 6, 1, 7, 9), (16, None, 1, 9, 11), (32, 2, 2, 90, 91),
-    (132, 3, 1, 6, 5), (40, 2, 16, 9, 11), (132, 3, 5, 6, 5), (96, 6, 1, 9, 17), (192, 6, 1, 14, 14),
+    (132, 3, 1, 6, 5), (96, 6, 1, 9, 17), (192, 6, 1, 14, 14),
     (16, 1, 1, 30, 300),
 ]  # fmt: skip
 
@@ -97,6 +97,15 @@ def cases(dtype: torch.dtype):
                 f"scan {shape} {name} {layout.__name__ if layout else ''}",
                 functools.partial(scan, dtype, layout, *shape),
             )
+    for shape in MANY_STATES:
+        for layout in (None, group_major, padded_channels):
+            batch = filling_batch("cuda", shape[0])
+            yield (
+                f"scan of several states {shape} {name} {layout.__name__ if layout else ''}",
+                functools.partial(scan, dtype, layout, *shape, batch=batch),
+            )
+    for shape in ((40, 2, 16, 9, 11), (132, 3, 5, 6, 5)):
+        yield f"cross scan of several states {shape} {name}", functools.partial(cross_scan, dtype, *shape, batch=60)
     for shape in MANY_IMAGES:
         yield f"scan of many images {shape} {name}", functools.partial(scan, dtype, None, *shape, batch=128)
     for shape in CROSS:
@@ -123,8 +132,8 @@ def scan(dtype, layout, dim, rank, states, h, w, batch=1) -> None:
     run(ext.grouped_selective_scan, tensors)
 
 
-def cross_scan(dtype, dim, rank, states, h, w) -> None:
-    tensors = cross_inputs("cuda", dtype, batch=1, h=h, w=w, dim=dim, n=states, rank=rank)
+def cross_scan(dtype, dim, rank, states, h, w, batch=1) -> None:
+    tensors = cross_inputs("cuda", dtype, batch=batch, h=h, w=w, dim=dim, n=states, rank=rank)
     run(ext.cross_selective_scan, tensors)
     run(ext.cross_selective_scan, {k: padded_channels(v) if k in IMAGES else v for k, v in tensors.items()})
 

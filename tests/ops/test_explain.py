@@ -14,13 +14,13 @@ from groupmamba import GroupedMamba2d
 from groupmamba_ext import _explain, _load
 
 
-def scan_inputs(dim=16, states=1, rank=1, device="cpu", dtype=torch.float32):
+def scan_inputs(dim=16, states=1, rank=1, device="cpu", dtype=torch.float32, batch=1):
     g = torch.Generator().manual_seed(0)
 
     def draw(*shape, kind=dtype):
         return torch.randn(*shape, generator=g).to(device, kind)
 
-    size = (1, 4, 5, 4)
+    size = (batch, 4, 5, 4)
     return {
         "u": draw(*size, dim),
         "dt": draw(*size, rank),
@@ -138,6 +138,18 @@ def test_scan_kernel(changes, options, why):
     if why is None and torch.cuda.get_device_capability() != (9, 0):
         why = "the GPU is not of compute capability 9.0"
     assert (SM90 if why is None else PORTABLE + why) in notes
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("batch, many", [(200, True), (1, False)])
+def test_scan_of_several_states(batch, many):
+    inputs = scan_inputs(states=16, device="cuda", dtype=torch.bfloat16, batch=batch)
+    inputs["u"].requires_grad_()
+    notes = ext.explain(lambda: ext.grouped_selective_scan(**inputs).sum().backward()).notes
+    portable = "the portable kernel, not that for several states: too few planes and channels to occupy this GPU"
+    kernel = "the kernel for several states" if many else portable
+    for way in ("forward", "backward"):
+        assert f"grouped_selective_scan {way}: {kernel}" in notes
 
 
 @pytest.mark.cuda

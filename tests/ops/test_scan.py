@@ -9,7 +9,7 @@ import groupmamba_ext as ext
 from groupmamba_ext.layouts import MAX_GROUPS
 from groupmamba_ext.ops import grouped_selective_scan
 from support.common import FLOOR, check, group_major, padded_channels, relative_error, unaligned
-from support.scan import DTYPES, IMAGES, MIXED, compare, inputs
+from support.scan import DTYPES, IMAGES, MIXED, compare, filling_batch, inputs
 
 SIZES = [(1, 1), (1, 7), (7, 1), (2, 3), (7, 7), (14, 14), (13, 29), (28, 28), (31, 37), (1, 500), (500, 1)]
 
@@ -51,20 +51,20 @@ def test_states(device, dtype, n):
 @pytest.mark.parametrize(
     "dim, n, rank, h, w",
     [
-        (16, 16, 1, 21, 43), (32, 16, 2, 29, 13), (64, 16, 4, 9, 14), (88, 16, 6, 14, 14), (112, 16, 7, 7, 7),
-        (128, 16, 8, 6, 9), (1, 5, 1, 3, 3), (2, 64, 1, 4, 9), (6, 64, None, 5, 7), (3, 8, 1, 31, 30), (21, 7, 1, 1, 1),
-        (87, 17, 6, 9, 11), (127, 12, 3, 13, 5), (32, 33, 2, 14, 14), (16, 100, 1, 5, 7), (17, 9, None, 1, 57),
-        (6, 64, 2, 5, 7), (1, 40, 1, 3, 3), (13, 33, 3, 9, 11), (5, 16, 65, 5, 7),
+        (16, 16, 1, 9, 43), (32, 16, 2, 29, 13), (64, 16, 4, 9, 14), (88, 16, 6, 14, 14), (112, 16, 7, 7, 7),
+        (128, 16, 8, 6, 9), (1, 5, 1, 3, 3), (2, 64, 1, 4, 9), (6, 64, None, 5, 7), (3, 8, 1, 9, 30), (21, 7, 1, 1, 1),
+        (87, 17, 6, 9, 11), (127, 12, 3, 13, 5), (32, 56, 2, 14, 14), (16, 120, 1, 5, 7), (17, 14, None, 1, 57),
+        (6, 64, 2, 5, 7), (1, 40, 1, 3, 3), (13, 60, 3, 9, 11), (5, 16, 65, 5, 7),
     ],
 )  # fmt: skip
 def test_many_states(device, dtype, dim, n, rank, h, w):
-    """The kernels for several states: 4 and 8 of a thread, 2 to 16 threads a channel, one and several tiles."""
-    compare(inputs(device, dtype, dim=dim, n=n, rank=rank, h=h, w=w))
+    """The kernels for several states: 2 to 8 of a thread, 2 to 16 threads a channel, one and several tiles."""
+    compare(inputs(device, dtype, batch=filling_batch(device, dim), dim=dim, n=n, rank=rank, h=h, w=w))
 
 
 @pytest.mark.parametrize("drop", [("z",), ("norm_weight", "norm_bias"), ("D", "dt_bias", "gate"), ("norm_bias",)])
 def test_many_states_without_options(device, drop):
-    compare(inputs(device, dim=20, n=10, h=9, w=13, drop=drop))
+    compare(inputs(device, batch=filling_batch(device, 20), dim=20, n=10, h=9, w=13, drop=drop))
 
 
 @pytest.mark.parametrize("n", [2, 16])

@@ -40,6 +40,11 @@ def inputs(
     return {k: None if k in drop else v for k, v in tensors.items()}
 
 
+def filling_batch(device, dim):
+    """On a GPU images whose planes of ``dim`` channels occupy it, as the kernels for several states ask for."""
+    return 800 // dim + 60 if torch.device(device).type == "cuda" else 2
+
+
 def compare(tensors, directions=MIXED, **options):
     # A norm over a handful of channels is ill-conditioned where they agree; a larger eps makes errors comparable again.
     options = {"directions": directions, "norm_eps": 0.1 if tensors["u"].shape[-1] <= 4 else 1e-5, **options}

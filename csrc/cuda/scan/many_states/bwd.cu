@@ -2,8 +2,7 @@
 // Backward of the grouped selective scan with several states. It goes through the tiles from the last to the first;
 // before each the forward has saved a state. In a tile it goes through stretches of 4 tokens: the states that enter the
 // stretches are computed with y, those within a stretch again when the adjoint walks it. tile.cuh says how a block
-// works,
-// ../README.md derives the gradients.
+// works, ../README.md derives the gradients.
 #include "cuda/common/dispatch.h"
 #include "cuda/common/launch_kernel.cuh"
 #include "cuda/scan/bwd_phases.cuh"

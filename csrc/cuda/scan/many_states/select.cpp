@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which scans the kernels for several states take.
+// Which scans the kernels for several states take, and how many states a thread has.
 #include "cuda/common/device.h"
 #include "cuda/scan/many_states/launch.h"
 #include "cuda/scan/many_states/plan.h"
@@ -7,25 +7,58 @@
 namespace gm {
 namespace {
 
-constexpr int kStaticShared = 4 * 1024;  // bytes, at least what the kernels have
+constexpr int kStaticShared = 4 * 1024;  // bytes of a block, at least what the kernels have
+constexpr int kReservedShared = 1024;    // bytes of a block that the driver takes
+constexpr int kRegisters = 64 * 1024;    // of a multiprocessor
+constexpr int kThreads = 1536;           // of a multiprocessor, on the smallest of them
+constexpr int kEnoughWarps = 12;         // more of a multiprocessor gain nothing (H200)
+constexpr float kFewestWarps = 6.f;      // with fewer the portable kernel is faster (H200)
+
+struct Room {
+    int multiprocessors = 0, of_block = 0, of_multiprocessor = 0;  // shared memory in bytes
+
+    bool ask() {
+        return multiprocessors_of_device(multiprocessors) == cudaSuccess &&
+               device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, of_block) == cudaSuccess &&
+               device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, of_multiprocessor) == cudaSuccess;
+    }
+};
+
+int shared_bytes(const ManyStatesLayout& layout) {
+    return static_cast<int>(sizeof(float)) * layout.floats + kStaticShared;
+}
+
+// Warps that a multiprocessor holds at a time where `planes` blocks are to run.
+int resident_warps(const ManyStatesLayout& layout, bool backward, int64_t planes, const Room& room) {
+    const int registers = layout.each == 8 && backward ? 176 : 128;
+    const int64_t share = (planes + room.multiprocessors - 1) / room.multiprocessors;
+    const int fit = std::min({room.of_multiprocessor / (shared_bytes(layout) + kReservedShared),
+                              kRegisters / (layout.threads * registers), kThreads / layout.threads});
+    return static_cast<int>(std::min<int64_t>(share, std::max(fit, 1))) * layout.threads / 32;
+}
 
 }  // namespace
 
 const char* plan_many_states(const ScanShape& s, bool backward, ManyStatesLayout& layout) {
     if (s.states < kManyStates) return "there are fewer than 5 states";
-    int room = 0;
-    if (device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, room) != cudaSuccess)
-        return "the device did not say how much shared memory it has";
+    Room room;
+    if (!room.ask()) return "the device did not say what room it has";
+    int most = 0;
     bool allowed = false;
-    // Four states a thread make more warps of a plane, which hide what one waits for; eight need less shared memory.
-    for (const int each : {4, 8}) {
-        layout = ManyStatesLayout(each, s.dim, s.states, s.lanes, s.rank, backward);
-        if (!layout.allowed()) continue;
+    // The more states a thread has, the less it does for each. Fewer make more warps, one of which computes while
+    // another one waits.
+    for (const int each : {8, 4, 2}) {
+        const ManyStatesLayout tried(each, s.dim, s.states, s.lanes, s.rank, backward);
+        if (!tried.allowed() || tried.row >= 2 * s.states) continue;
         allowed = true;
-        if (static_cast<int>(sizeof(float)) * layout.floats + kStaticShared <= room) return nullptr;
+        if (shared_bytes(tried) > room.of_block) continue;
+        const int warps = std::min(resident_warps(tried, backward, s.batch * s.groups, room), kEnoughWarps);
+        if (warps > most) most = warps, layout = tried;
     }
-    return allowed ? "a block of this GPU has too little shared memory"
-                   : "a block does not hold the states of so many channels";
+    if (!allowed) return "a block does not hold the states of so many channels";
+    if (most == 0) return "a block of this GPU has too little shared memory";
+    const float used = static_cast<float>(s.states) / static_cast<float>(layout.row);
+    return used * static_cast<float>(most) < kFewestWarps ? "too few planes and channels to occupy this GPU" : nullptr;
 }
 
 }  // namespace gm
