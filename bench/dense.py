@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Backbones with a feature pyramid at the sizes of detection and segmentation, and whole detectors and segmenters.
 
-    python bench/dense.py                                     # three backbones, as called and compiled
+    python bench/dense.py                                     # three backbones, as called, compiled, in CUDA graphs
     python bench/dense.py --cases mask_rcnn upernet --no-compile
 
 Every row of a case is timed in turn with the others, several rounds, and has the median. See bench/README.md.
@@ -36,6 +36,9 @@ DROP_PATH, CLASSES, OBJECTS = 0.2, 80, 10
 Size = tuple[int, int]
 
 
+CALLED, COMPILED, GRAPH, COMPILED_GRAPH = HOWS = ("as called", "compiled", "graph", "compiled, graph")
+
+
 class Case(NamedTuple):
     """What is timed: a network on images of these sizes, one size after the other, with gradients or without."""
 
@@ -44,6 +47,11 @@ class Case(NamedTuple):
     batch: int
     sizes: tuple[Size, ...]
     training: bool
+
+    @property
+    def varied(self) -> bool:
+        """Whether there are several sizes."""
+        return len(self.sizes) > 1
 
 
 # mmdetection's multi-scale sizes, images of 4 : 3 and 16 : 9 in both orientations, padded to multiples of 32.
@@ -101,15 +109,12 @@ class Call:
         self.amp = amp_dtype(device, None, None)
         self.network = _network(model, case).to(device).to(memory_format=torch.channels_last).train(case.training)
         if compiled:
-            # The detector itself makes lists of boxes; what computes is the backbone.
+            # The detector itself makes lists of boxes; what computes is the backbone. For any size the pyramid's last
+            # level, which torchvision pools, would be compiled again for odd and even maps.
             part = self.network.backbone if case.network == "mask_rcnn" else self.network
-            function = torch.compile(part, dynamic=True if len(case.sizes) > 1 else None)
-            if case.network == "mask_rcnn":
-                self.network.backbone.forward = function
-            else:
-                self.function = function
-        if not (compiled and case.network != "mask_rcnn"):
-            self.function = self.network
+            if case.varied:
+                part = part.body
+            part.forward = torch.compile(part.forward, dynamic=True if case.varied else None)
         self.inputs = [self._inputs(size) for size in case.sizes]
 
     def _inputs(self, size: Size) -> tuple[Any, ...]:
@@ -130,16 +135,41 @@ class Call:
             torch.autocast(self.device.type, self.amp, enabled=self.amp is not None),
         ):
             if self.case.network == "mask_rcnn":
-                loss = torch.stack([value.float() for value in self.function(images, targets).values()]).sum()
+                loss = torch.stack([value.float() for value in self.network(images, targets).values()]).sum()
             elif self.case.network == "upernet":
-                loss = nn.functional.cross_entropy(self.function(images).float(), targets)
+                loss = nn.functional.cross_entropy(self.network(images).float(), targets)
             else:
-                loss = torch.stack([m.float().square().mean() for m in self.function(images).values()]).sum()
+                loss = torch.stack([m.float().square().mean() for m in self.network(images).values()]).sum()
         if self.case.training:
             loss.backward()
             for parameter in self.network.parameters():
                 parameter.grad = None
         self.loss = loss.detach()
+
+
+class Graphs:
+    """The steps of a call as CUDA graphs, one for each size, in one pool of memory."""
+
+    def __init__(self, call: Call):
+        self.call = call
+        self.graphs = []
+        stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        for i in range(len(call.inputs)):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                call(i)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graphs.append(torch.cuda.CUDAGraph())
+            with torch.cuda.graph(self.graphs[-1], stream=stream, pool=pool):
+                call(i)
+
+    def __call__(self, i: int) -> None:
+        self.graphs[i % len(self.graphs)].replay()
+
+    @property
+    def loss(self) -> Tensor:
+        """Of the last size: those before it share its memory."""
+        return self.call.loss
 
 
 def _network(model: str, case: Case) -> Any:
@@ -180,14 +210,18 @@ def graphs() -> int:
 
 
 def measure(case: Case, args: argparse.Namespace, device: torch.device) -> dict[str, dict[str, Any]]:
-    """Rows of one case: by model, as called and compiled."""
-    calls: dict[str, Call] = {}
+    """Rows of one case: by model, and by `HOWS`. What a detector does with boxes makes no graph."""
+    calls: dict[str, Call | Graphs] = {}
     rows: dict[str, dict[str, Any]] = {}
     for model in args.models:
-        for how in ("as called",) if args.no_compile else ("as called", "compiled"):
+        for how, graph in ((CALLED, GRAPH),) if args.no_compile else ((CALLED, GRAPH), (COMPILED, COMPILED_GRAPH)):
             title = f"{model}, {how}"
             try:
-                rows[title], calls[title] = _first_steps(model, case, device, how == "compiled")
+                rows[title], call = _first_steps(model, case, device, how == COMPILED)
+                calls[title] = call
+                if device.type == "cuda" and case.network != "mask_rcnn":
+                    title = f"{model}, {graph}"
+                    calls[title], rows[title] = Graphs(call), {}
             except (CommandError, UsageError):
                 raise
             except Exception as error:  # torch.compile raises exceptions of many kinds
@@ -211,7 +245,7 @@ def measure(case: Case, args: argparse.Namespace, device: torch.device) -> dict[
             rows[title] = {"problem": "the loss is not finite"}
     if graphs() > before:  # of which of them torch does not say
         for title in calls:
-            if title.endswith("compiled"):
+            if title.endswith(COMPILED):
                 rows[title]["compiled again"] = graphs() - before
     return rows
 
@@ -241,16 +275,17 @@ def lines(case: Case, rows: dict[str, dict[str, Any]], models: list[str]) -> Ite
     """A table of one case."""
     yield f"**{case.title}**, {case.batch} images"
     yield ""
-    yield f"| img/s | as called | {models[0]} / it | compiled | {models[0]} / it | GB |"
-    yield "|---|---:|---:|---:|---:|---:|"
+    hows = [how for how in HOWS if any(f"{model}, {how}" in rows for model in models)]
+    yield f"| img/s | {' | '.join(f'{how} | {models[0]} / it' for how in hows)} | GB |"
+    yield f"|---|{2 * len(hows) * '---:|'}---:|"
     for model in models:
         cells = [f"`{model}`"]
-        for how in ("as called", "compiled"):
+        for how in hows:
             row, ours = rows.get(f"{model}, {how}", {}), rows.get(f"{models[0]}, {how}", {})
             speed = row.get("img_per_s")
             cells.append("-" if speed is None else f"{speed:,.1f}")
             cells.append(f"{ours['img_per_s'] / speed:.2f}" if speed and "img_per_s" in ours else "-")
-        gigabytes = rows.get(f"{model}, as called", {}).get("gigabytes")
+        gigabytes = rows.get(f"{model}, {CALLED}", {}).get("gigabytes")
         yield "| " + " | ".join([*cells, "-" if gigabytes is None else f"{gigabytes:.1f}"]) + " |"
     yield ""
     for title, row in rows.items():

@@ -285,6 +285,21 @@ def test_inductor_around_convolutions():
     check(compiled, network, network, [(2, 12, 14, 16)], "cpu", 1e-5)
 
 
+def test_inductor_stem_of_plain_images():
+    """It makes images channels-last itself, and a backward keeps what it has made."""
+    pytest.importorskip("timm", reason="needs the extra 'models'")
+    from groupmamba.models.blocks import Stem
+
+    torch.manual_seed(0)
+    stem = Stem(3, 8, 16, paper=False).train()
+    torch._dynamo.reset()
+    compiled = torch.compile(stem, fullgraph=True, dynamic=True)
+    x = torch.randn(2, 3, 32, 48)
+    wanted = results(stem, stem, x)
+    for a, b in zip(results(compiled, stem, x), wanted, strict=True):
+        assert (a - b).norm() <= 1e-5 * max(b.norm().item(), 1.0)
+
+
 def test_inductor_dynamic_blocks():
     """The blocks of a stage, which have none of torch's convolutions, are one compiled program for all sizes."""
     module, eager = trained_model(features_only=True), trained_model(features_only=True)

@@ -150,7 +150,7 @@ class Stem(Leaf, nn.Module):
         if isinstance(x, Proxy):
             return fx_call(self, x)
         if x.device.type == "cpu" and x.dim() == 4:
-            x = _tokens(x).permute(0, 3, 1, 2)  # channels last, which oneDNN convolves up to four times as fast
+            x = keepable(_tokens(x).permute(0, 3, 1, 2))  # channels last: oneDNN is up to four times as fast
         if self._why_sequence_called() is None:
             for triple in self._triples:
                 conv, norm, relu = (self.conv._modules[name] for name, _ in triple)
