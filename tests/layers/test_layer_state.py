@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from groupmamba import GroupedMamba2d, VSSSBlock
+from groupmamba.layers._checks import MAX_INT, scaled_width
 from support.layers import SCANS, VARIANTS, image, make
 
 CORE_STATE = {
@@ -239,3 +240,9 @@ def test_block_errors(options):
     with pytest.raises(ValueError, match=name) as caught:
         VSSSBlock(**{"dim": 16, **options})
     assert repr(value) in str(caught.value)
+
+
+def test_the_largest_width_that_a_ratio_makes():
+    assert scaled_width("mlp_ratio", MAX_INT, 1) == MAX_INT
+    with pytest.raises(ValueError, match=f"mlp_ratio must be finite and make at most {MAX_INT} channels of 1"):
+        scaled_width("mlp_ratio", MAX_INT + 1, 1)

@@ -219,6 +219,20 @@ def test_which_processors(monkeypatch):
     onednn_linear._is_faster.cache_clear()
 
 
+@pytest.mark.parametrize("lacks", ["the compiled library", "oneDNN"])
+def test_nothing_is_faster_without(lacks, monkeypatch):
+    if lacks == "oneDNN":
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    else:
+        monkeypatch.setattr(onednn_linear._load, "load_error", lambda: "no library")
+    monkeypatch.setattr(onednn_linear._load, "build_info", lambda: {"cpu_vendor": "amd"})
+    onednn_linear._is_faster.cache_clear()
+    try:
+        assert not onednn_linear._is_faster(torch.float32) and not onednn_linear._is_faster(torch.bfloat16)
+    finally:
+        onednn_linear._is_faster.cache_clear()
+
+
 @pytest.mark.skipif(not (ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()), reason="needs a CPU with AVX-512")
 def test_bfloat16_rounds_once():
     """Bias and residual are added to the sum in float32, so that the result is no further off than torch's."""

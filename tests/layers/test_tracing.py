@@ -285,6 +285,14 @@ def test_inductor_around_convolutions():
     check(compiled, network, network, [(2, 12, 14, 16)], "cpu", 1e-5)
 
 
+def test_a_view_stays_one_in_eager_calls():
+    """What `keepable` changes is for inductor alone."""
+    from groupmamba.layers.tracing import keepable
+
+    x = torch.randn(2, 4, 5, 3).permute(0, 3, 1, 2)
+    assert keepable(x) is x
+
+
 def test_inductor_stem_of_plain_images():
     """It makes images channels-last itself, and a backward keeps what it has made."""
     pytest.importorskip("timm", reason="needs the extra 'models'")

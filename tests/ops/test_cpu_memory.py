@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,31 @@ import groupmamba_ext as ext
 from support.every_op import OPS, make_case, results
 
 MIB = 2**20
+ROOT = Path(__file__).resolve().parents[2]
+ARENA = """
+#include "cpu/scratch.h"
+#include <cstdio>
+int main() {
+    gm::cpu::baseline::Scratch arena(nullptr);
+    const int counts[] = {1, 16, 17, 100};
+    for (const int count : counts) {
+        const auto address = reinterpret_cast<uintptr_t>(arena.take<float>(count));
+        std::printf("%zu %zu ", static_cast<size_t>(address), static_cast<size_t>(arena.used()));
+    }
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
+def test_arrays_of_scratch_begin_on_cache_lines(tmp_path):
+    """One behind the other, each in whole lines of 64 bytes."""
+    source, program = tmp_path / "arena.cpp", tmp_path / "arena"
+    source.write_text(ARENA)
+    command = [os.environ.get("CXX", "g++"), "-std=c++17", "-DGM_CPU_CAPABILITY=baseline"]
+    command += [f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)]
+    subprocess.run(command, check=True)
+    said = subprocess.run([program], check=True, capture_output=True, text=True).stdout.split()
+    assert [int(n) for n in said] == [0, 64, 64, 128, 128, 256, 256, 704]
 
 
 def most_memory():

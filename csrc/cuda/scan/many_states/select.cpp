@@ -11,8 +11,15 @@ constexpr int kStaticShared = 4 * 1024;  // bytes of a block, at least what the 
 constexpr int kReservedShared = 1024;    // bytes of a block that the driver takes
 constexpr int kRegisters = 64 * 1024;    // of a multiprocessor
 constexpr int kThreads = 1536;           // of a multiprocessor, on the smallest of them
-constexpr int kEnoughWarps = 12;         // more of a multiprocessor gain nothing (H200)
 constexpr float kFewestWarps = 6.f;      // with fewer the portable kernel is faster (H200)
+
+// How fast a pass is (H200): in proportion to the warps of a multiprocessor, up to `enough` of them, and to what is
+// left of their work where 2, 4, 8 or 16 threads of a channel have to add up their parts.
+struct Model {
+    int enough;
+    float left[4];
+};
+constexpr Model kForward{16, {1.f, 0.78f, 0.53f, 0.33f}}, kBackward{10, {1.f, 1.f, 0.82f, 0.62f}};
 
 struct Room {
     int multiprocessors = 0, of_block = 0, of_multiprocessor = 0;  // shared memory in bytes
@@ -43,22 +50,24 @@ const char* plan_many_states(const ScanShape& s, bool backward, ManyStatesLayout
     if (s.states < kManyStates) return "there are fewer than 5 states";
     Room room;
     if (!room.ask()) return "the device did not say what room it has";
-    int most = 0;
+    const Model& model = backward ? kBackward : kForward;
+    float best = 0.f, used = 0.f;
     bool allowed = false;
-    // The more states a thread has, the less it does for each. Fewer make more warps, one of which computes while
-    // another one waits.
     for (const int each : {8, 4, 2}) {
         const ManyStatesLayout tried(each, s.dim, s.states, s.lanes, s.rank, backward);
         if (!tried.allowed() || tried.row >= 2 * s.states) continue;
         allowed = true;
         if (shared_bytes(tried) > room.of_block) continue;
-        const int warps = std::min(resident_warps(tried, backward, s.batch * s.groups, room), kEnoughWarps);
-        if (warps > most) most = warps, layout = tried;
+        const int warps = resident_warps(tried, backward, s.batch * s.groups, room);
+        const int lanes = tried.lanes <= 2 ? 0 : tried.lanes == 4 ? 1 : tried.lanes == 8 ? 2 : 3;
+        const float speed = model.left[lanes] * static_cast<float>(std::min(warps, model.enough));
+        if (speed <= best) continue;
+        best = speed, layout = tried;
+        used = static_cast<float>(warps * s.states) / static_cast<float>(tried.row);
     }
     if (!allowed) return "a block does not hold the states of so many channels";
-    if (most == 0) return "a block of this GPU has too little shared memory";
-    const float used = static_cast<float>(s.states) / static_cast<float>(layout.row);
-    return used * static_cast<float>(most) < kFewestWarps ? "too few planes and channels to occupy this GPU" : nullptr;
+    if (best == 0.f) return "a block of this GPU has too little shared memory";
+    return used < kFewestWarps ? "too few planes and channels to occupy this GPU" : nullptr;
 }
 
 }  // namespace gm
