@@ -4,7 +4,7 @@
 
     pip download --no-deps deepforest && unzip deepforest-*.whl 'deepforest/data/*'
     python examples/stamps/aerial.py deepforest/data TREES
-    groupmamba train-detector TREES --steps 1500 --min-size 400 --max-size 400 -b 8
+    groupmamba train-detector TREES --steps 1200 -b 2 --min-size 320 400 480 --max-size 640
 
 Photographs are cut into tiles. All tiles of one photograph are for validation. Trees are one class, alive or dead.
 """

@@ -35,7 +35,7 @@ SM90 = [  # whole columns, ragged ones and runs of them; whole widths, narrow on
 ]  # fmt: skip
 
 MANY_STATES = [  # 2, 4 or 8 states of a thread, 2 to 16 threads of a channel; one tile and several
-    (16, 16, 1, 9, 11), (8, 8, 2, 9, 11), (20, 10, 2, 9, 13), (1, 5, 1, 3, 3), (2, 64, 1, 4, 9), (6, 48, None, 6, 9),
+    (16, 16, 1, 9, 11), (8, 8, 2, 9, 11), (20, 14, 2, 9, 13), (1, 5, 1, 3, 3), (2, 64, 1, 4, 9), (6, 48, None, 6, 9),
     (87, 16, 6, 6, 9), (112, 16, 7, 6, 5), (8, 64, 1, 5, 7), (64, 24, 4, 5, 7), (128, 12, 8, 5, 6),
 ]  # fmt: skip
 

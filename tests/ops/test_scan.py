@@ -64,7 +64,7 @@ def test_many_states(device, dtype, dim, n, rank, h, w):
 
 @pytest.mark.parametrize("drop", [("z",), ("norm_weight", "norm_bias"), ("D", "dt_bias", "gate"), ("norm_bias",)])
 def test_many_states_without_options(device, drop):
-    compare(inputs(device, batch=filling_batch(device, 20), dim=20, n=10, h=9, w=13, drop=drop))
+    compare(inputs(device, batch=filling_batch(device, 20), dim=20, n=14, h=9, w=13, drop=drop))
 
 
 @pytest.mark.parametrize("n", [2, 16])
