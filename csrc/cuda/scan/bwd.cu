@@ -93,12 +93,7 @@ __global__ void __launch_bounds__(kBwdTile / kBwdTokens<T, kSingle>, kSingle&& k
                                      saved + static_cast<int64_t>(n) * s.dim, h, entering);
             add_outputs<T, kSingle>(C, path, n, h, dy);
         }
-        {  // the norm of y, and dy through gates and norm
-            float inverse_std[kTokens];
-            normalise<T, kAligned>(s, coord, has_norm, table, path, u, dy, inverse_std);
-            through_gates_and_norm<T, kAligned>(s, coord, has_norm, has_z, table, dout, z, dz_out, path, parked,
-                                                inverse_std, dy);
-        }
+        through_gates_and_norm<T, kAligned>(s, coord, has_norm, has_z, table, dout, z, dz_out, path, parked, u, dy);
 
         float du[kTokens][kVec], dstep[kTokens][kVec], dA[kVec], skip[kVec], dskip[kVec];
         table.get(kSkip, c0, skip);
@@ -144,8 +139,7 @@ __global__ void __launch_bounds__(kBwdTile / kBwdTokens<T, kSingle>, kSingle&& k
         if (kSingle) parked.put(kParkedA, dA);
         float dbias[kVec];
         parked.get(kRowBias, dbias);
-        if (s.softplus) through_softplus<T>(step, dstep);
-        finish_steps<T, kSingle, kAligned>(s, coord, du_out, ddt_out, path, du, dstep, dbias);
+        finish_steps<T, kSingle, kAligned>(s, coord, du_out, ddt_out, path, step, du, dstep, dbias);
         parked.put(kRowBias, dbias);
         for (int r = 0; r < s.rank; ++r) {
             float w[kVec], dw[kVec] = {}, ddt[kTokens];

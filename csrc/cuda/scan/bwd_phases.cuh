@@ -153,18 +153,21 @@ __device__ __forceinline__ void normalise(const ScanShape& s, const ThreadCoord&
     }
 }
 
-// dy comes in as the normalised y of the thread's tokens and becomes the gradient of y, 0 for tokens past the end.
-// Stores dz and adds to the parked sums for gate and norm.
+// dy comes in as C . h of the thread's tokens and becomes the gradient of y, 0 for tokens past the end: the output
+// again, then dout through gates and norm. Stores dz and adds to the parked sums for gate and norm. (The order of the
+// first lines keeps the 16-bit kernels within their registers.)
 template <class T, bool kAligned, int kTokens, class Parked>
 __device__ __forceinline__ void through_gates_and_norm(const ScanShape& s, const ThreadCoord& coord, bool has_norm,
                                                        bool has_z, const ChannelTable<kBwdTableRows>& table,
                                                        const Plane<const T>& dout, const Plane<const T>& z,
                                                        const Plane<T>& dz_out, const Path<kTokens>& path,
-                                                       Parked&& parked, const float (&inverse_std)[kTokens],
+                                                       Parked&& parked, const Plane<const T>& u,
                                                        float (&dy)[kTokens][kVec]) {
-    const int c0 = coord.channel, valid = coord.valid, lanes = coord.lanes;
+    const int &c0 = coord.channel, &valid = coord.valid, &lanes = coord.lanes;
     const float inverse_dim = 1.f / s.norm_dim;
     const int normed_channels = min(valid, s.norm_dim - c0);
+    float inverse_std[kTokens];
+    normalise<T, kAligned>(s, coord, has_norm, table, path, u, dy, inverse_std);
     float norm_weight[kVec], norm_bias[kVec], gate[kVec], product[kVec], total[kVec];
     table.get(kNormWeight, c0, norm_weight);
     table.get(kNormBias, c0, norm_bias);
@@ -277,28 +280,20 @@ __device__ __forceinline__ void state_gradients(
     }
 }
 
-// The gradients of the steps through the softplus.
-template <class T, int kTokens>
-__device__ __forceinline__ void through_softplus(const float (&step)[kTokens][kVec], float (&dstep)[kTokens][kVec]) {
-#pragma unroll
-    for (int k = 0; k < kTokens; ++k)
-#pragma unroll
-        for (int j = 0; j < kVec; ++j) dstep[k][j] = Math<T>::through_softplus(dstep[k][j], step[k][j]);
-}
-
-// What is complete with the last state: du, dbias, and ddt where dt holds the steps. The gradients of the steps become
-// 0 for tokens past the end.
+// The gradients of the steps through the softplus, and what is complete with the last state: du, dbias, and ddt where
+// dt holds the steps. The gradients of the steps become 0 for tokens past the end.
 template <class T, bool kSingle, bool kAligned, int kTokens>
 __device__ __forceinline__ void finish_steps(const ScanShape& s, const ThreadCoord& coord, const Plane<T>& du_out,
                                              const Plane<T>& ddt_out, const Path<kTokens>& path,
-                                             const float (&du)[kTokens][kVec], float (&dstep)[kTokens][kVec],
-                                             float (&dbias)[kVec]) {
+                                             const float (&step)[kTokens][kVec], const float (&du)[kTokens][kVec],
+                                             float (&dstep)[kTokens][kVec], float (&dbias)[kVec]) {
     const int c0 = coord.channel, valid = coord.valid;
 #pragma unroll
     for (int k = 0; k < kTokens; ++k) {
         if (!kSingle && k < path.count) store4<kAligned>(du_out.at(path.token[k]) + c0, du[k], valid);
 #pragma unroll
         for (int j = 0; j < kVec; ++j) {
+            if (s.softplus) dstep[k][j] = Math<T>::through_softplus(dstep[k][j], step[k][j]);
             if (k >= path.count) dstep[k][j] = 0.f;
             dbias[j] += dstep[k][j];
         }

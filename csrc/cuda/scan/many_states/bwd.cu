@@ -232,12 +232,11 @@ __global__ void __launch_bounds__(max_state_threads(kStates))
 
         for_staged_tokens<kBwdStaged>(coord, tile, [&](int t0, bool there) {
             const Path<kBwdStaged> path(s, coord.direction, there ? first + t0 : tokens);
-            float dy[kBwdStaged][kVec], inverse_std[kBwdStaged];
+            float dy[kBwdStaged][kVec];
             constexpr float kNone[kVec] = {};
             load_outputs<false>(tile, t0, there, c0, kNone, dy);
-            normalise<T, kAligned>(s, coord, has_norm, table, path, own_u, dy, inverse_std);
-            through_gates_and_norm<T, kAligned>(s, coord, has_norm, has_z, table, dout, z, dz_out, path, sums,
-                                                inverse_std, dy);
+            through_gates_and_norm<T, kAligned>(s, coord, has_norm, has_z, table, dout, z, dz_out, path, sums, own_u,
+                                                dy);
             if (!there || c0 >= layout.width) return;
 #pragma unroll
             for (int k = 0; k < kBwdStaged; ++k)
@@ -275,8 +274,7 @@ __global__ void __launch_bounds__(max_state_threads(kStates))
                     if (k < path.count) dskip[j] = fmaf(dy[j], step_u.y, dskip[j]);
                 }
             }
-            if (s.softplus) through_softplus<T>(step, dstep);
-            finish_steps<T, false, kAligned>(s, coord, du_out, ddt_out, path, du, dstep, dbias);
+            finish_steps<T, false, kAligned>(s, coord, du_out, ddt_out, path, step, du, dstep, dbias);
             sums.put(kRowSkip, dskip);
             sums.put(kRowBias, dbias);
             for (int r = 0; r < s.rank; ++r) {

@@ -6,10 +6,10 @@
 // in units of ln 2.
 #pragma once
 
-#include "cuda/scan/sm90/bwd_phases.cuh"
-#include "cuda/scan/sm90/chunk_scan.cuh"
 #include "cuda/scan/sm90/launch.cuh"
 #include "cuda/scan/sm90/look_back.cuh"
+#include "cuda/scan/sm90/phases/bwd_phases.cuh"
+#include "cuda/scan/sm90/phases/chunk_scan.cuh"
 
 namespace gm {
 

@@ -6,10 +6,10 @@
 // ahead.
 #pragma once
 
-#include "cuda/scan/sm90/chunk_scan.cuh"
-#include "cuda/scan/sm90/fwd_phases.cuh"
 #include "cuda/scan/sm90/launch.cuh"
 #include "cuda/scan/sm90/look_back.cuh"
+#include "cuda/scan/sm90/phases/chunk_scan.cuh"
+#include "cuda/scan/sm90/phases/fwd_phases.cuh"
 
 namespace gm {
 

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cuda/scan/sm90/channel_table.cuh"
-#include "cuda/scan/sm90/norm.cuh"
+#include "cuda/scan/sm90/phases/norm.cuh"
 #include "cuda/scan/sm90/tile_pipeline.cuh"
 
 namespace gm {
