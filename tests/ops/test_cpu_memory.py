@@ -30,6 +30,7 @@ int main() {
 """
 
 
+# A wheel is tested where there may be no compiler.
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
 def test_arrays_of_scratch_begin_on_cache_lines(tmp_path):
     """One behind the other, each in whole lines of 64 bytes."""
