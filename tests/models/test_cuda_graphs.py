@@ -1,0 +1,578 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``use_cuda_graphs``: results, gradients and random numbers are those of eager calls; where there is no graph.
+
+Each test runs on a GPU, and on the CPU with graphs that run their function again.
+"""
+
+import copy
+import io
+import pickle
+import threading
+import warnings
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+from groupmamba import cuda_graphs, use_cuda_graphs
+
+timm = pytest.importorskip("timm")
+
+import groupmamba.models  # noqa: E402, F401
+
+SIZES = {"depths": (1, 1, 1, 1), "dims": (16, 16, 32, 32), "stem_dim": 8, "mlp_ratios": (2, 2, 2, 2)}
+
+
+class Emulated:
+    """A recorder for the CPU: a replay runs the function again, and puts what it returns where it first was."""
+
+    def __init__(self, device):
+        self.calls, self.homes, self.lock = 0, {}, threading.RLock()
+        self.buffers, self.alive = [], []
+
+    @contextmanager
+    def aside(self, buffers):
+        self.buffers = buffers
+        state, before = torch.get_rng_state(), [buffer.clone() for buffer in buffers]
+        try:
+            yield
+        finally:
+            torch.set_rng_state(state)
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.data.copy_(value)  # unseen by backward passes
+
+    def record(self, function):
+        with self.aside(self.buffers):
+            results = [result.view_as(result) for result in function()]  # an input may be a result
+        kept = [result.detach().clone() for result in results]
+        self.alive += results  # whose ids are not used again
+        self.homes.update({id(result): home for result, home in zip(results, kept, strict=True)})
+
+        def replay():
+            with cuda_graphs._recording(), torch.set_grad_enabled(self.grad):
+                for home, result in zip(kept, function(), strict=True):
+                    home.copy_(result.detach())
+
+        self.grad = torch.is_grad_enabled()
+        return replay, results
+
+    def borrowed(self, tensor):
+        return self.homes.get(id(tensor), tensor.detach())
+
+    @contextmanager
+    def turn(self):
+        with self.lock:
+            yield
+
+
+@pytest.fixture(autouse=True)
+def _emulated(request, monkeypatch):
+    """For tests on the CPU."""
+    if "device" in request.fixturenames and request.getfixturevalue("device") == "cpu":
+        monkeypatch.setattr(cuda_graphs, "_Recorder", Emulated)
+        monkeypatch.setattr(cuda_graphs, "_fits", lambda tensor: type(tensor) in (torch.Tensor, nn.Parameter))
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+
+def small(device, **options):
+    torch.manual_seed(0)
+    return timm.create_model("groupmamba_tiny", num_classes=3, **SIZES, **options).to(device)
+
+
+def images(*shape, device, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def state_of_numbers(device):
+    return torch.get_rng_state() if device == "cpu" else torch.cuda.get_rng_state()
+
+
+def step(model, x, amp=None):
+    """Loss and gradients of a call in training, which are then None again."""
+    with torch.autocast(x.device.type, amp, enabled=amp is not None):
+        loss = sum(y.float().square().sum() for y in [model(x)])
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = None
+    return loss.detach(), found
+
+
+def twins(device, **options):
+    model = small(device, **options)
+    twin = copy.deepcopy(model)
+    return model, twin, use_cuda_graphs(model)
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].stride() == b[name].stride() or a[name].numel() == 1, name
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+def test_training_is_that_of_eager_calls(device, amp):
+    """Two shapes in turn, with stochastic depth: losses, gradients, statistics and what is drawn next, bit for bit."""
+    model, twin, graphs = twins(device, drop_path_rate=0.3)
+    xs = [images(4, 3, 32, 64, device=device), images(2, 3, 64, 32, device=device)]
+    for i in range(10):
+        torch.manual_seed(i)
+        loss, gradients = step(model, xs[i % 2], amp)
+        drawn = state_of_numbers(device)
+        torch.manual_seed(i)
+        expected, expected_gradients = step(twin, xs[i % 2], amp)
+        assert torch.equal(loss, expected), i
+        assert_same(gradients, expected_gradients)
+        assert torch.equal(drawn, state_of_numbers(device))
+        assert_same(model.state_dict(), twin.state_dict())
+        assert len(graphs) == (0 if i < 4 else 1 if i < 5 else 2)
+
+
+def test_evaluation_is_that_of_eager_calls(device):
+    model, twin, graphs = twins(device)
+    model.eval(), twin.eval()
+    x = images(2, 3, 32, 32, device=device)
+    for context in (torch.no_grad, torch.inference_mode):
+        before = len(graphs)
+        with context():
+            kept = [(model(x + i), twin(x + i)) for i in range(6)]
+        assert len(graphs) == before + 1
+        for ours, theirs in kept:  # earlier results are not overwritten
+            assert torch.equal(ours, theirs)
+            assert ours.is_inference() == theirs.is_inference()
+
+
+def test_weights_are_those_of_now(device):
+    """An optimizer's steps and loaded weights are seen, since both change parameters in place."""
+    model, twin, graphs = twins(device)
+    pair = [(m, torch.optim.SGD(m.parameters(), lr=0.1)) for m in (model, twin)]
+    x = images(2, 3, 32, 32, device=device)
+    for _ in range(6):
+        losses = []
+        for m, optimizer in pair:
+            loss = m(x).square().sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[0] == losses[1]
+    other = small(device).state_dict()
+    model.load_state_dict(other), twin.load_state_dict(other)
+    assert torch.equal(step(model, x)[0], step(twin, x)[0])
+    assert len(graphs) == 1
+
+
+def test_gradients_add_up_and_are_the_callers_own(device):
+    model, twin, graphs = twins(device)
+    x = images(2, 3, 32, 32, device=device)
+    for _ in range(3):
+        step(model, x)
+    held = []
+    for m in (model, twin):
+        for i in range(3):
+            (m(x + i)).square().sum().backward()
+            held.append([p.grad for p in m.parameters()])
+    assert len(graphs) == 1
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+    assert all(a is b for a, b in zip(held[0], held[2], strict=True))
+
+
+def test_hooks_of_parameters_and_of_the_module_itself_run(device):
+    model, _, graphs = twins(device)
+    x = images(2, 3, 32, 32, device=device)
+    seen = []
+    first = next(model.parameters())
+    first.register_hook(lambda grad: seen.append("tensor") or grad * 2)
+    first.register_post_accumulate_grad_hook(lambda p: seen.append("accumulated"))
+    model.register_forward_pre_hook(lambda m, args: seen.append("before"))
+    model.register_forward_hook(lambda m, args, out: seen.append("after"))
+    _, eager = step(model, x)
+    step(model, x)
+    seen.clear()
+    _, replayed = step(model, x)
+    assert len(graphs) == 1 and seen == ["before", "after", "tensor", "accumulated"]
+    assert_same(eager, replayed)
+
+
+def test_a_hook_inside_makes_calls_eager(device):
+    model, twin, graphs = twins(device)
+    x = images(2, 3, 32, 32, device=device)
+    for _ in range(3):
+        step(model, x)
+    seen = []
+    handle = model.norm.register_forward_hook(lambda *_: seen.append(1))
+    assert torch.equal(step(model, x)[0], step(twin, x)[0]) and seen == [1]
+    handle.remove()
+    step(model, x)
+    assert seen == [1] and len(graphs) == 1
+
+
+def test_what_changes_is_noticed(device):
+    """Frozen parameters, a frozen part in evaluation mode, another head, parameters elsewhere."""
+    model, twin, graphs = twins(device, drop_path_rate=0.1)
+    x = images(4, 3, 32, 32, device=device)
+
+    def check(count):
+        for i in range(4):
+            results = []
+            for m in (model, twin):
+                torch.manual_seed(i)
+                loss = m(x).square().sum()
+                loss.backward()
+                results.append((loss, [p.grad for p in m.parameters()]))
+                for p in m.parameters():
+                    p.grad = None
+            assert torch.equal(results[0][0], results[1][0])
+            for a, b in zip(results[0][1], results[1][1], strict=True):
+                assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
+        assert len(graphs) == count
+
+    check(1)
+    for m in (model, twin):
+        m.stem.requires_grad_(False)
+    check(2)
+    for m in (model, twin):
+        m.stem.eval()
+    check(3)
+    for m in (model, twin):
+        torch.manual_seed(5)
+        m.reset_classifier(7)
+        m.to(x.device)
+    check(1)  # all are made anew
+    for m in (model, twin):
+        for p in m.parameters():
+            p.data = p.data * 2
+    check(1)
+
+
+class Several(nn.Module):
+    """Arguments and results of many kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.unused = nn.Linear(4, 4), nn.Linear(2, 2)
+        self.b = nn.Linear(4, 4).to(torch.bfloat16)
+        self.scalar = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x, y=None, *, scale=1.0, name="n"):
+        z = self.a(x) * scale * self.scalar
+        if y is not None:
+            z = z + y
+        return {"z": z, "rest": (z.detach() + 1, None, name), "long": z.argmax(-1), "half": self.b(x.bfloat16())}
+
+
+def test_arguments_and_results_of_many_kinds(device):
+    torch.manual_seed(0)
+    model = Several().to(device)
+    twin = copy.deepcopy(model)
+    graphs = use_cuda_graphs(model)
+    x, y = images(3, 4, device=device), images(3, 4, device=device, seed=2)
+    for _ in range(4):
+        for scale, wants in ((1.0, False), (2.0, True)):
+            found = []
+            for m in (model, twin):
+                a, b = x.clone().requires_grad_(wants), y.clone().requires_grad_()
+                out = m(a, y=b, scale=scale, name="m")
+                assert out["rest"][1:] == (None, "m")
+                assert [t.requires_grad for t in (out["z"], out["rest"][0], out["long"])] == [True, False, False]
+                (out["z"].sum() + out["half"].float().sum()).backward()
+                grads = [a.grad, b.grad, *(p.grad for p in m.parameters())]
+                found.append([out["z"], out["rest"][0], out["long"], out["half"], *grads])
+                for p in m.parameters():
+                    p.grad = None
+            for ours, theirs in zip(*found, strict=True):
+                assert (ours is None) == (theirs is None)
+                assert ours is None or (torch.equal(ours, theirs) and ours.dtype == theirs.dtype)
+    assert len(graphs) == 2
+    only = model(x, scale=1.0)  # another set of arguments
+    (only["half"].sum()).backward()  # a result without a gradient counts as zero
+    assert len(graphs) == 2
+
+
+def test_strides_are_told_apart(device):
+    model, twin, graphs = twins(device)
+    model.eval(), twin.eval()
+    x = images(2, 3, 32, 32, device=device)
+    with torch.no_grad():
+        for _ in range(4):
+            for layout in (torch.contiguous_format, torch.channels_last):
+                assert torch.equal(model(x.to(memory_format=layout)), twin(x.to(memory_format=layout)))
+            expanded = x[:1].expand(2, -1, -1, -1)
+            assert torch.equal(model(expanded), twin(expanded))
+    assert len(graphs) == 3
+
+
+def test_backward_through_an_earlier_call_is_an_error(device):
+    model, twin, _ = twins(device)
+    x = images(2, 3, 32, 32, device=device)
+    for _ in range(3):
+        step(model, x)
+    first = model(x).sum()
+    model(x).sum().backward()
+    with pytest.raises(RuntimeError, match="only through its last call"):
+        first.backward()
+    for p in model.parameters():
+        p.grad = None
+    assert_same(step(model, x)[1], step(twin, x)[1])
+    y = model(x)
+    with torch.no_grad():
+        model(x)  # evaluation in between does no harm
+    y.square().sum().backward()
+
+
+def test_second_derivatives_are_an_error(device):
+    model, _, _ = twins(device)
+    x = images(2, 3, 32, 32, device=device)
+    for _ in range(3):
+        step(model, x)
+    x = x.requires_grad_()
+    for _ in range(3):
+        (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_no_more_graphs_than_asked_for(device):
+    model = small(device).eval()
+    graphs = use_cuda_graphs(model, max_graphs=2, eager_calls=1)
+    with torch.no_grad():
+        for i in range(3):
+            for side in (32, 64, 96):
+                model(images(1, 3, side, 32, device=device))
+            assert len(graphs) == (0 if i == 0 else 2)
+    assert repr(graphs) == "CudaGraphs(GroupMamba, 2 of at most 2)"
+    graphs.clear()
+    assert len(graphs) == 0
+
+
+def test_copies_have_none_and_remove_takes_them_away(device):
+    model, twin, graphs = twins(device)
+    model.eval(), twin.eval()
+    x = images(1, 3, 32, 32, device=device)
+    with torch.no_grad():
+        for _ in range(4):
+            expected = model(x)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert not isinstance(other.forward, cuda_graphs.CudaGraphs)
+            for p in other.parameters():
+                p.zero_()
+            assert not torch.equal(other(x), expected) and torch.equal(model(x), expected)
+        file = io.BytesIO()
+        torch.save(model.state_dict(), file)
+        assert model.state_dict().keys() == twin.state_dict().keys()
+        assert use_cuda_graphs(model) is not graphs and len(graphs) == 0  # the earlier ones are gone
+        model.forward.remove()
+        assert "forward" not in model.__dict__ and torch.equal(model(x), expected)
+
+
+def test_a_forward_of_its_own_comes_back(device):
+    model = nn.Linear(2, 2).to(device)
+    model.forward = lambda x: x + 1
+    before, graphs = model.forward, use_cuda_graphs(model, eager_calls=1)
+    x = images(1, 2, device=device)
+    for _ in range(3):
+        assert torch.equal(model(x), x + 1)
+    assert len(graphs) == 1
+    graphs.remove()
+    assert model.forward is before
+
+
+def test_what_cannot_be_recorded_runs_as_ever(device, monkeypatch):
+    class Reads(nn.Module):
+        def forward(self, x):
+            if x.is_cuda:
+                return x * x.sum().item()  # waits for the GPU
+            if getattr(cuda_graphs._thread, "recording", False):
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return x * x.sum()
+
+    model = Reads()
+    graphs = use_cuda_graphs(model)
+    x = images(3, device=device)
+    model(x), model(x)
+    with pytest.warns(UserWarning, match=r"Reads runs without a CUDA graph for \(3,\): .*captur"):
+        y = model(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.allclose(model(x), y) and torch.allclose(y, x * x.sum())
+    assert len(graphs) == 0 and len(graphs.reasons) == 1
+    other = small(device).eval()  # nothing is left behind
+    use_cuda_graphs(other, eager_calls=1)
+    with torch.no_grad():
+        z = images(1, 3, 32, 32, device=device)
+        assert torch.equal(other(z), other(z))
+
+
+def test_where_something_looks_on_calls_are_eager(device):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, twin, graphs = twins(device)
+    model.eval(), twin.eval()
+    x = images(2, 3, 32, 32, device=device)
+    with torch.no_grad():
+        for _ in range(3):
+            model(x)
+    counts = []
+    for m in (model, twin):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            m(x)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+    linear = nn.Linear(4, 4).to(device)
+    use_cuda_graphs(linear, eager_calls=1)
+    y = images(5, 4, device=device)
+    for _ in range(3):
+        expected = linear(y)
+    assert torch.allclose(torch.func.vmap(linear)(y), expected, atol=1e-6)
+    jacobian = torch.func.jacrev(linear)(y[0])
+    assert torch.allclose(jacobian, linear.weight, atol=1e-6)
+
+
+def test_modules_inside_one_another(device):
+    model, twin, outer = twins(device)
+    inner = use_cuda_graphs(model.stem)
+    x = images(2, 3, 32, 32, device=device)
+    for i in range(8):
+        assert_same(step(model, x + i)[1], step(twin, x + i)[1])
+    assert len(outer) == 1 and len(inner) <= 1
+
+
+def test_on_the_cpu_nothing_changes():
+    model, twin = small("cpu"), small("cpu")
+    graphs = use_cuda_graphs(model, eager_calls=1)
+    x = torch.randn(2, 3, 32, 32)
+    for _ in range(4):
+        assert_same(step(model, x)[1], step(twin, x)[1])
+    assert len(graphs) == 0
+
+
+def test_compile_export_and_trace_see_the_module():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+    x = torch.randn(2, 3)
+    expected = model(x)
+    use_cuda_graphs(model)
+    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), expected)
+    assert torch.equal(torch.export.export(model, (x,)).module()(x), expected)
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), expected)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, words",
+    [
+        (("groupmamba_tiny",), TypeError, "module must be a torch.nn.Module, got str"),
+        ((nn.ReLU(), "64"), TypeError, "max_graphs must be an integer, got '64'"),
+        ((nn.ReLU(), True), TypeError, "max_graphs must be an integer, got True"),
+        ((nn.ReLU(), 0), ValueError, "max_graphs must be at least 1, got 0"),
+        ((nn.ReLU(), 2, 0), ValueError, "eager_calls must be at least 1, got 0"),
+    ],
+)
+def test_wrong_arguments(arguments, error, words):
+    names = dict(zip(("max_graphs", "eager_calls"), arguments[1:], strict=False))
+    with pytest.raises(error, match=words):
+        use_cuda_graphs(arguments[0], **names)
+
+
+@pytest.mark.cuda
+def test_detectors_on_images_of_many_sizes():
+    """Mask R-CNN with a backbone in graphs: losses are those of eager calls, and memory does not grow with sizes."""
+    pytest.importorskip("segmentation_models_pytorch")
+    from groupmamba.vision import mask_rcnn
+
+    options = {"backbone_options": {**SIZES, "drop_path_rate": 0.2}, "min_size": 96, "max_size": 200}
+    torch.manual_seed(0)
+    model = mask_rcnn("groupmamba_tiny", 3, **options).cuda().train()
+    twin = copy.deepcopy(model)
+    graphs = use_cuda_graphs(model.backbone, eager_calls=1)
+    sizes = [(96, 128), (96, 160), (128, 96)]
+    batches = []
+    for height, width in sizes:
+        box = torch.tensor([[10.0, 12.0, 60.0, 70.0]], device="cuda")
+        mask = torch.zeros(1, height, width, dtype=torch.uint8, device="cuda")
+        mask[:, 12:70, 10:60] = 1
+        target = {"boxes": box, "labels": torch.tensor([1], device="cuda"), "masks": mask}
+        batches.append(([images(3, height, width, device="cuda").sigmoid()], [target]))
+    for i in range(9):
+        values = []
+        for m in (model, twin):
+            torch.manual_seed(i)
+            with torch.autocast("cuda", torch.bfloat16):
+                losses = m(*batches[i % 3])
+            sum(losses.values()).backward()
+            values.append({name: loss.detach() for name, loss in losses.items()})
+            grads = [p.grad for p in m.backbone.parameters()]
+            values[-1].update({str(n): g for n, g in enumerate(grads) if g is not None})
+            for p in m.parameters():
+                p.grad = None
+        assert values[0].keys() == values[1].keys()
+        for name in values[0]:
+            torch.testing.assert_close(values[0][name], values[1][name], atol=2e-2, rtol=2e-2)
+    assert len(graphs) == 3
+
+
+@pytest.mark.cuda
+def test_two_streams_and_two_threads_take_turns():
+    model = small("cuda").eval()
+    use_cuda_graphs(model, eager_calls=1)
+    xs = [images(8, 3, 64, 64, device="cuda", seed=i) for i in range(4)]
+    with torch.no_grad():
+        expected = [model(x).clone() for x in xs]
+    torch.cuda.synchronize()
+    found = {}
+
+    def work(number):
+        stream = torch.cuda.Stream()
+        with torch.no_grad(), torch.cuda.stream(stream):
+            for i in range(50):
+                found[number, i] = model(xs[(i + number) % 4])
+        stream.synchronize()
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(2)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert len(found) == 100
+    for (number, i), y in found.items():
+        assert torch.equal(y, expected[(i + number) % 4])
+
+
+@pytest.mark.cuda
+def test_many_shapes_share_memory():
+    model = small("cuda").train()
+    graphs = use_cuda_graphs(model, eager_calls=1)
+
+    def reserved(sides):
+        for side in sides:
+            for _ in range(3):
+                step(model, images(16, 3, side, 256, device="cuda"))
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
+    one, many = reserved([512]), reserved(range(64, 512, 32))
+    assert len(graphs) == 15
+    assert many - one < 0.35 * one
+
+
+@pytest.mark.cuda
+def test_memory_that_runs_out_ends_recording_alone():
+    model = small("cuda").train()
+    x = images(16, 3, 128, 128, device="cuda")
+    expected = step(copy.deepcopy(model), x)[1]
+    graphs = use_cuda_graphs(model, eager_calls=1)
+    step(model, x)
+    torch.cuda.empty_cache()
+    torch.cuda.memory._set_allocator_settings("expandable_segments:False")
+    used = torch.cuda.memory_reserved()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((used + 2 * 2**20) / total)
+    try:
+        with pytest.warns(UserWarning, match="not enough memory"), pytest.raises(torch.OutOfMemoryError):
+            step(model, x)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert len(graphs) == 0
+    for p in model.parameters():
+        p.grad = None
+    assert_same(step(model, x)[1], expected)
