@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Backbones with a feature pyramid at the sizes of detection and segmentation, and whole detectors and segmenters.
 
-    python bench/dense.py                                     # three backbones, as called, compiled, in CUDA graphs
+    python bench/dense.py                                     # three backbones, as called, compiled, with CUDA graphs
     python bench/dense.py --cases mask_rcnn upernet --no-compile
 
 Every row of a case is timed in turn with the others, several rounds, and has the median. See bench/README.md.
@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from groupmamba import use_cuda_graphs  # noqa: E402
 from groupmamba.training.card import made  # noqa: E402
 from groupmamba.training.setup import amp_dtype  # noqa: E402
 from groupmamba.vision import PyramidBackbone, mask_rcnn, upernet  # noqa: E402
@@ -36,7 +37,7 @@ DROP_PATH, CLASSES, OBJECTS = 0.2, 80, 10
 Size = tuple[int, int]
 
 
-CALLED, COMPILED, GRAPH, COMPILED_GRAPH = HOWS = ("as called", "compiled", "graph", "compiled, graph")
+CALLED, COMPILED, GRAPHS = HOWS = ("as called", "compiled", "graphs")
 
 
 class Case(NamedTuple):
@@ -103,15 +104,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 class Call:
     """One step of a network on images of one size after the other; weights get gradients and are not changed."""
 
-    def __init__(self, model: str, case: Case, device: torch.device, *, compiled: bool):
+    def __init__(self, model: str, case: Case, device: torch.device, how: str):
         torch.manual_seed(0)
         self.case, self.device = case, device
         self.amp = amp_dtype(device, None, None)
         self.network = _network(model, case).to(device).to(memory_format=torch.channels_last).train(case.training)
-        if compiled:
-            # The detector itself makes lists of boxes; what computes is the backbone. For any size the pyramid's last
-            # level, which torchvision pools, would be compiled again for odd and even maps.
-            part = self.network.backbone if case.network == "mask_rcnn" else self.network
+        # The detector itself makes lists of boxes; what computes is the backbone.
+        part = self.network.backbone if case.network == "mask_rcnn" else self.network
+        if how == GRAPHS:
+            use_cuda_graphs(part)
+        elif how == COMPILED:
+            # For any size the pyramid's last level, which torchvision pools, would be compiled for odd and even maps.
             if case.varied:
                 part = part.body
             part.forward = torch.compile(part.forward, dynamic=True if case.varied else None)
@@ -145,31 +148,6 @@ class Call:
             for parameter in self.network.parameters():
                 parameter.grad = None
         self.loss = loss.detach()
-
-
-class Graphs:
-    """The steps of a call as CUDA graphs, one for each size, in one pool of memory."""
-
-    def __init__(self, call: Call):
-        self.call = call
-        self.graphs = []
-        stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-        for i in range(len(call.inputs)):
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                call(i)
-            torch.cuda.current_stream().wait_stream(stream)
-            self.graphs.append(torch.cuda.CUDAGraph())
-            with torch.cuda.graph(self.graphs[-1], stream=stream, pool=pool):
-                call(i)
-
-    def __call__(self, i: int) -> None:
-        self.graphs[i % len(self.graphs)].replay()
-
-    @property
-    def loss(self) -> Tensor:
-        """Of the last size: those before it share its memory."""
-        return self.call.loss
 
 
 def _network(model: str, case: Case) -> Any:
@@ -210,18 +188,17 @@ def graphs() -> int:
 
 
 def measure(case: Case, args: argparse.Namespace, device: torch.device) -> dict[str, dict[str, Any]]:
-    """Rows of one case: by model, and by `HOWS`. What a detector does with boxes makes no graph."""
-    calls: dict[str, Call | Graphs] = {}
+    """Rows of one case: by model, and by `HOWS`."""
+    calls: dict[str, Call] = {}
     rows: dict[str, dict[str, Any]] = {}
+    left_out = {COMPILED} if args.no_compile else set()
+    if device.type != "cuda":
+        left_out.add(GRAPHS)
     for model in args.models:
-        for how, graph in ((CALLED, GRAPH),) if args.no_compile else ((CALLED, GRAPH), (COMPILED, COMPILED_GRAPH)):
+        for how in (how for how in HOWS if how not in left_out):
             title = f"{model}, {how}"
             try:
-                rows[title], call = _first_steps(model, case, device, how == COMPILED)
-                calls[title] = call
-                if device.type == "cuda" and case.network != "mask_rcnn":
-                    title = f"{model}, {graph}"
-                    calls[title], rows[title] = Graphs(call), {}
+                rows[title], calls[title] = _first_steps(model, case, device, how)
             except (CommandError, UsageError):
                 raise
             except Exception as error:  # torch.compile raises exceptions of many kinds
@@ -250,16 +227,16 @@ def measure(case: Case, args: argparse.Namespace, device: torch.device) -> dict[
     return rows
 
 
-def _first_steps(model: str, case: Case, device: torch.device, compiled: bool) -> tuple[dict[str, Any], Call]:
-    """The call after every size was seen three times, and what memory that took: at its peak, and how much more the
-    third time than the second, which is nothing where memory is flat."""
+def _first_steps(model: str, case: Case, device: torch.device, how: str) -> tuple[dict[str, Any], Call]:
+    """The call after every size was seen five times, and what memory that took: at its peak, and how much more the
+    fifth time than the fourth, which is nothing where memory is flat. Graphs are recorded the third time."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    call = Call(model, case, device, compiled=compiled)
+    call = Call(model, case, device, how)
     reserved = []
-    for _ in range(3):
+    for _ in range(5):
         for i in range(len(case.sizes)):
             call(i)
         wait(device)
@@ -267,7 +244,7 @@ def _first_steps(model: str, case: Case, device: torch.device, compiled: bool) -
     row: dict[str, Any] = {}
     if device.type == "cuda":
         row["gigabytes"] = (torch.cuda.max_memory_allocated() - before) / 1e9
-        row["reserved more"] = (reserved[2] - reserved[1]) / 1e9
+        row["reserved more"] = (reserved[4] - reserved[3]) / 1e9
     return row, call
 
 
@@ -292,7 +269,7 @@ def lines(case: Case, rows: dict[str, dict[str, Any]], models: list[str]) -> Ite
         if "problem" in row:
             yield f"{title}: {row['problem']}"
         if row.get("reserved more", 0) > 0.05:
-            yield f"{title}: {row['reserved more']:.2f} GB more were reserved the third time round than the second"
+            yield f"{title}: {row['reserved more']:.2f} GB more were reserved the fifth time round than the fourth"
         if "compiled again" in row:
             yield f"{title}: {row['compiled again']} graphs were compiled while it was timed"
 

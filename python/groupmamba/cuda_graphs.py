@@ -106,6 +106,8 @@ class CudaGraphs:
     def clear(self) -> None:
         """Forgets the graphs and gives their memory back. They are recorded anew as calls come."""
         with self.lock:
+            for recorder in getattr(self, "recorders", {}).values():
+                recorder.finish()
             self.anatomy: _Anatomy | None = None
             self.seen: Counter[Hashable] = Counter()
             self.graphs: dict[Hashable, _Graph] = {}
@@ -483,6 +485,10 @@ class _Recorder:
                 yield
             finally:
                 self.last.record(stream)
+
+    def finish(self) -> None:
+        """Waits for what is still to run."""
+        self.last.synchronize()
 
 
 class _Memory:

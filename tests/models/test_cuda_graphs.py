@@ -65,6 +65,9 @@ class Emulated:
         with self.lock:
             yield
 
+    def finish(self):
+        pass
+
 
 @pytest.fixture(autouse=True)
 def _emulated(request, monkeypatch):

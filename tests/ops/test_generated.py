@@ -27,16 +27,20 @@ QUICK = 30  # cases of each op
 FIXED_SEED = 2407_13772
 REPLAYS: dict = {}  # (device, op): command
 WORST: dict = defaultdict(dict)  # (device, op): dtype: (cases, largest ratio, result)
+WORST_CASE: dict = {}  # (device, op): (largest ratio, command)
 
 
 def note(case, device, ratios):
     """Counts a case and keeps its worst ratio."""
-    kept = WORST[device, case["op"]]
+    key = device, case["op"]
+    kept = WORST[key]
     count, worst, name = kept.get(case["dtype"], (0, 0.0, "-"))
     if ratios:
         top = max(ratios, key=lambda key: ratios[key])
         if ratios[top] > worst:
             worst, name = ratios[top], top
+        if ratios[top] > WORST_CASE.get(key, (0.0,))[0]:
+            WORST_CASE[key] = ratios[top], replay(case, device)
     kept[case["dtype"]] = (count + 1, worst, name)
 
 
@@ -51,6 +55,7 @@ def summary(config) -> str:
             total[device] += count
             lines.append(f"| {device} | {op} | {dtype} | {count} | {worst:.2f} | {name} |")
     lines += ["", ", ".join(f"{count} cases on {device}" for device, count in total.items())]
+    lines += ["", "the worst of each op:", *(command for _, (_, command) in sorted(WORST_CASE.items()))]
     return "\n".join([*lines, *REPLAYS.values()])
 
 
@@ -61,13 +66,16 @@ def fuzz_seed(config) -> int:
     return FIXED_SEED if given is None else given
 
 
+def replay(case, device) -> str:
+    return f"pytest tests/ops/test_generated.py -k {device}-{case['op']} --case '{json.dumps(case)}'"
+
+
 def check(case, device):
     try:
         note(case, device, generated_checks.check(case, device))
     except Exception as error:
         # The last one is what hypothesis made of it, as small as it found. It would keep all tensors of all of them.
-        line = f"pytest tests/ops/test_generated.py -k {device}-{case['op']} --case '{json.dumps(case)}'"
-        REPLAYS[device, case["op"]] = line
+        line = REPLAYS[device, case["op"]] = replay(case, device)
         raise AssertionError(f"{type(error).__name__}: {error}\nreplay: {line}") from None
 
 

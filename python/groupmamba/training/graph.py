@@ -7,8 +7,9 @@ import argparse
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from groupmamba.cuda_graphs import use_cuda_graphs
 from groupmamba.training.step import GRAPHED, Pieces, Step
 from groupmamba_ext._command import is_out_of_memory, one_line
 
@@ -26,6 +27,17 @@ def why_not(args: argparse.Namespace, device: torch.device, amp: torch.dtype | N
     if args.opt.lower() not in GRAPHED:
         return f"--opt {args.opt}; those of {', '.join(GRAPHED)} have a state that a graph can begin with"
     return f"--grad-accum-steps {args.grad_accum_steps}" if args.grad_accum_steps > 1 else None
+
+
+def graph_passes(model: nn.Module, part: str, args: argparse.Namespace, world: int) -> str | None:
+    """Makes the passes of ``part`` of a model CUDA graphs, where a step can't be one on a GPU; what is then said, or
+    None where they can't either."""
+    # While one process records a pass, others would wait for the sums of synchronised norms in vain.
+    alone = world == 1 or not args.sync_bn
+    if args.no_cuda_graph or args.grad_checkpointing or not alone:
+        return None
+    use_cuda_graphs(model.get_submodule(part))
+    return f"the {part or 'model'}'s passes are CUDA graphs"
 
 
 class Snapshot:

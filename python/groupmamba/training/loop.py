@@ -20,7 +20,7 @@ from groupmamba.training.card import RUN_FILES
 from groupmamba.training.checkpoint import EMA, MODEL, Checkpoints, read_weights, to_resume
 from groupmamba.training.data import Batch
 from groupmamba.training.distributed import Processes
-from groupmamba.training.graph import capture, settle, why_not
+from groupmamba.training.graph import capture, graph_passes, settle, why_not
 from groupmamba.training.output import (
     STEP_COLUMNS,
     STEPS,
@@ -175,7 +175,9 @@ class Training:
         if self.no_graph is None:
             self.screen.say("each step is one CUDA graph")
         elif self.device.type == "cuda":
-            self.screen.say(f"without a CUDA graph: {self.no_graph}")
+            passes = graph_passes(self.step.model, self.task.graphed, self.args, self.processes.world)
+            why = "--no-cuda-graph" if self.args.no_cuda_graph else self.no_graph
+            self.screen.say(f"without a CUDA graph: {why}" if passes is None else f"{passes}, not whole steps: {why}")
         if self.processes.first:
             self.checkpoints.link_best(self.ranking)  # a process may have been killed before it did
         if self.position["epoch"] >= self.epochs:

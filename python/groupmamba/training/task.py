@@ -64,6 +64,7 @@ class Task(ABC):
     best: str  # the metric, the higher the better, by which checkpoints are ranked
     panels: tuple[Panel, ...]  # of curves.png
     no_graph: ClassVar[str | None] = None  # why a step can't be a CUDA graph
+    graphed: ClassVar[str] = ""  # the submodule whose passes then are graphs; the model itself by default
     step: ClassVar[type[Step]] = Step
 
     def __init__(self, args: argparse.Namespace, processes: Processes, device: torch.device, screen: Screen):

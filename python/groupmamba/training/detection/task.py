@@ -55,6 +55,7 @@ class Detection(DenseTask):
     command = DETECTOR
     collate = staticmethod(listed)
     no_graph = "images differ in size"
+    graphed = "backbone"
     step = DetectionStep
     heads = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
 
