@@ -20,10 +20,23 @@ from support.every_op import MODULES, OPS, PER_IMAGE, make_case, results, same
 # A NaN in one image ---------------------------------------------------------------------------------
 
 
+def _mixes_rows(dtype) -> bool:
+    """Whether torch's own product on this CPU lets a NaN into the row before, as oneDNN 3.12 does in bfloat16 with AMX
+    for some numbers of rows: it multiplies what lies behind a row of odd length by 0."""
+    images = torch.ones(4, 17 * 23, 3, dtype=dtype)
+    images[1] = float("nan")
+    weight = torch.ones(4, 3, 16, dtype=dtype)
+    alone = (images.flatten(0, 1) @ weight[0]).view(4, -1)
+    together = torch.bmm(images.view(1, -1, 3).repeat(4, 1, 1), weight).view(4, 4, -1).transpose(0, 1)
+    return any(bool(y[[0, 2, 3]].isnan().any()) for y in (alone, together))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", [*OPS, *MODULES])
 def test_a_nan_stays_in_its_image(device, dtype, name):
     """Results and gradients of the other images are what they are without it, bit for bit."""
+    if device == "cpu" and name in MODULES and _mixes_rows(dtype):
+        pytest.skip("torch's matrix product lets a NaN into another row")
     function, tensors = make_case(name, device, dtype)
     images = [n for n in tensors if n in PER_IMAGE and tensors[n] is not None]
 
