@@ -7,6 +7,8 @@
 import argparse
 import functools
 import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -84,45 +86,73 @@ def run(function, tensors: dict, **options) -> None:
         function(**tensors, **options)
     leaves = {k: None if v is None else v.detach().requires_grad_() for k, v in tensors.items()}
     out = function(**leaves, **options)
-    sum(o.float().sum() for o in (out if isinstance(out, tuple) else (out,))).backward()
+    out = out if isinstance(out, tuple) else (out,)
+    torch.autograd.backward(out, [torch.ones_like(o) for o in out])  # no kernel of torch's reads the results
     torch.cuda.synchronize()
 
 
-def cases(dtype: torch.dtype):
-    """(name, call) of each case for images of one dtype."""
+class Case(NamedTuple):
+    """What a sanitizer looks at.
+
+    Args:
+        name: of the case.
+        call: runs it.
+        products: it calls cuBLAS, at whose kernels for 16 bits racecheck ends with an error of its own, and whose
+            results initcheck takes for memory that nothing wrote, since TMA stored them.
+        tma: kernels read what the scan's own kernels stored by TMA. What initcheck does not see there, NaN in free
+            memory shows: tests/ops/test_unwritten_memory.py.
+    """
+
+    name: str
+    call: Callable[[], None]
+    products: bool = False
+    tma: bool = False
+
+    def is_left_out(self, tool: str) -> bool:
+        """Whether this sanitizer can't judge it."""
+        return (self.products and tool in ("racecheck", "initcheck")) or (self.tma and tool == "initcheck")
+
+
+def cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Those for images of one dtype."""
     name = str(dtype).removeprefix("torch.")
+    narrow = dtype.itemsize == 2
     for shape in SCANS:
         for layout in (None, group_major, padded_channels):
-            yield (
+            yield Case(
                 f"scan {shape} {name} {layout.__name__ if layout else ''}",
                 functools.partial(scan, dtype, layout, *shape),
             )
     for shape in MANY_STATES:
         for layout in (None, group_major, padded_channels):
             batch = filling_batch("cuda", shape[0])
-            yield (
+            yield Case(
                 f"scan of several states {shape} {name} {layout.__name__ if layout else ''}",
                 functools.partial(scan, dtype, layout, *shape, batch=batch),
             )
     for shape in ((40, 2, 16, 9, 11), (132, 3, 5, 6, 5)):
-        yield f"cross scan of several states {shape} {name}", functools.partial(cross_scan, dtype, *shape, batch=60)
+        yield Case(
+            f"cross scan of several states {shape} {name}", functools.partial(cross_scan, dtype, *shape, batch=60)
+        )
     for shape in MANY_IMAGES:
-        yield f"scan of many images {shape} {name}", functools.partial(scan, dtype, None, *shape, batch=128)
+        yield Case(f"scan of many images {shape} {name}", functools.partial(scan, dtype, None, *shape, batch=128))
     for shape in CROSS:
-        yield f"cross scan {shape} {name}", functools.partial(cross_scan, dtype, *shape)
+        tma = narrow and shape[0] % 8 == 0 and shape[1] is not None and shape[2] == 1
+        yield Case(f"cross scan {shape} {name}", functools.partial(cross_scan, dtype, *shape), tma=tma)
     for channels, h, w in ((1, 3, 5), (16, 7, 7), (87, 14, 9), (130, 5, 33)):
-        yield f"convolution {channels, h, w} {name}", functools.partial(convolutions, dtype, channels, h, w)
+        yield Case(f"convolution {channels, h, w} {name}", functools.partial(convolutions, dtype, channels, h, w))
     for groups, dim in ((1, 5), (4, 16), (4, 87), (4, 112), (3, 400), (4, 513)):
-        yield f"norms {groups, dim} {name}", functools.partial(norms, dtype, groups, dim)
+        yield Case(f"norms {groups, dim} {name}", functools.partial(norms, dtype, groups, dim))
     for channels in (5, 96, 512):
-        yield f"token norm {channels} {name}", functools.partial(token_norms, dtype, channels)
+        yield Case(f"token norm {channels} {name}", functools.partial(token_norms, dtype, channels))
     for shape in ((2, 8, 1, 1), (2, 32, 19, 21), (1, 264, 5, 7), (1, 2048, 3, 2)):
-        yield f"batch norm {shape} {name}", functools.partial(batch_norm, dtype, *shape)
+        yield Case(f"batch norm {shape} {name}", functools.partial(batch_norm, dtype, *shape))
     for shape in LAYERS + (MANY_TOKENS if dtype == torch.bfloat16 else []):
-        yield f"layers {shape} {name}", functools.partial(run_layers, dtype, *shape)
-    yield f"wide layer {name}", functools.partial(wide_layer, dtype)
+        yield Case(f"layers {shape} {name}", functools.partial(run_layers, dtype, *shape), products=narrow)
+    yield Case(f"wide layer {name}", functools.partial(wide_layer, dtype), products=narrow)
     for case in ONE_KERNEL:
-        yield f"feed-forward {case} {name}", functools.partial(run_feed_forward, dtype, *case)
+        call = functools.partial(run_feed_forward, dtype, *case)
+        yield Case(f"feed-forward {case} {name}", call, products=narrow)
 
 
 def scan(dtype, layout, dim, rank, states, h, w, batch=1) -> None:
@@ -179,6 +209,7 @@ def main() -> None:
     parser.add_argument("--count", action="store_true", help="print how many cases there are")
     parser.add_argument("--first", type=int, default=0, help="the case to begin with")
     parser.add_argument("--end", type=int, help="the case to stop before (default: none)")
+    parser.add_argument("--tool", default="", help="leave out what this sanitizer can't judge")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="none begins after so long")
     options = parser.parse_args()
     found = [case for dtype in (torch.bfloat16, torch.float32) for case in cases(dtype)]
@@ -188,10 +219,12 @@ def main() -> None:
     end = len(found) if options.end is None else options.end
     start, number = time.monotonic(), options.first
     while number < end and (number == options.first or time.monotonic() - start < options.seconds):
-        name, call = found[number]
-        print(f"case {number}: {name}", flush=True)
+        case = found[number]
+        left_out = case.is_left_out(options.tool)
+        print(f"case {number}: {case.name}{', left out' if left_out else ''}", flush=True)
         torch.manual_seed(number)  # the same numbers, wherever a slice begins
-        call()
+        if not left_out:
+            case.call()
         number += 1
     print(f"ran cases {options.first} to {number} of {len(found)}")
 

@@ -165,6 +165,7 @@ CASES = ROOT / "tests" / "sanitizer_cases.py"
 OURS = "kns=_ZN2gm"
 _RECORD = re.compile(r"^========= (?P<what>\S.*)$", re.M)
 _SUMMARY = re.compile(r"(ERROR|RACECHECK) SUMMARY: (\d+)")
+_LEFT_OUT = re.compile(r"^case \d+: .*, left out$", re.M)
 _RAN = re.compile(r"^ran cases (\d+) to (\d+) of (\d+)$", re.M)
 
 
@@ -179,6 +180,7 @@ class Slice:
     verdict: str  # "clean", "found", "failed", "timeout"
     ours: list[str] = field(default_factory=list)
     others: int = 0  # reports on kernels of torch and cuBLAS, which are not judged
+    left_out: int = 0  # cases that the tool can't judge, see Case in sanitizer_cases.py
 
 
 def reports(text: str) -> tuple[list[str], int]:
@@ -221,6 +223,7 @@ def command_of(tool: str, first: int, end: int, seconds: float) -> tuple[list[st
     if tool in ("memcheck", "initcheck"):  # each tensor its own allocation, so that one ends where it should
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     command += [sys.executable, str(CASES), "--first", str(first), "--end", str(end), "--seconds", f"{seconds:g}"]
+    command += ["--tool", tool]
     return command, environment
 
 
@@ -250,7 +253,7 @@ def run_slice(tool: str, first: int, end: int, options: argparse.Namespace, seco
         return Slice(tool, first, max([*began, first]) + 1, took, "failed", [*ours, tail], others)
     summed = _SUMMARY.search(text)
     verdict = "found" if ours else "clean" if done.returncode in (0, 9) and summed else "failed"
-    return Slice(tool, int(ran[1]), int(ran[2]), took, verdict, ours, others)
+    return Slice(tool, int(ran[1]), int(ran[2]), took, verdict, ours, others, len(_LEFT_OUT.findall(text)))
 
 
 def case_count() -> int:
@@ -317,10 +320,11 @@ def table(slices: list[Slice], total: int) -> str:
         bad = [s for s in own if s.verdict != "clean"]
         verdict = "clean" if not bad else ", ".join(f"{s.verdict} in {s.first} to {s.end - 1}" for s in bad)
         verdict += "".join(f"; cases {first} to {end - 1} are left" for first, end in left)
+        left_out = sum(s.left_out for s in own)
+        verdict += f"; {left_out} left out" if left_out else ""
         found = sum(len(s.ours) for s in own)
-        lines.append(
-            f"| {tool} | {len(own)} | {done} of {total} | {max(s.seconds for s in own):.0f} s | {found} | {verdict} |"
-        )
+        longest = max(s.seconds for s in own)
+        lines.append(f"| {tool} | {len(own)} | {done - left_out} of {total} | {longest:.0f} s | {found} | {verdict} |")
     return "\n".join(lines)
 
 

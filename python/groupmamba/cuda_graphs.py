@@ -367,7 +367,7 @@ class _Passes:
     def backward(self) -> list[Tensor]:
         """Gradients of the inputs that have one, then those of the parameters, packed, a tensor for each dtype."""
         if not self.result_gradients:
-            self.result_gradients = [torch.zeros_like(result) for result in self.differentiable]
+            self.result_gradients = [_like(result) for result in self.differentiable]  # no kernel: a replay must not fill it
         wanted = [tensor for tensor in self.inputs if tensor.requires_grad]
         gradients = torch.autograd.grad(
             self.differentiable, [*wanted, *self.aliases.values()], self.result_gradients, allow_unused=True

@@ -56,7 +56,7 @@ seconds = float(arguments[arguments.index("--seconds") + 1])
 print("========= COMPUTE-SANITIZER")
 end = first
 while end < last and (end == first or end - first < seconds):
-    print(f"case {{end}}: name", flush=True)
+    print(f"case {{end}}: name" + (", left out" if tool == "racecheck" and end == 2 else ""), flush=True)
     if tool == "racecheck" and end == 3:
         time.sleep(60)
     if tool == "synccheck" and end == 4:
@@ -108,6 +108,15 @@ def test_what_is_left_is_said():
     assert (
         "| memcheck | 2 | 3 of 9 | 1 s | 0 | clean; cases 2 to 5 are left; cases 7 to 8 are left |"
         in sanitize.table(slices, 9)
+    )
+
+
+def test_what_a_tool_can_not_judge_is_left_out(fake, capsys):
+    """And counted: the third case of racecheck. The fourth takes too long."""
+    assert fake("racecheck", "--limit", "3", "--seconds", "1")[0] == 1
+    assert "| racecheck | 5 | 4 of 5 |" in capsys.readouterr().out
+    assert sanitize.table([sanitize.Slice("initcheck", 0, 9, 1.0, "clean", left_out=2)], 9).endswith(
+        "| initcheck | 1 | 7 of 9 | 1 s | 0 | clean; 2 left out |"
     )
 
 
