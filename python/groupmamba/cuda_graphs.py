@@ -49,9 +49,10 @@ def use_cuda_graphs(module: nn.Module, *, max_graphs: int = 64, eager_calls: int
     recorded again.
 
     Args:
-        module: a model or a part of one. What its ``forward`` decides in Python by anything but its arguments, such as
-            an attribute or Python's random numbers, stays as it was when the graph was recorded, until
-            :meth:`CudaGraphs.clear`.
+        module: a model or a part of one. What its ``forward`` decides in Python by its arguments and by attributes of
+            its modules that are numbers, texts or None is part of what graphs are told apart by. What it decides by
+            anything else, such as a list or Python's random numbers, stays as it was when the graph was recorded,
+            until :meth:`CudaGraphs.clear`.
         max_graphs: how many shapes have graphs.
         eager_calls: of a shape before its graph is recorded, which takes as long as tens of calls.
 
@@ -195,6 +196,8 @@ class _Anatomy:
         self.children = [part._modules for part in self.modules]
         self.tensors = [held for part in self.modules for held in (part._parameters, part._buffers)]
         self.hooks = [hooks for part in self.modules[1:] for hooks in _hooks_of(part)]
+        held_by = [part.__dict__ for part in self.modules]
+        self.constants = [(own, name) for own in held_by for name in own if isinstance(own[name], _CONSTANTS)]
         self.parameters = dict(module.named_parameters())
         self.buffers = list(module.buffers())
         held = [*self.parameters.values(), *self.buffers]
@@ -202,22 +205,28 @@ class _Anatomy:
         self.devices = {tensor.device for tensor in held}
         self.known = self._now()
 
-    def _now(self) -> tuple[list[int], list[int]]:
+    def _now(self) -> tuple[list[int], ...]:
         parts = [id(part) for held in self.children for part in held.values()]
+        attributes = [len(part.__dict__) for part in self.modules]
         place = Tensor.data_ptr if self.plain else id
-        return parts, [0 if tensor is None else place(tensor) for held in self.tensors for tensor in held.values()]
+        return (
+            parts,
+            attributes,
+            [0 if tensor is None else place(tensor) for held in self.tensors for tensor in held.values()],
+        )
 
     def changed(self) -> bool:
-        """Whether a part was replaced, or a parameter or buffer lies elsewhere."""
+        """Whether a part was replaced, an attribute is new, or a parameter or buffer lies elsewhere."""
         return self.known != self._now()
 
     def takes(self, device: torch.device) -> bool:
         """Whether all is plain tensors on ``device``."""
         return self.plain and self.devices <= {device}
 
-    def modes(self) -> tuple[bool, ...]:
-        """What of the module may differ between calls, and come back."""
-        return (*(part.training for part in self.modules), *(p.requires_grad for p in self.parameters.values()))
+    def modes(self) -> tuple[Hashable, ...]:
+        """What of the module may differ between calls, and come back: training or evaluation among it."""
+        constants = (own.get(name) for own, name in self.constants)
+        return (*constants, *(p.requires_grad for p in self.parameters.values()))
 
     def hooked(self) -> bool:
         """Whether a part has a hook, which a replay would leave out."""
@@ -367,7 +376,9 @@ class _Passes:
     def backward(self) -> list[Tensor]:
         """Gradients of the inputs that have one, then those of the parameters, packed, a tensor for each dtype."""
         if not self.result_gradients:
-            self.result_gradients = [_like(result) for result in self.differentiable]  # no kernel: a replay must not fill it
+            self.result_gradients = [
+                _like(result) for result in self.differentiable
+            ]  # no kernel: a replay must not fill it
         wanted = [tensor for tensor in self.inputs if tensor.requires_grad]
         gradients = torch.autograd.grad(
             self.differentiable, [*wanted, *self.aliases.values()], self.result_gradients, allow_unused=True

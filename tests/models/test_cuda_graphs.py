@@ -252,6 +252,31 @@ def test_what_changes_is_noticed(device):
     check(1)
 
 
+def test_attributes_are_looked_at(device):
+    """Distilled training, that of a part, and one that was not there before."""
+
+    class Scaled(nn.Module):
+        def forward(self, x):
+            return x * getattr(self, "scale", 1.0)
+
+    model = nn.Sequential(Scaled())
+    graphs = use_cuda_graphs(model, eager_calls=1)
+    x = images(2, 3, device=device)
+    for scale in (None, 2.0, 3.0, 2.0):
+        if scale is not None:
+            model[0].scale = scale
+        for _ in range(3):
+            assert torch.equal(model(x), x * (1.0 if scale is None else scale))
+    assert len(graphs) == 2
+    model, _, graphs = twins(device)
+    y = images(2, 3, 32, 32, device=device)
+    for distilled in (True, False, True):
+        model.set_distilled_training(distilled)
+        for _ in range(4):
+            assert isinstance(model(y), tuple) == distilled
+    assert len(graphs) == 2
+
+
 class Several(nn.Module):
     """Arguments and results of many kinds."""
 

@@ -118,6 +118,26 @@ def test_a_graph_computes_what_single_launches_compute(data, tmp_path):
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize(
+    "more, why",
+    [
+        (["--opt", "lion"], "--opt lion"),
+        (["--amp-dtype", "float16"], "float16's scaler"),
+        (["-b", "4", "--grad-accum-steps", "2"], "--grad-accum-steps 2"),
+    ],
+)
+def test_where_a_step_is_no_graph_its_passes_are(data, tmp_path, capsys, more, why):
+    """The losses of single launches, bit for bit, with drop path and mixing."""
+    base = ["--device", "cuda", "--img-size", "64", "--epochs", "3", "--lr", "1e-3", "--drop-path", "0.2", *more]
+    assert train(data, tmp_path / "graphs", *base) == 0
+    assert f"the model's passes are CUDA graphs, not whole steps: {why}" in capsys.readouterr().err
+    assert train(data, tmp_path / "eager", *base, "--no-cuda-graph") == 0
+    assert "without a CUDA graph: --no-cuda-graph" in capsys.readouterr().err
+    assert len(losses(tmp_path / "graphs")) == 15
+    assert losses(tmp_path / "graphs") == losses(tmp_path / "eager")
+
+
+@pytest.mark.cuda
 def test_capture_leaves_everything_as_it_was():
     torch.manual_seed(0)
     model = timm.create_model("groupmamba_tiny", num_classes=3, drop_path_rate=0.2, **SIZES).train().cuda()
