@@ -37,7 +37,7 @@ DROP_PATH, CLASSES, OBJECTS = 0.2, 80, 10
 Size = tuple[int, int]
 
 
-CALLED, COMPILED, GRAPHS = HOWS = ("as called", "compiled", "graphs")
+CALLED, COMPILED, GRAPHS, BOTH = HOWS = ("as called", "compiled", "graphs", "compiled, graphs")
 
 
 class Case(NamedTuple):
@@ -111,13 +111,13 @@ class Call:
         self.network = _network(model, case).to(device).to(memory_format=torch.channels_last).train(case.training)
         # The detector itself makes lists of boxes; what computes is the backbone.
         part = self.network.backbone if case.network == "mask_rcnn" else self.network
-        if how == GRAPHS:
-            use_cuda_graphs(part)
-        elif how == COMPILED:
+        if how in (COMPILED, BOTH):
             # For any size the pyramid's last level, which torchvision pools, would be compiled for odd and even maps.
             if case.varied:
                 part = part.body
             part.forward = torch.compile(part.forward, dynamic=True if case.varied else None)
+        if how in (GRAPHS, BOTH):
+            use_cuda_graphs(part)
         self.inputs = [self._inputs(size) for size in case.sizes]
 
     def _inputs(self, size: Size) -> tuple[Any, ...]:
@@ -191,9 +191,9 @@ def measure(case: Case, args: argparse.Namespace, device: torch.device) -> dict[
     """Rows of one case: by model, and by `HOWS`."""
     calls: dict[str, Call] = {}
     rows: dict[str, dict[str, Any]] = {}
-    left_out = {COMPILED} if args.no_compile else set()
+    left_out = {COMPILED, BOTH} if args.no_compile else set()
     if device.type != "cuda":
-        left_out.add(GRAPHS)
+        left_out |= {GRAPHS, BOTH}
     for model in args.models:
         for how in (how for how in HOWS if how not in left_out):
             title = f"{model}, {how}"

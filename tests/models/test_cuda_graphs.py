@@ -460,6 +460,18 @@ def test_where_something_looks_on_calls_are_eager(device):
     assert torch.allclose(jacobian, linear.weight, atol=1e-6)
 
 
+def test_a_compiled_forward_can_be_recorded(device):
+    model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2)).to(device)
+    twin = copy.deepcopy(model)
+    model.forward = torch.compile(model.forward, backend="aot_eager")
+    graphs = use_cuda_graphs(model)
+    x = images(5, 4, device=device)
+    for _ in range(5):
+        ours, theirs = step(model, x), step(twin, x)
+        torch.testing.assert_close(ours, theirs)
+    assert len(graphs) == 1
+
+
 def test_modules_inside_one_another(device):
     model, twin, outer = twins(device)
     inner = use_cuda_graphs(model.stem)
