@@ -141,15 +141,8 @@ __global__ void __launch_bounds__(kBwdTile / kBwdTokens<T, kSingle>, kSingle&& k
         parked.get(kRowBias, dbias);
         finish_steps<T, kSingle, kAligned>(s, coord, du_out, ddt_out, path, step, du, dstep, dbias);
         parked.put(kRowBias, dbias);
-        for (int r = 0; r < s.rank; ++r) {
-            float w[kVec], dw[kVec] = {}, ddt[kTokens];
-            weight.get(r, w);
-            feature_gradients(dt, path, r, dstep, w, ddt, dw);
-            write_token_sums(ddt, 1.f, ddt_out, path, r);
-#pragma unroll
-            for (int j = 0; j < kVec; ++j) dw[j] = chunk_sum(dw[j], lanes) / Math<T>::kStepUnit;
-            partial.add(states + kFixedRows + r, dw, first_time);
-        }
+        all_feature_gradients(weight, dt, ddt_out, path, s.rank, dstep, write_token_sums, partial, states + kFixedRows,
+                              lanes, first_time);
     }
 
     if (kSingle) partial.finish(parked, lanes, kParkedA, 0, Math<T>::kStepUnit);

@@ -323,4 +323,23 @@ __device__ __forceinline__ void feature_gradients(const Plane<const T>& dt, cons
     }
 }
 
+// The same for all of them: those of the features are written, those of the weights added to the warp's rows from
+// `row` on.
+template <class T, int kTokens>
+__device__ __forceinline__ void all_feature_gradients(const StepWeight<T>& weight, const Plane<const T>& dt,
+                                                      const Plane<T>& ddt_out, const Path<kTokens>& path, int rank,
+                                                      const float (&dstep)[kTokens][kVec],
+                                                      const TokenSums<T, kTokens>& write_token_sums,
+                                                      const PartialRows& partial, int row, int lanes, bool first_time) {
+    for (int r = 0; r < rank; ++r) {
+        float w[kVec], dw[kVec] = {}, ddt[kTokens];
+        weight.get(r, w);
+        feature_gradients(dt, path, r, dstep, w, ddt, dw);
+        write_token_sums(ddt, 1.f, ddt_out, path, r);
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) dw[j] = chunk_sum(dw[j], lanes) / Math<T>::kStepUnit;
+        partial.add(row + r, dw, first_time);
+    }
+}
+
 }  // namespace gm

@@ -3,9 +3,9 @@
 // before each the forward has saved a state. In a tile it goes through stretches of 4 tokens: the states that enter the
 // stretches are computed with y, those within a stretch again when the adjoint walks it. tile.cuh says how a block
 // works, ../README.md derives the gradients.
-#include "cuda/common/dispatch.h"
 #include "cuda/common/launch_kernel.cuh"
 #include "cuda/scan/bwd_phases.cuh"
+#include "cuda/scan/many_states/dispatch.h"
 #include "cuda/scan/many_states/launch.h"
 #include "cuda/scan/many_states/tile.cuh"
 
@@ -277,15 +277,8 @@ __global__ void __launch_bounds__(max_state_threads(kStates))
             finish_steps<T, false, kAligned>(s, coord, du_out, ddt_out, path, step, du, dstep, dbias);
             sums.put(kRowSkip, dskip);
             sums.put(kRowBias, dbias);
-            for (int r = 0; r < s.rank; ++r) {
-                float w[kVec], dw[kVec] = {}, ddt[kBwdStaged];
-                weight.get(r, w);
-                feature_gradients(dt, path, r, dstep, w, ddt, dw);
-                write_token_sums(ddt, 1.f, ddt_out, path, r);
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) dw[j] = chunk_sum(dw[j], lanes) / Math<T>::kStepUnit;
-                partial.add(s.states + kFixedRows + r, dw, first_time);
-            }
+            all_feature_gradients(weight, dt, ddt_out, path, s.rank, dstep, write_token_sums, partial,
+                                  s.states + kFixedRows, lanes, first_time);
             first_time = false;
         });
     }
@@ -317,13 +310,8 @@ cudaError_t launch(const ScanBwdArgs& args, ManyStatesLayout layout, cudaStream_
 
 cudaError_t launch_many_states_bwd(const ScanBwdArgs& args, const ManyStatesLayout& layout, DType dtype,
                                    cudaStream_t stream) {
-    return dispatch_dtype(dtype, [&](auto tag) {
-        using T = typename decltype(tag)::type;
-        switch (layout.each) {
-            case 2: return launch<T, 2>(args, layout, stream);
-            case 4: return launch<T, 4>(args, layout, stream);
-            default: return launch<T, 8>(args, layout, stream);
-        }
+    return dispatch_many_states(dtype, layout, [&](auto tag, auto each) {
+        return launch<typename decltype(tag)::type, decltype(each)::value>(args, layout, stream);
     });
 }
 

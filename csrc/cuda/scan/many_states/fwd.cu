@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward of the grouped selective scan with several states. tile.cuh says how a block works.
-#include "cuda/common/dispatch.h"
 #include "cuda/common/launch_kernel.cuh"
 #include "cuda/scan/fwd_phases.cuh"
+#include "cuda/scan/many_states/dispatch.h"
 #include "cuda/scan/many_states/launch.h"
 #include "cuda/scan/many_states/tile.cuh"
 
@@ -89,13 +89,8 @@ cudaError_t launch(const ScanFwdArgs& args, ManyStatesLayout layout, cudaStream_
 
 cudaError_t launch_many_states_fwd(const ScanFwdArgs& args, const ManyStatesLayout& layout, DType dtype,
                                    cudaStream_t stream) {
-    return dispatch_dtype(dtype, [&](auto tag) {
-        using T = typename decltype(tag)::type;
-        switch (layout.each) {
-            case 2: return launch<T, 2>(args, layout, stream);
-            case 4: return launch<T, 4>(args, layout, stream);
-            default: return launch<T, 8>(args, layout, stream);
-        }
+    return dispatch_many_states(dtype, layout, [&](auto tag, auto each) {
+        return launch<typename decltype(tag)::type, decltype(each)::value>(args, layout, stream);
     });
 }
 
