@@ -181,6 +181,7 @@ def test_gradients_add_up_and_are_the_callers_own(device):
     assert len(graphs) == 1
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad)
+        assert a.grad.data_ptr() % 16 == 0
     assert all(a is b for a, b in zip(held[0], held[2], strict=True))
 
 
