@@ -102,7 +102,7 @@ class CudaGraphs:
         self.earlier = module.__dict__.get("forward")
         self.eager: Callable = module.forward
         self.lock = threading.RLock()
-        functools.update_wrapper(self, self.eager)
+        functools.update_wrapper(self, self.eager, updated=())
         self.__code__ = getattr(self.eager, "__code__", None)  # torch.export asks a forward for it
         self.clear()
 
