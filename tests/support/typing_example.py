@@ -10,7 +10,15 @@ from typing_extensions import assert_type
 
 import groupmamba
 import groupmamba_ext as ext
-from groupmamba import ChannelAffinity, GroupedMamba2d, VSSSBlock, convert_released_state_dict, why_not_fused
+from groupmamba import (
+    ChannelAffinity,
+    CudaGraphs,
+    GroupedMamba2d,
+    VSSSBlock,
+    convert_released_state_dict,
+    use_cuda_graphs,
+    why_not_fused,
+)
 from groupmamba.models import GroupMamba
 from groupmamba.vision import PyramidBackbone
 
@@ -37,6 +45,10 @@ def ops(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, weight: Tensor, 
 
 
 def layers(state: dict[str, Tensor]) -> nn.Module:
+    graphs = assert_type(use_cuda_graphs(nn.Linear(2, 2), max_graphs=8), CudaGraphs)
+    use_cuda_graphs("model")  # type: ignore[arg-type]
+    count: int = len(graphs)
+    graphs.remove(count)  # type: ignore[call-arg]
     layer = GroupedMamba2d(64, variant="paper", d_state=4, directions=("lr", "rl"), device="cpu", dtype=torch.float32)
     assert_type(layer.directions, tuple[str, ...])
     assert_type(layer.affinity, ChannelAffinity | None)
