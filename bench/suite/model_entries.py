@@ -13,12 +13,13 @@ from torch import nn
 from suite import checkouts
 
 OURS = ("groupmamba_tiny", "groupmamba_small", "groupmamba_base")
-VARIED = {  # the tiny model: its variants, the paper's ablation, and training as its recipes do
+VARIED = {  # the tiny model: its variants, the paper's ablation, training as its recipes do, its passes in graphs
     "groupmamba_tiny, fused": {"variant": "fused"},
     "groupmamba_tiny, paper": {"variant": "paper"},
     "groupmamba_tiny, 4-D scanning": {"scan": "cross", "affinity": False},
     "groupmamba_tiny, no CAM": {"affinity": False},
     "groupmamba_tiny, drop path 0.2": {"drop_path_rate": 0.2},
+    "groupmamba_tiny, use_cuda_graphs": {},
 }
 TIMM = (
     "swin_tiny_patch4_window7_224",
@@ -35,6 +36,7 @@ VMAMBA = {  # beside which model each stands
     "vmamba_base_s2l15": "groupmamba_base",
 }
 COMPILED = ", compiled"
+GRAPHS = ", use_cuda_graphs"
 RELEASED = "released/"
 
 
@@ -65,9 +67,12 @@ def require() -> None:
 
 def ours(label: str, **options) -> nn.Module:
     """One of :data:`OURS` or :data:`VARIED`; ``options`` override the latter's."""
-    from groupmamba import models
+    from groupmamba import models, use_cuda_graphs
 
-    return getattr(models, label.split(",")[0])(**(VARIED.get(label, {}) | options))
+    model = getattr(models, label.split(",")[0])(**(VARIED.get(label, {}) | options))
+    if label.endswith(GRAPHS):
+        use_cuda_graphs(model)
+    return model
 
 
 def _timm(name: str) -> nn.Module:
