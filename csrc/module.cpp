@@ -128,9 +128,9 @@ std::pair<int64_t, int64_t> layer_saved(int64_t batch, int64_t height, int64_t w
     return {workspace.image_elements(), workspace.float_elements()};
 }
 
-int64_t feed_forward_saved(int64_t tokens, int64_t hidden) {
+int64_t feed_forward_saved(int64_t tokens, int64_t channels, int64_t hidden, bool narrow) {
     gm::WorkspaceLayout workspace;
-    gm::reserve_feed_forward(tokens, hidden, workspace);
+    if (gm::keeps_hidden(channels, narrow)) gm::reserve_hidden(tokens, hidden, workspace);
     return workspace.image_elements();
 }
 
@@ -168,5 +168,5 @@ PYBIND11_MODULE(_C, m) {
         "sizes"_a, "strides"_a, "Of the gradient of a layer's parameter.");
     layouts.def("layer_saved", &layer_saved, "batch"_a, "height"_a, "width"_a, "groups"_a, "channels"_a, "inner"_a,
                 "states"_a, "rank"_a, "hidden"_a, "merges"_a, "Elements of both buffers for the layer's backward.");
-    layouts.def("feed_forward_saved", &feed_forward_saved, "tokens"_a, "hidden"_a);
+    layouts.def("feed_forward_saved", &feed_forward_saved, "tokens"_a, "channels"_a, "hidden"_a, "narrow"_a);
 }

@@ -16,6 +16,7 @@ from torch import Tensor
 MAX_STATES = 256
 MAX_GROUPS = 4096  # of a scan on CUDA, each tile of channels and each direction counted
 FUSED_CHANNELS = 128  # a warp of the CUDA scan holds all channels of a token, 4 to a lane; more are scanned in tiles
+FEED_FORWARD_CHANNELS = 192  # most of a feed-forward network that may be one kernel, in 16 bits
 BATCH_NORM_CHANNELS = 2048  # most of batch_norm_relu
 BIASED_CHANNELS = 512  # most of an image whose bias `token_norm` adds
 PIXEL_UNIT = 8  # channels: images between the products of a layer have pixels a multiple of this apart
@@ -212,6 +213,8 @@ def layer_saved_floats(s: LayerSizes, chunk: int) -> int:
     return workspace_elements(pieces)
 
 
-def feed_forward_saved(tokens: int, hidden: int) -> int:
-    """Elements of what the feed-forward network's forward saves."""
+def feed_forward_saved(tokens: int, channels: int, hidden: int, dtype: torch.dtype) -> int:
+    """Elements of what the feed-forward network's forward saves: none where it may be one kernel."""
+    if dtype.itemsize == 2 and channels <= FEED_FORWARD_CHANNELS:
+        return 0
     return workspace_elements([tokens * padded(hidden)])

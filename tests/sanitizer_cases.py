@@ -81,6 +81,17 @@ def run_feed_forward(dtype: torch.dtype, batch: int, dim: int, hidden: int, shap
         run(lambda x, mask=mask: modules["mlp"](x, modules["norm"], residual=True, drop_path=mask), {"x": x})
 
 
+def run_feed_forward_kernel(dtype: torch.dtype, batch: int, dim: int, hidden: int, shape: tuple[int, int]) -> None:
+    """That kernel alone: without gradients there is no product of cuBLAS beside it."""
+    modules = feed_forward(dim, hidden).to("cuda", dtype)
+    x = torch.randn(batch, *shape, dim, device="cuda").to(dtype)
+    drop_path = DropPathMask(torch.arange(batch, device="cuda") % 2.0, 2.0)
+    with torch.no_grad():
+        for mask in (None, drop_path):
+            modules["mlp"](x, modules["norm"], residual=True, drop_path=mask)
+    torch.cuda.synchronize()
+
+
 def run(function, tensors: dict, **options) -> None:
     with torch.no_grad():
         function(**tensors, **options)
@@ -155,6 +166,15 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
         yield Case(f"feed-forward {case} {name}", call, products=narrow)
 
 
+def all_cases() -> list[Case]:
+    """Of both dtypes, and of the one kernel that float32 has not."""
+    found = [case for dtype in (torch.bfloat16, torch.float32) for case in cases(dtype)]
+    for case in ONE_KERNEL:
+        call = functools.partial(run_feed_forward_kernel, torch.bfloat16, *case)
+        found.append(Case(f"feed-forward kernel {case} bfloat16", call))
+    return found
+
+
 def scan(dtype, layout, dim, rank, states, h, w, batch=1) -> None:
     tensors = scan_inputs("cuda", dtype, batch=batch, h=h, w=w, dim=dim, n=states, rank=rank)
     if layout is not None:
@@ -212,7 +232,7 @@ def main() -> None:
     parser.add_argument("--tool", default="", help="leave out what this sanitizer can't judge")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="none begins after so long")
     options = parser.parse_args()
-    found = [case for dtype in (torch.bfloat16, torch.float32) for case in cases(dtype)]
+    found = all_cases()
     if options.count:
         print(len(found))
         return

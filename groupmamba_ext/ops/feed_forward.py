@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
@@ -73,8 +74,9 @@ def _inference_fake(x, *args):
 def _fake(x, *args):
     out = _inference_fake(x, *args)
     parameters = FeedForwardParameters(*args[:_PARAMETERS])
-    tokens = x.shape[0] * x.shape[1] * x.shape[2]
-    return out, x.new_empty((layouts.feed_forward_saved(tokens, parameters.fc1_weight.shape[0]),))
+    *image, channels = x.shape
+    saved = layouts.feed_forward_saved(math.prod(image), channels, parameters.fc1_weight.shape[0], x.dtype)
+    return out, x.new_empty((saved,))
 
 
 def _backward_fake(dout, x, *args):

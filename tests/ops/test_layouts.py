@@ -155,8 +155,10 @@ def test_what_the_layers_fake_kernel_returns(library, variant, affinity):
 
 
 def test_what_the_feed_forward_network_saves(library):
-    for tokens, hidden in itertools.product((1, 2, 49, 784, 3136), (1, 8, 20, 512, 1792)):
-        assert layouts.feed_forward_saved(tokens, hidden) == library.feed_forward_saved(tokens, hidden)
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    for sizes in itertools.product((1, 49, 784, 3136), (1, 64, 192, 193, 448), (1, 20, 512, 1792), dtypes):
+        *sizes, dtype = sizes
+        assert layouts.feed_forward_saved(*sizes, dtype) == library.feed_forward_saved(*sizes, dtype.itemsize == 2)
 
 
 def test_refused_sizes(library):

@@ -12,9 +12,8 @@ struct FeedForwardArgs {
     FeedForwardPlan plan;
     int64_t batch;
     int height, width, channels, hidden_pad;
-    ImageArg x, out;         // pixels and their channels aligned to 16 bytes
-    void* hidden = nullptr;  // (batch, H, W, hidden_pad), the image before the convolution, or null
-    bool residual = false;   // out = x + [drop-path factor of the image] * result
+    ImageArg x, out;        // pixels and their channels aligned to 16 bytes
+    bool residual = false;  // out = x + [drop-path factor of the image] * result
     DropPathArg drop_path;
     float eps = 0.f;
     ParamArg norm_weight, norm_bias, fc2_bias;  // (C,)

@@ -3,16 +3,15 @@
 //
 //   out = [x +] fc2 gelu(conv3x3(fc1 LayerNorm(x)))
 //
-// The hidden image, up to eight times as wide as x, stays on the chip; it is written only where a backward needs it. A
-// block owns a tile of pixels (see plan.h) and goes through the hidden channels 64 at a time, in two phases with a
-// barrier after each:
+// The hidden image, up to eight times as wide as x, stays on the chip; a backward computes it again. A block owns a
+// tile of pixels (see plan.h) and goes through the hidden channels 64 at a time, in two phases with a barrier after
+// each:
 //
 //   products: fc2 of the last 64 channels, added to the sums that the block keeps in registers; fc1 of the next 64 for
 //             all pixels of the tile and the ring around it, written to shared memory as one plane for each channel, 0
 //             outside the image;
 //   planes:   convolution and GELU, a warp for 8 channels (depthwise_conv/planes.cuh). Meanwhile the weights of the
-//   next
-//             products arrive.
+//             next products arrive.
 //
 // Two blocks share a multiprocessor, so that the products of one run beside the planes of the other.
 #include "cuda/common/dispatch.h"
@@ -86,33 +85,6 @@ __device__ __forceinline__ void fc2_products(float (&sums)[Tile<kBlocks>::kFc2Un
         }
     }
     wgmma_commit();
-}
-
-// Writes 64 channels of the tile's hidden image to memory.
-template <class T, int kBlocks>
-__device__ __forceinline__ void save_hidden(const FeedForwardArgs& args, int warp, int first_channel, uint32_t planes) {
-    using Tile = Tile<kBlocks>;
-    const TilePlace at = tile_place<kBlocks>(args.plan);
-    const int lane = threadIdx.x % 32;
-    // A warp takes every second row, and in each 8 pixels by 32 channels: lane l gets channels 8 (l % 4) and following
-    // of pixel l / 4.
-    const int half = warp / 2 % 2, quarter = warp % 2;
-    const int channel = quarter * 32 + lane % 8 / 2 * 8 + lane / 8 * 2 + lane % 2;
-    const uint32_t plane = planes + plane_of(channel) * Tile::Planes::kPlane;
-    const int column = half * 8 + lane / 4;  // in the tile with its ring
-    const int x = at.column + column - 1, c = first_channel + quarter * 32 + lane % 4 * 8;
-    const bool in = column >= 1 && column <= kOutColumns && x < args.width && c < args.hidden_pad;
-    const int64_t row_step = static_cast<int64_t>(args.width) * args.hidden_pad, first = at.row + warp / 4;
-    T* to = static_cast<T*>(args.hidden) + (at.image * args.height + first) * row_step +
-            static_cast<int64_t>(x) * args.hidden_pad + c;
-#pragma unroll
-    for (int row = warp / 4; row < Tile::kOutRows; row += 2) {
-        uint32_t words[4];
-        ldmatrix_trans(words, plane + plane_chunk<Tile::kTall>(row + 1, half) * 16);
-        if (in && at.row + row < args.height)
-            *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
-        to += 2 * row_step;
-    }
 }
 
 template <class T, int kBlocks>
@@ -189,7 +161,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks < 3 ? 2 : 1)
                 mbarrier_expect(barrier, 0);
             }
         }
-        if (args.hidden != nullptr) save_hidden<T, kBlocks>(args, warp, block * kWidth, base + Tile::kPlanes);
         convolve<T, Tile::kTall>(shared + Tile::kTables + block % 2 * Tile::kTable, warp, base + Tile::kPlanes,
                                  shared + Tile::kActivated);
         fence_proxy_async();

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The feed-forward network of a block on CUDA as one op: LayerNorm, fc1, depthwise convolution with GELU, fc2, and the
-// addition to the residual stream. Where it is faster, one kernel does all of it, and writes the hidden image only for
-// a backward (cuda/feed_forward/plan.h). Elsewhere that image is written twice, before and after the convolution. The
-// backward keeps the first of the two, and computes the second and the normed image again.
+// addition to the residual stream. Where it is faster, one kernel does all of it with the hidden image on the chip
+// (cuda/feed_forward/plan.h). Elsewhere that image is written twice, before and after the convolution. The backward
+// computes the second and the normed image again, and the first where it was not kept (keeps_hidden in layout.h).
 #include "cuda/feed_forward/launch.h"
 #include "host/blas.h"
 #include "host/branch.h"
@@ -69,7 +69,7 @@ ParameterPack feed_forward_pack(const FeedForwardParameters& p, const FeedForwar
 
 struct FeedForward {
     Tensor out;
-    Workspace saved;  // what the backward reads; without `save` empty
+    Tensor saved;  // what the backward reads, perhaps nothing
 };
 
 // Why the one kernel does not take x and the parameters, or is not the faster way; null where it does and is.
@@ -97,13 +97,12 @@ const char* why_not_one_kernel(const Tensor& x, const FeedForwardParameters& p, 
 
 FeedForward one_kernel_forward(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias,
                                const FeedForwardParameters& p, const FeedForwardSizes& s, double eps, bool residual,
-                               const DropPathArg& drop_path, bool save, const CudaContext& context) {
+                               const DropPathArg& drop_path, const CudaContext& context) {
     const DType dtype = dtype_of(x);
     const ScalarType type = x.scalar_type();
-    Workspace scratch(type), saved(type);
+    Workspace scratch(type);
     ParameterPack pack = feed_forward_pack(p, s, type, scratch, true);
-    const Workspace::Piece hidden_place = reserve_feed_forward(save ? s.tokens() : 0, s.hidden, saved);
-    scratch.allocate(x), saved.allocate(x);
+    scratch.allocate(x);
     const Tensor out = empty_padded_image(s.batch, s.height, s.width, s.channels, x);
     pack.prepare();
     pack.launch(dtype, context.stream());
@@ -114,7 +113,6 @@ FeedForward one_kernel_forward(const Tensor& x, const Tensor& norm_weight, const
     args.channels = static_cast<int>(s.channels), args.hidden_pad = static_cast<int>(s.hidden_pad);
     args.plan = feed_forward_plan(s.batch, args.height, args.width, args.channels, static_cast<int>(s.hidden));
     args.x = image_arg(x), args.out = image_arg(out);
-    if (save) args.hidden = saved.address(hidden_place);
     args.residual = residual, args.drop_path = drop_path, args.eps = static_cast<float>(eps);
     args.norm_weight = param(norm_weight), args.norm_bias = param(norm_bias), args.fc2_bias = param(p.fc2_bias);
     args.fc1_weight = pack.get(kFc1, {s.hidden_pad, s.channels_pad}).data_ptr();
@@ -126,7 +124,7 @@ FeedForward one_kernel_forward(const Tensor& x, const Tensor& norm_weight, const
 #if GM_WITH_SM90A
     check_cuda(launch_feed_forward_sm90a(args, dtype, context.stream()), "feed-forward");
 #endif
-    return {out, saved};
+    return {out, empty_absent(type, x)};
 }
 
 FeedForward feed_forward_forward(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias,
@@ -144,12 +142,13 @@ FeedForward feed_forward_forward(const Tensor& x, const Tensor& norm_weight, con
     note("feed_forward forward: ", why_not == nullptr ? "one kernel" : "several kernels, not one: ",
          why_not == nullptr ? "" : why_not);
     if (why_not == nullptr)
-        return one_kernel_forward(x, norm_weight, norm_bias, p, s, eps, residual, drop_path, save, context);
+        return one_kernel_forward(x, norm_weight, norm_bias, p, s, eps, residual, drop_path, context);
     Workspace scratch(type), saved(type);
-    Workspace& held = save ? saved : scratch;
+    const bool keeps = save && keeps_hidden(s.channels, type != ScalarType::Float);
+    Workspace& held = keeps ? saved : scratch;
     ParameterPack pack = feed_forward_pack(p, s, type, scratch);
     // Nothing reads xn any more when the convolution runs.
-    const Workspace::Piece hidden_place = reserve_feed_forward(tokens, s.hidden, held);
+    const Workspace::Piece hidden_place = reserve_hidden(tokens, s.hidden, held);
     const Workspace::Piece place = scratch.reserve_image(tokens * std::max(s.channels_pad, s.hidden_pad));
     scratch.allocate(x), saved.allocate(x);
     const Tensor out = empty_padded_image(s.batch, s.height, s.width, s.channels, x);
@@ -175,7 +174,7 @@ FeedForward feed_forward_forward(const Tensor& x, const Tensor& norm_weight, con
     } else {
         matmul_bias_out(out_rows, pack.get(kFc2Bias, {s.channels_pad}), activated, fc2);
     }
-    return {out, saved};
+    return {out, keeps ? saved.images() : empty_absent(type, x)};
 }
 
 // With kSave groupmamba::feed_forward_fwd, without groupmamba::feed_forward.
@@ -188,7 +187,7 @@ std::conditional_t<kSave, std::tuple<Tensor, Tensor>, Tensor> feed_forward(
                                                   {fc1_weight, fc1_bias, conv_weight, conv_bias, fc2_weight, fc2_bias},
                                                   eps, residual, drop_path_mask, drop_path_scale, kSave);
     if constexpr (kSave) {
-        return {done.out, done.saved.images()};
+        return {done.out, done.saved};
     } else {
         return done.out;
     }
@@ -209,13 +208,25 @@ FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight,
     const int64_t tokens = s.tokens();
     const DropPathArg drop_path = drop_path_arg(drop_path_mask, drop_path_scale, residual, s.batch, x);
     Workspace held(type), scratch(type);
-    const Workspace::Piece hidden_place = reserve_feed_forward(tokens, s.hidden, held);
+    const bool kept = keeps_hidden(s.channels, type != ScalarType::Float);
+    Workspace::Piece hidden_place;
+    if (kept) hidden_place = reserve_hidden(tokens, s.hidden, held);
     held.adopt_images(saved, x);
-    const Tensor hidden = held.get(hidden_place, {tokens, s.hidden_pad});
     ParameterPack pack = feed_forward_pack(parameters, s, type, scratch);
     scratch.allocate(x);
     pack.prepare();
     pack.launch(dtype, context.stream());
+    const Tensor xn = empty({tokens, s.channels_pad}, type, x);
+    Tensor hidden;
+    if (kept) {
+        hidden = held.get(hidden_place, {tokens, s.hidden_pad});
+    } else {
+        const NormPoolInputs norm{x, norm_weight, norm_bias, eps};
+        layer_norm_pool_fwd_into(alias(xn, s.image(s.channels_pad)), norm, context);
+        hidden = empty({tokens, s.hidden_pad}, type, x);
+        matmul_bias_out(hidden, pack.get(kFc1Bias, {s.hidden_pad}), xn,
+                        pack.get_transposed(kFc1, {s.hidden_pad, s.channels_pad}));
+    }
     ParameterSums sums;
     const auto as_batch = [](const Tensor& rows) { return alias(rows, {1, rows.size(0), rows.size(1)}); };
 
@@ -228,7 +239,7 @@ FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight,
     const PartialRows conv = conv3x3_bwd_into(
         alias(dhidden, image), alias(dactivated, image), alias(hidden, image), pack.get(kConv, {1, s.hidden_pad, 3, 3}),
         pack.get(kConvBias, {1, s.hidden_pad}), kGelu, context, alias(activated, image), true, drop_path);
-    dactivated = Tensor();
+    dactivated = hidden = Tensor();
     const WeightPartials fc2 = weight_partials(as_batch(dout_rows), as_batch(activated), drop_path_scale);
     activated = Tensor();
     const Tensor dfc2_weight =
@@ -240,9 +251,8 @@ FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight,
     const Tensor dfc1_bias = of_conv(fc1_bias, 1, 10);  // sums of dhidden
     const Tensor dxn = empty({tokens, s.channels_pad}, type, x);
     matmul_out(dxn, dhidden, pack.get(kFc1, {s.hidden_pad, s.channels_pad}));
-    const Tensor xn = empty({tokens, s.channels_pad}, type, x);
     NormPoolGradients norm{alias(dxn, s.image(s.channels_pad)), std::nullopt, std::nullopt, std::nullopt, true};
-    norm.xn = alias(xn, s.image(s.channels_pad)), norm.bias = norm_bias;
+    if (kept) norm.xn = alias(xn, s.image(s.channels_pad)), norm.bias = norm_bias;
     if (residual) norm.dx_more = dout, norm.drop_path = drop_path;
     const NormPoolResult normed = layer_norm_pool_bwd(norm, x, norm_weight, eps, context);
     const WeightPartials fc1 = weight_partials(as_batch(dhidden), as_batch(xn));

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cuda/feed_forward/plan.h"
 #include "cuda/scan/plan.h"
 #include "host/layout.h"
 
@@ -96,8 +97,12 @@ inline LayerPlaces reserve_layer(const LayerSizes& s, bool save, WorkspaceLayout
     return p;
 }
 
-// The feed-forward network keeps what its convolution reads.
-inline WorkspaceLayout::Piece reserve_feed_forward(int64_t tokens, int64_t hidden, WorkspaceLayout& workspace) {
+// Whether the feed-forward network keeps what its convolution reads, the widest image of a block. Not where its forward
+// may be one kernel, which has that image on the chip alone: to compute it again in the backward costs no more than to
+// write it here. `narrow`: images are of 16 bits.
+inline bool keeps_hidden(int64_t channels, bool narrow) { return !narrow || channels > kFeedForwardChannels; }
+
+inline WorkspaceLayout::Piece reserve_hidden(int64_t tokens, int64_t hidden, WorkspaceLayout& workspace) {
     return workspace.reserve_image(tokens * round_up(hidden, kPixelUnit));
 }
 
