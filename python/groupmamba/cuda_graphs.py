@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -23,15 +23,22 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn.modules import module as torch_module
 from torch.utils import _pytree as pytree
+from torch.utils import deterministic
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from groupmamba_ext import _explain
 from groupmamba_ext._command import is_out_of_memory, one_line
+from groupmamba_ext.backend import current_backend
 from groupmamba_ext.transforms import watched
 
 ALIGNMENT = 16  # bytes
 
 _CONSTANTS = (bool, int, float, str, type(None))
+_CONTAINERS = (list, tuple, dict, set)
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
+_SEEN = 16  # times `max_graphs`: shapes whose calls are counted
+_WRITES = "forward writes into an argument"
 _thread = threading.local()  # `recording`: what runs inside a recording must not record
 
 
@@ -45,16 +52,18 @@ def use_cuda_graphs(module: nn.Module, *, max_graphs: int = 64, eager_calls: int
     with their number.
 
     A call runs as ever where a graph would not be the same: on the CPU, inside another graph, ``torch.compile``,
-    ``torch.func`` or a dispatch mode, with a hook on a module inside ``module``, with arguments other than constants
-    and plain tensors on one GPU, and for shapes beyond ``max_graphs``. Training and evaluation, frozen parameters and
-    autocast's dtypes have graphs of their own. If a part of ``module`` is replaced or parameters move, all graphs are
-    recorded again.
+    ``torch.func``, a dispatch mode or hooks for saved tensors (``torch.utils.checkpoint``), with a hook on a module
+    inside ``module``, with arguments other than constants and plain real tensors on one GPU, and for shapes beyond
+    ``max_graphs``. So does a module, after one warning, whose ``forward`` reads numbers back from the GPU, writes into
+    an argument, keeps a tensor in an attribute, or uses something with a gradient that is neither an argument nor a
+    parameter of its own. Training and evaluation, frozen parameters and autocast's dtypes have graphs of their own. If
+    a part, a parameter, or an attribute that is a tensor or a container is replaced, all graphs are recorded again.
 
     Args:
         module: a model or a part of one. What its ``forward`` decides in Python by its arguments and by attributes of
             its modules that are numbers, texts or None is part of what graphs are told apart by. What it decides by
-            anything else, such as a list or Python's random numbers, stays as it was when the graph was recorded,
-            until :meth:`CudaGraphs.clear`.
+            anything else, such as what a list holds or Python's random numbers, stays as it was when the graph was
+            recorded, until :meth:`CudaGraphs.clear`.
         max_graphs: how many shapes have graphs.
         eager_calls: of a shape before its graph is recorded, which takes as long as tens of calls.
 
@@ -64,8 +73,8 @@ def use_cuda_graphs(module: nn.Module, *, max_graphs: int = 64, eager_calls: int
     Raises:
         TypeError: ``module`` is not a module, or a number is not an integer.
         ValueError: ``max_graphs`` or ``eager_calls`` is below 1.
-        RuntimeError: in a backward pass whose forward pass was not the module's last one, or for a second derivative:
-            neither is possible with graphs that share memory.
+        RuntimeError: in a backward pass whose forward pass was not the module's last one, in a second one through the
+            same forward pass, or for a second derivative: none is possible with graphs that share memory.
 
     Example::
 
@@ -109,13 +118,13 @@ class CudaGraphs:
     def clear(self) -> None:
         """Forgets the graphs and gives their memory back. They are recorded anew as calls come."""
         with self.lock:
-            for recorder in getattr(self, "recorders", {}).values():
-                recorder.finish()
+            for graph in getattr(self, "graphs", {}).values():
+                graph.recorder.finish()
             self.anatomy: _Anatomy | None = None
             self.seen: Counter[Hashable] = Counter()
             self.graphs: dict[Hashable, _Graph] = {}
             self.reasons: dict[Hashable, str] = {}
-            self.recorders: dict[bool, _Recorder] = {}
+            self.recorders: dict[tuple[bool, torch.device], _Recorder] = {}
             self.full = False
 
     def remove(self) -> None:
@@ -140,7 +149,7 @@ class CudaGraphs:
         return type(self.module).forward.__get__(memo.get(id(self.module), self.module))
 
     def __reduce__(self) -> Any:
-        return (getattr, (self.module, "forward")) if self.earlier is None else self.earlier.__reduce__()
+        return (getattr, (self.module, "forward")) if self.earlier is None else (_itself, (self.earlier,))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -161,9 +170,11 @@ class CudaGraphs:
         anatomy, device = self.anatomy, tensors[0].device
         if not anatomy.takes(device) or any(tensor.device != device for tensor in tensors) or anatomy.hooked():
             return None
-        key = (_signature(args), tuple(kwargs), _signature(kwargs.values()), anatomy.modes(), _settings())
+        key = (device, _signature(args), tuple(kwargs), _signature(kwargs.values()), anatomy.modes(), _settings())
         graph = self.graphs.get(key)
         if graph is None and not self.full and key not in self.reasons:
+            if len(self.seen) > _SEEN * self.max_graphs:
+                self.seen.clear()
             self.seen[key] += 1
             if self.seen[key] > self.eager_calls:
                 graph = self._record(key, tensors, args, kwargs)
@@ -171,13 +182,14 @@ class CudaGraphs:
 
     def _record(self, key: Hashable, tensors: list[Tensor], args: tuple, kwargs: dict[str, Any]) -> _Graph | None:
         assert self.anatomy is not None
-        training = torch.is_grad_enabled()
-        if training not in self.recorders:
-            self.recorders[training] = _Recorder(tensors[0].device)
+        which = torch.is_grad_enabled(), tensors[0].device
+        if which not in self.recorders:
+            self.recorders[which] = _Recorder(tensors[0].device)
         try:
             with _recording():
-                self.graphs[key] = _Graph(self.eager, self.anatomy, self.recorders[training], args, kwargs)
+                self.graphs[key] = _Graph(self.eager, self.anatomy, self.recorders[which], args, kwargs)
         except RuntimeError as error:
+            del self.recorders[which]  # its pool may be left as if a recording went on
             self.full = is_out_of_memory(error)
             self.reasons[key] = one_line(error)[:200]
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
@@ -185,7 +197,7 @@ class CudaGraphs:
             warnings.warn(
                 f"{type(self.module).__name__} runs without a CUDA graph for {shapes}: {reason}", stacklevel=5
             )
-        self.full = self.full or len(self.graphs) >= self.max_graphs
+        self.full = self.full or max(len(self.graphs), len(self.reasons)) >= self.max_graphs
         return self.graphs.get(key)
 
 
@@ -198,28 +210,45 @@ class _Anatomy:
         self.children = [part._modules for part in self.modules]
         self.tensors = [held for part in self.modules for held in (part._parameters, part._buffers)]
         self.hooks = [hooks for part in self.modules[1:] for hooks in _hooks_of(part)]
-        held_by = [part.__dict__ for part in self.modules]
-        self.constants = [(own, name) for own in held_by for name in own if isinstance(own[name], _CONSTANTS)]
+        attributes = [
+            (part.__dict__, name, value)
+            for part in self.modules
+            for name, value in part.__dict__.items()
+            if name == "training" or name not in _OF_EVERY_MODULE
+        ]
+        self.constants = [(own, name) for own, name, value in attributes if isinstance(value, _CONSTANTS)]
+        self.values = [entry for entry in attributes if isinstance(entry[2], (Tensor, *_CONTAINERS))]
         self.parameters = dict(module.named_parameters())
         self.buffers = list(module.buffers())
         held = [*self.parameters.values(), *self.buffers]
-        self.plain = all(type(tensor) in _PLAIN and tensor.layout == torch.strided for tensor in held)
+        self.plain = all(_is_plain(tensor) for tensor in held)
         self.devices = {tensor.device for tensor in held}
         self.known = self._now()
 
     def _now(self) -> tuple[list[int], ...]:
         parts = [id(part) for held in self.children for part in held.values()]
         attributes = [len(part.__dict__) for part in self.modules]
-        place = Tensor.data_ptr if self.plain else id
-        return (
-            parts,
-            attributes,
-            [0 if tensor is None else place(tensor) for held in self.tensors for tensor in held.values()],
-        )
+        tensors = [tensor for held in self.tensors for tensor in held.values() if tensor is not None]
+        places = [tensor.data_ptr() for tensor in tensors] if self.plain else []
+        return parts, attributes, [id(tensor) for tensor in tensors], places
 
     def changed(self) -> bool:
-        """Whether a part was replaced, an attribute is new, or a parameter or buffer lies elsewhere."""
-        return self.known != self._now()
+        """Whether a part, a parameter or a value of `values` was replaced, an attribute is new, or tensors moved."""
+        return self.known != self._now() or any(own.get(name) is not value for own, name, value in self.values)
+
+    def kept(self) -> list[Tensor]:
+        """Tensors in attributes, which a graph reads where they lie, as lists and dictionaries may let go of them."""
+        leaves = pytree.tree_leaves([value for _, _, value in self.values])
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def tensor_attributes(self) -> list[tuple[int, str, int]]:
+        """What `forward` must not change: which attribute is which tensor."""
+        return [
+            (id(part), name, id(value))
+            for part in self.modules
+            for name, value in part.__dict__.items()
+            if isinstance(value, Tensor)
+        ]
 
     def takes(self, device: torch.device) -> bool:
         """Whether all is plain tensors on ``device``."""
@@ -227,7 +256,8 @@ class _Anatomy:
 
     def modes(self) -> tuple[Hashable, ...]:
         """What of the module may differ between calls, and come back: training or evaluation among it."""
-        constants = (own.get(name) for own, name in self.constants)
+        values = [own.get(name) for own, name in self.constants]
+        constants: list[Hashable] = [value if isinstance(value, _CONSTANTS) else type(value) for value in values]
         return (*constants, *(p.requires_grad for p in self.parameters.values()))
 
     def hooked(self) -> bool:
@@ -245,7 +275,7 @@ class _Graph:
 
     def __init__(self, eager: Callable, anatomy: _Anatomy, recorder: _Recorder, args: tuple, kwargs: dict[str, Any]):
         self.recorder = recorder
-        self.parameters = [p for p in anatomy.parameters.values() if p.requires_grad]
+        self.kept = anatomy.kept()
         self.backward: Callable[[], None] | None = None
         passes = _Passes(eager, anatomy, args, kwargs)
         with recorder.aside(anatomy.buffers):
@@ -256,22 +286,21 @@ class _Graph:
         self.differentiable = [result.requires_grad for result in results]
         if any(self.differentiable):
             self.backward, gradients = recorder.record(passes.backward)
-            self.input_gradients = [
-                None if place is None else recorder.borrowed(gradients[place]) for place in passes.input_places
-            ]
-            self.packings = passes.packings
-            self.packed = [recorder.borrowed(tensor) for tensor in gradients[len(gradients) - len(self.packings) :]]
+            count = len(passes.used_inputs)
+            self.input_gradients = [recorder.borrowed(tensor) for tensor in gradients[:count]]
+            self.packed = [recorder.borrowed(tensor) for tensor in gradients[count:]]
+            self.packings, self.used_inputs = passes.packings, passes.used_inputs
+            trained = [p for p in anatomy.parameters.values() if p.requires_grad]
+            self.parameters = [trained[place.number] for packing in self.packings for place in packing.places]
             self.result_gradients = [recorder.borrowed(tensor) for tensor in passes.result_gradients]
         self.inputs = [recorder.borrowed(tensor) for tensor in passes.inputs]
-        self.wanted_inputs = [tensor.requires_grad for tensor in passes.inputs]
         self.results = [recorder.borrowed(result) for result in results]
 
     def __call__(self, tensors: list[Tensor]) -> Any:
         if self.backward is None:
             results: Sequence[Tensor] = self.run_forward(tensors)[0]
         else:
-            wanted = [tensor for tensor, is_wanted in zip(tensors, self.wanted_inputs, strict=True) if is_wanted]
-            results = _Replay.apply(self, tensors, *wanted, *self.parameters)
+            results = _Replay.apply(self, tensors, *(tensors[i] for i in self.used_inputs), *self.parameters)
         leaves = list(self.constants)
         for place, result in zip(self.places, results, strict=True):
             leaves[place] = result
@@ -281,29 +310,29 @@ class _Graph:
         """The results, and what a backward pass recognises this call by."""
         with self.recorder.turn():
             for place, tensor in zip(self.inputs, tensors, strict=True):
-                place.copy_(tensor)
+                place.copy_(tensor.detach())
             self.forward()
             self.recorder.calls += 1
             return [result.clone() for result in self.results], self.recorder.calls
 
-    def run_backward(self, gradients: Sequence[Tensor | None], call: int) -> list[Tensor | None]:
-        """Gradients of the inputs that want one, then of the parameters; None for those that have no part in it."""
+    def run_backward(self, gradients: Sequence[Tensor | None], call: int) -> list[Tensor]:
+        """Gradients of the inputs and parameters that have one, in the order in which `_Replay` got them."""
         assert self.backward is not None
         with self.recorder.turn():
             if call != self.recorder.calls:
                 raise RuntimeError(
-                    "a module with CUDA graphs can go backward only through its last call, as graphs share memory: it "
-                    "was called again since; CudaGraphs.remove() makes it run without"
+                    "a module with CUDA graphs can go backward only once, and only through its last call: graphs share "
+                    "memory, and it was called again or has gone backward since; CudaGraphs.remove() takes them away"
                 )
+            self.recorder.calls += 1  # the pass overwrites what it reads
             ours = [g for g, is_ours in zip(gradients, self.differentiable, strict=True) if is_ours]
             for place, gradient in zip(self.result_gradients, ours, strict=True):
                 place.zero_() if gradient is None else place.copy_(gradient)
             self.backward()
-            found = [None if gradient is None else gradient.clone() for gradient in self.input_gradients]
-            by_parameter: list[Tensor | None] = [None] * len(self.parameters)
+            found = [gradient.clone() for gradient in self.input_gradients]
             for packing, packed in zip(self.packings, self.packed, strict=True):
-                packing.unpack(packed.clone(), by_parameter)
-            return [*found, *by_parameter]
+                found += packing.unpack(packed.clone())
+            return found
 
 
 class _Replay(torch.autograd.Function):
@@ -330,7 +359,7 @@ class _Passes:
     """What is recorded: a forward pass of a module, and a backward pass through it. Both can run again."""
 
     def __init__(self, eager: Callable, anatomy: _Anatomy, args: tuple, kwargs: dict[str, Any]):
-        self.holder = _Holder(anatomy.module, eager)
+        self.holder, self.anatomy = _Holder(anatomy.module, eager), anatomy
         self.trained = {f"module.{name}": p for name, p in anatomy.parameters.items() if p.requires_grad}
         self.args, self.kwargs = args, kwargs
         self.given = _tensors(args, kwargs)
@@ -347,8 +376,11 @@ class _Passes:
 
     def warm_up(self) -> None:
         """Runs both, so that libraries are loaded and have chosen their kernels."""
-        self.inputs = [_like(tensor).copy_(tensor).requires_grad_(tensor.requires_grad) for tensor in self.given]
+        self.inputs = [_like(t).copy_(t.detach()).requires_grad_(t.requires_grad) for t in self.given]
         self.forward()
+        for tensor, given in zip(self.inputs, self.given, strict=True):
+            if tensor.is_inference() and not torch.allclose(tensor, given, rtol=0, atol=0, equal_nan=True):
+                raise RuntimeError(_WRITES)
         if self.differentiable:
             self.backward()
         self.inputs, self.result_gradients = [], []
@@ -362,18 +394,44 @@ class _Passes:
         inputs = iter(self.inputs)
         args = [next(inputs) if isinstance(value, Tensor) else value for value in self.args]
         kwargs = {name: next(inputs) if isinstance(value, Tensor) else value for name, value in self.kwargs.items()}
+        versions, attributes = self._versions(), self.anatomy.tensor_attributes()
         with self.autocast():
             output = functional_call(self.holder, self.aliases, tuple(args), kwargs)
+        if self._versions() != versions:
+            raise RuntimeError(_WRITES)
+        if self.anatomy.tensor_attributes() != attributes:
+            raise RuntimeError("forward keeps a tensor in an attribute")
         leaves, self.spec = pytree.tree_flatten(output)
         self.places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         results = [leaves[place] for place in self.places]
-        if not results or not all(type(r) in _PLAIN for r in results):
-            raise RuntimeError(f"forward returned {type(output).__name__} without plain tensors in it")
+        if not results or not all(_is_plain(result) for result in results):
+            raise RuntimeError(f"forward returned {type(output).__name__} with other than plain real tensors in it")
         if not all(isinstance(leaf, _CONSTANTS) for leaf in self.constants):
             raise RuntimeError("forward returned something other than tensors and constants")
+        results = [result.resolve_neg() for result in results]
         self.differentiable = [result for result in results if result.requires_grad]
+        self._check_origins()
         return results
+
+    def _versions(self) -> list[int]:
+        """How often each argument was written into."""
+        return [0 if tensor.is_inference() else tensor._version for tensor in self.inputs]
+
+    def _check_origins(self) -> None:
+        """RuntimeError where results have a gradient that neither an argument nor a parameter would get."""
+        known = {id(tensor) for tensor in (*self.inputs, *self.aliases.values())}
+        waiting: list[Any] = [result.grad_fn for result in self.differentiable if result.grad_fn is not None]
+        seen = set()
+        while waiting:
+            node = waiting.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            variable = getattr(node, "variable", None)
+            if variable is not None and id(variable) not in known:
+                raise RuntimeError("forward uses a tensor with a gradient that is neither an argument nor a parameter")
+            waiting += [following for following, _ in node.next_functions if following is not None]
 
     def backward(self) -> list[Tensor]:
         """Gradients of the inputs that have one, then those of the parameters, packed, a tensor for each dtype."""
@@ -386,9 +444,9 @@ class _Passes:
             self.differentiable, [*wanted, *self.aliases.values()], self.result_gradients, allow_unused=True
         )
         of_inputs, of_parameters = gradients[: len(wanted)], gradients[len(wanted) :]
-        numbers = iter(range(len(wanted)))
-        self.input_places = [None if gradient is None else next(numbers) for gradient in of_inputs]
-        found = [gradient for gradient in of_inputs if gradient is not None]
+        numbers = [i for i, tensor in enumerate(self.inputs) if tensor.requires_grad]
+        self.used_inputs = [i for i, gradient in zip(numbers, of_inputs, strict=True) if gradient is not None]
+        found = [gradient.resolve_neg() for gradient in of_inputs if gradient is not None]
         dtypes = dict.fromkeys(gradient.dtype for gradient in of_parameters if gradient is not None)
         self.packings = [_Packing(of_parameters, list(self.trained.values()), dtype) for dtype in dtypes]
         return [*found, *(packing.pack(of_parameters) for packing in self.packings)]
@@ -429,20 +487,23 @@ class _Packing:
 
     def pack(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """One after the other, each in its parameter's order."""
-        parts = []
-        for place, left_out in zip(self.places, self.sizes[1::2], strict=True):
+        found = []
+        for place in self.places:
             gradient = gradients[place.number]
             assert gradient is not None
             if gradient.stride() != place.strides:
                 gradient = gradient.new_empty_strided(place.shape, place.strides).copy_(gradient)
-            parts += [gradient.as_strided((gradient.numel(),), (1,)), gradient.new_empty(left_out)]
-        return torch.cat(parts)
+            found.append(gradient)
+        packed = found[0].new_empty(sum(self.sizes))
+        torch._foreach_copy_(self.unpack(packed), found)
+        return packed
 
-    def unpack(self, packed: Tensor, into: list[Tensor | None]) -> None:
-        """Views of ``packed``, at the parameters' places in ``into``."""
-        for place, part in zip(self.places, packed.split(self.sizes)[::2], strict=True):
-            alone = len(place.shape) == 1
-            into[place.number] = part if alone else part.as_strided(place.shape, place.strides, part.storage_offset())
+    def unpack(self, packed: Tensor) -> list[Tensor]:
+        """Views of ``packed``, in the order of `places`."""
+        return [
+            part if len(place.shape) == 1 else part.as_strided(place.shape, place.strides, part.storage_offset())
+            for place, part in zip(self.places, packed.split(self.sizes)[::2], strict=True)
+        ]
 
 
 class _Recorder:
@@ -471,15 +532,21 @@ class _Recorder:
             torch.cuda.set_rng_state(generator, self.device)
             with torch.no_grad():
                 for buffer, value in zip(buffers, before, strict=True):
-                    buffer.copy_(value)
+                    buffer.data.copy_(value)  # unseen by backward passes that are still to come
 
     def record(self, function: Callable[[], list[Tensor]]) -> tuple[Callable[[], None], list[Tensor]]:
         """What replays ``function``, and the tensors that it returned, which a replay fills again."""
         graph = torch.cuda.CUDAGraph()
         # Another thread, which pins batches say, may go on allocating meanwhile.
         capture = torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local")
-        with torch.cuda.device(self.device), capture:
-            results = function()
+        try:
+            # A capture that fails leaves its stream as the current one, and its pool as if it went on.
+            with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.current_stream(self.device)), capture:
+                results = function()
+        except BaseException:
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
+            raise
         return graph.replay, results
 
     @staticmethod
@@ -529,12 +596,18 @@ def _recording() -> Iterator[None]:
         _thread.recording = before
 
 
+def _itself(value: Any) -> Any:
+    return value
+
+
 def _something_looks_on() -> bool:
     """Where a call has to run as it is: something follows it, or records it."""
     return (
         getattr(_thread, "recording", False)
         or watched()
+        or _explain.asked()
         or _get_current_dispatch_mode() is not None
+        or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
         or torch.cuda.is_current_stream_capturing()
     )
 
@@ -549,7 +622,12 @@ def _tensors(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
 
 
 def _fits(tensor: Tensor) -> bool:
-    return tensor.is_cuda and type(tensor) in _PLAIN and tensor.layout == torch.strided
+    return tensor.is_cuda and _is_plain(tensor)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """No subclass, in memory with strides, of real numbers."""
+    return type(tensor) in _PLAIN and tensor.layout == torch.strided and not tensor.is_complex()
 
 
 def _signature(values: Any) -> tuple[Hashable, ...]:
@@ -571,9 +649,15 @@ def _settings() -> tuple[Hashable, ...]:
         torch.get_float32_matmul_precision(),
         torch.backends.cudnn.allow_tf32,
         torch.are_deterministic_algorithms_enabled(),
+        current_backend(),
     )
 
 
 def _like(tensor: Tensor, device: str | None = None) -> Tensor:
-    """Memory for a tensor in the same order, without gaps."""
-    return torch.empty_like(tensor, device=device, requires_grad=False)
+    """Memory for a tensor in the same order, without gaps. No kernel fills it, which a replay would run again."""
+    settings: Any = deterministic
+    before, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False
+    try:
+        return torch.empty_like(tensor, device=device, requires_grad=False)
+    finally:
+        settings.fill_uninitialized_memory = before

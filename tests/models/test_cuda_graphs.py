@@ -353,6 +353,21 @@ def test_backward_through_an_earlier_call_is_an_error(device):
     y.square().sum().backward()
 
 
+def test_a_second_backward_is_an_error(device):
+    """What the first one read is overwritten by then."""
+    model, twin, _ = twins(device)
+    x = images(2, 3, 32, 32, device=device)
+    for _ in range(3):
+        step(model, x)
+    y = model(x)
+    y.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="only once"):
+        y.square().sum().backward()
+    for p in model.parameters():
+        p.grad = None
+    assert_same(step(model, x)[1], step(twin, x)[1])
+
+
 def test_second_derivatives_are_an_error(device):
     model, _, _ = twins(device)
     x = images(2, 3, 32, 32, device=device)
@@ -434,6 +449,291 @@ def test_what_cannot_be_recorded_runs_as_ever(device, monkeypatch):
     with torch.no_grad():
         z = images(1, 3, 32, 32, device=device)
         assert torch.equal(other(z), other(z))
+
+
+class Leaves(nn.Module):
+    """Does, by name, what a graph can't do again, and counts its calls from Python."""
+
+    def __init__(self, what, device):
+        super().__init__()
+        self.what, self.calls = what, []
+        self.a = nn.Linear(4, 4).to(device)
+        self.list = [nn.Linear(4, 4).to(device)]
+        self.aux = torch.zeros((), device=device)
+
+    def forward(self, x):
+        self.calls.append(1)
+        if self.what == "writes":
+            x.relu_()
+        y = self.a(x)
+        if self.what == "another module":
+            y = y + self.list[0](x)
+        if self.what == "attribute":
+            self.aux = y.square().mean()
+        return y
+
+
+@pytest.mark.parametrize(
+    "what, words",
+    [
+        ("writes", "writes into an argument"),
+        ("another module", "neither an argument nor a parameter"),
+        ("attribute", "keeps a tensor in an attribute"),
+    ],
+)
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_a_graph_would_lose_stays_eager(device, what, words, grad):
+    """Values written into an argument, gradients of other modules, a loss on the side."""
+    torch.manual_seed(0)
+    model = Leaves(what, device)
+    graphs = use_cuda_graphs(model)
+    x = images(3, 4, device=device)
+    with torch.set_grad_enabled(grad), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(5):
+            model.calls.clear()
+            given = x.clone()
+            y = model(given)
+            if what == "writes":
+                assert torch.equal(given, x.relu())
+            if grad:
+                (y.sum() + model.aux).backward()
+                if what == "another module":
+                    assert model.list[0].weight.grad is not None
+                    model.list[0].weight.grad = None
+    if what == "another module" and not grad:
+        assert len(graphs) == 1
+    elif what == "attribute":  # every call makes another one
+        assert len(graphs) == 0 and model.calls == [1]
+    else:
+        assert any(words in str(warning.message) for warning in caught), [str(w.message) for w in caught]
+        assert len(graphs) == 0 and model.calls == [1]
+
+
+def test_writes_in_inference_mode_are_seen(device):
+    model = nn.Sequential(nn.ReLU(inplace=True)).to(device)
+    graphs = use_cuda_graphs(model)
+    with torch.inference_mode(), pytest.warns(UserWarning, match="writes into an argument"):
+        for _ in range(4):
+            x = images(5, device=device)
+            model(x)
+            assert x.min() == 0
+    assert len(graphs) == 0
+
+
+class Cached(nn.Module):
+    """Keeps a bias for evaluation, as some of timm's models do."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, device=device))
+        self.cache = {}
+
+    def train(self, mode=True):
+        self.cache = {}
+        return super().train(mode)
+
+    def forward(self, x):
+        if self.training:
+            return x * self.weight
+        if "bias" not in self.cache:
+            self.cache["bias"] = self.weight * 2
+        return x + self.cache["bias"]
+
+
+def test_a_cache_that_is_emptied(device):
+    model = Cached(device).eval()
+    graphs = use_cuda_graphs(model)
+    x = images(3, 4, device=device)
+    with torch.no_grad():
+        for factor in (1.0, 3.0):
+            model.train().weight.fill_(factor)
+            model.eval()
+            for _ in range(5):
+                assert torch.equal(model(x), x + 2 * factor)
+            assert len(graphs) == 1
+
+
+def test_tensors_of_a_functional_call(device):
+    """Gradients go to the tensors that were given, not to the parameters whose memory they share."""
+    model = nn.Linear(4, 4).to(device)
+    use_cuda_graphs(model)
+    x = images(3, 4, device=device)
+    for _ in range(4):
+        model(x).sum().backward()
+    model.weight.grad = model.bias.grad = None
+    given = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
+    for _ in range(4):
+        torch.func.functional_call(model, given, (x,)).sum().backward()
+    assert model.weight.grad is None and given["weight"].grad is not None
+    detached = {name: p.detach() for name, p in model.named_parameters()}
+    for _ in range(4):
+        assert not torch.func.functional_call(model, detached, (x,)).requires_grad
+
+
+def test_attributes_of_any_kind(device):
+    """None that becomes a list or a tensor, and back."""
+    model = nn.Sequential(nn.Linear(4, 4)).to(device)
+    model.note = None
+    graphs = use_cuda_graphs(model)
+    x = images(3, 4, device=device)
+    expected = model(x)
+    for value in (None, [1, 2], x.clone().requires_grad_() * 2, None):
+        model.note = value
+        for _ in range(4):
+            assert torch.equal(model(x), expected)
+    assert len(graphs.seen) <= 3
+
+
+def test_arguments_that_never_come_again(device):
+    class Scaled(nn.Module):
+        def forward(self, x, scale):
+            return x * scale
+
+    model = Scaled()
+    graphs = use_cuda_graphs(model, max_graphs=1)
+    x = images(3, device=device)
+    for i in range(100):
+        assert torch.equal(model(x, float(i)), x * i)
+    assert len(graphs) == 0 and len(graphs.seen) <= 17
+
+
+def test_checkpointing_around_a_module(device):
+    from torch.utils.checkpoint import checkpoint
+
+    model, twin, _ = twins(device)
+    x = images(2, 3, 32, 32, device=device)
+    for _ in range(5):
+        found = []
+        for m in (model, twin):
+            checkpoint(m, x, use_reentrant=False).square().sum().backward()
+            found.append({name: p.grad for name, p in m.named_parameters()})
+            for p in m.parameters():
+                p.grad = None
+        assert_same(*found)
+
+
+def test_hooks_of_what_has_no_gradient(device):
+    model = Several().to(device)
+    use_cuda_graphs(model)
+    model.unused.weight.register_hook(lambda grad: grad * 2)
+    x = images(3, 4, device=device)
+    for _ in range(5):
+        model(x)["z"].sum().backward()
+    assert model.unused.weight.grad is None
+
+
+def test_results_without_gradients_of_arguments_with_them(device):
+    class Tokens(nn.Module):
+        def forward(self, x):
+            return x.argmax(-1)
+
+    model = Tokens()
+    graphs = use_cuda_graphs(model)
+    for _ in range(6):
+        x = images(3, 4, device=device).requires_grad_()
+        assert torch.equal(model(x * 2), x.argmax(-1))
+    assert len(graphs) == 1
+    (graph,) = graphs.graphs.values()
+    assert all(place.grad_fn is None for place in graph.inputs)
+
+
+def test_recording_disturbs_no_backward_that_is_still_to_come(device):
+    """Statistics of the first call's BatchNorm are put back unseen."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).to(device)
+    use_cuda_graphs(model, eager_calls=1)
+    x, other = images(2, 3, 8, 8, device=device), images(2, 3, 4, 4, device=device)
+    model(other).sum().backward()
+    model.eval()
+    with torch.no_grad():
+        model(other)
+    model.train()
+    y = model(x)  # eager
+    model.eval()
+    with torch.no_grad():
+        model(other)  # records
+    y.sum().backward()
+
+
+def test_the_backend_in_force_is_asked(device):
+    import groupmamba_ext as ext
+
+    model, twin, graphs = twins(device)
+    model.eval(), twin.eval()
+    x = images(1, 3, 32, 32, device=device)
+    with torch.no_grad():
+        for _ in range(4):
+            model(x)
+        with ext.backend("reference"):
+            assert torch.equal(model(x), twin(x))
+        report = ext.explain(model, x)
+    assert "grouped_selective_scan" in str(report) or "GroupedMamba2d" in str(report)
+
+
+def test_complex_numbers_stay_eager(device):
+    class Conjugate(nn.Module):
+        def forward(self, x):
+            return torch.view_as_complex(x).conj()
+
+    model = Conjugate()
+    x = images(3, 2, device=device)
+    graphs = use_cuda_graphs(model)
+    with pytest.warns(UserWarning, match="other than plain real tensors"):
+        for _ in range(4):
+            assert torch.equal(model(x), torch.view_as_complex(x).conj())
+    assert len(graphs) == 0
+
+
+def test_modules_of_a_plain_function_are_pickled():
+    model = nn.Linear(2, 2)
+    model.forward = torch.sin
+    use_cuda_graphs(model)
+    assert pickle.loads(pickle.dumps(model)).forward is torch.sin
+
+
+@pytest.mark.cuda
+def test_deterministic_algorithms(monkeypatch):
+    """With them torch fills empty memory with NaN, which a graph would do in each replay."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    model = nn.Sequential(nn.Linear(4, 4), nn.GELU()).cuda()
+    twin = copy.deepcopy(model)
+    graphs = use_cuda_graphs(model)
+    x = images(3, 4, device="cuda")
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(5):
+            assert_same(step(model, x)[1], step(twin, x)[1])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(graphs) == 1
+
+
+@pytest.mark.cuda
+def test_a_recording_that_fails_leaves_nothing_behind():
+    """The current stream, the allocator and the generator are as they were; another shape of the module records."""
+
+    class Reads(nn.Module):
+        def forward(self, x):
+            return torch.nn.functional.dropout(x, 0.5) * (x.sum().item() if len(x) == 3 else 2)
+
+    model = Reads()
+    graphs = use_cuda_graphs(model, eager_calls=1)
+    before, x, other = torch.cuda.current_stream(), torch.ones(3, device="cuda"), torch.ones(4, device="cuda")
+    with pytest.warns(UserWarning, match="without a CUDA graph"):
+        for _ in range(3):
+            model(x)
+    assert torch.cuda.current_stream() == before and len(graphs) == 0
+    values = {tuple(model(other).tolist()) for _ in range(20)}
+    assert len(graphs) == 1 and len(values) > 2
+    torch.cuda.empty_cache()
+    reserved = torch.cuda.memory_reserved()
+    large = torch.empty(2**28, device="cuda")
+    large.record_stream(torch.cuda.Stream())
+    del large
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= reserved
+    assert torch.rand(8, device="cuda").unique().numel() == 8
 
 
 def test_where_something_looks_on_calls_are_eager(device):
