@@ -257,7 +257,7 @@ class _Anatomy:
     def modes(self) -> tuple[Hashable, ...]:
         """What of the module may differ between calls, and come back: training or evaluation among it."""
         values = [own.get(name) for own, name in self.constants]
-        constants: list[Hashable] = [value if isinstance(value, _CONSTANTS) else type(value) for value in values]
+        constants: list[Any] = [value if isinstance(value, _CONSTANTS) else type(value) for value in values]
         return (*constants, *(p.requires_grad for p in self.parameters.values()))
 
     def hooked(self) -> bool:
