@@ -125,7 +125,7 @@ class CudaGraphs:
             self.graphs: dict[Hashable, _Graph] = {}
             self.reasons: dict[Hashable, str] = {}
             self.recorders: dict[tuple[bool, torch.device], _Recorder] = {}
-            self.full = False
+            self.limit, self.full = self.max_graphs, False
 
     def remove(self) -> None:
         """Makes the module what it was before :func:`use_cuda_graphs`."""
@@ -188,16 +188,21 @@ class CudaGraphs:
         try:
             with _recording():
                 self.graphs[key] = _Graph(self.eager, self.anatomy, self.recorders[which], args, kwargs)
-        except RuntimeError as error:
-            del self.recorders[which]  # its pool may be left as if a recording went on
-            self.full = is_out_of_memory(error)
-            self.reasons[key] = one_line(error)[:200]
+        except Exception as error:  # the call that follows shows what is the module's own
+            if is_out_of_memory(error):
+                self.limit = len(self.graphs)
+            if self.recorders[which].failed:  # what was recorded draws from another state of the generator now
+                for graph in self.graphs.values():
+                    graph.recorder.finish()
+                self.graphs.clear()
+                self.recorders.clear()
+            self.reasons[key] = one_line(error)[:200] or type(error).__name__
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
-            reason = "there is not enough memory for its own" if self.full else self.reasons[key]
+            reason = "there is not enough memory for its own" if is_out_of_memory(error) else self.reasons[key]
             warnings.warn(
                 f"{type(self.module).__name__} runs without a CUDA graph for {shapes}: {reason}", stacklevel=5
             )
-        self.full = self.full or max(len(self.graphs), len(self.reasons)) >= self.max_graphs
+        self.full = max(len(self.graphs), len(self.reasons)) >= self.limit
         return self.graphs.get(key)
 
 
@@ -516,6 +521,7 @@ class _Recorder:
         self.last = torch.cuda.Event()
         self.lock = threading.RLock()
         self.calls = 0
+        self.failed = False
 
     @contextmanager
     def aside(self, buffers: Sequence[Tensor]) -> Iterator[None]:
@@ -539,14 +545,10 @@ class _Recorder:
         graph = torch.cuda.CUDAGraph()
         # Another thread, which pins batches say, may go on allocating meanwhile.
         capture = torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local")
-        try:
-            # A capture that fails leaves its stream as the current one, and its pool as if it went on.
-            with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.current_stream(self.device)), capture:
-                results = function()
-        except BaseException:
-            with suppress(RuntimeError):
-                torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
-            raise
+        self.failed = True
+        with capturing(self.device, self.pool), capture:
+            results = function()
+        self.failed = False
         return graph.replay, results
 
     @staticmethod
@@ -570,6 +572,27 @@ class _Recorder:
     def finish(self) -> None:
         """Waits for what is still to run."""
         self.last.synchronize()
+
+
+@contextmanager
+def capturing(device: torch.device, pool: Any = None) -> Iterator[None]:
+    """A capture that fails in here leaves nothing behind.
+
+    Torch by itself (2.14) leaves the capture's stream as the current one, and pool and generator as if the capture went
+    on; the latter then raises wherever a number is drawn. It gets a copy of its state from before, which graphs that
+    were captured earlier do not know: what they draw goes on, but no longer follows ``torch.manual_seed``.
+    """
+    generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    state = generator.clone_state()
+    try:
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
+            yield
+    except BaseException:
+        if pool is not None:
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(generator.device.index, pool)
+        generator.graphsafe_set_state(state)
+        raise
 
 
 class _Memory:

@@ -103,16 +103,18 @@ def test_an_interrupted_run_goes_on_bit_for_bit(data, tmp_path, monkeypatch, cap
 
 @pytest.mark.cuda
 def test_on_a_gpu_the_backbones_passes_are_graphs(data, tmp_path, capsys):
-    """And the losses those of single launches, as far as torchvision's RoIAlign repeats."""
+    """And the losses those of single launches, as far as torchvision's RoIAlign repeats: with a larger rate a last bit
+    of one step is a tenth of the loss two steps later."""
     found = {}
     for name, more in (("graphs", []), ("eager", ["--no-cuda-graph"])):
         run = tmp_path / name
-        assert detector(data, run, "--epochs", "3", *LEARN, "--device", "cuda", "--no-amp", *more) == 0
+        plain = ["--drop-path", "0", "--lr", "1e-7", "--device", "cuda", "--no-amp"]
+        assert detector(data, run, "--epochs", "4", *plain, *more) == 0
         said = capsys.readouterr().err
         assert ("the backbone's passes are CUDA graphs, not whole steps: images differ in size" in said) == (not more)
         assert ("without a CUDA graph: --no-cuda-graph" in said) == bool(more)
         found[name] = [float(loss) for loss in losses(run)]
-    assert found["graphs"] == pytest.approx(found["eager"], rel=2e-2)
+    assert found["graphs"] == pytest.approx(found["eager"], rel=1e-3)
 
 
 def test_two_processes_measure_what_one_measures(data, tmp_path, capsys):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from groupmamba.cuda_graphs import use_cuda_graphs
+from groupmamba.cuda_graphs import capturing, use_cuda_graphs
 from groupmamba.training.step import GRAPHED, Pieces, Step
 from groupmamba_ext._command import is_out_of_memory, one_line
 
@@ -117,7 +117,8 @@ class GraphedStep:
             torch.cuda.current_stream(device).wait_stream(stream)
             step.optimizer.zero_grad(set_to_none=True)
             # The thread that pins batches goes on allocating meanwhile.
-            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+            capture = torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local")
+            with capturing(device), capture:
                 self.loss = step.body([(self.images, self.labels)])
         finally:
             torch.cuda.synchronize(device)
