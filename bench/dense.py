@@ -228,8 +228,8 @@ def measure(case: Case, args: argparse.Namespace, device: torch.device) -> dict[
 
 
 def _first_steps(model: str, case: Case, device: torch.device, how: str) -> tuple[dict[str, Any], Call]:
-    """The call after every size was seen, on a GPU five times, and what memory that took: at its peak, and how much more
-    the fifth time than the fourth, which is nothing where memory is flat. Graphs are recorded the third time."""
+    """The call after every size was seen, on a GPU five times, and what memory that took: at its peak, and how much
+    more the fifth time than the fourth, which is nothing where memory is flat. Graphs are recorded the third time."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -15,7 +15,9 @@ import pytest
 import torch
 from torch import nn
 
-from groupmamba import cuda_graphs, use_cuda_graphs
+from groupmamba import CudaGraphs, use_cuda_graphs
+from groupmamba.cuda_graphs import arguments, module
+from groupmamba.cuda_graphs.recorder import capturing
 
 timm = pytest.importorskip("timm")
 
@@ -50,7 +52,7 @@ class Emulated:
         self.homes.update({id(result): home for result, home in zip(results, kept, strict=True)})
 
         def replay():
-            with cuda_graphs._recording(), torch.set_grad_enabled(self.grad):
+            with arguments.recording(), torch.set_grad_enabled(self.grad):
                 for home, result in zip(kept, function(), strict=True):
                     home.copy_(result.detach())
 
@@ -74,8 +76,8 @@ def _emulated(request, monkeypatch):
     """For tests on the CPU; on a GPU cuDNN's kernels that repeat bit for bit."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     if "device" in request.fixturenames and request.getfixturevalue("device") == "cpu":
-        monkeypatch.setattr(cuda_graphs, "_Recorder", Emulated)
-        monkeypatch.setattr(cuda_graphs, "_fits", lambda tensor: type(tensor) in (torch.Tensor, nn.Parameter))
+        monkeypatch.setattr(module, "Recorder", Emulated)
+        monkeypatch.setattr(arguments, "fits", lambda tensor: type(tensor) in (torch.Tensor, nn.Parameter))
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
 
@@ -401,7 +403,7 @@ def test_copies_have_none_and_remove_takes_them_away(device):
         for _ in range(4):
             expected = model(x)
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert not isinstance(other.forward, cuda_graphs.CudaGraphs)
+            assert not isinstance(other.forward, CudaGraphs)
             for p in other.parameters():
                 p.zero_()
             assert not torch.equal(other(x), expected) and torch.equal(model(x), expected)
@@ -430,7 +432,7 @@ def test_what_cannot_be_recorded_runs_as_ever(device, monkeypatch):
         def forward(self, x):
             if x.is_cuda:
                 return x * x.sum().item()  # waits for the GPU
-            if getattr(cuda_graphs._thread, "recording", False):
+            if getattr(arguments._thread, "recording", False):
                 raise RuntimeError("operation not permitted when stream is capturing")
             return x * x.sum()
 
@@ -704,10 +706,10 @@ def test_a_capture_that_fails_gives_the_generator_its_state_back(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    with cuda_graphs.capturing(generator.device):
+    with capturing(generator.device):
         generator.capturing = True
     assert generator.capturing
-    with pytest.raises(KeyboardInterrupt), cuda_graphs.capturing(generator.device):
+    with pytest.raises(KeyboardInterrupt), capturing(generator.device):
         raise KeyboardInterrupt
     assert not generator.capturing
 

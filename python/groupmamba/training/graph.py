@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from groupmamba.cuda_graphs import capturing, use_cuda_graphs
+from groupmamba.cuda_graphs import use_cuda_graphs
+from groupmamba.cuda_graphs.recorder import capturing
 from groupmamba.training.step import GRAPHED, Pieces, Step
 from groupmamba_ext._command import is_out_of_memory, one_line
 
