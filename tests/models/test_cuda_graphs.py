@@ -615,6 +615,39 @@ def test_checkpointing_around_a_module(device):
         assert_same(*found)
 
 
+def test_distributed_data_parallel(device, tmp_path):
+    """Its hooks get the gradients, and the model behind it takes the same steps."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model, twin, graphs = twins(device)
+        model.set_distilled_training(True), twin.set_distilled_training(True)  # with both heads all parameters have one
+        wrapped = DistributedDataParallel(model)
+        seen = []
+
+        def averaged(state, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+            seen.append(bucket.index())
+            return allreduce_hook(None, bucket)
+
+        wrapped.register_comm_hook(None, averaged)
+        x = images(2, 3, 32, 32, device=device)
+        for i in range(5):
+            seen.clear()
+            found = []
+            for m in (wrapped, twin):
+                sum(y.square().sum() for y in m(x + i)).backward()
+                found.append([p.grad.clone() for p in m.parameters()])
+                for p in m.parameters():
+                    p.grad = None
+            assert seen and len(graphs) == (i >= 2)
+            for a, b in zip(*found, strict=True):
+                torch.testing.assert_close(a, b)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_hooks_of_what_has_no_gradient(device):
     model = Several().to(device)
     use_cuda_graphs(model)
