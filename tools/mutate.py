@@ -58,6 +58,16 @@ EQUIVALENT = {
         "int64_t batch = 1, token = 0, group = 0;",
     ): "of an absent image, whose strides nothing reads: the scans, which alone have any, look at `data` or at z first",
     (
+        "csrc/cpu/params.h",
+        "int64_t batch = 0, token = 0, group = 0;",
+        "int64_t batch = 0, token = 0, group = 1;",
+    ): "of an absent image, as above",
+    (
+        "csrc/cpu/grouped_scan_bwd_kernels.cpp",
+        "if (p.states > 1) replay_state<A, false>(p, s, w, saved, n, count, scratch);",
+        "if (p.states >= 1) replay_state<A, false>(p, s, w, saved, n, count, scratch);",
+    ): "with one state it writes again what the first replay wrote, of inputs that nothing in between changes",
+    (
         "csrc/cpu/grouped_scan_fwd_kernels.cpp",
         "constexpr int64_t kBlockBytes = 24 * 1024;  // u, step and y of a block; half of a usual first-level cache",
         "constexpr int64_t kBlockBytes = 24 / 1024;  // u, step and y of a block; half of a usual first-level cache",
