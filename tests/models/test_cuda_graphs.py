@@ -9,15 +9,16 @@ import io
 import pickle
 import threading
 import warnings
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
 from torch import nn
 
 from groupmamba import CudaGraphs, use_cuda_graphs
-from groupmamba.cuda_graphs import arguments, module
+from groupmamba.cuda_graphs import arguments
 from groupmamba.cuda_graphs.recorder import capturing
+from support.graphs import emulate
 
 timm = pytest.importorskip("timm")
 
@@ -26,59 +27,12 @@ import groupmamba.models  # noqa: E402, F401
 SIZES = {"depths": (1, 1, 1, 1), "dims": (16, 16, 32, 32), "stem_dim": 8, "mlp_ratios": (2, 2, 2, 2)}
 
 
-class Emulated:
-    """A recorder for the CPU: a replay runs the function again, and puts what it returns where it first was."""
-
-    def __init__(self, device):
-        self.calls, self.homes, self.lock = 0, {}, threading.RLock()
-        self.buffers, self.alive, self.failed = [], [], False
-
-    @contextmanager
-    def aside(self, buffers):
-        self.buffers = buffers
-        state, before = torch.get_rng_state(), [buffer.clone() for buffer in buffers]
-        try:
-            yield
-        finally:
-            torch.set_rng_state(state)
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.data.copy_(value)  # unseen by backward passes
-
-    def record(self, function):
-        with self.aside(self.buffers):
-            results = [result.view_as(result) for result in function()]  # an input may be a result
-        kept = [result.detach().clone() for result in results]
-        self.alive += results  # whose ids are not used again
-        self.homes.update({id(result): home for result, home in zip(results, kept, strict=True)})
-
-        def replay():
-            with arguments.recording(), torch.set_grad_enabled(self.grad):
-                for home, result in zip(kept, function(), strict=True):
-                    home.copy_(result.detach())
-
-        self.grad = torch.is_grad_enabled()
-        return replay, results
-
-    def borrowed(self, tensor):
-        return self.homes.get(id(tensor), tensor.detach())
-
-    @contextmanager
-    def turn(self):
-        with self.lock:
-            yield
-
-    def finish(self):
-        pass
-
-
 @pytest.fixture(autouse=True)
 def _emulated(request, monkeypatch):
     """For tests on the CPU; on a GPU cuDNN's kernels that repeat bit for bit."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     if "device" in request.fixturenames and request.getfixturevalue("device") == "cpu":
-        monkeypatch.setattr(module, "Recorder", Emulated)
-        monkeypatch.setattr(arguments, "fits", lambda tensor: type(tensor) in (torch.Tensor, nn.Parameter))
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        emulate(monkeypatch)
 
 
 def small(device, **options):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from support.dense import DETECTOR, change_annotations, detector, make_coco, objects
+from support.graphs import emulate
 from support.training import command, environment, losses, rows
 
 for package in ("timm", "torchvision", "yaml", "safetensors", "pycocotools", "torchmetrics"):
@@ -25,6 +26,7 @@ from groupmamba.training.detection.command import PRESETS, RECIPE  # noqa: E402
 from groupmamba.training.detection.task import Detection, draw_objects  # noqa: E402
 from groupmamba.training.detection.transforms import AbsoluteCrop, TrainingTransform  # noqa: E402
 from groupmamba.training.distributed import Processes  # noqa: E402
+from groupmamba.training.graph import graph_passes  # noqa: E402
 from groupmamba.training.output import Screen  # noqa: E402
 from groupmamba.training.seeds import seeded  # noqa: E402
 
@@ -98,6 +100,28 @@ def test_an_interrupted_run_goes_on_bit_for_bit(data, tmp_path, monkeypatch, cap
     assert "going on from" in capsys.readouterr().err
     assert losses(broken) == losses(whole) and len(losses(whole)) == 4
     ours, theirs = (load_file(run / "last.safetensors") for run in (broken, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_graphs_of_the_backbone_change_no_loss(data, tmp_path, monkeypatch):
+    """With stochastic depth, through validations, bit for bit; on the CPU with graphs that are emulated."""
+    assert detector(data, tmp_path / "eager", "--epochs", "4", "--lr", "1e-3") == 0
+    emulate(monkeypatch)
+    train, recorded = step.Step.train, []
+
+    def with_graphs(self, *args):
+        train(self, *args)
+        if not recorded:
+            args = options.complete({"data": ""}, command=COMMAND)
+            said = graph_passes(self.model, Detection.graphed, args, 1)
+            assert said == "the backbone's passes are CUDA graphs"
+            recorded.append(self.model.backbone.forward)
+
+    monkeypatch.setattr(step.Step, "train", with_graphs)
+    assert detector(data, tmp_path / "graphs", "--epochs", "4", "--lr", "1e-3") == 0
+    assert len(recorded[0]) > 1, recorded
+    assert losses(tmp_path / "graphs") == losses(tmp_path / "eager")
+    ours, theirs = (load_file(tmp_path / run / "last.safetensors") for run in ("graphs", "eager"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 

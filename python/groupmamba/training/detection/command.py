@@ -90,7 +90,7 @@ GROUPS_OF_DETECTOR = {
         Option("weights", path_text, "start from a checkpoint: of a backbone, or of a detector, for fine-tuning"),
         *chosen(GROUPS["model"], "pretrained", "drop-path", "grad-checkpointing", "freeze-bn"),
     ),
-    "device": tuple(option for option in GROUPS["device"] if option.name != "no-cuda-graph"),
+    "device": GROUPS["device"],
     "optimizer": GROUPS["optimizer"],
     "learning rate": (
         Option("schedule", ("1x", "3x"), "12 epochs at one scale, or 36 at several with crops: defaults of the others"),
@@ -151,7 +151,6 @@ def _check(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
         raise UsageError(f"--decay-at must be two numbers in order, got {low:g} {high:g}")
     if max(args.min_size) > args.max_size:
         raise UsageError(f"--min-size {max(args.min_size)} must be at most --max-size {args.max_size}")
-    args.no_cuda_graph = True
 
 
 DETECTOR = Command(
