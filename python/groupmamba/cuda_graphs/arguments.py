@@ -23,6 +23,7 @@ _thread = threading.local()  # `recording`: what runs inside a recording must no
 
 @contextmanager
 def recording() -> Iterator[None]:
+    """Calls of modules in here, the one that is recorded or others inside it, run as they are."""
     before = getattr(_thread, "recording", False)
     _thread.recording = True
     try:
@@ -53,6 +54,7 @@ def tensors_of(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
 
 
 def fits(tensor: Tensor) -> bool:
+    """Whether a graph can have such an argument."""
     return tensor.is_cuda and is_plain(tensor)
 
 

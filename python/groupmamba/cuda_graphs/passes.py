@@ -86,23 +86,23 @@ class Passes:
         """RuntimeError where results have a gradient that neither an argument nor a parameter would get."""
         known = {id(tensor) for tensor in (*self.inputs, *self.aliases.values())}
         waiting: list[Any] = [result.grad_fn for result in self.differentiable if result.grad_fn is not None]
+        origins = [result for result in self.differentiable if result.grad_fn is None]
         seen = set()
         while waiting:
             node = waiting.pop()
             if node in seen:
                 continue
             seen.add(node)
-            variable = getattr(node, "variable", None)
-            if variable is not None and id(variable) not in known:
-                raise RuntimeError("forward uses a tensor with a gradient that is neither an argument nor a parameter")
+            if hasattr(node, "variable"):
+                origins.append(node.variable)
             waiting += [following for following, _ in node.next_functions if following is not None]
+        if any(id(origin) not in known for origin in origins):
+            raise RuntimeError("forward uses a tensor with a gradient that is neither an argument nor a parameter")
 
     def backward(self) -> list[Tensor]:
         """Gradients of the inputs that have one, then those of the parameters, packed, a tensor for each dtype."""
         if not self.result_gradients:
-            self.result_gradients = [
-                like(result) for result in self.differentiable
-            ]  # no kernel: a replay must not fill it
+            self.result_gradients = [like(result) for result in self.differentiable]
         wanted = [tensor for tensor in self.inputs if tensor.requires_grad]
         gradients = torch.autograd.grad(
             self.differentiable, [*wanted, *self.aliases.values()], self.result_gradients, allow_unused=True

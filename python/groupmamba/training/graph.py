@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A step of training as one CUDA graph: the host queues one launch in place of some 1,000."""
+"""A step of training as one CUDA graph, or its passes as graphs: one launch for the host in place of some 1,000."""
 
 from __future__ import annotations
 
