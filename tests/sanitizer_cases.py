@@ -46,10 +46,12 @@ MANY_STATES = [  # the kernels for several states, which ask for many planes
     (1, 1, 5, 3, 3), (32, 2, 40, 9, 14),
 ]  # fmt: skip
 MANY_IMAGES = [(24, 2, 1, 15, 16), (112, 7, 1, 7, 7)]  # planes that are not shared
-CROSS = [  # dim, rank, states, h, w: the last in two slices of its channels
+CROSS = [  # dim, rank, states, h, w
     (3, 1, 1, 5, 7), (16, 1, 1, 56, 56), (40, 2, 3, 29, 31), (87, 6, 1, 7, 9), (16, None, 1, 9, 11), (32, 2, 2, 90, 91),
     (132, 3, 1, 6, 5), (96, 6, 1, 9, 17), (192, 6, 1, 14, 14),
     (16, 1, 1, 30, 300),
+    # steps by tensor cores: one to four tiles of features, slices, channels that no lane has, runs of columns
+    (112, 28, 1, 7, 7), (228, 15, 1, 9, 5), (100, 7, 1, 29, 31),
 ]  # fmt: skip
 
 # dim, h, w: groups of 16, 32, 11, 87, 112 channels, and of 1 in the portable scan, padded to 8
@@ -129,10 +131,13 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
     name = str(dtype).removeprefix("torch.")
     narrow = dtype.itemsize == 2
     for shape in SCANS:
+        dim, rank, states = shape[:3]
+        tma = narrow and dim > 8 and dim % 8 != 0 and rank is not None and states == 1  # results are copied
         for layout in (None, group_major, padded_channels):
             yield Case(
                 f"scan {shape} {name} {layout.__name__ if layout else ''}",
                 functools.partial(scan, dtype, layout, *shape),
+                tma=tma,
             )
     for shape in MANY_STATES:
         for layout in (None, group_major, padded_channels):
@@ -148,7 +153,7 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
     for shape in MANY_IMAGES:
         yield Case(f"scan of many images {shape} {name}", functools.partial(scan, dtype, None, *shape, batch=128))
     for shape in CROSS:
-        tma = narrow and shape[0] % 8 == 0 and shape[1] is not None and shape[2] == 1
+        tma = narrow and shape[0] > 8 and shape[1] is not None and shape[2] == 1
         yield Case(f"cross scan {shape} {name}", functools.partial(cross_scan, dtype, *shape), tma=tma)
     for channels, h, w in ((1, 3, 5), (16, 7, 7), (87, 14, 9), (130, 5, 33)):
         yield Case(f"convolution {channels, h, w} {name}", functools.partial(convolutions, dtype, channels, h, w))

@@ -13,6 +13,7 @@
 #include "host/stream.h"
 #include "ops/scan_kernels.h"
 #include "ops/scan_sm90.h"
+#include "ops/tma_images.h"
 
 namespace gm {
 namespace {
@@ -85,19 +86,30 @@ ImageArg scans_arg(const Tensor& t) {
 }
 
 // K images like `like`, one after another, or where K is 1 that one alone; each dense, with the order of `like`'s
-// strides.
+// strides. Where `pitch` is given, their rows of channels, `channels` long, are so far apart.
 struct Parts {
     Tensor values, sum;
-    int64_t count;
+    int64_t count, channels, pitch;
 
-    Parts(const Tensor& like, int64_t parts) : sum(like), count(parts) {
-        if (count > 1) values = empty({count, like.numel()}, like.scalar_type(), like);
+    Parts(const Tensor& like, int64_t parts, int64_t row_channels = 1, int64_t row_pitch = 1)
+        : sum(like), count(parts), channels(row_channels), pitch(row_pitch) {
+        if (!direct()) values = empty({count, elements()}, like.scalar_type(), like);
     }
-    void* data() const { return count > 1 ? values.data_ptr() : sum.data_ptr(); }
-    int64_t stride() const { return count > 1 ? sum.numel() : 0; }
+    bool direct() const { return count <= 1 && pitch == channels; }
+    int64_t elements() const { return sum.numel() / channels * pitch; }
+    void* data() const { return direct() ? sum.data_ptr() : values.data_ptr(); }
+    int64_t stride() const { return direct() ? 0 : elements(); }
+    // The first one, of scans that follow one another.
+    ImageArg image() const {
+        ImageArg first = image_arg(sum);
+        for (int64_t* step : {&first.batch, &first.token, &first.group}) *step = *step / channels * pitch;
+        first.ptr = data(), first.scan = stride();
+        return first;
+    }
     void add_up(DType dtype, const CudaContext& context) const {
-        if (count <= 1) return;
-        const SumImagesArgs args{values.data_ptr(), sum.data_ptr(), sum.numel(), sum.numel(), static_cast<int>(count)};
+        if (direct()) return;
+        SumImagesArgs args{values.data_ptr(), sum.data_ptr(), sum.numel(), elements(), static_cast<int>(count)};
+        if (pitch != channels) args.channels = static_cast<int>(channels), args.pitch = static_cast<int>(pitch);
         check_cuda(launch_sum_images(args, dtype, context.stream()), "cross_selective_scan sums");
     }
 };
@@ -136,7 +148,8 @@ ImageArg of_group(const ImageArg& image, int64_t g, int64_t size) {
 template <class Args>
 void take_group(Args& args, const CrossSizes& s, int64_t g, int64_t size) {
     ScanShape& shape = args.shape;
-    shape.groups = static_cast<int>(s.scans), shape.scans = 1;  // their directions are those of the first K
+    shape.groups = static_cast<int>(s.scans), shape.scans = 1;    // their directions are those of the first K
+    shape.dim = static_cast<int>(round_up(shape.dim, kTmaUnit));  // those that do not exist are read as zeros
     for (ImageArg* image : {&args.u, &args.dt, &args.B, &args.C}) *image = of_group(*image, g, size);
     const int64_t channels = g * s.scans * s.dim;
     args.A = behind(args.A, channels * s.states, size), args.D = behind(args.D, channels, size);
@@ -153,14 +166,14 @@ bool moves_by_tma(const CrossSizes& s, const CrossInputs& in, const std::vector<
     shape.lanes = scan_lanes(shape.dim), shape.softplus = in.softplus;
     return why_not_cross_scan_sm90(shape, dtype) == nullptr;
 }
-// An image that TMA can move: `t`, or a copy.
-Tensor tma_image(const Tensor& t, const CrossSizes& s) {
+// Replaces images that TMA can't move by copies.
+void move_by_tma(const std::vector<Tensor*>& images, const CrossSizes& s, const CudaContext& context) {
     ScanShape shape{};
     shape.batch = s.batch, shape.height = static_cast<int>(s.height), shape.width = static_cast<int>(s.width);
-    shape.groups = static_cast<int>(s.groups);
-    if (allows_tma(image_arg(t), shape)) return t;
-    note(kOp, ": copies an image that TMA can't move: its address and strides are no multiples of 16 bytes");
-    return contiguous_copy(t);
+    shape.groups = static_cast<int>(s.groups), shape.dim = static_cast<int>(s.dim);
+    TmaImages copies(kOp, shape, context);
+    copies.read(images);
+    copies.start();
 }
 
 bool allows_scan_vectors(std::initializer_list<ImageArg> images, int64_t dim, int64_t size) {
@@ -199,10 +212,14 @@ std::tuple<Tensor, Tensor> cross_selective_scan_fwd(Tensor u, Tensor dt, Tensor 
         save_states ? empty({saved_elements(s, slices)}, ScalarType::Float, u) : empty_absent(ScalarType::Float, u);
     if (s.batch == 0 || s.tokens() == 0) return {y, states};
 
-    for (Tensor* t : {&in.u, &in.dt, &in.B, &in.C}) *t = canonical_image(*t);
-    if (moves_by_tma(s, in, slices, dtype)) in.u = tma_image(in.u, s);
+    for (Tensor* t : {&in.dt, &in.B, &in.C}) *t = canonical_image(*t);
+    const bool tma = moves_by_tma(s, in, slices, dtype);
+    if (tma)
+        move_by_tma({&in.u}, s, context);
+    else
+        in.u = canonical_image(in.u);
     const int64_t size = static_cast<int64_t>(u.element_size());
-    const Parts parts(y, s.scans);
+    const Parts parts(y, s.scans, s.dim, tma ? round_up(s.dim, kTmaUnit) : s.dim);
     Tensor carry;
     if (s.states > 1 && !save_states)
         carry = empty({s.batch * s.groups * s.scans, 2, s.states, slices[0].dim}, ScalarType::Float, u);
@@ -210,9 +227,7 @@ std::tuple<Tensor, Tensor> cross_selective_scan_fwd(Tensor u, Tensor dt, Tensor 
     for (const Slice& slice : slices) {
         ScanFwdArgs args;
         prepare(args, in, s, slice, param);
-        args.y = image_arg(y);
-        args.y.ptr = parts.data(), args.y.scan = parts.stride();
-        args.y = behind(args.y, slice.first, size);
+        args.y = behind(parts.image(), slice.first, size);
         if (save_states) {
             args.states = static_cast<float*>(states.data_ptr()) + slice.states_offset;
         } else if (s.states > 1) {
@@ -280,12 +295,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross
         return {du, ddt, dA, dB, dC, dD, ddt_weight, ddt_bias};
     }
 
-    for (Tensor* t : {&in.u, &in.dt, &in.B, &in.C}) *t = canonical_image(*t);
-    dy = canonical_image(dy);
-    if (moves_by_tma(s, in, slices, dtype)) in.u = tma_image(in.u, s), dy = tma_image(dy, s);
+    for (Tensor* t : {&in.dt, &in.B, &in.C}) *t = canonical_image(*t);
+    const bool tma = moves_by_tma(s, in, slices, dtype);
+    if (tma)
+        move_by_tma({&in.u, &dy}, s, context);
+    else
+        in.u = canonical_image(in.u), dy = canonical_image(dy);
     const int64_t size = static_cast<int64_t>(u.element_size()), all = s.groups * s.scans;
     const int64_t count = static_cast<int64_t>(slices.size());
-    const Parts du_parts(du, s.scans), dB_parts(dB, count), dC_parts(dC, count);
+    const Parts du_parts(du, s.scans, s.dim, tma ? round_up(s.dim, kTmaUnit) : s.dim);
+    const Parts dB_parts(dB, count), dC_parts(dC, count);
     const Parts ddt_parts(ddt, s.rank > 0 ? count : 1);
     Tensor carry;
     if (s.states > 1) carry = empty({s.batch * all, 2, s.states, slices[0].dim}, ScalarType::Float, u);
@@ -295,9 +314,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross
         ScanBwdArgs args;
         prepare(args, in, s, slice, param);
         args.dy = behind(image_arg(dy), slice.first, size);
-        args.du = image_arg(du);
-        args.du.ptr = du_parts.data(), args.du.scan = du_parts.stride();
-        args.du = behind(args.du, slice.first, size);
+        args.du = behind(du_parts.image(), slice.first, size);
         const auto of_slice = [&](const Tensor& t, const Parts& parts) {
             ImageArg image = scans_arg(t);
             image.ptr = parts.data();

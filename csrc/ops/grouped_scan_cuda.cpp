@@ -70,7 +70,7 @@ const char* prepare_inputs(std::optional<TmaImages>& tma_images, ScanInputs& in,
     const char* const why_not = why_not_grouped_scan_sm90(shape, in.z.has_value(), in.norm_weight.has_value(), dtype);
     if (why_not == nullptr) {
         note(kOp, dy == nullptr ? " forward" : " backward", ": the sm_90 kernel");
-        tma_images.emplace(shape, context);
+        tma_images.emplace(kOp, shape, context);
         tma_images->read(images);
     } else {
         for (Tensor* t : images) *t = canonical_image(*t);

@@ -19,16 +19,17 @@ namespace gm {
 // multiple of kTmaUnit channels apart, token by token where the image is stored so, else group by group.
 class TmaImages {
 public:
-    TmaImages(ScanShape& shape, const CudaContext& context) : shape_(shape), context_(context), dim_(shape.dim) {
+    TmaImages(const char* op, ScanShape& shape, const CudaContext& context)
+        : op_(op), shape_(shape), context_(context), dim_(shape.dim) {
         shape.dim = static_cast<int>(round_up(shape.dim, kTmaUnit));
     }
     // Replaces images that are read by copies that start() fills.
     void read(const std::vector<Tensor*>& images) {
         for (Tensor* image : images) {
             if (is_canonical_image(*image) && allows_tma(image_arg(*image), shape_)) continue;
-            note(
-                "grouped_selective_scan: copies an image that TMA can't move: its address and strides, or the channels "
-                "of a group, are no multiples of 16 bytes");
+            note(op_,
+                 ": copies an image that TMA can't move: its address and strides, or the channels of a group, are no "
+                 "multiples of 16 bytes");
             const Tensor place = place_like(*image);
             read_.push_back({*image, place});
             places_.push_back(place.data_ptr());
@@ -98,6 +99,7 @@ private:
         launch();
     }
 
+    const char* op_;
     const ScanShape& shape_;
     const CudaContext& context_;
     int dim_;  // channels that exist

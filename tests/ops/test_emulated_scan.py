@@ -16,6 +16,7 @@ import torch
 import groupmamba_ext as ext
 from support import emulation
 from support.common import check
+from support.inputs import cross_inputs
 from support.scan import MIXED, inputs
 
 SANITIZED = "GROUPMAMBA_EMULATION"  # names the sanitized library in the process that runs it
@@ -34,13 +35,18 @@ SM90 = [  # whole columns, ragged ones and runs of them; whole widths, narrow on
     (72, 1, 6, 14, 14), (88, 1, 6, 9, 17), (128, 1, 14, 3, 40), (16, 1, 1, 29, 31),
 ]  # fmt: skip
 
+CROSS = [  # without and with products for the steps, of one to four tiles of features; channels that no lane has
+    (16, 1, 9, 11), (32, 2, 14, 16), (64, 4, 28, 9), (88, 6, 9, 17), (72, 7, 14, 14), (112, 28, 7, 7),
+    (120, 22, 14, 14), (128, 30, 3, 40), (128, 8, 29, 5), (104, 9, 1, 1),
+]  # fmt: skip
+
 MANY_STATES = [  # 2, 4 or 8 states of a thread, 2 to 16 threads of a channel; one tile and several
     (16, 16, 1, 9, 11), (8, 8, 2, 9, 11), (20, 14, 2, 9, 13), (1, 5, 1, 3, 3), (2, 64, 1, 4, 9), (6, 48, None, 6, 9),
     (87, 16, 6, 6, 9), (112, 16, 7, 6, 5), (8, 64, 1, 5, 7), (64, 24, 4, 5, 7), (128, 12, 8, 5, 6),
 ]  # fmt: skip
 
 if SANITIZED in os.environ:  # every access is looked at, twenty times as slow
-    PORTABLE, SM90, MANY_STATES = PORTABLE[2::3], SM90[0::3], MANY_STATES[0::3]
+    PORTABLE, SM90, MANY_STATES, CROSS = PORTABLE[2::3], SM90[0::3], MANY_STATES[0::3], CROSS[2::3]
 
 
 @pytest.fixture(scope="session")
@@ -85,6 +91,18 @@ def test_portable_with_the_saved_states_of_many(library):
     compare(library, "portable", inputs("cpu", torch.bfloat16, batch=1, dim=64, n=6, h=11, w=13))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim, rank, h, w", CROSS)
+def test_cross_sm90(library, dtype, dim, rank, h, w):
+    tensors = cross_inputs("cpu", dtype, batch=2, dim=dim, rank=rank, h=h, w=w)
+    check(
+        functools.partial(emulation.cross_scan, library),
+        ext.reference.cross_selective_scan,
+        tensors,
+        {"directions": ("lr", "rl", "tb", "bt")},
+    )
+
+
 def test_sm90_goes_through_several_images(library):
     compare(library, "sm90", inputs("cpu", torch.bfloat16, batch=3, dim=64, groups=2, h=7, w=9))
 
@@ -107,7 +125,8 @@ def sanitized(folder: Path, chosen: str, **options) -> subprocess.CompletedProce
 
 
 def test_no_thread_reads_what_another_one_writes(tmp_path):
-    done = sanitized(tmp_path, "((test_portable or test_many_states) and dtype1) or (test_sm90 and dtype0) or images")
+    chosen = "((test_portable or test_many_states) and dtype1) or ((test_sm90 or test_cross) and dtype0) or images"
+    done = sanitized(tmp_path, chosen)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout and "data race" not in done.stderr
 

@@ -15,13 +15,13 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(__file__).resolve().parent / "emulation"
 SOURCES = (  # of csrc/cuda/scan/
     "fwd.cu", "bwd.cu", "reduce.cu", "many_states/fwd.cu", "many_states/bwd.cu", "many_states/select.cpp",
-    "sm90/fwd.cu", "sm90/bwd.cu", "sm90/tma_maps.cpp",
+    "sm90/fwd.cu", "sm90/bwd.cu", "sm90/cross_fwd.cu", "sm90/cross_bwd.cu", "sm90/tma_maps.cpp",
 )  # fmt: skip
 DYNAMIC_SHARED = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+?) (\w+)\[\];")
 IMAGES = ("u", "dt", "B", "C", "z")
 PARAMETERS = ("A", "D", "dt_weight", "dt_bias", "norm_weight", "norm_bias", "gate")
 CODES = {"lr": 0, "rl": 1, "tb": 2, "bt": 3}
-KERNELS = ("portable", "sm90", "many_states")
+KERNELS = ("portable", "sm90", "many_states", "cross_sm90")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -136,3 +136,10 @@ def scan(library: Path, kernel: str, *, directions, softplus=True, norm_eps=1e-5
     """`groupmamba_ext.grouped_selective_scan` by a kernel for the GPU, one of `KERNELS`."""
     options = {"directions": directions, "softplus": softplus, "norm_eps": norm_eps}
     return _Scan.apply(library, KERNELS.index(kernel), options, *(tensors.get(name) for name in (*IMAGES, *PARAMETERS)))
+
+
+def cross_scan(library: Path, *, directions, u, softplus=True, **tensors) -> torch.Tensor:
+    """`groupmamba_ext.cross_selective_scan` of u (batch, H, W, D) by the sm_90 kernels."""
+    of_each = u.unsqueeze(3).expand(*u.shape[:3], len(directions), u.shape[3])
+    parts = scan(library, "cross_sm90", directions=directions, softplus=softplus, u=of_each, **tensors)
+    return parts.float().sum(3).to(u.dtype)

@@ -8,12 +8,13 @@
 
 namespace gm {
 
-// out[i] = sum over k of in[k * stride + i], i < count; k < parts.
+// out[i] = sum over k of in[k * stride + i], i < count; k < parts. Where `channels` is not 0, i counts rows of so many
+// elements, which are `pitch` apart in `in`.
 struct SumImagesArgs {
     const void* in = nullptr;
     void* out = nullptr;
     int64_t count = 0, stride = 0;
-    int parts = 0;
+    int parts = 0, channels = 0, pitch = 0;
 };
 
 // Zeros in the images whose branch is dropped; each is `bytes` long, all one after another.

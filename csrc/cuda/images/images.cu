@@ -12,12 +12,18 @@ namespace {
 
 constexpr int kThreads = 256;
 
-template <class T, int kCount>
+// Of `i` elements, all rows of `width` behind one another; with one multiplication where that is right.
+__device__ __forceinline__ int64_t row_of(int64_t i, int width) {
+    return (i >> 32) == 0 ? static_cast<uint32_t>(i) / static_cast<uint32_t>(width) : i / width;
+}
+
+template <class T, int kCount, bool kRows>
 __global__ void __launch_bounds__(kThreads, 3) sum_images_kernel(const __grid_constant__ SumImagesArgs args) {
     begin_kernel();
     const int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kCount;
     if (i >= args.count) return;
-    const T* const from = static_cast<const T*>(args.in) + i;
+    const T* const from =
+        static_cast<const T*>(args.in) + i + (kRows ? row_of(i, args.channels) * (args.pitch - args.channels) : 0);
     float sum[kCount] = {};
     if constexpr (kCount == 1) {
         load_ahead(
@@ -63,7 +69,7 @@ __global__ void __launch_bounds__(kThreads) copy_rows_kernel(const __grid_consta
 #pragma unroll
     for (int k = 0; k < kCopyUnits; ++k) {
         const int64_t i = (first + k * kThreads) * kVec;
-        int64_t row = (i >> 32) == 0 ? static_cast<uint32_t>(i) / static_cast<uint32_t>(args.width) : i / args.width;
+        int64_t row = row_of(i, args.width);
         int column = static_cast<int>(i - row * args.width);
         const T* const from = static_cast<const T*>(args.from[image]);
         if constexpr (kCount == kVec) {
@@ -116,13 +122,16 @@ cudaError_t launch_clear_images(const ClearImagesArgs& args, cudaStream_t stream
 cudaError_t launch_sum_images(const SumImagesArgs& args, DType dtype, cudaStream_t stream) {
     return dispatch_dtype(dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
-        constexpr int kCount = 16 / sizeof(T);
-        const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
-        const bool vectors =
-            args.count % kCount == 0 && args.stride % kCount == 0 && aligned(args.in) && aligned(args.out);
-        const int64_t block = int64_t{kThreads} * (vectors ? kCount : 1), blocks = (args.count + block - 1) / block;
-        return launch_kernel(vectors ? sum_images_kernel<T, kCount> : sum_images_kernel<T, 1>, blocks, kThreads, 0,
-                             stream, args);
+        const bool rows = args.channels > 0;
+        const int count = rows ? kVec : 16 / sizeof(T);
+        const auto aligned = [&](const void* p) { return reinterpret_cast<uintptr_t>(p) % (count * sizeof(T)) == 0; };
+        const bool vectors = args.count % count == 0 && args.stride % count == 0 && aligned(args.in) &&
+                             aligned(args.out) && args.channels % count == 0 && args.pitch % count == 0;
+        const int64_t block = int64_t{kThreads} * (vectors ? count : 1), blocks = (args.count + block - 1) / block;
+        const auto kernel =
+            rows ? (vectors ? sum_images_kernel<T, kVec, true> : sum_images_kernel<T, 1, true>)
+                 : (vectors ? sum_images_kernel<T, 16 / sizeof(T), false> : sum_images_kernel<T, 1, false>);
+        return launch_kernel(kernel, blocks, kThreads, 0, stream, args);
     });
 }
 

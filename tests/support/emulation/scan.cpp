@@ -27,7 +27,7 @@ bool encode_tensor_map(CUtensorMap& map, const void* tensor, DType, const Tensor
 namespace {
 
 constexpr int kParameters = 7;
-enum Kernel { kPortable, kSm90, kManyStates };  // as in emulation.py
+enum Kernel { kPortable, kSm90, kManyStates, kCrossSm90 };  // as in emulation.py
 
 struct Sizes {  // as in emulation.py
     int64_t batch, height, width, groups, dim, states, rank, param_dim, norm_dim;
@@ -83,9 +83,11 @@ const char* forward(Kernel kernel, const ScanShape& s, DType dtype, const ImageA
     }
     ScanFwdSm90Args own{};
     own.scan = args;
-    if (!prepare_grouped_scan_fwd_sm90(dtype, own)) return "no tensor map";
-    if (share_grouped_scan_fwd_sm90(own, dtype) != cudaSuccess) return "not shared";
-    return launch_grouped_scan_fwd_sm90(own, dtype, nullptr) == cudaSuccess ? nullptr : "not launched";
+    const bool cross = kernel == kCrossSm90;
+    if (!(cross ? prepare_cross_scan_fwd_sm90 : prepare_grouped_scan_fwd_sm90)(dtype, own)) return "no tensor map";
+    if ((cross ? share_cross_scan_fwd_sm90 : share_grouped_scan_fwd_sm90)(own, dtype) != cudaSuccess) return "not shared";
+    const cudaError_t done = (cross ? launch_cross_scan_fwd_sm90 : launch_grouped_scan_fwd_sm90)(own, dtype, nullptr);
+    return done == cudaSuccess ? nullptr : "not launched";
 }
 
 const char* backward(Kernel kernel, const ScanShape& s, DType dtype, const ImageArg* images, const ParamArg* parameters,
@@ -110,15 +112,18 @@ const char* backward(Kernel kernel, const ScanShape& s, DType dtype, const Image
         sums.parts = layout.parts, sums.state_parts = 1;
         args.partials = partials_of(sums.parts);
         if (launch_many_states_bwd(args, layout, dtype, nullptr) != cudaSuccess) return "not launched";
-    } else if (kernel == kSm90) {
+    } else if (kernel == kSm90 || kernel == kCrossSm90) {
         ScanBwdSm90Args own{};
         own.scan = args;
         own.scan.shape.threads = kTileThreads;
-        if (!prepare_grouped_scan_bwd_sm90(dtype, own)) return "no tensor map";
-        if (share_grouped_scan_bwd_sm90(own, dtype) != cudaSuccess) return "not shared";
+        const bool cross = kernel == kCrossSm90;
+        if (!(cross ? prepare_cross_scan_bwd_sm90 : prepare_grouped_scan_bwd_sm90)(dtype, own)) return "no tensor map";
+        if ((cross ? share_cross_scan_bwd_sm90 : share_grouped_scan_bwd_sm90)(own, dtype) != cudaSuccess)
+            return "not shared";
         sums.parts = sums.state_parts = own.plan.blocks_per_plane;
         own.scan.partials = partials_of(sums.parts);
-        if (launch_grouped_scan_bwd_sm90(own, dtype, nullptr) != cudaSuccess) return "not launched";
+        if ((cross ? launch_cross_scan_bwd_sm90 : launch_grouped_scan_bwd_sm90)(own, dtype, nullptr) != cudaSuccess)
+            return "not launched";
     } else {
         args.shape.threads = scan_bwd_threads(s.lanes, tokens_of(s), s.states == 1, dtype == DType::kFloat ? 4 : 2);
         sums.parts = sums.state_parts = args.shape.threads / 32;

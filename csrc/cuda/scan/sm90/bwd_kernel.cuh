@@ -47,8 +47,16 @@ __global__ void __launch_bounds__(Block::kThreads, kBwdResident)
     scheduler.advance(s, plan, next);
     const int total = scheduler.total(s, plan);
     float4* const sums = reinterpret_cast<float4*>(shared + layout.sums) + tid;  // this thread's sums, kThreads apart
-    for (int i = 0; i < kSumWeight + s.rank; ++i) sums[i * Block::kThreads] = make_float4(0.f, 0.f, 0.f, 0.f);
+    for (int i = 0; i < layout.sum_rows(s); ++i) sums[i * Block::kThreads] = make_float4(0.f, 0.f, 0.f, 0.f);
     const TileChunk<Block> chunk(s, plan, scheduler);
+    // Where steps are matrix products: their stage, this thread's sums, and where each chunk has its features.
+    const StepGradientProducts<Block> products{reinterpret_cast<float4*>(shared + layout.stage()), {}};
+    float4* const weight_sums = reinterpret_cast<float4*>(shared + layout.weight_sums()) + tid;
+    int2* const chunks = reinterpret_cast<int2*>(shared + layout.chunks());
+    if constexpr (Block::kProducts) {
+        for (int i = 0; i < 2 * Block::rank_tiles(s); ++i) weight_sums[i * Block::kThreads] = float4{};
+        if (tid % 32 == 0) chunks[tid / 32] = make_int2(chunk.slot0, chunk.slot_step);
+    }
     const bool ragged = is_ragged<Block>(s, plan, scheduler);
     const FeatureImages images{args.scan.B, args.scan.C, args.scan.dt};
     StepFeatures<T, Block> fetcher(s, plan, scheduler);
@@ -79,9 +87,16 @@ __global__ void __launch_bounds__(Block::kThreads, kBwdResident)
         {
             float bias[kVec];
             thread.rows.get(kBias, bias);
-            load_steps_sm90<T, Block>(
-                place.features, thread.feature_step, s, make_float4(bias[0], bias[1], bias[2], bias[3]),
-                [&](int r) { return thread.rows[kWeight + r]; }, steps);
+            const float4 bias4 = make_float4(bias[0], bias[1], bias[2], bias[3]);
+            if constexpr (Block::kProducts) {
+                multiply_steps<T, Block, StepGradientProducts<Block>::kStageRows>(
+                    place.features, thread.feature_step, s, table + kWeight * Block::kWidth, bias4,
+                    [&](int i) { return products.row(tid / 32, i); }, steps);
+            } else {
+                load_steps_sm90<T, Block>(
+                    place.features, thread.feature_step, s, bias4, [&](int r) { return thread.rows[kWeight + r]; },
+                    steps);
+            }
         }
         if (ragged) mask_steps(chunk, chunk.count(s, plan, scheduler, now), steps);
         thread.rows.get(kA, A);
@@ -155,7 +170,14 @@ __global__ void __launch_bounds__(Block::kThreads, kBwdResident)
             hide(A);
             thread.gradients(place, A, h, entering, dy, adjoint, steps);
         }
-        thread.step_gradients(place, steps);
+        if constexpr (Block::kProducts) {
+            const auto write = [&](int k, int feature, float sum) {
+                if (!chunk.idle) place.gradients[k * thread.feature_step + 2 + feature] = sum;
+            };
+            products.of_features(s, steps, table + kWeight * Block::kWidth, write);
+        } else {
+            thread.step_gradients(place, steps);
+        }
         fence_proxy_async();
         __syncthreads();
         if (tid == 0 || (!Block::kBare && tid == 32)) {
@@ -164,11 +186,13 @@ __global__ void __launch_bounds__(Block::kThreads, kBwdResident)
         }
         fetcher.template send<kGradientCopies<Block>>(s, plan, scheduler, now, gradients, gradient_planes,
                                                       {args.scan.dB, args.scan.dC, args.scan.ddt});
+        if constexpr (Block::kProducts) products.of_weights(s, pipeline.features(n), chunks, weight_sums);
         if (n + 1 == total || next.batch != now.batch) {
             write_partials<Block>(args.scan, plan, scheduler, now.batch,
-                                  reinterpret_cast<float4*>(shared + layout.sums));
+                                  reinterpret_cast<float4*>(shared + layout.sums), products, weight_sums);
             image ^= 1;
         }
+        if constexpr (Block::kProducts) __syncthreads();  // the stage has been read
         now = next, next = after;
     }
     if (tid % 32 == 0) tma_wait_read();  // the end of the kernel makes visible what was written

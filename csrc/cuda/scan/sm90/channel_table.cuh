@@ -3,17 +3,32 @@
 #pragma once
 
 #include "cuda/common/math.cuh"
+#include "cuda/common/ptx/mma.cuh"
 #include "cuda/scan/sm90/tile_scheduler.cuh"
 
 namespace gm {
 
 // Rows of the table, kWidth floats each. The gate is folded into the norm's scale and shift, which are kept for two
-// images. Row kWeight + r is dt_weight of step feature r; the number of such rows is even.
+// images; a bare scan has none of these. Row kWeight + r is dt_weight of step feature r; the number of such rows is
+// even. Where steps are matrix products, these rows together hold the weights in another order (step_products.cuh).
 enum TableRow { kBias, kSkip, kA, kCounted, kScale, kShift = kScale + 2, kWeight = kShift + 2 };
 
 template <class Block>
+__host__ __device__ int weight_rows(const ScanShape& s) {
+    if (Block::kProducts) return Block::rank_tiles(s) * Block::kRankTile;
+    return Block::kConstantRank > 0 ? Block::kConstantRank : (s.rank + 1) / 2 * 2;
+}
+template <class Block>
 __host__ __device__ int table_rows(const ScanShape& s) {
-    return kWeight + (Block::kConstantRank > 0 ? Block::kConstantRank : (s.rank + 1) / 2 * 2);
+    return kWeight + weight_rows<Block>(s);
+}
+
+// Where the weight of step feature r for channel c stands among the weights of matrix products: in the order of their
+// fragments, four to a lane. Rows of products are channels, 16 a lane's group of four, whose place among the lanes
+// depends on the tile, so that what reads along the features meets no bank twice either.
+__host__ __device__ constexpr int product_weight(int c, int r) {
+    const int lane = c / 16 * 4 + r % 4, tile = r / 8 * 8 + c % 16 / 2;
+    return (tile * 32 + (lane ^ (tile & 6))) * 4 + c % 2 + r % 8 / 4 * 2;
 }
 
 // The bits of a parameter, made a float only when all loads of a thread are in flight.
@@ -50,7 +65,9 @@ __device__ __forceinline__ void put_gated_rows(const Args& args, float* table, i
 // make NaN of a feature of -inf, which masks a token.
 template <class T, class Block, class Args>
 __device__ __forceinline__ void put_rows(const Args& args, float* table, int batch, int group) {
-    constexpr int kRows = Block::kThreads / Block::kWidth, kLoads = (Block::kFeatures - 2 + kRows - 1) / kRows;
+    constexpr int kRows = Block::kThreads / Block::kWidth,
+                  kMost = Block::kProducts ? Block::kFeatures : Block::kFeatures - 2,
+                  kLoads = (kMost + kRows - 1) / kRows;
     const ScanShape& s = args.shape;
     const int c = threadIdx.x % Block::kWidth, first = threadIdx.x / Block::kWidth;
     const int dim = Block::real_dim(s);
@@ -76,8 +93,13 @@ __device__ __forceinline__ void put_rows(const Args& args, float* table, int bat
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
         const int r = first + i * kRows;
-        if (r < table_rows<Block>(s) - kWeight)
-            table[(kWeight + r) * Block::kWidth + c] = param_of<T>(args.dt_weight, weight[i]) * kLog2e;
+        if (r < weight_rows<Block>(s)) {
+            const float value = param_of<T>(args.dt_weight, weight[i]) * kLog2e;
+            if constexpr (Block::kProducts)
+                table[kWeight * Block::kWidth + product_weight(c, r)] = to_tf32(value);
+            else
+                table[(kWeight + r) * Block::kWidth + c] = value;
+        }
     }
     if (first != 0) return;
     const float open = args.gate.ptr != nullptr ? param_of<T>(args.gate, gate) : 1.f;

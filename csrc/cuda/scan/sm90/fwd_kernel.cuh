@@ -10,6 +10,7 @@
 #include "cuda/scan/sm90/look_back.cuh"
 #include "cuda/scan/sm90/phases/chunk_scan.cuh"
 #include "cuda/scan/sm90/phases/fwd_phases.cuh"
+#include "cuda/scan/sm90/step_products.cuh"
 
 namespace gm {
 
@@ -79,8 +80,20 @@ __global__ void __launch_bounds__(Block::kThreads, kFwdResident<Block>)
 
         // Phase 1: the steps, and the aggregate of each chunk from a state of 0.
         pipeline.wait(n, kU);
-        load_steps_sm90<T, Block>(
-            features, feature_step, s, thread.rows[kBias], [&](int r) { return thread.rows[kWeight + r]; }, decayed_C);
+        if constexpr (Block::kProducts) {
+            // The steps go through the places of the chunk's aggregates, which are free until then.
+            const int own = Block::aggregate(chunk.order);
+            const auto stage = [&](int i) {
+                return reinterpret_cast<float4*>((i == 0 ? aggregate_P : aggregate_h) + own);
+            };
+            multiply_steps<T, Block, 2>(features, feature_step, s, table + kWeight * Block::kWidth, thread.rows[kBias],
+                                        stage, decayed_C);
+            __syncwarp();
+        } else {
+            load_steps_sm90<T, Block>(
+                features, feature_step, s, thread.rows[kBias], [&](int r) { return thread.rows[kWeight + r]; },
+                decayed_C);
+        }
         if (ragged) mask_steps(chunk, chunk.count(s, plan, scheduler, now), decayed_C);
         thread.start_states(box_u, u_step, features, feature_step, y, decayed_C, aggregate_P, aggregate_h);
         __syncthreads();

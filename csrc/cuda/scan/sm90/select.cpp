@@ -9,13 +9,13 @@ namespace gm {
 
 namespace {
 
-const char* why_not_sm90(const ScanShape& s, DType dtype) {
+const char* why_not_sm90(const ScanShape& s, DType dtype, int features) {
     if (dtype == DType::kFloat) return "images are float32, not float16 or bfloat16";
     if (s.states != 1) return "there is more than one state";
     if (s.rank == 0) return "dt_weight is absent, so the step is not of low rank";
     if (!s.softplus) return "softplus is off";
     if (s.lanes < 4) return "a group has 8 channels or fewer";
-    if (s.rank + 2 > sm90_features(s.lanes)) return "there are too many step features for the channels of a group";
+    if (s.rank + 2 > features) return "there are too many step features for the channels of a group";
     return nullptr;
 }
 
@@ -28,7 +28,7 @@ const char* why_not_here() {
 }  // namespace
 
 const char* why_not_grouped_scan_sm90(const ScanShape& s, bool has_z, bool has_norm, DType dtype) {
-    if (const char* const why_not = why_not_sm90(s, dtype)) return why_not;
+    if (const char* const why_not = why_not_sm90(s, dtype, sm90_features(s.lanes))) return why_not;
     if (!has_z) return "z is absent";
     if (!has_norm) return "norm_weight is absent";
     if (s.param_dim != s.dim) return "the channels are a slice of wider groups";
@@ -36,8 +36,8 @@ const char* why_not_grouped_scan_sm90(const ScanShape& s, bool has_z, bool has_n
 }
 
 const char* why_not_cross_scan_sm90(const ScanShape& s, DType dtype) {
-    if (const char* const why_not = why_not_sm90(s, dtype)) return why_not;
-    if (s.param_dim % kTmaUnit != 0) return "the channels are no multiple of 8";
+    const int features = s.lanes == 32 ? kProductFeatures : sm90_features(s.lanes);
+    if (const char* const why_not = why_not_sm90(s, dtype, features)) return why_not;
     return why_not_here();
 }
 

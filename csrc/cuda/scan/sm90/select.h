@@ -18,6 +18,9 @@ constexpr int kSm90Features = kLanes == 4              ? 3
                               : kLanes == kNarrowLanes ? kNarrowRank + 2
                                                        : 16;
 
+// Those of a cross scan's blocks of 32 lanes, whose steps are products by tensor cores (step_products.cuh).
+constexpr int kProductFeatures = 32;
+
 inline int sm90_features(int lanes) {
     return lanes == 4    ? kSm90Features<4>
            : lanes == 8  ? kSm90Features<8>

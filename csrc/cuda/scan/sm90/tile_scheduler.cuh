@@ -49,7 +49,9 @@ struct Sm90Block {
     static constexpr int kFetchTokens = kTokens > kThreads ? 2 : 1;
     static constexpr int kSharers = kLanes > 8 ? kLanes / 8 / kParts : 1;
     static_assert(kParts == 1 || kLanes <= 8);
-    static constexpr int kFeatures = kSm90Features<kLanes>;
+    // Steps, and the gradients behind them, by tensor cores (step_products.cuh): of any rank for which there is room.
+    static constexpr bool kProducts = kBare && kLanes == 32;
+    static constexpr int kFeatures = kProducts ? kProductFeatures : kSm90Features<kLanes>;
     static constexpr int kFetch = (kFeatures + kSharers - 1) / kSharers;
     // Blocks of 24 lanes compute with this many step features even if there are fewer: loops over them are unrolled.
     static constexpr int kConstantRank = kLanes == kNarrowLanes ? kFeatures - 2 : 0;
@@ -64,8 +66,12 @@ struct Sm90Block {
     __host__ __device__ static int param_dim(const ScanShape& s) { return kBare ? s.param_dim : real_dim(s); }
     // Floats of a token's features in shared memory (B, C, dt_0, ...), a multiple of 4.
     __host__ __device__ static int width(const ScanShape& s) {
+        if (kProducts) return rank_tiles(s) * kRankTile + 4;
         return kFeatures <= 4 ? 4 : kConstantRank > 0 ? kFeatures : (s.rank + 5) / 4 * 4;
     }
+    // Step features that one matrix product takes, and how many times as many the rank is, rounded up.
+    static constexpr int kRankTile = 8;
+    __host__ __device__ static int rank_tiles(const ScanShape& s) { return (s.rank + kRankTile - 1) / kRankTile; }
     // Bytes of one tensor's tile in shared memory, a multiple of 128. The slot after the last token holds zeros;
     // threads without tokens or channels of their own read it, and nobody writes it.
     __host__ __device__ static int tile_bytes(const ScanShape& s) {

@@ -31,6 +31,10 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
+struct alignas(8) int2 {
+    int x, y;
+};
+inline int2 make_int2(int x, int y) { return {x, y}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
@@ -63,6 +67,7 @@ struct Barrier {
 struct Warp {
     Barrier barrier{32};
     uint32_t values[32];
+    float factors[32][6];  // of a matrix product
 };
 struct Block {
     Barrier barrier;

@@ -5,6 +5,7 @@
 
 #include "cuda/scan/sm90/channel_table.cuh"
 #include "cuda/scan/sm90/phases/norm.cuh"
+#include "cuda/scan/sm90/step_products.cuh"
 #include "cuda/scan/sm90/tile_pipeline.cuh"
 
 namespace gm {
@@ -35,10 +36,18 @@ struct ScanBwdLayout {
         aggregates = gradients + kGradientCopies<Block> * Block::kTokens * Block::width(s) * 4;
         table = aggregates + 3 * Block::kAggregates * 4;  // decays of chunks; states; adjoints
         norm = table + table_rows<Block>(s) * Block::kWidth * 4;
-        sums = norm + TokenNorm<__half, Block>::kBytes + TokenNorm<__half, Block>::kSumBytes;
-        barriers = sums + (kSumWeight + s.rank) * Block::kThreads * 16;
+        sums = norm + (Block::kBare ? 0 : TokenNorm<__half, Block>::kBytes + TokenNorm<__half, Block>::kSumBytes);
+        barriers = Block::kProducts ? chunks() + Block::kChunks * static_cast<int>(sizeof(int2))
+                                    : sums + sum_rows(s) * Block::kThreads * 16;
         total = barriers + kSm90Stages * kBarriers * 8;
+        if (Block::kProducts) total += 2 * Block::rank_tiles(s) * Block::kThreads * 16;
     }
+    // Sums that each thread has of its own channels. Those of matrix products are not among them.
+    __host__ __device__ static int sum_rows(const ScanShape& s) { return kSumWeight + (Block::kProducts ? 0 : s.rank); }
+    // What matrix products use.
+    __host__ __device__ int stage() const { return sums + kSumWeight * Block::kThreads * 16; }
+    __host__ __device__ int chunks() const { return stage() + StepGradientProducts<Block>::kStageBytes; }
+    __host__ __device__ int weight_sums() const { return barriers + kSm90Stages * kBarriers * 8; }
 };
 
 // Where a thread's chunk of the current tile is in shared memory, from its first token on the path on.
@@ -269,12 +278,20 @@ struct ScanBwdThread {
 template <class Block>
 __device__ __forceinline__ void write_partials(const ScanBwdArgs& args, const TilePlan& plan,
                                                const TileScheduler<Block, true>& scheduler, int batch,
-                                               float4* block_sums) {
+                                               float4* block_sums, const StepGradientProducts<Block>& products,
+                                               float4* weight_sums) {
     const ScanShape& s = args.shape;
-    const int rows = kSumWeight + s.rank;
+    const int rows = ScanBwdLayout<Block>::sum_rows(s);
     const int64_t row =
         (static_cast<int64_t>(batch) * plan.blocks_per_plane + scheduler.block_in_plane) * s.groups + scheduler.group;
-    float* const partials = args.partials + row * rows * Block::real_dim(s);
+    float* const partials = args.partials + row * (kSumWeight + s.rank) * Block::real_dim(s);
+    if constexpr (Block::kProducts) {
+        const auto write = [&](int channel, int feature, float sum) {
+            if (channel < Block::real_dim(s) && feature < s.rank)
+                partials[(kSumWeight + feature) * Block::real_dim(s) + channel] = kLog2e * sum;
+        };
+        products.write_weights(s, weight_sums, write);
+    }
 #pragma unroll 1
     for (int i = threadIdx.x; i < rows * Block::kLanes; i += Block::kThreads) {
         const int sum = i / Block::kLanes, lane = i % Block::kLanes, c0 = lane * kVec;

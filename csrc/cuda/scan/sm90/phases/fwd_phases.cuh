@@ -23,7 +23,7 @@ struct ScanFwdLayout {
         aggregates = features + 2 * feature_bytes;
         table = aggregates + 2 * Block::kAggregates * 4;
         norm = table + table_rows<Block>(s) * Block::kWidth * 4;
-        barriers = norm + TokenNorm<__half, Block>::kBytes;
+        barriers = norm + (Block::kBare ? 0 : TokenNorm<__half, Block>::kBytes);
         total = barriers + kSm90Stages * kBarriers * 8;
     }
 };
