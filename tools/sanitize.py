@@ -163,6 +163,7 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 CASES = ROOT / "tests" / "sanitizer_cases.py"
 # Kernels of namespace gm, by their mangled names. Not for initcheck: what other kernels write must count as written.
 OURS = "kns=_ZN2gm"
+REPORT_LIMIT = 20000  # of a slice; where so many are printed, others may be missing
 _RECORD = re.compile(r"^========= (?P<what>\S.*)$", re.M)
 _SUMMARY = re.compile(r"(ERROR|RACECHECK) SUMMARY: (\d+)")
 _LEFT_OUT = re.compile(r"^case \d+: .*, left out$", re.M)
@@ -216,8 +217,10 @@ def reports(text: str) -> tuple[list[str], int]:
 
 
 def command_of(tool: str, first: int, end: int, seconds: float) -> tuple[list[str], dict[str, str]]:
-    command = ["compute-sanitizer", "--tool", tool, "--print-limit", "50", "--error-exitcode", "9"]
-    if tool != "initcheck":
+    command = ["compute-sanitizer", "--tool", tool, "--print-limit", str(REPORT_LIMIT), "--error-exitcode", "9"]
+    if tool == "initcheck":  # looks at all kernels, since any may write what another one reads
+        command += ["--show-backtrace", "no"]
+    else:
         command += ["--kernel-name", OURS]
     environment = {**os.environ}
     if tool in ("memcheck", "initcheck"):  # each tensor its own allocation, so that one ends where it should
@@ -252,7 +255,8 @@ def run_slice(tool: str, first: int, end: int, options: argparse.Namespace, seco
         began = [int(n) for n in re.findall(r"^case (\d+):", text, re.M)]
         return Slice(tool, first, max([*began, first]) + 1, took, "failed", [*ours, tail], others)
     summed = _SUMMARY.search(text)
-    verdict = "found" if ours else "clean" if done.returncode in (0, 9) and summed else "failed"
+    judged = done.returncode in (0, 9) and summed and len(ours) + others < REPORT_LIMIT
+    verdict = "found" if ours else "clean" if judged else "failed"
     return Slice(tool, int(ran[1]), int(ran[2]), took, verdict, ours, others, len(_LEFT_OUT.findall(text)))
 
 

@@ -64,6 +64,9 @@ while end < last and (end == first or end - first < seconds):
     if tool == "initcheck" and end == 1:
         print("========= Uninitialized __global__ memory read of size 4 bytes")
         print("=========     at void gm::norm_kernel(gm::Args)+0x10")
+    if tool == "initcheck" and end == 4:
+        print("========= Uninitialized __global__ memory read of size 4 bytes")
+        print("=========     at void at::some_kernel(at::Args)+0x10")
     end += 1
 print(f"ran cases {{first}} to {{end}} of 5")
 print("========= ERROR SUMMARY: 1 error" if tool == "initcheck" else "========= ERROR SUMMARY: 0 errors")
@@ -129,6 +132,12 @@ def test_what_is_found_is_said(fake, capsys):
     assert status == 1 and slices == [(0, 2, "found"), (2, 4, "clean"), (4, 5, "clean")]
     out = capsys.readouterr().out
     assert "gm::norm_kernel" in out and "found in 0 to 1" in out
+
+
+def test_reports_on_kernels_of_others_may_hide_our_own(fake, monkeypatch):
+    """Where the sanitizer printed as many as it may."""
+    monkeypatch.setattr(sanitize, "REPORT_LIMIT", 1)
+    assert fake("initcheck")[1] == [(0, 2, "found"), (2, 4, "clean"), (4, 5, "failed")]
 
 
 def test_a_slice_that_takes_too_long_is_cut_down_to_one_case(fake):
