@@ -147,14 +147,15 @@ def cross_chunk(dim: int, states: int, device_type: str) -> int:
 
 def cross_saved_elements(u: Tensor, scans: int, states: int, chunk: int) -> int:
     """Elements of the states that a cross scan of ``u``, (batch, H, W, G, D), saves for its backward, ``chunk`` tokens
-    apart; on CUDA in the first slice."""
+    apart; on CUDA in the first slice, and as many in every slice as in the one that has most."""
     batch, height, width, groups, dim = u.shape
     kind = u.device.type
     if kind == "cpu":
         elements = saved_states(height, width, dim, kind, chunk) * dim
     else:
-        slices = ((p, chunk_tokens(p, states, kind)) for p in cross_slices(dim))
-        elements = sum(saved_states(height, width, p, kind, tokens) * p for p, tokens in slices)
+        slices = cross_slices(dim)
+        saved = max(saved_states(height, width, p, kind, chunk_tokens(p, states, kind)) for p in slices)
+        elements = len(slices) * padded(slices[0]) * saved
     return batch * groups * scans * states * elements
 
 

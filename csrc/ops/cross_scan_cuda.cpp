@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // cross_selective_scan on CUDA, by the kernels of the grouped scan: K scans of each of G groups are G * K groups that
 // share the images u and dy. They give K images, which one more kernel adds. Where there are more channels than a warp
-// holds, they are scanned in slices, one launch each; the sm_90 kernels take the K scans of one group in a launch.
-// Schemas and layouts: csrc/schemas.cpp.
+// holds, they are scanned in slices: one launch each, or by the sm_90 kernels one launch for all K scans and slices of
+// a group. Schemas and layouts: csrc/schemas.cpp.
 #include "cuda/images/launch.h"
 #include "cuda/scan/launch.h"
 #include "cuda/scan/sm90/launch.h"
@@ -20,9 +20,27 @@ namespace {
 
 constexpr const char* kOp = "cross_selective_scan";
 
-// Channels [first, first + dim) of every group, and the part of the saved states that is theirs.
+// Channels [first, first + dim) of every group; states are saved `chunk` tokens apart.
 struct Slice {
-    int64_t first, dim, chunk, saved, states_offset;
+    int64_t first, dim, chunk;
+};
+
+// The slices, and room for the states that they save: `saved` of each plane, of `width` channels of each slice.
+struct Slices {
+    std::vector<Slice> all;
+    int64_t width, saved = 0;
+
+    explicit Slices(const CrossSizes& s) : width(scan_slice_room(s.dim)) {
+        for (int64_t first = 0; first < s.dim; first += width) {
+            const Slice slice{first, std::min(width, s.dim - first),
+                              scan_chunk(std::min(width, s.dim - first), s.states)};
+            saved = std::max(saved, scan_saved_states(s.height, s.width, slice.dim, slice.chunk));
+            all.push_back(slice);
+        }
+    }
+    int64_t count() const { return static_cast<int64_t>(all.size()); }
+    int64_t states_of_one(const CrossSizes& s) const { return s.batch * s.groups * s.scans * saved * s.states * width; }
+    int64_t states(const CrossSizes& s) const { return count() * states_of_one(s); }
 };
 
 struct CrossInputs {
@@ -33,32 +51,13 @@ struct CrossInputs {
     int64_t chunk;
 };
 
-std::vector<Slice> slices_of(const CrossSizes& s) {
-    const int64_t width = scan_slice_width(s.dim);
-    std::vector<Slice> slices;
-    int64_t states = 0;
-    for (int64_t first = 0; first < s.dim; first += width) {
-        Slice slice{first, std::min(width, s.dim - first), 0, 0, states};
-        slice.chunk = scan_chunk(slice.dim, s.states);
-        slice.saved = scan_saved_states(s.height, s.width, slice.dim, slice.chunk);
-        states += s.batch * s.groups * s.scans * slice.saved * s.states * slice.dim;
-        slices.push_back(slice);
-    }
-    return slices;
-}
-
-int64_t saved_elements(const CrossSizes& s, const std::vector<Slice>& slices) {
-    const Slice& last = slices.back();
-    return last.states_offset + s.batch * s.groups * s.scans * last.saved * s.states * last.dim;
-}
-
 CrossSizes check_inputs(const CrossInputs& in) {
     const CrossSizes s =
         check_cross_scan(in.u, in.dt, in.A, in.B, in.C, in.D, in.dt_weight, in.dt_bias, in.directions, in.chunk);
     GM_CHECK(s.groups * s.scans <= kMaxGroups, "the CUDA cross scan takes up to ", kMaxGroups,
              " scans of all groups together, got ", s.groups, " groups in ", s.scans, " directions");
     GM_CHECK(s.dim <= INT32_MAX, "D must be below 2^31, got ", s.dim);
-    const int64_t chunk = slices_of(s)[0].chunk;
+    const int64_t chunk = Slices(s).all[0].chunk;
     GM_CHECK(in.chunk == chunk, "on CUDA chunk must be ", chunk, " for ", s.dim, " channels of ", s.states,
              " states, got ", in.chunk);
     return s;
@@ -116,7 +115,7 @@ struct Parts {
 
 // What forward and backward have in common; `in` and `param` own what `args` points to.
 template <class Args>
-void prepare(Args& args, CrossInputs& in, const CrossSizes& s, const Slice& slice, ParamHolder& param) {
+void prepare(Args& args, CrossInputs& in, const CrossSizes& s, const Slice& slice, int64_t saved, ParamHolder& param) {
     ScanShape& shape = args.shape;
     shape = {};
     shape.batch = s.batch;
@@ -136,35 +135,42 @@ void prepare(Args& args, CrossInputs& in, const CrossSizes& s, const Slice& slic
     args.A = behind(param(in.A), slice.first * s.states, size);
     args.D = behind(param(in.D), slice.first, size), args.dt_bias = behind(param(in.dt_bias), slice.first, size);
     args.dt_weight = behind(param(in.dt_weight), slice.first * s.rank, size);
-    args.chunk = static_cast<int>(slice.chunk), args.num_chunks = slice.saved;
+    args.chunk = static_cast<int>(slice.chunk), args.num_chunks = saved;
 }
 
-// The part of `args` that belongs to group `g` of G: its K scans as K groups.
+// The part of `args` that belongs to group `g` of G.
 ImageArg of_group(const ImageArg& image, int64_t g, int64_t size) {
     ImageArg own = behind(image, g * image.group, size);
     own.group = image.scan, own.scan = 0;
     return own;
 }
+// Makes the arguments of all slices, which are those of the first one so far, ones of the sm_90 kernels for group `g`:
+// its K scans of each slice as groups (sm90/launch.h).
 template <class Args>
-void take_group(Args& args, const CrossSizes& s, int64_t g, int64_t size) {
+void take_group(Args& args, const CrossSizes& s, const Slices& slices, int64_t g, int64_t size) {
     ScanShape& shape = args.shape;
-    shape.groups = static_cast<int>(s.scans), shape.scans = 1;    // their directions are those of the first K
-    shape.dim = static_cast<int>(round_up(shape.dim, kTmaUnit));  // those that do not exist are read as zeros
+    shape.groups = static_cast<int>(s.scans * slices.count()), shape.scans = static_cast<int>(s.scans);
+    shape.dim = shape.norm_dim = static_cast<int>(slices.width);
+    for (int64_t i = s.scans; i < shape.groups; ++i) {
+        const uint32_t direction = shape.directions[i % s.scans / 16] >> (2 * (i % s.scans % 16)) & 3;
+        if (i >= s.groups * s.scans) shape.directions[i / 16] |= direction << (2 * (i % 16));
+    }
     for (ImageArg* image : {&args.u, &args.dt, &args.B, &args.C}) *image = of_group(*image, g, size);
     const int64_t channels = g * s.scans * s.dim;
     args.A = behind(args.A, channels * s.states, size), args.D = behind(args.D, channels, size);
     args.dt_bias = behind(args.dt_bias, channels, size);
     args.dt_weight = behind(args.dt_weight, channels * s.rank, size);
-    if (args.states != nullptr) args.states += g * s.batch * s.scans * args.num_chunks * s.states * shape.norm_dim;
+    if (args.states != nullptr) args.states += g * s.batch * shape.groups * args.num_chunks * s.states * shape.dim;
 }
 
-// Whether the sm_90 kernels take the first slice: the widest, so that what they move of the image is theirs.
-bool moves_by_tma(const CrossSizes& s, const CrossInputs& in, const std::vector<Slice>& slices, DType dtype) {
+// Why the sm_90 kernels don't take a cross scan, or null where they do.
+const char* why_not_sm90(const CrossSizes& s, const CrossInputs& in, const Slices& slices, DType dtype) {
+    if (s.scans * slices.count() > kMaxGroups) return "there are too many channels";
     ScanShape shape{};
-    shape.dim = static_cast<int>(slices[0].dim), shape.param_dim = static_cast<int>(s.dim);
+    shape.dim = static_cast<int>(slices.all[0].dim), shape.param_dim = static_cast<int>(s.dim);
     shape.states = static_cast<int>(s.states), shape.rank = static_cast<int>(s.rank);
     shape.lanes = scan_lanes(shape.dim), shape.softplus = in.softplus;
-    return why_not_cross_scan_sm90(shape, dtype) == nullptr;
+    return why_not_cross_scan_sm90(shape, dtype);
 }
 // Replaces images that TMA can't move by copies.
 void move_by_tma(const std::vector<Tensor*>& images, const CrossSizes& s, const CudaContext& context) {
@@ -183,13 +189,13 @@ bool allows_scan_vectors(std::initializer_list<ImageArg> images, int64_t dim, in
 }
 
 // Scans group `g` by the sm_90 kernel.
-void launch_sm90(const ScanFwdArgs& all, const CrossSizes& s, int64_t g, DType dtype, const CudaContext& context,
-                 const Tensor& u) {
+void launch_sm90(const ScanFwdArgs& all, const CrossSizes& s, const Slices& slices, int64_t g, DType dtype,
+                 const CudaContext& context, const Tensor& u) {
     constexpr const char* kName = "cross_selective_scan forward";
     const int64_t size = static_cast<int64_t>(u.element_size());
     ScanFwdSm90Args args{};
     args.scan = all;
-    take_group(args.scan, s, g, size);
+    take_group(args.scan, s, slices, g, size);
     args.scan.y = of_group(all.y, g, size);
     GM_CHECK(prepare_cross_scan_fwd_sm90(dtype, args), kName, ": the driver refused a tensor map of u ",
              show(shape_of(u)));
@@ -206,14 +212,15 @@ std::tuple<Tensor, Tensor> cross_selective_scan_fwd(Tensor u, Tensor dt, Tensor 
     const CrossSizes s = check_inputs(in);
     const DType dtype = dtype_of(u);
     const CudaContext context(u);
-    const std::vector<Slice> slices = slices_of(s);
+    const Slices slices(s);
     const Tensor y = empty_image_like(u);
     const Tensor states =
-        save_states ? empty({saved_elements(s, slices)}, ScalarType::Float, u) : empty_absent(ScalarType::Float, u);
+        save_states ? empty({slices.states(s)}, ScalarType::Float, u) : empty_absent(ScalarType::Float, u);
     if (s.batch == 0 || s.tokens() == 0) return {y, states};
 
     for (Tensor* t : {&in.dt, &in.B, &in.C}) *t = canonical_image(*t);
-    const bool tma = moves_by_tma(s, in, slices, dtype);
+    const char* const why_not = why_not_sm90(s, in, slices, dtype);
+    const bool tma = why_not == nullptr;
     if (tma)
         move_by_tma({&in.u}, s, context);
     else
@@ -222,45 +229,46 @@ std::tuple<Tensor, Tensor> cross_selective_scan_fwd(Tensor u, Tensor dt, Tensor 
     const Parts parts(y, s.scans, s.dim, tma ? round_up(s.dim, kTmaUnit) : s.dim);
     Tensor carry;
     if (s.states > 1 && !save_states)
-        carry = empty({s.batch * s.groups * s.scans, 2, s.states, slices[0].dim}, ScalarType::Float, u);
+        carry = empty({s.batch * s.groups * s.scans, 2, s.states, slices.width}, ScalarType::Float, u);
     ParamHolder param;
-    for (const Slice& slice : slices) {
+    for (int64_t i = 0; i < (tma ? 1 : slices.count()); ++i) {
+        const Slice& slice = slices.all[static_cast<size_t>(i)];
         ScanFwdArgs args;
-        prepare(args, in, s, slice, param);
+        prepare(args, in, s, slice, slices.saved, param);
         args.y = behind(parts.image(), slice.first, size);
         if (save_states) {
-            args.states = static_cast<float*>(states.data_ptr()) + slice.states_offset;
+            args.states = static_cast<float*>(states.data_ptr()) + i * slices.states_of_one(s);
         } else if (s.states > 1) {
             args.carry = static_cast<float*>(carry.data_ptr());
         }
-        const char* const why_not_sm90 = why_not_cross_scan_sm90(args.shape, dtype);
-        if (why_not_sm90 == nullptr) {
+        if (tma) {
             note(kOp, " forward: the sm_90 kernel");
-            for (int64_t g = 0; g < s.groups; ++g) launch_sm90(args, s, g, dtype, context, u);
-            continue;
+            for (int64_t g = 0; g < s.groups; ++g) launch_sm90(args, s, slices, g, dtype, context, u);
+            break;
         }
         args.shape.aligned = allows_scan_vectors({args.u, args.y}, slice.dim, size) &&
                              (s.rank > 0 || allows_scan_vectors({args.dt}, slice.dim, size));
-        check_cuda(launch_scan_fwd(args, dtype, context.stream(), kOp, why_not_sm90), "cross_selective_scan forward");
+        check_cuda(launch_scan_fwd(args, dtype, context.stream(), kOp, why_not), "cross_selective_scan forward");
     }
     parts.add_up(dtype, context);
     return {y, states};
 }
 
-// Scans group `g` back by the sm_90 kernel; its sums for the parameters are (batch, parts, K, rows, D).
+// Scans group `g` back by the sm_90 kernel; its sums for the parameters are (batch, parts, slices, K, rows, D).
 struct Partials {
     Tensor partials;
     int parts;
 };
-Partials launch_sm90(const ScanBwdArgs& all, const CrossSizes& s, int64_t g, DType dtype, const CudaContext& context,
-                     const Tensor& u) {
+Partials launch_sm90(const ScanBwdArgs& all, const CrossSizes& s, const Slices& slices, int64_t g, DType dtype,
+                     const CudaContext& context, const Tensor& u, const std::vector<int64_t>& slices_apart) {
     constexpr const char* kName = "cross_selective_scan backward";
     const int64_t size = static_cast<int64_t>(u.element_size());
     ScanBwdSm90Args args{};
     args.scan = all;
-    take_group(args.scan, s, g, size);
+    take_group(args.scan, s, slices, g, size);
     for (ImageArg* image : {&args.scan.dy, &args.scan.du, &args.scan.ddt, &args.scan.dB, &args.scan.dC})
         *image = of_group(*image, g, size);
+    args.scan.ddt.scan = slices_apart[0], args.scan.dB.scan = slices_apart[1], args.scan.dC.scan = slices_apart[2];
     GM_CHECK(prepare_cross_scan_bwd_sm90(dtype, args), kName, ": the driver refused a tensor map of u ",
              show(shape_of(u)));
     check_cuda(share_cross_scan_bwd_sm90(args, dtype), kName);
@@ -268,7 +276,7 @@ Partials launch_sm90(const ScanBwdArgs& all, const CrossSizes& s, int64_t g, DTy
     const ScanShape& shape = args.scan.shape;
     const int parts = args.plan.blocks_per_plane;
     const int64_t rows = shape.states + kFixedRows + shape.rank;
-    const Tensor partials = empty({s.batch, parts, s.scans, rows, shape.norm_dim}, ScalarType::Float, u);
+    const Tensor partials = empty({s.batch, parts, shape.groups, rows, shape.dim}, ScalarType::Float, u);
     args.scan.partials = static_cast<float*>(partials.data_ptr());
     check_cuda(launch_cross_scan_bwd_sm90(args, dtype, context.stream()), kName);
     return {partials, parts};
@@ -279,9 +287,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross
     Tensor states, std::vector<int64_t> directions, bool softplus, int64_t chunk) {
     CrossInputs in{u, dt, A, B, C, D, dt_weight, dt_bias, directions, softplus, chunk};
     const CrossSizes s = check_inputs(in);
-    const std::vector<Slice> slices = slices_of(s);
+    const Slices slices(s);
     check_image(dy, "dy", shape_of(u), u);
-    check_states(states, {saved_elements(s, slices)}, u);
+    check_states(states, {slices.states(s)}, u);
     const DType dtype = dtype_of(u);
     const CudaContext context(u);
 
@@ -296,23 +304,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross
     }
 
     for (Tensor* t : {&in.dt, &in.B, &in.C}) *t = canonical_image(*t);
-    const bool tma = moves_by_tma(s, in, slices, dtype);
+    const char* const why_not = why_not_sm90(s, in, slices, dtype);
+    const bool tma = why_not == nullptr;
     if (tma)
         move_by_tma({&in.u, &dy}, s, context);
     else
         in.u = canonical_image(in.u), dy = canonical_image(dy);
     const int64_t size = static_cast<int64_t>(u.element_size()), all = s.groups * s.scans;
-    const int64_t count = static_cast<int64_t>(slices.size());
+    const int64_t count = slices.count();
     const Parts du_parts(du, s.scans, s.dim, tma ? round_up(s.dim, kTmaUnit) : s.dim);
     const Parts dB_parts(dB, count), dC_parts(dC, count);
     const Parts ddt_parts(ddt, s.rank > 0 ? count : 1);
     Tensor carry;
-    if (s.states > 1) carry = empty({s.batch * all, 2, s.states, slices[0].dim}, ScalarType::Float, u);
+    if (s.states > 1) carry = empty({s.batch * all, 2, s.states, slices.width}, ScalarType::Float, u);
     ParamHolder param;
-    for (int64_t i = 0; i < count; ++i) {
-        const Slice& slice = slices[static_cast<size_t>(i)];
+    for (int64_t i = 0; i < (tma ? 1 : count); ++i) {
+        const Slice& slice = slices.all[static_cast<size_t>(i)];
         ScanBwdArgs args;
-        prepare(args, in, s, slice, param);
+        prepare(args, in, s, slice, slices.saved, param);
         args.dy = behind(image_arg(dy), slice.first, size);
         args.du = behind(du_parts.image(), slice.first, size);
         const auto of_slice = [&](const Tensor& t, const Parts& parts) {
@@ -322,16 +331,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross
         };
         args.ddt = s.rank > 0 ? of_slice(ddt, ddt_parts) : behind(scans_arg(ddt), slice.first, size);
         args.dB = of_slice(dB, dB_parts), args.dC = of_slice(dC, dC_parts);
-        args.states = static_cast<const float*>(states.data_ptr()) + slice.states_offset;
+        args.states = static_cast<const float*>(states.data_ptr()) + i * slices.states_of_one(s);
         if (s.states > 1) args.carry = static_cast<float*>(carry.data_ptr());
-        // Adds up the parameters' gradients of `groups` groups of scans from `first` on.
-        const auto reduce = [&](const Tensor& partials, int parts, int state_parts, int64_t first, int64_t groups) {
+        // Adds up the parameters' gradients of the scans from `first` on, `scans` of them, in `groups` groups: those of
+        // the first `dim` channels, then those of the next.
+        const auto reduce = [&](const Tensor& partials, int parts, int state_parts, int64_t first, int64_t groups,
+                                int64_t scans, int64_t dim) {
             const int64_t channels = first * s.dim + slice.first;
             ScanReduceArgs sums;
             sums.partials = static_cast<const float*>(partials.data_ptr());
             sums.batch = s.batch, sums.parts = parts, sums.state_parts = state_parts;
-            sums.groups = static_cast<int>(groups);
-            sums.dim = static_cast<int>(slice.dim), sums.param_dim = static_cast<int>(s.dim);
+            sums.groups = static_cast<int>(groups), sums.scans = static_cast<int>(scans);
+            sums.dim = static_cast<int>(dim), sums.param_dim = static_cast<int>(s.dim);
             sums.states = args.shape.states, sums.rank = args.shape.rank;
             sums.dA = behind(param_out(dA, A), channels * s.states, size);
             sums.dD = behind(param_out(dD, D), channels, size);
@@ -339,23 +350,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross
             sums.ddt_weight = behind(param_out(ddt_weight, dt_weight), channels * s.rank, size);
             check_cuda(launch_scan_reduce(sums, dtype, context.stream()), "cross_selective_scan parameter sums");
         };
-        const char* const why_not_sm90 = why_not_cross_scan_sm90(args.shape, dtype);
-        if (why_not_sm90 == nullptr) {
+        if (tma) {
             note(kOp, " backward: the sm_90 kernel");
+            const std::vector<int64_t> apart{ddt_parts.stride(), dB_parts.stride(), dC_parts.stride()};
             for (int64_t g = 0; g < s.groups; ++g) {
-                const Partials found = launch_sm90(args, s, g, dtype, context, u);
-                reduce(found.partials, found.parts, found.parts, g * s.scans, s.scans);
+                const Partials found = launch_sm90(args, s, slices, g, dtype, context, u, apart);
+                reduce(found.partials, found.parts, found.parts, g * s.scans, s.scans * count, s.scans, slices.width);
             }
-            continue;
+            break;
         }
         args.shape.aligned = allows_scan_vectors({args.u, args.dy, args.du}, slice.dim, size) &&
                              (s.rank > 0 || allows_scan_vectors({args.dt, args.ddt}, slice.dim, size));
-        const ScanBwdKernel kernel(args.shape, static_cast<int>(size), kOp, why_not_sm90);
+        const ScanBwdKernel kernel(args.shape, static_cast<int>(size), kOp, why_not);
         const int64_t rows = s.states + kFixedRows + s.rank;
         const Tensor partials = empty({s.batch, kernel.parts, all, rows, slice.dim}, ScalarType::Float, u);
         args.partials = static_cast<float*>(partials.data_ptr());
         check_cuda(kernel.launch(args, dtype, context.stream()), "cross_selective_scan backward");
-        reduce(partials, kernel.parts, kernel.state_parts, 0, all);
+        reduce(partials, kernel.parts, kernel.state_parts, 0, all, all, slice.dim);
     }
     for (const Parts* parts : {&du_parts, &ddt_parts, &dB_parts, &dC_parts}) parts->add_up(dtype, context);
     return {du, ddt, dA, dB, dC, dD, ddt_weight, ddt_bias};

@@ -37,7 +37,7 @@ SM90 = [  # whole columns, ragged ones and runs of them; whole widths, narrow on
 
 CROSS = [  # without and with products for the steps, of one to four tiles of features; channels that no lane has
     (16, 1, 9, 11), (32, 2, 14, 16), (64, 4, 28, 9), (88, 6, 9, 17), (72, 7, 14, 14), (112, 28, 7, 7),
-    (120, 22, 14, 14), (128, 30, 3, 40), (128, 8, 29, 5), (104, 9, 1, 1),
+    (120, 22, 14, 14), (128, 30, 3, 40), (128, 8, 29, 5), (104, 9, 1, 1), (136, 9, 7, 8), (160, 4, 9, 11),
 ]  # fmt: skip
 
 MANY_STATES = [  # 2, 4 or 8 states of a thread, 2 to 16 threads of a channel; one tile and several

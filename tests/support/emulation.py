@@ -13,9 +13,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(__file__).resolve().parent / "emulation"
-SOURCES = (  # of csrc/cuda/scan/
+SOURCES = (  # of csrc/cuda/scan/, and what adds up images
     "fwd.cu", "bwd.cu", "reduce.cu", "many_states/fwd.cu", "many_states/bwd.cu", "many_states/select.cpp",
     "sm90/fwd.cu", "sm90/bwd.cu", "sm90/cross_fwd.cu", "sm90/cross_bwd.cu", "sm90/tma_maps.cpp",
+    "../images/images.cu",
 )  # fmt: skip
 DYNAMIC_SHARED = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+?) (\w+)\[\];")
 IMAGES = ("u", "dt", "B", "C", "z")

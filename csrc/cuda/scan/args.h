@@ -14,7 +14,8 @@ constexpr int kMaxGroups = 4096;  // two bits each in the kernel's parameters
 struct ScanShape {
     int64_t batch;
     int height, width, groups, dim, states, rank;  // rank 0: dt holds the step itself
-    int scans;      // scans of each group of the images, one after another; the kernel's groups are these
+    int scans;  // scans of each group of the images, one after another; the kernel's groups are these, on sm_90 once
+                // for each slice of the channels
     int param_dim;  // channels between the parameters of two groups: dim; more in a slice of channels, fewer where dim
                     // is padded
     int norm_dim;   // channels that LayerNorm counts: D, or fewer where the others are padding
@@ -54,6 +55,7 @@ struct ScanReduceArgs {
     const float* partials = nullptr;  // (batch, parts, G, rows, D), see ScanPartialRow
     int64_t batch = 0;
     int parts = 0, groups = 0, dim = 0, param_dim = 0, states = 0, rank = 0;
+    int scans = 0;        // 0, or groups are so many scans of the first `dim` channels, then those of the next
     int state_parts = 0;  // those that hold sums for A: the first ones
     ParamArg norm_weight, norm_bias, gate;
     ParamOut dA, dD, ddt_bias, ddt_weight, dnorm_weight, dnorm_bias, dgate;

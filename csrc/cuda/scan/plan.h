@@ -98,6 +98,8 @@ inline int64_t scan_slice_width(int64_t dim) {
     const int64_t count = (dim + kMaxScanDim - 1) / kMaxScanDim;
     return count == 1 ? dim : ((dim + count - 1) / count + kTmaUnit - 1) / kTmaUnit * kTmaUnit;
 }
+// Those that a slice has room for: the same, but of one slice that is no multiple of kTmaUnit.
+inline int64_t scan_slice_room(int64_t dim) { return (scan_slice_width(dim) + kTmaUnit - 1) / kTmaUnit * kTmaUnit; }
 
 // Rows of the backward's partial sums for one (batch, part, group), D floats each: A[N], skip, step bias, sum of the
 // gated gradient times the norm's output, sum of the gated gradient, dt_weight[R].

@@ -25,8 +25,9 @@ __global__ void __launch_bounds__(kReduceColumns* kRowThreads)
     const int d = blockIdx.x % column_blocks * kReduceColumns + threadIdx.x;
     const int row = blockIdx.x / column_blocks % rows;
     const int group = blockIdx.x / column_blocks / rows;
-    const bool in = d < args.dim;
-    const int64_t channel = static_cast<int64_t>(group) * args.param_dim + d;
+    const int scans = args.scans > 0 ? args.scans : args.groups, first = group / scans * args.dim;
+    const bool in = d < args.dim && first + d < args.param_dim;
+    const int64_t channel = static_cast<int64_t>(group % scans) * args.param_dim + first + d;
     const int64_t row_stride = static_cast<int64_t>(args.groups) * rows * args.dim;  // to the next (batch, part)
     const float* column = args.partials + (static_cast<int64_t>(group) * rows + row) * args.dim + d;
 

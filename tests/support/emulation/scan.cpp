@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernels of csrc/cuda/scan/ on the CPU, for emulation.py: what the op entries of csrc/ops/ do, without torch.
+#include <algorithm>
 #include <vector>
 
 #include "cuda/common/ptx/tma.cuh"
 #include "cuda/common/tensor_map.h"
+#include "cuda/images/launch.h"
 #include "cuda/scan/launch.h"
 #include "cuda/scan/many_states/launch.h"
 #include "cuda/scan/plan.h"
@@ -64,8 +66,22 @@ std::vector<float> carry_of(const ScanShape& s) {
     return std::vector<float>(s.states > 1 ? 2 * s.batch * s.groups * s.states * s.dim : 0);
 }
 
-const char* forward(Kernel kernel, const ScanShape& s, DType dtype, const ImageArg* images, const ParamArg* parameters,
+// A cross scan: its scans of the first slice of channels, then those of the next (sm90/launch.h).
+int64_t cut_into_slices(ScanShape& s) {
+    const int64_t width = scan_slice_room(s.dim), slices = (s.dim + width - 1) / width;
+    s.scans = s.groups, s.groups *= static_cast<int>(slices);
+    s.dim = s.norm_dim = static_cast<int>(width);
+    for (int g = s.scans; g < s.groups; ++g) {
+        const uint32_t direction = s.directions[g % s.scans / 16] >> (2 * (g % s.scans % 16)) & 3;
+        s.directions[g / 16] |= direction << (2 * (g % 16));
+    }
+    s.lanes = scan_lanes(s.dim);
+    return slices;
+}
+
+const char* forward(Kernel kernel, ScanShape s, DType dtype, const ImageArg* images, const ParamArg* parameters,
                     float* states) {
+    if (kernel == kCrossSm90) cut_into_slices(s);
     ScanFwdArgs args;
     set_inputs(args, s, images, parameters);
     args.y = images[5], args.states = states;
@@ -90,8 +106,9 @@ const char* forward(Kernel kernel, const ScanShape& s, DType dtype, const ImageA
     return done == cudaSuccess ? nullptr : "not launched";
 }
 
-const char* backward(Kernel kernel, const ScanShape& s, DType dtype, const ImageArg* images, const ParamArg* parameters,
+const char* backward(Kernel kernel, ScanShape s, DType dtype, const ImageArg* images, const ParamArg* parameters,
                      const float* states, const ImageArg* gradients, const ParamOut* parameter_gradients) {
+    const int64_t slices = kernel == kCrossSm90 ? cut_into_slices(s) : 1;
     ScanBwdArgs args;
     set_inputs(args, s, images, parameters);
     args.dy = images[5], args.states = states;
@@ -99,9 +116,17 @@ const char* backward(Kernel kernel, const ScanShape& s, DType dtype, const Image
     args.dz = gradients[4];
     std::vector<float> carry = carry_of(s);
     if (s.states > 1) args.carry = carry.data();
+    // Each slice's gradients of features, which are added up.
+    std::vector<uint16_t> parts[3];
+    const int64_t scan_tokens = s.batch * tokens_of(s) * s.scans, elements[3] = {scan_tokens * s.rank, scan_tokens, scan_tokens};
+    ImageArg* const features[3] = {&args.ddt, &args.dB, &args.dC};
+    for (int i = 0; i < 3 && slices > 1; ++i) {
+        parts[i].assign(elements[i] * slices, 0xffff);
+        features[i]->ptr = parts[i].data(), features[i]->scan = elements[i];
+    }
     std::vector<float> partials;
     const auto partials_of = [&](int parts) {
-        partials.assign(s.batch * parts * s.groups * (s.states + kFixedRows + s.rank) * s.param_dim, NAN);
+        partials.assign(s.batch * parts * s.groups * (s.states + kFixedRows + s.rank) * std::max(s.dim, s.param_dim), NAN);
         return partials.data();
     };
     ScanReduceArgs sums;
@@ -131,7 +156,12 @@ const char* backward(Kernel kernel, const ScanShape& s, DType dtype, const Image
         if (launch_grouped_scan_bwd(args, dtype, nullptr) != cudaSuccess) return "not launched";
     }
     sums.partials = partials.data(), sums.batch = s.batch, sums.groups = s.groups;
-    sums.dim = sums.param_dim = s.param_dim, sums.states = s.states, sums.rank = s.rank;
+    sums.dim = kernel == kCrossSm90 ? s.dim : s.param_dim, sums.param_dim = s.param_dim, sums.scans = kernel == kCrossSm90 ? s.scans : 0;
+    for (int i = 0; i < 3 && slices > 1; ++i) {
+        const SumImagesArgs of_slices{parts[i].data(), gradients[i + 1].ptr, elements[i], elements[i], static_cast<int>(slices)};
+        if (launch_sum_images(of_slices, dtype, nullptr) != cudaSuccess) return "slices not added up";
+    }
+    sums.states = s.states, sums.rank = s.rank;
     sums.norm_weight = args.norm_weight, sums.norm_bias = args.norm_bias, sums.gate = args.gate;
     ParamOut* const places[kParameters] = {&sums.dA,           &sums.dD,         &sums.ddt_weight, &sums.ddt_bias,
                                            &sums.dnorm_weight, &sums.dnorm_bias, &sums.dgate};
@@ -144,9 +174,11 @@ const char* backward(Kernel kernel, const ScanShape& s, DType dtype, const Image
 
 // States that a forward saves for a backward, in floats.
 extern "C" int64_t emulated_scan_states(const gm::Sizes* sizes) {
-    const int64_t chunk = gm::scan_chunk(sizes->dim, sizes->states);
-    return sizes->batch * sizes->groups * sizes->states * sizes->param_dim *
-           gm::scan_saved_states(sizes->height, sizes->width, sizes->dim, chunk);
+    // Of a cross scan that of its slices, which are as many channels or more.
+    const int64_t width = gm::scan_slice_room(sizes->dim);
+    const int64_t dim = sizes->dim <= gm::kMaxScanDim ? sizes->dim : width, chunk = gm::scan_chunk(dim, sizes->states);
+    return sizes->batch * sizes->groups * sizes->states * ((sizes->dim + width - 1) / width * width) *
+           gm::scan_saved_states(sizes->height, sizes->width, dim, chunk);
 }
 
 // Null, or what went wrong. Images are u, dt, B, C, z and y (backward: dy); parameters and their gradients A, D,

@@ -10,6 +10,7 @@
 #include "cuda/scan/sm90/look_back.cuh"
 #include "cuda/scan/sm90/phases/bwd_phases.cuh"
 #include "cuda/scan/sm90/phases/chunk_scan.cuh"
+#include "cuda/scan/sm90/product_features.cuh"
 
 namespace gm {
 
@@ -59,7 +60,7 @@ __global__ void __launch_bounds__(Block::kThreads, kBwdResident)
     }
     const bool ragged = is_ragged<Block>(s, plan, scheduler);
     const FeatureImages images{args.scan.B, args.scan.C, args.scan.dt};
-    StepFeatures<T, Block> fetcher(s, plan, scheduler);
+    auto fetcher = features_of<T, Block>(s, plan, scheduler, shared + layout.places());
     pipeline.clear();
     pdl_wait();
     pipeline.fill(fetcher, images, table, now, next, total);
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(Block::kThreads, kBwdResident)
             const float4 bias4 = make_float4(bias[0], bias[1], bias[2], bias[3]);
             if constexpr (Block::kProducts) {
                 multiply_steps<T, Block, StepGradientProducts<Block>::kStageRows>(
-                    place.features, thread.feature_step, s, table + kWeight * Block::kWidth, bias4,
+                    place.features, thread.feature_step, s, table + kProductWeight * Block::kWidth, bias4,
                     [&](int i) { return products.row(tid / 32, i); }, steps);
             } else {
                 load_steps_sm90<T, Block>(
@@ -113,7 +114,8 @@ __global__ void __launch_bounds__(Block::kThreads, kBwdResident)
         }
         if (scheduler.enters(plan, now) && tid < 3) {
             const ImageArg& image = tid == 0 ? args.scan.dB : tid == 1 ? args.scan.dC : args.scan.ddt;
-            gradient_planes[tid] = plane_of<T>(image, now.batch, scheduler.group);
+            gradient_planes[tid] = plane_of<T>(image, now.batch, scheduler.own_group());
+            if constexpr (Block::kBare) gradient_planes[tid] += scheduler.slice * image.scan;
         }
         scan_chunks<Block, false>(
             aggregates, aggregates + Block::kAggregates, saved, [](float, float) { return false; },
@@ -174,7 +176,7 @@ __global__ void __launch_bounds__(Block::kThreads, kBwdResident)
             const auto write = [&](int k, int feature, float sum) {
                 if (!chunk.idle) place.gradients[k * thread.feature_step + 2 + feature] = sum;
             };
-            products.of_features(s, steps, table + kWeight * Block::kWidth, write);
+            products.of_features(s, steps, table + kProductWeight * Block::kWidth, write);
         } else {
             thread.step_gradients(place, steps);
         }

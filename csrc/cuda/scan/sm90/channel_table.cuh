@@ -9,9 +9,18 @@
 namespace gm {
 
 // Rows of the table, kWidth floats each. The gate is folded into the norm's scale and shift, which are kept for two
-// images; a bare scan has none of these. Row kWeight + r is dt_weight of step feature r; the number of such rows is
-// even. Where steps are matrix products, these rows together hold the weights in another order (step_products.cuh).
-enum TableRow { kBias, kSkip, kA, kCounted, kScale, kShift = kScale + 2, kWeight = kShift + 2 };
+// images. Row kWeight + r is dt_weight of step feature r; the number of such rows is even. Where steps are matrix
+// products, the weights come at once behind kA, in another order (step_products.cuh).
+enum TableRow {
+    kBias,
+    kSkip,
+    kA,
+    kCounted,
+    kScale,
+    kShift = kScale + 2,
+    kWeight = kShift + 2,
+    kProductWeight = kCounted
+};
 
 template <class Block>
 __host__ __device__ int weight_rows(const ScanShape& s) {
@@ -20,7 +29,7 @@ __host__ __device__ int weight_rows(const ScanShape& s) {
 }
 template <class Block>
 __host__ __device__ int table_rows(const ScanShape& s) {
-    return kWeight + weight_rows<Block>(s);
+    return (Block::kProducts ? kProductWeight : kWeight) + weight_rows<Block>(s);
 }
 
 // Where the weight of step feature r for channel c stands among the weights of matrix products: in the order of their
@@ -70,10 +79,10 @@ __device__ __forceinline__ void put_rows(const Args& args, float* table, int bat
                   kLoads = (kMost + kRows - 1) / kRows;
     const ScanShape& s = args.shape;
     const int c = threadIdx.x % Block::kWidth, first = threadIdx.x / Block::kWidth;
-    const int dim = Block::real_dim(s);
+    const int dim = Block::channels(s, group);
     const bool in = first < kRows && c < dim;
-    const int64_t group_begin = static_cast<int64_t>(group) * Block::param_dim(s), channel = group_begin + c;
-    const int64_t weights = (group_begin + min(c, s.norm_dim - 1)) * s.rank;
+    const int64_t group_begin = Block::first_param(s, group), channel = group_begin + c;
+    const int64_t weights = (group_begin + min(c, (Block::kBare ? dim : s.norm_dim) - 1)) * s.rank;
     const auto bits_of = [&](const ParamArg& p, bool wanted, int64_t i) {
         return wanted && p.ptr != nullptr ? load_param_bits(p, i) : 0u;
     };
@@ -96,19 +105,21 @@ __device__ __forceinline__ void put_rows(const Args& args, float* table, int bat
         if (r < weight_rows<Block>(s)) {
             const float value = param_of<T>(args.dt_weight, weight[i]) * kLog2e;
             if constexpr (Block::kProducts)
-                table[kWeight * Block::kWidth + product_weight(c, r)] = to_tf32(value);
+                table[kProductWeight * Block::kWidth + product_weight(c, r)] = to_tf32(value);
             else
                 table[(kWeight + r) * Block::kWidth + c] = value;
         }
     }
     if (first != 0) return;
-    const float open = args.gate.ptr != nullptr ? param_of<T>(args.gate, gate) : 1.f;
-    table[kScale * Block::kWidth + c] = open * param_of<T>(args.norm_weight, norm_weight);
-    table[kShift * Block::kWidth + c] = open * param_of<T>(args.norm_bias, norm_bias);
+    if constexpr (!Block::kProducts) {
+        const float open = args.gate.ptr != nullptr ? param_of<T>(args.gate, gate) : 1.f;
+        table[kScale * Block::kWidth + c] = open * param_of<T>(args.norm_weight, norm_weight);
+        table[kShift * Block::kWidth + c] = open * param_of<T>(args.norm_bias, norm_bias);
+    }
     table[kBias * Block::kWidth + c] = in ? param_of<T>(args.dt_bias, bias) * kLog2e : -1e30f;
     table[kSkip * Block::kWidth + c] = param_of<T>(args.D, skip);
     table[kA * Block::kWidth + c] = param_of<T>(args.A, A);
-    table[kCounted * Block::kWidth + c] = c < s.norm_dim ? 1.f : 0.f;
+    if constexpr (!Block::kProducts) table[kCounted * Block::kWidth + c] = c < s.norm_dim ? 1.f : 0.f;
 }
 
 // The rows of the table, for the four channels of a thread.

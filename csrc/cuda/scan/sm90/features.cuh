@@ -25,6 +25,7 @@ __device__ __forceinline__ T* plane_of(const ImageArg& image, int batch, int gro
 template <class T, class Block>
 struct StepFeatures {
     // Where threads share the features of a token, a thread has the image of its own first feature, and dt.
+    using Value = T;
     static constexpr int kImages = Block::kSharers == 1 ? 3 : 2;
     T fetched[Block::kFetchTokens][Block::kFetch];
     // For each token of this thread: its row-major distance from the first token of the tile, and the bound below
@@ -83,9 +84,10 @@ struct StepFeatures {
         const int first = Block::kSharers == 1 ? 0 : min(sharer(), 2);
         const uint32_t own_stride = static_cast<uint32_t>(images[first].token);
         if (scheduler.enters(plan, at)) {
-            plane[0] = plane_of<const T>(images[first], at.batch, scheduler.group) + (first == 2 ? sharer() - 2 : 0);
-            if (Block::kSharers == 1) plane[1] = plane_of<const T>(images.C, at.batch, scheduler.group);
-            plane[kImages - 1] = plane_of<const T>(images.dt, at.batch, scheduler.group) + sharer() - 2;
+            plane[0] =
+                plane_of<const T>(images[first], at.batch, scheduler.own_group()) + (first == 2 ? sharer() - 2 : 0);
+            if (Block::kSharers == 1) plane[1] = plane_of<const T>(images.C, at.batch, scheduler.own_group());
+            plane[kImages - 1] = plane_of<const T>(images.dt, at.batch, scheduler.own_group()) + sharer() - 2;
         }
 #pragma unroll
         for (int i = 0; i < Block::kFetchTokens; ++i) {

@@ -10,6 +10,7 @@
 #include "cuda/scan/sm90/look_back.cuh"
 #include "cuda/scan/sm90/phases/chunk_scan.cuh"
 #include "cuda/scan/sm90/phases/fwd_phases.cuh"
+#include "cuda/scan/sm90/product_features.cuh"
 #include "cuda/scan/sm90/step_products.cuh"
 
 namespace gm {
@@ -58,7 +59,7 @@ __global__ void __launch_bounds__(Block::kThreads, kFwdResident<Block>)
     const TileChunk<Block> chunk(s, plan, scheduler);
     const bool ragged = is_ragged<Block>(s, plan, scheduler);
     const FeatureImages images{args.scan.B, args.scan.C, args.scan.dt};
-    StepFeatures<T, Block> fetcher(s, plan, scheduler);
+    auto fetcher = features_of<T, Block>(s, plan, scheduler, shared + layout.places());
     pipeline.clear();
     pdl_wait();
     pipeline.fill(fetcher, images, table, now, next, total);
@@ -81,13 +82,16 @@ __global__ void __launch_bounds__(Block::kThreads, kFwdResident<Block>)
         // Phase 1: the steps, and the aggregate of each chunk from a state of 0.
         pipeline.wait(n, kU);
         if constexpr (Block::kProducts) {
-            // The steps go through the places of the chunk's aggregates, which are free until then.
+            // The steps go through what is free until then: the place of the result, two rows a warp, and those of the
+            // chunk's aggregates.
+            float4* const result =
+                reinterpret_cast<float4*>(shared + (stage * 2 + 1) * layout.tile_bytes) + tid / 32 * 64;
             const int own = Block::aggregate(chunk.order);
-            const auto stage = [&](int i) {
-                return reinterpret_cast<float4*>((i == 0 ? aggregate_P : aggregate_h) + own);
+            const auto row = [&](int i) {
+                return i < 2 ? result + i * 32 : reinterpret_cast<float4*>((i == 2 ? aggregate_P : aggregate_h) + own);
             };
-            multiply_steps<T, Block, 2>(features, feature_step, s, table + kWeight * Block::kWidth, thread.rows[kBias],
-                                        stage, decayed_C);
+            multiply_steps<T, Block, 4>(features, feature_step, s, table + kProductWeight * Block::kWidth,
+                                        thread.rows[kBias], row, decayed_C);
             __syncwarp();
         } else {
             load_steps_sm90<T, Block>(

@@ -21,8 +21,10 @@ cudaError_t share_grouped_scan_bwd_sm90(ScanBwdSm90Args& args, DType dtype);
 cudaError_t launch_grouped_scan_fwd_sm90(const ScanFwdSm90Args& args, DType dtype, cudaStream_t stream);
 cudaError_t launch_grouped_scan_bwd_sm90(const ScanBwdSm90Args& args, DType dtype, cudaStream_t stream);
 
-// The same for the scans of one group of a cross scan, without z, norm and gates: `args.scan.shape` has a group for
-// each scan, all of which read u and dy, whose stride from group to group is 0.
+// The same for the scans of one group of a cross scan, without z, norm and gates. `args.scan.shape` has `scans` of them
+// for each slice of `dim` channels, of `param_dim` in all, as its groups: the scans of the first slice, then those of
+// the next. All read u and dy; each scan has its own y, du and features, and each slice its own gradients of features,
+// which are ImageArg::scan elements apart.
 bool prepare_cross_scan_fwd_sm90(DType dtype, ScanFwdSm90Args& args);
 bool prepare_cross_scan_bwd_sm90(DType dtype, ScanBwdSm90Args& args);
 cudaError_t share_cross_scan_fwd_sm90(ScanFwdSm90Args& args, DType dtype);

@@ -144,9 +144,9 @@ struct TileMapKind {
     int row_boxes;     // boxes of a tile along rows: 2 where one box would have too many tokens
 };
 
-// Tensor maps of an image of `groups` groups of `channels` channels, `shape.dim` or fewer: map[0] moves a tile along
-// rows, map[1] one along columns. False where TMA can't move it: an address or a stride that is not a multiple of 16
-// bytes, or a driver that refuses.
+// Tensor maps of an image of `groups` groups of `channels` channels: `shape.dim`, or fewer where they are padded, or
+// more where a tile has a slice of them. map[0] moves a tile along rows, map[1] one along columns. False where TMA
+// can't move it: an address or a stride that is not a multiple of 16 bytes, or a driver that refuses.
 bool make_tile_maps(const ImageArg& image, int groups, int channels, const ScanShape& shape, const TilePlan& plan,
                     DType dtype, CUtensorMap (&map)[2], TileMapKind& kind);
 

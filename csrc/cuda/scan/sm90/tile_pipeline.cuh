@@ -74,9 +74,10 @@ struct TilePipeline {
     __device__ __forceinline__ void store(int n, const TileCursor& at, int input, const CUtensorMap* maps,
                                           const TileMapKind& kind) const {
         const uint32_t from = place(n % kSm90Stages, input);
-        scheduler.boxes(args.scan.shape, args.plan, at, scheduler.group, kind, [&](const Coordinates& c, int offset) {
-            tma_store(from + offset, maps + static_cast<int>(scheduler.columns), c);
-        });
+        scheduler.boxes(args.scan.shape, args.plan, at, scheduler.own_group(), kind,
+                        [&](const Coordinates& c, int offset) {
+                            tma_store(from + offset, maps + static_cast<int>(scheduler.columns), c);
+                        });
         tma_commit();
     }
 
@@ -91,24 +92,25 @@ struct TilePipeline {
     }
     // Fills shared memory for the first tile, but for what TMA loads: the table of channels and the features. Requests
     // the features of the second tile. pdl_wait comes before; a barrier must follow.
-    template <class T>
-    __device__ __forceinline__ void fill(StepFeatures<T, Block>& fetcher, const FeatureImages& images, float* table,
+    template <class Features>
+    __device__ __forceinline__ void fill(Features& fetcher, const FeatureImages& images, float* table,
                                          const TileCursor& now, const TileCursor& next, int total) const {
         const ScanShape& s = args.scan.shape;
+        if constexpr (Block::kProducts) __syncthreads();  // the fetcher has written the places of the tokens
         fetcher.fetch(s, args.plan, scheduler, now, images);
-        put_rows<T, Block>(args.scan, table, now.batch, scheduler.group);
+        put_rows<typename Features::Value, Block>(args.scan, table, now.batch, scheduler.group);
         __syncthreads();
         fetcher.keep(s, args.plan, scheduler, now, features(0));
         if (total > 1) fetcher.fetch(s, args.plan, scheduler, next, images);
     }
     // Writes what the threads know of tile n + 1: its features and, where a new image begins, the rows of the table
     // that hold its gate. `image` is the parity of the current image.
-    template <class T>
-    __device__ __forceinline__ void keep_next(const StepFeatures<T, Block>& fetcher, float* table, int n,
-                                              const TileCursor& now, const TileCursor& next, int image) const {
+    template <class Features>
+    __device__ __forceinline__ void keep_next(const Features& fetcher, float* table, int n, const TileCursor& now,
+                                              const TileCursor& next, int image) const {
         fetcher.keep(args.scan.shape, args.plan, scheduler, next, features(n + 1));
         if (!Block::kBare && next.batch != now.batch)
-            put_gated_rows<T, Block>(args.scan, table, image ^ 1, next.batch, scheduler.group);
+            put_gated_rows<typename Features::Value, Block>(args.scan, table, image ^ 1, next.batch, scheduler.group);
     }
 };
 

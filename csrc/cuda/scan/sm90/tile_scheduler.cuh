@@ -58,12 +58,23 @@ struct Sm90Block {
 
     __device__ static int aggregate(int chunk) { return chunk * kWidth + chunk / kLaneChunks * kPad; }
     __host__ __device__ static int dim(const ScanShape& s) { return kWhole ? kWidth : s.dim; }
-    // Channels that exist: fewer than dim() where they are padded. Saved states have these alone, and so have
-    // parameters, whose groups are param_dim() channels apart: further where a bare scan takes a slice of the channels.
+    // Channels of saved states and of partial sums: those that exist, fewer than dim() where they are padded; those of
+    // a slice where a bare scan takes the channels in slices.
     __host__ __device__ static int real_dim(const ScanShape& s) {
-        return kWhole ? kWidth : kBare ? s.norm_dim : s.param_dim;
+        return kWhole ? kWidth : kBare ? s.dim : s.param_dim;
     }
-    __host__ __device__ static int param_dim(const ScanShape& s) { return kBare ? s.param_dim : real_dim(s); }
+    // The first channel of a group among its scan's, and the number of those that exist from there on.
+    __host__ __device__ static int first_channel(const ScanShape& s, int group) {
+        return kBare ? group / s.scans * s.dim : 0;
+    }
+    __host__ __device__ static int channels(const ScanShape& s, int group) {
+        return kBare ? min(s.dim, s.param_dim - first_channel(s, group)) : real_dim(s);
+    }
+    // The place of its first channel among the parameters.
+    __host__ __device__ static int64_t first_param(const ScanShape& s, int group) {
+        if (kBare) return static_cast<int64_t>(group % s.scans) * s.param_dim + first_channel(s, group);
+        return static_cast<int64_t>(group) * real_dim(s);
+    }
     // Floats of a token's features in shared memory (B, C, dt_0, ...), a multiple of 4.
     __host__ __device__ static int width(const ScanShape& s) {
         if (kProducts) return rank_tiles(s) * kRankTile + 4;
@@ -94,10 +105,19 @@ __device__ __forceinline__ ColumnRun run_of(const TilePlan& plan, int number) {
     return {column, (number - column * plan.runs) * plan.run_rows};
 }
 
+// The groups of a launch of bare scans are its scans of the first slice of channels, then those of the next: which scan
+// and which slice a block has.
+template <bool kBare>
+struct ScanAndSlice {};
+template <>
+struct ScanAndSlice<true> {
+    int scan, slice;
+};
+
 // The tiles of a block, all of one group: of every batch_step-th plane every blocks_per_plane-th tile, along the path
 // or, kFromEnd, against it.
 template <class Block, bool kFromEnd>
-struct TileScheduler {
+struct TileScheduler : ScanAndSlice<Block::kBare> {
     int block_in_plane, group, first_batch, batch_step, steps;  // block_in_plane: this block's number in its team
     bool reverse, columns, descending;
     int box_tokens, stride;
@@ -108,6 +128,7 @@ struct TileScheduler {
         block_in_plane = static_cast<int>(blockIdx.x) - team * plan.blocks_per_plane;
         first_batch = team / plan.of_groups;
         group = team - first_batch * s.groups;
+        if constexpr (Block::kBare) this->slice = group / s.scans, this->scan = group - this->slice * s.scans;
         batch_step = static_cast<int>(gridDim.x) / plan.of_blocks_per_plane / plan.of_groups;
         const int direction = (s.directions[group >> 4] >> (2 * (group & 15))) & 3;
         reverse = direction & 1;
@@ -118,6 +139,19 @@ struct TileScheduler {
         box_tokens = columns && !runs() ? plan.columns * s.height : Block::kTokens;
     }
     __device__ __forceinline__ bool runs() const { return Block::kRuns && columns; }
+    // The group of the features, and of an image of which each scan has one.
+    __device__ __forceinline__ int own_group() const {
+        if constexpr (Block::kBare)
+            return this->scan;
+        else
+            return group;
+    }
+    __device__ __forceinline__ int first_channel(const ScanShape& s) const {
+        if constexpr (Block::kBare)
+            return this->slice * s.dim;
+        else
+            return 0;
+    }
     // Tiles of this block; there may be none.
     __device__ __forceinline__ int total(const ScanShape& s, const TilePlan& plan) const {
         const uint32_t batch = static_cast<uint32_t>(s.batch), first = first_batch, every = batch_step;
@@ -171,7 +205,7 @@ struct TileScheduler {
             const int tokens = box * (runs() ? plan.run_rows : Block::kTokens / 2);
             ColumnRun run{at.first, tokens};
             if (runs()) run = run_of(plan, at.first + box);
-            visit(Coordinates{fused ? run.column * Block::dim(s) : 0,
+            visit(Coordinates{fused ? run.column * Block::dim(s) : first_channel(s),
                               fused     ? 0
                               : columns ? run.column
                                         : (at.first + tokens) >> kind.row_shift,

@@ -64,16 +64,16 @@ bool prepare_grouped_scan_bwd_sm90(DType dtype, ScanBwdSm90Args& args) {
 bool prepare_cross_scan_fwd_sm90(DType dtype, ScanFwdSm90Args& args) {
     const ScanShape& s = args.scan.shape;
     args.plan = plan_tiles(s, sm90_fwd_parts(s.lanes));
-    return make_tile_maps(args.scan.u, 1, s.norm_dim, s, args.plan, dtype, args.u, args.kind[0]) &&
-           make_tile_maps(args.scan.y, s.groups, s.norm_dim, s, args.plan, dtype, args.y, args.kind[2]);
+    return make_tile_maps(args.scan.u, 1, s.param_dim, s, args.plan, dtype, args.u, args.kind[0]) &&
+           make_tile_maps(args.scan.y, s.scans, s.param_dim, s, args.plan, dtype, args.y, args.kind[2]);
 }
 
 bool prepare_cross_scan_bwd_sm90(DType dtype, ScanBwdSm90Args& args) {
     const ScanShape& s = args.scan.shape;
     args.plan = plan_tiles(s, 1);
-    return make_tile_maps(args.scan.u, 1, s.norm_dim, s, args.plan, dtype, args.u, args.kind[0]) &&
-           make_tile_maps(args.scan.dy, 1, s.norm_dim, s, args.plan, dtype, args.dy, args.kind[2]) &&
-           make_tile_maps(args.scan.du, s.groups, s.norm_dim, s, args.plan, dtype, args.du, args.kind[3]);
+    return make_tile_maps(args.scan.u, 1, s.param_dim, s, args.plan, dtype, args.u, args.kind[0]) &&
+           make_tile_maps(args.scan.dy, 1, s.param_dim, s, args.plan, dtype, args.dy, args.kind[2]) &&
+           make_tile_maps(args.scan.du, s.scans, s.param_dim, s, args.plan, dtype, args.du, args.kind[3]);
 }
 
 }  // namespace gm

@@ -37,7 +37,7 @@ struct ScanBwdLayout {
         table = aggregates + 3 * Block::kAggregates * 4;  // decays of chunks; states; adjoints
         norm = table + table_rows<Block>(s) * Block::kWidth * 4;
         sums = norm + (Block::kBare ? 0 : TokenNorm<__half, Block>::kBytes + TokenNorm<__half, Block>::kSumBytes);
-        barriers = Block::kProducts ? chunks() + Block::kChunks * static_cast<int>(sizeof(int2))
+        barriers = Block::kProducts ? places() + Block::kTokens * static_cast<int>(sizeof(int2))
                                     : sums + sum_rows(s) * Block::kThreads * 16;
         total = barriers + kSm90Stages * kBarriers * 8;
         if (Block::kProducts) total += 2 * Block::rank_tiles(s) * Block::kThreads * 16;
@@ -47,6 +47,7 @@ struct ScanBwdLayout {
     // What matrix products use.
     __host__ __device__ int stage() const { return sums + kSumWeight * Block::kThreads * 16; }
     __host__ __device__ int chunks() const { return stage() + StepGradientProducts<Block>::kStageBytes; }
+    __host__ __device__ int places() const { return chunks() + Block::kChunks * static_cast<int>(sizeof(int2)); }
     __host__ __device__ int weight_sums() const { return barriers + kSm90Stages * kBarriers * 8; }
 };
 
@@ -281,10 +282,10 @@ __device__ __forceinline__ void write_partials(const ScanBwdArgs& args, const Ti
                                                float4* block_sums, const StepGradientProducts<Block>& products,
                                                float4* weight_sums) {
     const ScanShape& s = args.shape;
-    const int rows = ScanBwdLayout<Block>::sum_rows(s);
+    const int rows = kSumWeight + s.rank;
     const int64_t row =
         (static_cast<int64_t>(batch) * plan.blocks_per_plane + scheduler.block_in_plane) * s.groups + scheduler.group;
-    float* const partials = args.partials + row * (kSumWeight + s.rank) * Block::real_dim(s);
+    float* const partials = args.partials + row * rows * Block::real_dim(s);
     if constexpr (Block::kProducts) {
         const auto write = [&](int channel, int feature, float sum) {
             if (channel < Block::real_dim(s) && feature < s.rank)
@@ -293,7 +294,7 @@ __device__ __forceinline__ void write_partials(const ScanBwdArgs& args, const Ti
         products.write_weights(s, weight_sums, write);
     }
 #pragma unroll 1
-    for (int i = threadIdx.x; i < rows * Block::kLanes; i += Block::kThreads) {
+    for (int i = threadIdx.x; i < (Block::kProducts ? kSumWeight : rows) * Block::kLanes; i += Block::kThreads) {
         const int sum = i / Block::kLanes, lane = i % Block::kLanes, c0 = lane * kVec;
         float x[kVec] = {};
 #pragma unroll 4
