@@ -108,16 +108,18 @@ __device__ __forceinline__ float to_tf32(float x) {
     return __uint_as_float(bits);
 }
 
-// d (16, 8) += a (16, 8) b (8, 8) in TF32, of floats that to_tf32 has rounded. A lane holds of a: row lane / 4, then +
-// 8, in column lane % 4, then both 4 columns further on; of b: rows lane % 4, then + 4, in column lane / 4; of d: as
-// warp_mma does.
-__device__ __forceinline__ void warp_mma_tf32(float (&d)[4], const float (&a)[4], float b0, float b1) {
+// d (16, 8) = a (16, 8) b (8, 8) + c in TF32, of floats that to_tf32 has rounded. A lane holds of a: row lane / 4, then
+// + 8, in column lane % 4, then both 4 columns further on; of b: rows lane % 4, then + 4, in column lane / 4; of c and
+// d: as warp_mma does.
+__device__ __forceinline__ void warp_mma_tf32(float (&d)[4], const float (&a)[4], float b0, float b1,
+                                              const float (&c)[4]) {
     const auto bits = [](float x) { return __float_as_uint(x); };
     asm volatile(
         "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(bits(a[0])), "r"(bits(a[1])), "r"(bits(a[2])), "r"(bits(a[3])), "r"(bits(b0)), "r"(bits(b1)));
+        "{%10, %11, %12, %13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(bits(a[0])), "r"(bits(a[1])), "r"(bits(a[2])), "r"(bits(a[3])), "r"(bits(b0)), "r"(bits(b1)), "f"(c[0]),
+          "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
 // Loads four matrices of 8 rows of 16 bytes. Lane l gives the address of row l % 8 of matrix l / 8, and gets elements

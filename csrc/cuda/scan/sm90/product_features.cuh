@@ -12,12 +12,14 @@ namespace gm {
 template <class T, class Block>
 struct ProductFeatures {
     using Value = T;
+    static constexpr int kPlaces = (Block::kTokens + 2) / 2 * 2;
     static constexpr int kLoads = (Block::kTokens * (Block::kFeatures - 2) + Block::kThreads - 1) / Block::kThreads;
     T fetched[kLoads], own;  // step features; B in the first warp and C in the second
     int token, feature;      // of the first load; from one to the next they move by these:
     int token_step, feature_step;
     // For each token of a tile: its row-major distance from the first one, and the bound below which the cursor must be
-    // for the token to exist. In tiles of runs: the run of the token, and its row there.
+    // for the token to exist. In tiles of runs: the run of the token, and its row there. The last entry is of a token
+    // that never exists.
     int2* const places;
     const T *dt, *plane;
 
@@ -29,6 +31,7 @@ struct ProductFeatures {
           feature_step(Block::kThreads % s.rank),
           places(tokens) {
         const int slot = threadIdx.x;
+        if (slot == Block::kTokens) places[slot] = make_int2(0, scheduler.runs() ? INT32_MAX / 2 : INT32_MIN);
         if (slot >= Block::kTokens) return;
         if (scheduler.runs()) {
             const int run = slot / kFwdTokens >> plan.run_shift;
@@ -52,15 +55,19 @@ struct ProductFeatures {
         const int row = run.row + p.y;
         return row < s.height && run.column < s.width ? row * s.width + run.column : -1;
     }
-    // visit(i, token, feature) for each step feature of this thread.
+    // visit(i, token, feature) for each step feature of this thread. Behind the last one of the tile token is kTokens
+    // or more.
     template <class F>
     __device__ __forceinline__ void visit(const ScanShape& s, F&& f) const {
+        const int count = (Block::kTokens * s.rank + Block::kThreads - 1) / Block::kThreads;
         int t = token, r = feature;
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) {
-            if (t < Block::kTokens) f(i, t, r);
+            if (i >= count) break;
+            f(i, t, r);
             t += token_step, r += feature_step;
-            if (r >= s.rank) r -= s.rank, ++t;
+            const bool next = r >= s.rank;
+            t += next, r -= next ? s.rank : 0;
         }
     }
     // Whether this thread has B or C of a token, and which.
@@ -77,7 +84,7 @@ struct ProductFeatures {
         }
         const uint32_t stride = static_cast<uint32_t>(images.dt.token);
         visit(s, [&](int i, int t, int r) {
-            const int from = place(s, plan, scheduler, at, t);
+            const int from = place(s, plan, scheduler, at, min(t, Block::kTokens));
             fetched[i] = from_float<T>(0.f);
             if (from >= 0) fetched[i] = dt[static_cast<uint64_t>(from) * stride + r];
         });
@@ -90,7 +97,9 @@ struct ProductFeatures {
     template <class Scheduler>
     __device__ __forceinline__ void keep(const ScanShape& s, const TilePlan&, const Scheduler&, const TileCursor&,
                                          float* to) const {
-        visit(s, [&](int i, int t, int r) { to[t * Block::width(s) + 2 + r] = to_float(fetched[i]); });
+        visit(s, [&](int i, int t, int r) {
+            if (t < Block::kTokens) to[t * Block::width(s) + 2 + r] = to_float(fetched[i]);
+        });
         if (has_own()) to[threadIdx.x % 32 * Block::width(s) + which()] = to_float(own) * (which() == 0 ? kLn2 : 1.f);
     }
     template <int kPartials, class Scheduler>
@@ -100,7 +109,7 @@ struct ProductFeatures {
         static_assert(kPartials == 1);
         const uint32_t stride = static_cast<uint32_t>(images.dt.token);
         visit(s, [&](int, int t, int r) {
-            const int to = place(s, plan, scheduler, at, t);
+            const int to = place(s, plan, scheduler, at, min(t, Block::kTokens));
             if (to >= 0)
                 planes[2][static_cast<uint64_t>(to) * stride + r] = from_float<T>(from[t * Block::width(s) + 2 + r]);
         });

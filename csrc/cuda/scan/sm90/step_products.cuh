@@ -14,6 +14,8 @@
 // 16 rows, and the order in which channels are summed up, are chosen for the accesses: see product_weight.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/common/ptx/mma.cuh"
 #include "cuda/scan/sm90/channel_table.cuh"
 
@@ -63,19 +65,24 @@ __device__ __forceinline__ void multiply_steps(const float* features, int featur
                                                float (&steps)[kFwdTokens][kVec]) {
     static_assert(Block::kProducts && Block::kLanes == 32);
     const FragmentLane at;
-    float products[8][4] = {};
+    float products[8][4];
     // The eighth token is the seventh once more; nobody reads its steps.
     const float* const own = features + min(at.row, kFwdTokens - 1) * feature_step + 2 + at.column;
     const auto* const fragments = reinterpret_cast<const float4*>(weights);
-#pragma unroll 1
-    for (int tile = 0; tile < Block::rank_tiles(s); ++tile) {
+    const auto multiply = [&](int tile, auto first) {
         const float d0 = own[tile * 8], d1 = own[tile * 8 + 4];
 #pragma unroll
         for (int m = 0; m < 8; ++m) {
             const float4 w = fragments[(tile * 8 + m) * 32 + (at.lane ^ (m & 6))];
-            warp_mma_tf32(products[m], {w.x, w.y, w.z, w.w}, d0, d1);
+            if constexpr (decltype(first)::value)
+                warp_mma_tf32(products[m], {w.x, w.y, w.z, w.w}, d0, d1, {});
+            else
+                warp_mma_tf32(products[m], {w.x, w.y, w.z, w.w}, d0, d1, products[m]);
         }
-    }
+    };
+    multiply(0, std::true_type{});
+#pragma unroll 1
+    for (int tile = 1; tile < Block::rank_tiles(s); ++tile) multiply(tile, std::false_type{});
     stage_steps<kRows>(at, stage, products, steps);
     const float add[kVec] = {bias.x, bias.y, bias.z, bias.w};
 #pragma unroll
@@ -109,23 +116,24 @@ struct StepGradientProducts {
             row(warp, k)[moved(at.lane, k)] =
                 make_float4(to_tf32(dsteps[k][0]), to_tf32(dsteps[k][1]), to_tf32(dsteps[k][2]), to_tf32(dsteps[k][3]));
         __syncwarp();
-        // Sums over channels 16 i + 4 column + 2 half and + 1. Rows of a product are features of two tiles of them: row
-        // and + 8 are feature row % 4 and + 4 of tile 2 pair + row / 4.
-        const auto* const fragments = reinterpret_cast<const float4*>(weights);
+        // Sums over the channels of units 4 (i ^ column / 2) + column, two at a time, so that the place of the i-th
+        // weights, (4 (i ^ column / 2) + row % 4) ^ 2 column of product_weight, goes up with i. Rows of a product are
+        // features of two tiles of them: row and + 8 are feature row % 4 and + 4 of tile 2 pair + row / 4.
         const int tiles = Block::rank_tiles(s), token = min(at.row, kFwdTokens - 1);
+        const auto* const fragments =
+            reinterpret_cast<const float4*>(weights) + 2 * at.column * 32 + ((at.row % 4) ^ (2 * (at.column & 1)));
+        float4 g[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) g[i] = row(warp, token)[moved(4 * (i ^ (at.column / 2)) + at.column, token)];
 #pragma unroll 1
         for (int pair = 0; 2 * pair < tiles; ++pair) {
-            const int tile = min(2 * pair + at.row / 4, tiles - 1);
+            const auto* const of_tile = fragments + min(2 * pair + at.row / 4, tiles - 1) * 8 * 32;
             float sums[4] = {};
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
-                const float4 g = row(warp, token)[moved(4 * i + at.column, token)];
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const float4 w =
-                        fragments[(tile * 8 + 2 * at.column + half) * 32 + ((4 * i + at.row % 4) ^ (2 * at.column))];
-                    warp_mma_tf32(sums, {w.x, w.z, w.y, w.w}, half == 0 ? g.x : g.z, half == 0 ? g.y : g.w);
-                }
+                const float4 low = of_tile[4 * i], high = of_tile[32 + 4 * i];
+                warp_mma_tf32(sums, {low.x, low.z, low.y, low.w}, g[i].x, g[i].y, sums);
+                warp_mma_tf32(sums, {high.x, high.z, high.y, high.w}, g[i].z, g[i].w, sums);
             }
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
@@ -141,7 +149,19 @@ struct StepGradientProducts {
     __device__ __forceinline__ void of_weights(const ScanShape& s, const float* features, const int2* chunks,
                                                float4* sums) const {
         const int warp = threadIdx.x / 32, tiles = Block::rank_tiles(s);
-        const bool last = at.column + 4 < kFwdTokens;  // the eighth token does not exist
+        const bool second = at.column + 4 < kFwdTokens;  // the eighth token does not exist
+        float4 g0[kWarps], g1[kWarps];
+        const float* from[kWarps];
+        int further[kWarps];
+#pragma unroll
+        for (int c = 0; c < kWarps; ++c) {
+            const int unit = moved(8 * warp + at.row, at.column);  // of token column + 4 as well
+            g0[c] = row(c, at.column)[unit];
+            g1[c] = second ? row(c, at.column + 4)[unit] : float4{};
+            const int2 chunk = chunks[c];
+            from[c] = features + (chunk.x + at.column * chunk.y) * Block::width(s) + 2 + at.row;
+            further[c] = 4 * chunk.y * Block::width(s);
+        }
 #pragma unroll 1
         for (int tile = 0; tile < tiles; ++tile) {
             float4* const own = sums + 2 * tile * Block::kThreads;
@@ -149,14 +169,9 @@ struct StepGradientProducts {
             float low[4] = {x.x, x.y, x.z, x.w}, high[4] = {y.x, y.y, y.z, y.w};
 #pragma unroll
             for (int c = 0; c < kWarps; ++c) {
-                const int2 chunk = chunks[c];
-                const float* const from =
-                    features + (chunk.x + at.column * chunk.y) * Block::width(s) + 2 + tile * 8 + at.row;
-                const float d0 = from[0], d1 = last ? from[4 * chunk.y * Block::width(s)] : 0.f;
-                const float4 g0 = row(c, at.column)[moved(8 * warp + at.row, at.column)];
-                const float4 g1 = last ? row(c, at.column + 4)[moved(8 * warp + at.row, at.column)] : float4{};
-                warp_mma_tf32(low, {g0.x, g0.y, g1.x, g1.y}, d0, d1);
-                warp_mma_tf32(high, {g0.z, g0.w, g1.z, g1.w}, d0, d1);
+                const float d0 = from[c][tile * 8], d1 = second ? from[c][tile * 8 + further[c]] : 0.f;
+                warp_mma_tf32(low, {g0[c].x, g0[c].y, g1[c].x, g1[c].y}, d0, d1, low);
+                warp_mma_tf32(high, {g0[c].z, g0[c].w, g1[c].z, g1[c].w}, d0, d1, high);
             }
             own[0] = make_float4(low[0], low[1], low[2], low[3]);
             own[Block::kThreads] = make_float4(high[0], high[1], high[2], high[3]);

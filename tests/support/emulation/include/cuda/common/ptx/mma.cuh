@@ -11,7 +11,7 @@ inline float to_tf32(float x) {
     return (bits & 0x7f800000u) == 0x7f800000u ? x : __uint_as_float((bits + 0x1000u) & 0xffffe000u);
 }
 
-inline void warp_mma_tf32(float (&d)[4], const float (&a)[4], float b0, float b1) {
+inline void warp_mma_tf32(float (&d)[4], const float (&a)[4], float b0, float b1, const float (&c)[4]) {
     emulation::Warp& warp = *emulation::self().warp;
     const int lane = static_cast<int>(emulation::self().lane), row = lane / 4, column = lane % 4;
     const float own[6] = {a[0], a[1], a[2], a[3], b0, b1};
@@ -20,10 +20,12 @@ inline void warp_mma_tf32(float (&d)[4], const float (&a)[4], float b0, float b1
         if (own[i] != own[i]) warp.factors[lane][i] = own[i];
     }
     emulation::wait(warp.barrier);
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < 4; ++i) {
+        d[i] = c[i];
         for (int k = 0; k < 8; ++k)
             d[i] += warp.factors[row * 4 + k % 4][k / 4 * 2 + i / 2] *
                     warp.factors[(2 * column + i % 2) * 4 + k % 4][4 + k / 4];
+    }
     emulation::wait(warp.barrier);
 }
 
