@@ -2,6 +2,7 @@
 """``use_cuda_graphs`` on a GPU alone: memory, streams, captures that fail, detectors."""
 
 import copy
+import gc
 import threading
 from contextlib import nullcontext, suppress
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from groupmamba import use_cuda_graphs
-from groupmamba.cuda_graphs.recorder import capturing
+from groupmamba.cuda_graphs.recorder import Garbage, capturing
 from support.graphs import (
     SIZES,
     assert_same,
@@ -21,6 +22,64 @@ from support.graphs import (
 )
 
 pytest.importorskip("timm")
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_garbage_is_kept_while_someone_captures(collects):
+    """Two at a time, one of which fails; then all is as before."""
+    garbage, before = Garbage(), gc.isenabled()
+    (gc.enable if collects else gc.disable)()
+    try:
+        first = garbage.kept()
+        with first:
+            with suppress(ValueError), garbage.kept():
+                assert not gc.isenabled()
+                raise ValueError
+            assert not gc.isenabled()
+        assert gc.isenabled() == collects
+    finally:
+        (gc.enable if before else gc.disable)()
+
+
+class Dropping(nn.Module):
+    """Lets go of what it holds while it is recorded, and makes so many objects that garbage would be collected."""
+
+    def __init__(self, held):
+        super().__init__()
+        self.held, self.linear = held, nn.Linear(4, 4)
+
+    def forward(self, x):
+        if torch.cuda.is_current_stream_capturing():
+            self.held.clear()
+            assert len([[] for _ in range(10_000)]) == 10_000
+        return self.linear(x)
+
+
+@pytest.mark.cuda
+def test_another_graph_is_not_freed_while_one_is_recorded():
+    def with_a_graph():
+        other = small("cuda").eval()
+        other.itself = [other]  # so that only the collector frees it
+        graphs = use_cuda_graphs(other, eager_calls=1)
+        with torch.no_grad():
+            for _ in range(3):
+                other(images(1, 3, 64, 64, device="cuda"))
+        assert len(graphs) == 1
+        return other
+
+    model = Dropping([with_a_graph()]).cuda().eval()
+    graphs = use_cuda_graphs(model, eager_calls=1)
+    x = torch.randn(2, 4, device="cuda")
+    gc.collect()
+    threshold = gc.get_threshold()
+    gc.set_threshold(1, 1, 1)
+    try:
+        with torch.no_grad():
+            results = [model(x) for _ in range(4)]
+    finally:
+        gc.set_threshold(*threshold)
+    assert len(graphs) == 1
+    assert all(torch.equal(y, results[0]) for y in results[1:])
 
 
 def test_a_capture_that_fails_gives_the_generator_its_state_back(monkeypatch):
@@ -193,4 +252,5 @@ def test_memory_that_runs_out_ends_recording_alone():
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert len(graphs) == 0
     model.zero_grad()
-    torch.testing.assert_close(step(model, x)[1], expected)  # cuDNN may have chosen with less memory
+    # cuDNN and cuBLAS may have chosen with less memory.
+    torch.testing.assert_close(step(model, x)[1], expected, rtol=1e-2, atol=1e-4)

@@ -138,7 +138,7 @@ def test_on_a_gpu_the_backbones_passes_are_graphs(data, tmp_path, capsys):
         assert ("the backbone's passes are CUDA graphs, not whole steps: images differ in size" in said) == (not more)
         assert ("without a CUDA graph: --no-cuda-graph" in said) == bool(more)
         found[name] = [float(loss) for loss in losses(run)]
-    assert found["graphs"] == pytest.approx(found["eager"], rel=1e-3)
+    assert found["graphs"] == pytest.approx(found["eager"], rel=1e-2)  # losses of two batches are further apart
 
 
 def test_two_processes_measure_what_one_measures(data, tmp_path, capsys):

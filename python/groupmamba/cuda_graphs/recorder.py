@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -75,9 +76,37 @@ class Recorder:
         self.last.synchronize()
 
 
+class Garbage:
+    """Keeps Python from collecting garbage, as long as one of several threads asks for it.
+
+    A graph may be among it, and to free one while another is captured ends the capture.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._keepers, self._collects = threading.Lock(), 0, False
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        with self._lock:
+            if self._keepers == 0:
+                self._collects = gc.isenabled()
+                gc.disable()
+            self._keepers += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._keepers -= 1
+                if self._keepers == 0 and self._collects:
+                    gc.enable()
+
+
+garbage = Garbage()
+
+
 @contextmanager
 def capturing(device: torch.device, pool: Any = None) -> Iterator[None]:
-    """A capture that fails in here leaves nothing behind.
+    """No garbage is collected in here, and a capture that fails leaves nothing behind.
 
     Torch by itself (2.14) leaves the capture's stream as the current one, and pool and generator as if the capture went
     on; the latter then raises wherever a number is drawn. It gets a copy of its state from before, which graphs that
@@ -86,7 +115,7 @@ def capturing(device: torch.device, pool: Any = None) -> Iterator[None]:
     generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
     state = generator.clone_state()
     try:
-        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
+        with garbage.kept(), torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
             yield
     except BaseException:
         if pool is not None:
