@@ -152,7 +152,7 @@ PYBIND11_MODULE(_C, m) {
     layouts.def("chunk_tokens", &chunk_of, "dim"_a, "states"_a, "Path tokens between two saved states.");
     layouts.def("saved_states", &saved_states, "height"_a, "width"_a, "dim"_a, "states"_a,
                 "Of a plane, for its backward.");
-    layouts.def("slice_width", &slice_width, "dim"_a, "Channels of a launch of the cross scan.");
+    layouts.def("slice_width", &slice_width, "dim"_a, "Channels of a slice of the cross scan.");
     layouts.def("padded_features", &gm::padded_features, "features"_a, "inner_pad"_a);
     layouts.def(
         "image_result_strides",

@@ -33,7 +33,7 @@ STABLE_TORCH_LIBRARY(groupmamba, m) {
     // u, dy, y (batch, H, W, G, D); K directions, each with its own dt (batch, H, W, G, K, R or D), B and C
     // (batch, H, W, G, K, N), A (G, K, D, N), dt_weight (G, K, D, R), D and dt_bias (G, K, D); y is the sum over K.
     // states, in one dimension: on the CPU (G, batch, K, S, N, D); on CUDA (batch, G, K, S, N, .) for each slice of up
-    // to 128 channels, one behind the other
+    // to 128 channels, one behind the other, or by the sm_90 kernels (G, batch, slices, K, S, .)
     m.def(
         "cross_selective_scan_fwd(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_weight, "
         "Tensor? dt_bias, int[] directions, bool softplus, int chunk, bool save_states) -> (Tensor y, Tensor states)");

@@ -134,7 +134,7 @@ def _column_tiles(height: int, width: int, dim: int, chunk: int) -> int:
 
 
 def cross_slices(dim: int) -> list[int]:
-    """Channels of the launches that scan ``dim`` channels of a cross scan on CUDA."""
+    """Channels of the slices in which ``dim`` channels of a cross scan are scanned on CUDA."""
     count = -(-dim // FUSED_CHANNELS)
     width = dim if count == 1 else padded(-(-dim // count))
     return [min(width, dim - first) for first in range(0, dim, width)]
@@ -155,7 +155,8 @@ def cross_saved_elements(u: Tensor, scans: int, states: int, chunk: int) -> int:
     else:
         slices = cross_slices(dim)
         saved = max(saved_states(height, width, p, kind, chunk_tokens(p, states, kind)) for p in slices)
-        elements = len(slices) * padded(slices[0]) * saved
+        room = slices[0] if slices[0] <= PIXEL_UNIT else padded(slices[0])
+        elements = len(slices) * room * saved
     return batch * groups * scans * states * elements
 
 

@@ -84,8 +84,8 @@ def cross_selective_scan(
     tensors have that dtype or float32. Under autocast the former are cast to its dtype. States are float32 (float64 for
     float64). Gradients have their input's dtype; results are bitwise repeatable. On CUDA each direction's result, and
     its gradient of ``u``, is rounded to that dtype before the sum, which is in float32. On CUDA of compute
-    capability 9.0 tensor cores compute the steps of 16-bit images of more than 64 channels: they round ``dt_weight`` to
-    11 bits (TF32).
+    capability 9.0, with 16-bit images of more than 64 channels, tensor cores compute the gradients behind the steps,
+    and from rank 15 on the steps too: they round ``dt_weight`` and the gradients of the steps to 11 bits (TF32).
 
     Raises:
         TypeError: an argument is no dense tensor, or has the wrong type or dtype.

@@ -38,6 +38,7 @@ SM90 = [  # whole columns, ragged ones and runs of them; whole widths, narrow on
 CROSS = [  # without and with products for the steps, of one to four tiles of features; channels that no lane has
     (16, 1, 9, 11), (32, 2, 14, 16), (64, 4, 28, 9), (88, 6, 9, 17), (72, 7, 14, 14), (112, 28, 7, 7),
     (120, 22, 14, 14), (128, 30, 3, 40), (128, 8, 29, 5), (104, 9, 1, 1), (136, 9, 7, 8), (160, 4, 9, 11),
+    (72, 15, 9, 11), (200, 17, 5, 9),
 ]  # fmt: skip
 
 MANY_STATES = [  # 2, 4 or 8 states of a thread, 2 to 16 threads of a channel; one tile and several
@@ -54,6 +55,14 @@ def library(tmp_path_factory) -> Path:
     if SANITIZED in os.environ:
         return Path(os.environ[SANITIZED])
     return emulation.build(tmp_path_factory.mktemp("emulation"))
+
+
+CODES = ("lr", "rl", "tb", "bt")
+
+
+def compare_cross(library, tensors, directions=CODES):
+    function = functools.partial(emulation.cross_scan, library)
+    return check(function, ext.reference.cross_selective_scan, tensors, {"directions": directions})
 
 
 def compare(library, kernel, tensors, **options):
@@ -94,13 +103,22 @@ def test_portable_with_the_saved_states_of_many(library):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dim, rank, h, w", CROSS)
 def test_cross_sm90(library, dtype, dim, rank, h, w):
-    tensors = cross_inputs("cpu", dtype, batch=2, dim=dim, rank=rank, h=h, w=w)
-    check(
-        functools.partial(emulation.cross_scan, library),
-        ext.reference.cross_selective_scan,
-        tensors,
-        {"directions": ("lr", "rl", "tb", "bt")},
-    )
+    compare_cross(library, cross_inputs("cpu", dtype, batch=2, dim=dim, rank=rank, h=h, w=w))
+
+
+def test_cross_sm90_of_many_directions_and_slices(library):
+    directions = ("tb", "lr", "bt", "rl", "rl", "lr", "tb")
+    tensors = cross_inputs("cpu", torch.bfloat16, batch=1, dim=136, rank=16, h=7, w=5, count=len(directions))
+    compare_cross(library, tensors, directions)
+
+
+def test_cross_sm90_of_pixels_that_overlap(library):
+    """As far apart as a slice is wide: its rows are no run of tokens."""
+    tensors = cross_inputs("cpu", torch.bfloat16, batch=1, dim=136, rank=9, h=7, w=8)
+    windows = torch.randn(7 * 8 * 72 + 64, dtype=torch.float64).to(torch.bfloat16)
+    tensors["u"] = windows.as_strided((1, 7, 8, 136), (7 * 8 * 72, 8 * 72, 72, 1))
+    parts = emulation.cross_scan(library, **tensors, directions=CODES)
+    assert torch.equal(parts, emulation.cross_scan(library, **tensors | {"u": tensors["u"].clone()}, directions=CODES))
 
 
 def test_sm90_goes_through_several_images(library):

@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Of `i` elements, all rows of `width` behind one another; with one multiplication where that is right.
+// The row of element `i`, of rows of `width` elements; by a division of 32 bits where that is enough.
 __device__ __forceinline__ int64_t row_of(int64_t i, int width) {
     return (i >> 32) == 0 ? static_cast<uint32_t>(i) / static_cast<uint32_t>(width) : i / width;
 }

@@ -93,13 +93,17 @@ inline int64_t scan_saved_states(int64_t height, int64_t width, int64_t dim, int
     return std::max((height * width + chunk - 1) / chunk, cut_columns(height, width, dim, chunk).tiles);
 }
 
-// Channels of the launches that scan `dim` channels of a cross scan, all but those of the last: a multiple of kTmaUnit.
+// Channels of the slices in which `dim` channels of a cross scan are scanned, all but those of the last: a multiple of
+// kTmaUnit.
 inline int64_t scan_slice_width(int64_t dim) {
     const int64_t count = (dim + kMaxScanDim - 1) / kMaxScanDim;
     return count == 1 ? dim : ((dim + count - 1) / count + kTmaUnit - 1) / kTmaUnit * kTmaUnit;
 }
-// Those that a slice has room for: the same, but of one slice that is no multiple of kTmaUnit.
-inline int64_t scan_slice_room(int64_t dim) { return (scan_slice_width(dim) + kTmaUnit - 1) / kTmaUnit * kTmaUnit; }
+// Those that a slice has room for, a multiple of kTmaUnit too where TMA may move them.
+inline int64_t scan_slice_room(int64_t dim) {
+    const int64_t width = scan_slice_width(dim);
+    return width <= kTmaUnit ? width : (width + kTmaUnit - 1) / kTmaUnit * kTmaUnit;
+}
 
 // Rows of the backward's partial sums for one (batch, part, group), D floats each: A[N], skip, step bias, sum of the
 // gated gradient times the norm's output, sum of the gated gradient, dt_weight[R].

@@ -101,7 +101,8 @@ const char* forward(Kernel kernel, ScanShape s, DType dtype, const ImageArg* ima
     own.scan = args;
     const bool cross = kernel == kCrossSm90;
     if (!(cross ? prepare_cross_scan_fwd_sm90 : prepare_grouped_scan_fwd_sm90)(dtype, own)) return "no tensor map";
-    if ((cross ? share_cross_scan_fwd_sm90 : share_grouped_scan_fwd_sm90)(own, dtype) != cudaSuccess) return "not shared";
+    if ((cross ? share_cross_scan_fwd_sm90 : share_grouped_scan_fwd_sm90)(own, dtype) != cudaSuccess)
+        return "not shared";
     const cudaError_t done = (cross ? launch_cross_scan_fwd_sm90 : launch_grouped_scan_fwd_sm90)(own, dtype, nullptr);
     return done == cudaSuccess ? nullptr : "not launched";
 }
@@ -118,7 +119,8 @@ const char* backward(Kernel kernel, ScanShape s, DType dtype, const ImageArg* im
     if (s.states > 1) args.carry = carry.data();
     // Each slice's gradients of features, which are added up.
     std::vector<uint16_t> parts[3];
-    const int64_t scan_tokens = s.batch * tokens_of(s) * s.scans, elements[3] = {scan_tokens * s.rank, scan_tokens, scan_tokens};
+    const int64_t scan_tokens = s.batch * tokens_of(s) * s.scans,
+                  elements[3] = {scan_tokens * s.rank, scan_tokens, scan_tokens};
     ImageArg* const features[3] = {&args.ddt, &args.dB, &args.dC};
     for (int i = 0; i < 3 && slices > 1; ++i) {
         parts[i].assign(elements[i] * slices, 0xffff);
@@ -126,7 +128,8 @@ const char* backward(Kernel kernel, ScanShape s, DType dtype, const ImageArg* im
     }
     std::vector<float> partials;
     const auto partials_of = [&](int parts) {
-        partials.assign(s.batch * parts * s.groups * (s.states + kFixedRows + s.rank) * std::max(s.dim, s.param_dim), NAN);
+        partials.assign(s.batch * parts * s.groups * (s.states + kFixedRows + s.rank) * std::max(s.dim, s.param_dim),
+                        NAN);
         return partials.data();
     };
     ScanReduceArgs sums;
@@ -156,9 +159,11 @@ const char* backward(Kernel kernel, ScanShape s, DType dtype, const ImageArg* im
         if (launch_grouped_scan_bwd(args, dtype, nullptr) != cudaSuccess) return "not launched";
     }
     sums.partials = partials.data(), sums.batch = s.batch, sums.groups = s.groups;
-    sums.dim = kernel == kCrossSm90 ? s.dim : s.param_dim, sums.param_dim = s.param_dim, sums.scans = kernel == kCrossSm90 ? s.scans : 0;
+    sums.dim = kernel == kCrossSm90 ? s.dim : s.param_dim, sums.param_dim = s.param_dim,
+    sums.scans = kernel == kCrossSm90 ? s.scans : 0;
     for (int i = 0; i < 3 && slices > 1; ++i) {
-        const SumImagesArgs of_slices{parts[i].data(), gradients[i + 1].ptr, elements[i], elements[i], static_cast<int>(slices)};
+        const SumImagesArgs of_slices{parts[i].data(), gradients[i + 1].ptr, elements[i], elements[i],
+                                      static_cast<int>(slices)};
         if (launch_sum_images(of_slices, dtype, nullptr) != cudaSuccess) return "slices not added up";
     }
     sums.states = s.states, sums.rank = s.rank;
@@ -186,13 +191,14 @@ extern "C" int64_t emulated_scan_states(const gm::Sizes* sizes) {
 extern "C" const char* emulated_scan_fwd(int kernel, const gm::Sizes* sizes, const int* directions,
                                          const gm::ImageArg* images, const gm::ParamArg* parameters, float* states) {
     const gm::ScanShape shape = gm::shape_of(*sizes, directions);
-    return gm::forward(static_cast<gm::Kernel>(kernel), shape, static_cast<gm::DType>(sizes->dtype), images, parameters, states);
+    return gm::forward(static_cast<gm::Kernel>(kernel), shape, static_cast<gm::DType>(sizes->dtype), images, parameters,
+                       states);
 }
 extern "C" const char* emulated_scan_bwd(int kernel, const gm::Sizes* sizes, const int* directions,
                                          const gm::ImageArg* images, const gm::ParamArg* parameters,
                                          const float* states, const gm::ImageArg* gradients,
                                          const gm::ParamOut* parameter_gradients) {
     const gm::ScanShape shape = gm::shape_of(*sizes, directions);
-    return gm::backward(static_cast<gm::Kernel>(kernel), shape, static_cast<gm::DType>(sizes->dtype), images, parameters, states, gradients,
-                        parameter_gradients);
+    return gm::backward(static_cast<gm::Kernel>(kernel), shape, static_cast<gm::DType>(sizes->dtype), images,
+                        parameters, states, gradients, parameter_gradients);
 }

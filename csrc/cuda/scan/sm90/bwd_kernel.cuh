@@ -188,7 +188,10 @@ __global__ void __launch_bounds__(Block::kThreads, kBwdResident)
         }
         fetcher.template send<kGradientCopies<Block>>(s, plan, scheduler, now, gradients, gradient_planes,
                                                       {args.scan.dB, args.scan.dC, args.scan.ddt});
-        if constexpr (Block::kProducts) products.of_weights(s, pipeline.features(n), chunks, weight_sums);
+        if constexpr (Block::kProducts) {
+            __syncwarp();
+            products.of_weights(s, pipeline.features(n), chunks, weight_sums);
+        }
         if (n + 1 == total || next.batch != now.batch) {
             write_partials<Block>(args.scan, plan, scheduler, now.batch,
                                   reinterpret_cast<float4*>(shared + layout.sums), products, weight_sums);
@@ -224,8 +227,9 @@ cudaError_t share_bwd_sm90(ScanBwdSm90Args& args) {
 template <bool kBare, class F>
 cudaError_t dispatch_bwd_sm90(DType dtype, const ScanShape& shape, const TilePlan& plan, F&& f) {
     return dispatch_sm90<kBare>(dtype, shape, plan, [&](auto tag, auto lanes, auto whole, auto runs) {
+        constexpr int kLanes = decltype(lanes)::value;
         constexpr bool kWhole = decltype(whole)::value, kRuns = decltype(runs)::value;
-        return f(tag, TypeTag<Sm90Block<decltype(lanes)::value, kWhole, 1, kRuns, kBare>>{});
+        return f(tag, TypeTag<Sm90Block<kLanes, kWhole, 1, kRuns, kBare, kBare && kLanes == 32>>{});
     });
 }
 

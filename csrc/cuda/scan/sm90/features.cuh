@@ -24,8 +24,8 @@ __device__ __forceinline__ T* plane_of(const ImageArg& image, int batch, int gro
 // memory one tile ahead. A thread has kFetchTokens tokens, and of each of them every kSharers-th feature.
 template <class T, class Block>
 struct StepFeatures {
-    // Where threads share the features of a token, a thread has the image of its own first feature, and dt.
     using Value = T;
+    // Where threads share the features of a token, a thread has the image of its own first feature, and dt.
     static constexpr int kImages = Block::kSharers == 1 ? 3 : 2;
     T fetched[Block::kFetchTokens][Block::kFetch];
     // For each token of this thread: its row-major distance from the first token of the tile, and the bound below

@@ -84,11 +84,14 @@ __global__ void __launch_bounds__(Block::kThreads, kFwdResident<Block>)
         if constexpr (Block::kProducts) {
             // The steps go through what is free until then: the place of the result, two rows a warp, and those of the
             // chunk's aggregates.
+            constexpr int kUnits = 2 * kStageUnits;  // 32 lanes have 72 channels or more
+            static_assert(Block::kThreads / 32 * kUnits * sizeof(float4) <= (Block::kTokens + 1) * 72 * sizeof(T));
             float4* const result =
-                reinterpret_cast<float4*>(shared + (stage * 2 + 1) * layout.tile_bytes) + tid / 32 * 64;
+                reinterpret_cast<float4*>(shared + (stage * 2 + 1) * layout.tile_bytes) + tid / 32 * kUnits;
             const int own = Block::aggregate(chunk.order);
             const auto row = [&](int i) {
-                return i < 2 ? result + i * 32 : reinterpret_cast<float4*>((i == 2 ? aggregate_P : aggregate_h) + own);
+                return i < 2 ? result + i * kStageUnits
+                             : reinterpret_cast<float4*>((i == 2 ? aggregate_P : aggregate_h) + own);
             };
             multiply_steps<T, Block, 4>(features, feature_step, s, table + kProductWeight * Block::kWidth,
                                         thread.rows[kBias], row, decayed_C);
@@ -191,7 +194,11 @@ cudaError_t dispatch_fwd_sm90(DType dtype, const ScanShape& shape, const TilePla
     return dispatch_sm90<kBare>(dtype, shape, plan, [&](auto tag, auto lanes, auto whole, auto runs) {
         constexpr int kLanes = decltype(lanes)::value;
         constexpr bool kWhole = decltype(whole)::value, kRuns = decltype(runs)::value;
-        return f(tag, TypeTag<Sm90Block<kLanes, kWhole, sm90_fwd_parts(kLanes), kRuns, kBare>>{});
+        constexpr int kParts = sm90_fwd_parts(kLanes);
+        if constexpr (kBare && kLanes == 32)
+            if (shape.rank + 2 > kSm90Features<kLanes>)
+                return f(tag, TypeTag<Sm90Block<kLanes, kWhole, kParts, kRuns, kBare, true>>{});
+        return f(tag, TypeTag<Sm90Block<kLanes, kWhole, kParts, kRuns, kBare>>{});
     });
 }
 

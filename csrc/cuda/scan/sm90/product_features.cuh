@@ -3,8 +3,6 @@
 // neighbouring ones of a token. The interface is that of StepFeatures (features.cuh).
 #pragma once
 
-#include <type_traits>
-
 #include "cuda/scan/sm90/features.cuh"
 
 namespace gm {
@@ -12,7 +10,6 @@ namespace gm {
 template <class T, class Block>
 struct ProductFeatures {
     using Value = T;
-    static constexpr int kPlaces = (Block::kTokens + 2) / 2 * 2;
     static constexpr int kLoads = (Block::kTokens * (Block::kFeatures - 2) + Block::kThreads - 1) / Block::kThreads;
     T fetched[kLoads], own;  // step features; B in the first warp and C in the second
     int token, feature;      // of the first load; from one to the next they move by these:

@@ -27,10 +27,12 @@ __device__ __forceinline__ int operator/(int n, Divisor by) {
 // Constants of a block whose tile has kParts parts, each of kTileThreads / scan_lanes chunks; kLanes threads share a
 // token. kWhole: every lane has 4 channels and LayerNorm counts them all. kRuns: along columns tiles are made of runs.
 // kBare: a scan of a cross scan, without z, norm and gates; all groups read one image u and, in the backward, one dy.
-template <int kLanesOfToken, bool kWholeWidth, int kPartsPerTile, bool kRunsOfColumns, bool kBareScan>
+// kProducts: steps, and the gradients behind them, by tensor cores (step_products.cuh).
+template <int kLanesOfToken, bool kWholeWidth, int kPartsPerTile, bool kRunsOfColumns, bool kBareScan,
+          bool kProductSteps = false>
 struct Sm90Block {
     static constexpr int kLanes = kLanesOfToken, kParts = kPartsPerTile;
-    static constexpr bool kWhole = kWholeWidth, kRuns = kRunsOfColumns, kBare = kBareScan;
+    static constexpr bool kWhole = kWholeWidth, kRuns = kRunsOfColumns, kBare = kBareScan, kProducts = kProductSteps;
     static constexpr int kWidth = kLanes * kVec;  // channels that the lanes have room for
     static constexpr int kChunks = kParts * kTileThreads / (kLanes == kNarrowLanes ? 32 : kLanes);
     static constexpr int kThreads = kChunks * kLanes, kTokens = kChunks * kFwdTokens;
@@ -49,8 +51,8 @@ struct Sm90Block {
     static constexpr int kFetchTokens = kTokens > kThreads ? 2 : 1;
     static constexpr int kSharers = kLanes > 8 ? kLanes / 8 / kParts : 1;
     static_assert(kParts == 1 || kLanes <= 8);
-    // Steps, and the gradients behind them, by tensor cores (step_products.cuh): of any rank for which there is room.
-    static constexpr bool kProducts = kBare && kLanes == 32;
+    // Of products, the places of a tile's tokens (product_features.cuh): one more than there are, and an even number.
+    static constexpr int kPlaces = (kTokens + 2) / 2 * 2;
     static constexpr int kFeatures = kProducts ? kProductFeatures : kSm90Features<kLanes>;
     static constexpr int kFetch = (kFeatures + kSharers - 1) / kSharers;
     // Blocks of 24 lanes compute with this many step features even if there are fewer: loops over them are unrolled.
@@ -58,8 +60,8 @@ struct Sm90Block {
 
     __device__ static int aggregate(int chunk) { return chunk * kWidth + chunk / kLaneChunks * kPad; }
     __host__ __device__ static int dim(const ScanShape& s) { return kWhole ? kWidth : s.dim; }
-    // Channels of saved states and of partial sums: those that exist, fewer than dim() where they are padded; those of
-    // a slice where a bare scan takes the channels in slices.
+    // Channels of saved states and of partial sums: those that exist, fewer than dim() where they are padded; of a bare
+    // scan all for which a slice has room.
     __host__ __device__ static int real_dim(const ScanShape& s) {
         return kWhole ? kWidth : kBare ? s.dim : s.param_dim;
     }

@@ -9,8 +9,8 @@ namespace gm {
 bool make_tile_maps(const ImageArg& image, int groups, int channels, const ScanShape& s, const TilePlan& plan,
                     DType dtype, CUtensorMap (&map)[2], TileMapKind& kind) {
     const int64_t dim = s.dim, width = s.width, height = s.height, tokens = width * height;
-    const bool padded = channels < dim;  // TMA reads zeros where channels are missing, and writes nothing there
-    const bool contiguous = image.token == dim && !padded;
+    // Where a tile has channels that the image has not, TMA reads zeros, and writes nothing.
+    const bool contiguous = image.token == dim && channels == dim;
     // Promotion to whole L2 lines pays where the tokens of a plane are adjacent; elsewhere it reads other groups too.
     const auto promotion = contiguous ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_NONE;
 

@@ -37,7 +37,7 @@ struct ScanBwdLayout {
         table = aggregates + 3 * Block::kAggregates * 4;  // decays of chunks; states; adjoints
         norm = table + table_rows<Block>(s) * Block::kWidth * 4;
         sums = norm + (Block::kBare ? 0 : TokenNorm<__half, Block>::kBytes + TokenNorm<__half, Block>::kSumBytes);
-        barriers = Block::kProducts ? places() + (Block::kTokens + 2) / 2 * 2 * static_cast<int>(sizeof(int2))
+        barriers = Block::kProducts ? places() + Block::kPlaces * static_cast<int>(sizeof(int2))
                                     : sums + sum_rows(s) * Block::kThreads * 16;
         total = barriers + kSm90Stages * kBarriers * 8;
         if (Block::kProducts) total += 2 * Block::rank_tiles(s) * Block::kThreads * 16;

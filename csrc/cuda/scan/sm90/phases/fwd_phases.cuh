@@ -25,7 +25,7 @@ struct ScanFwdLayout {
         norm = table + table_rows<Block>(s) * Block::kWidth * 4;
         barriers = norm + (Block::kBare ? 0 : TokenNorm<__half, Block>::kBytes);
         total = barriers + kSm90Stages * kBarriers * 8;
-        if (Block::kProducts) total += (Block::kTokens + 2) / 2 * 2 * static_cast<int>(sizeof(int2));
+        if (Block::kProducts) total += Block::kPlaces * static_cast<int>(sizeof(int2));
     }
     // Of the tokens, for features of matrix products.
     __host__ __device__ int places() const { return barriers + kSm90Stages * kBarriers * 8; }
