@@ -10,7 +10,7 @@ namespace gm {
 
 // Rows of the table, kWidth floats each. The gate is folded into the norm's scale and shift, which are kept for two
 // images. Row kWeight + r is dt_weight of step feature r; the number of such rows is even. Where steps are matrix
-// products, the weights come at once behind kA, in another order (step_products.cuh).
+// products, the weights come at once behind kA, in another order (phases/step_products.cuh).
 enum TableRow {
     kBias,
     kSkip,

@@ -10,8 +10,8 @@
 #include "cuda/scan/sm90/look_back.cuh"
 #include "cuda/scan/sm90/phases/chunk_scan.cuh"
 #include "cuda/scan/sm90/phases/fwd_phases.cuh"
+#include "cuda/scan/sm90/phases/step_products.cuh"
 #include "cuda/scan/sm90/product_features.cuh"
-#include "cuda/scan/sm90/step_products.cuh"
 
 namespace gm {
 

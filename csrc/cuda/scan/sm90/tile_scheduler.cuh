@@ -27,7 +27,7 @@ __device__ __forceinline__ int operator/(int n, Divisor by) {
 // Constants of a block whose tile has kParts parts, each of kTileThreads / scan_lanes chunks; kLanes threads share a
 // token. kWhole: every lane has 4 channels and LayerNorm counts them all. kRuns: along columns tiles are made of runs.
 // kBare: a scan of a cross scan, without z, norm and gates; all groups read one image u and, in the backward, one dy.
-// kProducts: steps, and the gradients behind them, by tensor cores (step_products.cuh).
+// kProducts: steps, and the gradients behind them, by tensor cores (phases/step_products.cuh).
 template <int kLanesOfToken, bool kWholeWidth, int kPartsPerTile, bool kRunsOfColumns, bool kBareScan,
           bool kProductSteps = false>
 struct Sm90Block {

@@ -5,7 +5,7 @@
 
 #include "cuda/scan/sm90/channel_table.cuh"
 #include "cuda/scan/sm90/phases/norm.cuh"
-#include "cuda/scan/sm90/step_products.cuh"
+#include "cuda/scan/sm90/phases/step_products.cuh"
 #include "cuda/scan/sm90/tile_pipeline.cuh"
 
 namespace gm {
