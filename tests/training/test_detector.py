@@ -29,6 +29,7 @@ from groupmamba.training.distributed import Processes  # noqa: E402
 from groupmamba.training.graph import graph_passes  # noqa: E402
 from groupmamba.training.output import Screen  # noqa: E402
 from groupmamba.training.seeds import seeded  # noqa: E402
+from groupmamba_ext._command import UsageError  # noqa: E402
 
 LEARN = ["--lr", "1e-3", "--drop-path", "0"]
 FIGURES = ("map", "map50", "map75")
@@ -387,6 +388,17 @@ def test_the_recipes_of_the_field():
     assert not {value.option for value in RECIPE} - set(COMMAND.options) and not set(PRESETS["3x"]) - set(
         COMMAND.options
     )
+
+
+@pytest.mark.parametrize(
+    "name, value", [("steps", 2), ("train_annotations", "other.json"), ("lr", 0.3), ("amp", False)]
+)
+def test_an_option_differs_also_where_the_run_was_begun_without_it(name, value):
+    earlier = {"data": "", "epochs": 5, "model": "groupmamba_tiny"}
+    option = f"--{name.replace('_', '-')}"
+    with pytest.raises(UsageError, match=f"^{option} .* differs from the run that goes on, which was begun without it"):
+        options.complete({name: value}, earlier, COMMAND)
+    assert options.complete({"workers": 3}, earlier, COMMAND).epochs == 5
 
 
 def test_rates_fall_at_the_milestones():

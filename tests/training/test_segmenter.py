@@ -125,7 +125,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(data, tmp_path, monkeypatch, cap
     ours, theirs = (load_file(run / "last.safetensors") for run in (broken, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert segmenter(data, broken, "--epochs", "2") == 2
-    assert "--epochs 2 and --steps 5 exclude each other" in capsys.readouterr().err
+    assert "--epochs 2 differs from the run that goes on, which was begun without it" in capsys.readouterr().err
 
 
 def test_fine_tuning_from_a_segmenter_and_from_a_classifier(data, learned, tmp_path, capsys):
@@ -239,6 +239,14 @@ def test_labels_of_files(tmp_path):
     source.classes = [str(i) for i in range(300)]
     _, classes = source.load(0)
     assert classes.dtype == torch.int32 and classes[3, 4] == 299 and classes[0, 0] == 1
+
+
+def test_the_shorter_side_is_that_of_the_crop_unless_it_is_given():
+    def short_side(earlier=None, **given):
+        return options.complete({"data": "", **given}, earlier, COMMAND).short_side
+
+    assert short_side() == 512 and short_side(img_size=64) == 64 and short_side(img_size=64, short_side=128) == 128
+    assert short_side({"data": "", "img_size": 64, "short_side": 512}) == 512  # a run that goes on keeps its own
 
 
 def test_the_recipe_of_the_field():

@@ -95,6 +95,24 @@ def test_resume_from_another_run_and_anew(data, tmp_path, capsys):
     assert "is complete: 2 epochs" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--min-lr", "0.9"], ["--warmup-lr", "1"], ["--layer-decay", "0.5"], ["--no-amp"], ["--amp-dtype", "bfloat16"],
+        ["--kd-model-name", "resnet10t"], ["--num-classes", "9"], ["--lr", "0.3"], ["--seed", "1"],
+    ],
+)  # fmt: skip
+def test_an_option_differs_also_where_the_run_was_begun_without_it(unbroken, tmp_path, capsys, more):
+    """And what the run has written stays as it is."""
+    run = tmp_path / "run"
+    shutil.copytree(unbroken, run)
+    written = (run / "args.yaml").read_bytes()
+    assert command("train", "--output", str(run), *more) == 2
+    said = capsys.readouterr().err
+    assert f"{more[0]} " in said and "differs from the" in said and len(said.splitlines()) == 1, said
+    assert (run / "args.yaml").read_bytes() == written
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_run_on_a_gpu_goes_on_bit_for_bit(data, teacher, tmp_path, capsys, dtype):

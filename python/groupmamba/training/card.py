@@ -230,6 +230,7 @@ def model_of(
     check_model_kwargs(model_kwargs)
     card = read_card(file)
     if card is None and name is None:
+        _read(file)
         raise UsageError(f"{file} does not say of which model it is: add --model, such as --model groupmamba_tiny")
     if card is not None and name not in (None, card.model):
         raise UsageError(f"--model {name} is not the {card.model} that {file} is for")
@@ -265,21 +266,26 @@ def _check_same(file: Path, card: Card, model_kwargs: Mapping[str, Any]) -> None
             raise UsageError(f"--model-kwargs {name}={value!r} is not the {name}={said!r} that {file} is for")
 
 
+def _read(file: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, the authors' by the names that they have here."""
+    from groupmamba.checkpoints import convert_released_state_dict, is_released_state_dict
+    from groupmamba.models.pretrained import read_checkpoint
+
+    try:
+        state = state_of(read_checkpoint(str(file)))
+        return dict(convert_released_state_dict(state)) if is_released_state_dict(state) else state
+    except (RuntimeError, ValueError) as error:
+        raise CommandError(f"{file} could not be loaded: {one_line(error)}") from error
+
+
 def _classes_of(name: str, file: Path) -> int:
     """The number of outputs of the classifier in a checkpoint of a model of that name."""
     import timm
 
     import groupmamba.models  # registers them
-    from groupmamba.checkpoints import convert_released_state_dict, is_released_state_dict
-    from groupmamba.models.pretrained import read_checkpoint
 
     assert groupmamba.models
-    try:
-        state = state_of(read_checkpoint(str(file)))
-        if is_released_state_dict(state):
-            state = dict(convert_released_state_dict(state))
-    except (RuntimeError, ValueError) as error:
-        raise CommandError(f"{file} could not be loaded: {one_line(error)}") from error
+    state = _read(file)
     if not timm.is_model(name):
         create_model(name)  # says so
     cfg = timm.models.get_pretrained_cfg(name)

@@ -34,6 +34,14 @@ def _shown(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def _spelled(name: str, value: object) -> str:
+    """An option as it is written on the command line."""
+    option = name.replace("_", "-")
+    if isinstance(value, bool) and (value or not option.startswith("no-")):
+        return f"--{option}" if value else f"--no-{option}"
+    return f"--{option} {_shown(value)}"
+
+
 def add_arguments(parser: argparse.ArgumentParser, command: Command = TRAIN) -> None:
     """Adds the arguments of ``command``; the parser must have been made with ``add_help=False``."""
     parser.usage = f"groupmamba {command.name} DATA [options]"
@@ -83,8 +91,10 @@ def read_yaml(file: str | Path, command: Command = TRAIN) -> dict[str, Any]:
 
     try:
         values = yaml.safe_load(Path(file).read_text())
+    except FileNotFoundError as error:
+        raise UsageError(f"--config {file} is no file") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"--config: {one_line(error)}") from error
+        raise UsageError(f"--config {file} can't be read: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise UsageError(f"--config: {str(file)!r} must map options to values, got {type(values).__name__}")
     return {name: _checked(str(file), name, value, command) for name, value in values.items() if value is not None}
@@ -150,13 +160,17 @@ def complete(
         UsageError: options that exclude each other, or one that the run that goes on has another value for.
     """
     earlier = {} if earlier is None else dict(earlier)
-    for name, value in values.items():
-        if name in FREE or name not in earlier:
+    for name, value in values.items() if earlier else ():
+        if name in FREE:
             continue
-        if _tuples(earlier[name]) != _tuples(value if not isinstance(value, tuple) else list(value)):
+        before = earlier.get(name)  # a run keeps the options that have a value
+        if _tuples(before) != _tuples(value if not isinstance(value, tuple) else list(value)):
+            of_it = f"the {_shown(before)} of the run that goes on"
+            if before is None:
+                of_it = "the run that goes on, which was begun without it"
             raise UsageError(
-                f"--{name.replace('_', '-')} {_shown(value)} differs from the {_shown(earlier[name])} of the run that "
-                f"goes on: leave it out, or choose another --output, or --resume none to begin anew"
+                f"{_spelled(name, value)} differs from {of_it}: leave it out, or choose another --output, or "
+                f"--resume none to begin anew"
             )
     defaults = {option.dest: option.default for option in command.options.values()}
     stated = {**earlier, **values}

@@ -43,7 +43,7 @@ def find_split(data: Path, names: Sequence[str], option: str, annotations: str |
     if annotations is not None:
         file = data / annotations
         if not file.is_file():
-            raise CommandError(f"--{option}-annotations {annotations} is no file")
+            raise CommandError(f"--{option}-annotations {annotations} is no file: {file} is looked for")
     else:
         patterns = [
             pattern.format(name)

@@ -75,7 +75,7 @@ _SIDE = number(1, 8192, whole=True)
 
 GROUPS_OF_DETECTOR = {
     "data": (
-        Option("train-annotations", path_text, "COCO file; default: annotations/instances_train*.json in DATA, ..."),
+        Option("train-annotations", path_text, "COCO file of DATA; default: annotations/instances_train*.json, ..."),
         Option("train-images", path_text, "folder of its images; default: train2017/, train/ or the like in DATA"),
         Option("val-annotations", path_text, "the same for validation"),
         Option("val-images", path_text, "the same for validation"),

@@ -81,7 +81,11 @@ TESTING = (
 GROUPS_OF_SEGMENTER = {
     "data": (
         Option("img-size", number(32, 4096, whole=True), "pixels of a side of the crop; a multiple of 32"),
-        Option("short-side", number(32, 4096, whole=True), "pixels of the image's shorter side before it is rescaled"),
+        Option(
+            "short-side",
+            number(32, 4096, whole=True),
+            "pixels of the image's shorter side before it is rescaled; default: --img-size",
+        ),
         Option("num-classes", number(1, 65535, whole=True), "default: those named in DATA, or the highest label's"),
         Option("reduce-zero-label", bool, "0 in label images is no class but unlabelled, as in ADE20K", True),
         *chosen(GROUPS["data"], "workers", "batch-size", "validation-batch-size", "max-bad-images", "pin-mem"),
@@ -123,7 +127,8 @@ DATA/annotations/training, checked on validation, by the recipe for ADE20K.
 
   --model NAME          the backbone, of this project or timm [groupmamba_tiny]
   --weights FILE        start from a checkpoint of a backbone or a segmenter
-  --img-size N          pixels of a side of the crop [512]
+  --img-size N          pixels of the crop's sides and of an image's shorter one
+                        (--short-side: of this alone) [512]
   --no-reduce-zero-label  0 is a class, not unlabelled as it is in ADE20K
   --steps N             steps in all [160000]; --epochs N in place of it
   -b, --batch-size N    images a step of each GPU [16]
@@ -157,6 +162,8 @@ def _check(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
         raise UsageError(f"--img-size {args.img_size} must be a multiple of 32, the stride of the last map")
     if args.scale[0] > args.scale[1]:
         raise UsageError(f"--scale must be two numbers in order, got {args.scale[0]:g} {args.scale[1]:g}")
+    if "short_side" not in given and "img_size" in given:
+        args.short_side = args.img_size  # as the recipe's, which are both 512
     if "stride" not in given:
         args.stride = -(-2 * args.img_size // 3) if args.img_size != 512 else 341
     if args.stride > args.img_size:
