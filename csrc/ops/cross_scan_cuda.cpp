@@ -231,7 +231,7 @@ std::tuple<Tensor, Tensor> cross_selective_scan_fwd(Tensor u, Tensor dt, Tensor 
     if (s.states > 1 && !save_states)
         carry = empty({s.batch * s.groups * s.scans, 2, s.states, slices.width}, ScalarType::Float, u);
     ParamHolder param;
-    for (int64_t i = 0; i < (tma ? 1 : slices.count()); ++i) {
+    for (int64_t i = 0; i < slices.count(); ++i) {
         const Slice& slice = slices.all[static_cast<size_t>(i)];
         ScanFwdArgs args;
         prepare(args, in, s, slice, slices.saved, param);
@@ -244,7 +244,7 @@ std::tuple<Tensor, Tensor> cross_selective_scan_fwd(Tensor u, Tensor dt, Tensor 
         if (tma) {
             note(kOp, " forward: the sm_90 kernel");
             for (int64_t g = 0; g < s.groups; ++g) launch_sm90(args, s, slices, g, dtype, context, u);
-            break;
+            break;  // they take all slices at once
         }
         args.shape.aligned = allows_scan_vectors({args.u, args.y}, slice.dim, size) &&
                              (s.rank > 0 || allows_scan_vectors({args.dt}, slice.dim, size));
@@ -318,7 +318,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross
     Tensor carry;
     if (s.states > 1) carry = empty({s.batch * all, 2, s.states, slices.width}, ScalarType::Float, u);
     ParamHolder param;
-    for (int64_t i = 0; i < (tma ? 1 : count); ++i) {
+    for (int64_t i = 0; i < count; ++i) {
         const Slice& slice = slices.all[static_cast<size_t>(i)];
         ScanBwdArgs args;
         prepare(args, in, s, slice, slices.saved, param);
@@ -357,7 +357,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross
                 const Partials found = launch_sm90(args, s, slices, g, dtype, context, u, apart);
                 reduce(found.partials, found.parts, found.parts, g * s.scans, s.scans * count, s.scans, slices.width);
             }
-            break;
+            break;  // they take all slices at once
         }
         args.shape.aligned = allows_scan_vectors({args.u, args.dy, args.du}, slice.dim, size) &&
                              (s.rank > 0 || allows_scan_vectors({args.dt, args.ddt}, slice.dim, size));

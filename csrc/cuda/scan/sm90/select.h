@@ -19,7 +19,7 @@ constexpr int kSm90Features = kLanes == 4              ? 3
                                                        : 16;
 
 // Those of a cross scan's blocks of 32 lanes: beyond kSm90Features<32> steps are products by tensor cores
-// (phases/step_products.cuh), and the gradients behind them at any rank. For lower ranks such a forward takes 13%
+// (phases/step_products.cuh), and the gradients behind them at any rank. For lower ranks such a forward takes 12%
 // longer (128 x 28, rank 8).
 constexpr int kProductFeatures = 32;
 
