@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ptxas said about every kernel: registers and spills, collected while compiling and printed once at the end.
+"""What ptxas said about every kernel: registers, spills and stack, collected while compiling and printed once at the end.
 
 ``run COMPILER ARGUMENTS...`` is nvcc's launcher: it runs the compiler and moves the lines of ``-Xptxas -v`` from stderr
 into ``OBJECT.ptxas``. ``table JSON HEADER OBJECTS...`` reads those files, prints one table, and writes the figures as
@@ -18,6 +18,7 @@ from pathlib import Path
 # Kernels by instructions of one architecture (sm_90a) count among those of that architecture.
 ENTRY = re.compile(r"Compiling entry function '(?P<name>\S+)' for 'sm_(?P<arch>\d+)[af]?'")
 SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+STACK = re.compile(r"(\d+) bytes stack frame")
 REGISTERS = re.compile(r"Used (\d+) registers")
 CHATTER = re.compile(r"ptxas info\s*:|\d+ bytes stack frame|bytes gmem")
 
@@ -39,9 +40,11 @@ def parse(text: str) -> list[dict]:
     records: list[dict] = []
     for line in text.splitlines():
         if entry := ENTRY.search(line):
-            records.append({"name": entry["name"], "arch": entry["arch"], "registers": 0, "spill_bytes": 0})
+            records.append({"name": entry["name"], "arch": entry["arch"], "registers": 0, "spill_bytes": 0, "stack_bytes": 0})
         elif records and (spills := SPILLS.search(line)):
             records[-1]["spill_bytes"] += int(spills[1]) + int(spills[2])
+            if stack := STACK.search(line):
+                records[-1]["stack_bytes"] += int(stack[1])
         elif records and (registers := REGISTERS.search(line)):
             records[-1]["registers"] = int(registers[1])
     return records

@@ -54,6 +54,10 @@ CROSS = [  # dim, rank, states, h, w
     (112, 28, 1, 7, 7), (228, 15, 1, 9, 5), (100, 7, 1, 29, 31),
 ]  # fmt: skip
 
+# batch, channels of a group, h, w: by tensor cores in 16 bits, of 8, 4 and 2 octets
+CONVOLUTIONS_OF_MANY_IMAGES = [(47, 88, 3, 13), (46, 32, 2, 27), (50, 16, 4, 50)]
+MANY_IMAGES_OF_A_NETWORK = (140, 200, 264, (3, 13))  # batch, channels, hidden channels, h and w
+
 # dim, h, w: groups of 16, 32, 11, 87, 112 channels, and of 1 in the portable scan, padded to 8
 LAYERS = [(64, 9, 14), (128, 9, 7), (44, 7, 5), (348, 6, 7), (448, 1, 1), (4, 5, 6)]
 MANY_TOKENS = [(64, 91, 91), (348, 91, 91)]  # enough of them for the products that keep a weight in shared memory
@@ -157,6 +161,9 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
         yield Case(f"cross scan {shape} {name}", functools.partial(cross_scan, dtype, *shape), tma=tma)
     for channels, h, w in ((1, 3, 5), (16, 7, 7), (87, 14, 9), (130, 5, 33)):
         yield Case(f"convolution {channels, h, w} {name}", functools.partial(convolutions, dtype, channels, h, w))
+    for batch, channels, h, w in CONVOLUTIONS_OF_MANY_IMAGES:
+        call = functools.partial(convolutions, dtype, channels, h, w, batch=batch)
+        yield Case(f"convolution of many images {channels, h, w} {name}", call)
     for groups, dim in ((1, 5), (4, 16), (4, 87), (4, 112), (3, 400), (4, 513)):
         yield Case(f"norms {groups, dim} {name}", functools.partial(norms, dtype, groups, dim))
     for channels in (5, 96, 512):
@@ -169,6 +176,8 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
     for case in ONE_KERNEL:
         call = functools.partial(run_feed_forward, dtype, *case)
         yield Case(f"feed-forward {case} {name}", call, products=narrow)
+    call = functools.partial(run_feed_forward, dtype, *MANY_IMAGES_OF_A_NETWORK)
+    yield Case(f"feed-forward {MANY_IMAGES_OF_A_NETWORK} {name}", call, products=narrow)
 
 
 def all_cases() -> list[Case]:
@@ -193,9 +202,9 @@ def cross_scan(dtype, dim, rank, states, h, w, batch=1) -> None:
     run(ext.cross_selective_scan, {k: padded_channels(v) if k in IMAGES else v for k, v in tensors.items()})
 
 
-def convolutions(dtype, channels, h, w) -> None:
+def convolutions(dtype, channels, h, w, batch=2) -> None:
     for activation in (None, "silu", "gelu"):
-        tensors = conv_inputs("cuda", dtype, groups=3, channels=channels, h=h, w=w)
+        tensors = conv_inputs("cuda", dtype, batch=batch, groups=3, channels=channels, h=h, w=w)
         run(ext.depthwise_conv3x3, tensors, activation=activation)
         tensors["x"] = group_major(tensors["x"])
         run(ext.depthwise_conv3x3, tensors, activation=activation)

@@ -30,6 +30,25 @@ ConvShape conv_shape(const Tensor& x, bool merge, int64_t activation) {
     return shape;
 }
 
+// Why tensor cores do not take the images, or are not the faster way; null where they do and are. `aligned`: all images
+// allow accesses of 16 bytes.
+const char* why_not_tensor_cores(const ConvShape& s, const ConvSm90Plan& plan, DType dtype, bool aligned,
+                                 std::initializer_list<const ImageArg*> images, bool built) {
+    if (const char* const why_not = why_not_conv_sm90(plan, dtype)) return why_not;
+    if (!built) return "the GPU, or this build, is not of compute capability 9.0";
+    const auto moves = [](int64_t size, int64_t stride) { return size == 1 || stride > 0; };
+    for (const ImageArg* image : images)
+        aligned = aligned && (image->ptr == nullptr || (moves(s.batch, image->batch) && moves(s.groups, image->group) &&
+                                                        moves(int64_t{s.height} * s.width, image->token)));
+    return aligned ? nullptr : "TMA can't move an image: its address, strides or channels are no multiples of 16 bytes";
+}
+
+// What the note of an op says after the name: which kernel, and why not tensor cores.
+void note_kernel(const char* op, const ConvShape& s, const char* why_not) {
+    note(op, why_not == nullptr ? "tensor cores" : accesses(s),
+         why_not == nullptr ? "" : "; not tensor cores: ", why_not == nullptr ? "" : why_not);
+}
+
 void check_conv(const Tensor& x, const Tensor& weight, const OptTensor& bias, int64_t activation) {
     GM_CHECK(x.dim() == 5, "x must be (batch, H, W, G, D), got ", show(shape_of(x)));
     check_parameter(weight, "weight", {x.size(3), x.size(4), 3, 3}, x);
@@ -56,8 +75,15 @@ void depthwise_conv3x3_fwd_into(const Tensor& y, Tensor x, Tensor weight, OptTen
     args.weight = param(weight), args.bias = param(bias), args.drop_path = drop_path;
     const int64_t size = static_cast<int64_t>(x.element_size());
     s.aligned = s.dim % kVec == 0 && allows_vectors(args.x, size) && allows_vectors(args.y, size);
-    note("depthwise_conv3x3 forward: ", accesses(s));
-    check_cuda(launch_depthwise_conv_fwd(args, dtype, context.stream()), "depthwise_conv3x3 forward");
+    args.sm90 = conv_sm90_plan(s.batch, s.height, s.width, s.groups, s.dim, false);
+    const bool vectors = s.dim % kConvBwdVector == 0 && allows_vectors(args.x, size, 16 / size) &&
+                         allows_vectors(args.y, size, 16 / size);
+    const char* const why_not =
+        why_not_tensor_cores(s, args.sm90, dtype, vectors, {&args.x, &args.y}, has_depthwise_conv_fwd_sm90());
+    note_kernel("depthwise_conv3x3 forward: ", s, why_not);
+    check_cuda(why_not == nullptr ? launch_depthwise_conv_fwd_sm90(args, dtype, context.stream())
+                                  : launch_depthwise_conv_fwd(args, dtype, context.stream()),
+               "depthwise_conv3x3 forward");
 }
 
 PartialRows conv3x3_bwd_into(const Tensor& dx, Tensor dy, Tensor x, Tensor weight, OptTensor bias, int64_t activation,
@@ -89,10 +115,16 @@ PartialRows conv3x3_bwd_into(const Tensor& dx, Tensor dy, Tensor x, Tensor weigh
     s.aligned = s.dim % kConvBwdVector == 0;
     for (const ImageArg* image : {&args.x, &args.dy, &args.dx, &args.y})
         s.aligned = s.aligned && allows_vectors(*image, size, 16 / size);
-    const PartialRows sums = partial_rows(args.plan.partial_rows, channels * args.sums, x);
+    args.sm90 = conv_sm90_plan(s.batch, s.height, s.width, s.groups, s.dim, true);
+    const char* const why_not = why_not_tensor_cores(
+        s, args.sm90, dtype, s.aligned, {&args.x, &args.dy, &args.dx, &args.y}, has_depthwise_conv_bwd_sm90());
+    const int64_t rows = why_not == nullptr ? args.sm90.partial_rows : args.plan.partial_rows;
+    const PartialRows sums = partial_rows(rows, channels * args.sums, x);
     args.partials = static_cast<float*>(sums.values.data_ptr());
-    note("depthwise_conv3x3 backward: ", accesses(s));
-    check_cuda(launch_depthwise_conv_bwd(args, dtype, context.stream()), "depthwise_conv3x3 backward");
+    note_kernel("depthwise_conv3x3 backward: ", s, why_not);
+    check_cuda(why_not == nullptr ? launch_depthwise_conv_bwd_sm90(args, dtype, context.stream())
+                                  : launch_depthwise_conv_bwd(args, dtype, context.stream()),
+               "depthwise_conv3x3 backward");
     return sums;
 }
 

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.cuda
         # tokens of eight vectors a thread, and wider than the norms' registers
         (2, 600, 72, (5, 3)),
         (2, 1100, 40, (3, 3)),
+        (140, 200, 264, (5, 14)),  # its convolution by tensor cores
         *ONE_KERNEL,
     ],  # fmt: skip
 )
@@ -130,7 +131,7 @@ def test_feed_forward_is_one_kernel(batch, dim, hidden, shape):
 
 @pytest.mark.parametrize("batch, dim, hidden, shape", [
     (4, 64, 512, (9, 14)), (4, 348, 1392, (7, 7)), (4, 44, 20, (3, 5)), (4, 16, 9, (1, 1)), (4, 600, 72, (5, 3)),
-    (4, 1100, 40, (3, 3)), *ONE_KERNEL,
+    (4, 1100, 40, (3, 3)), (140, 200, 264, (5, 14)), *ONE_KERNEL,
 ])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_feed_forward_stochastic_depth(monkeypatch, dtype, batch, dim, hidden, shape):

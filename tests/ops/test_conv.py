@@ -144,6 +144,73 @@ def test_bitwise_repeatable(device, dtype):
         assert all(torch.equal(a, b) for a, b in zip(first, once(), strict=True))
 
 
+MANY_IMAGES = [  # batch, h, w, groups, channels of a group: one tile of columns and several, of 8, 4 and 2 octets
+    (140, 5, 14, None, 64), (133, 3, 27, None, 88), (140, 9, 14, None, 136), (40, 6, 56, 4, 32), (36, 7, 56, 4, 16),
+    (150, 1, 12, None, 128), (70, 14, 14, 4, 88), (33, 2, 30, None, 520),
+]  # fmt: skip
+
+
+def takes_tensor_cores(tensors, activation="silu") -> dict[str, bool]:
+    """Which of the passes do, by their notes."""
+    leaf = tensors["x"].detach().requires_grad_()
+    notes = ext.explain(
+        lambda: ext.depthwise_conv3x3(**{**tensors, "x": leaf}, activation=activation).sum().backward()
+    ).notes
+    return {way: f"depthwise_conv3x3 {way}: tensor cores" in notes for way in ("forward", "backward")}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("batch, h, w, groups, channels", MANY_IMAGES)
+def test_tensor_cores(dtype, activation, batch, h, w, groups, channels):
+    tensors = inputs("cuda", dtype, batch=batch, h=h, w=w, groups=groups, channels=channels, param=torch.float32)
+    if groups is not None:
+        tensors["x"] = group_major(tensors["x"])
+    if torch.cuda.get_device_capability() == (9, 0):
+        # Groups of 16 channels fill the forward's tiles badly.
+        assert takes_tensor_cores(tensors, activation) == {"forward": channels != 16, "backward": True}
+    compare(tensors, activation)
+    compare({**tensors, "bias": None}, activation)
+    if groups is None:
+        wide = {**tensors, "x": padded_channels(torch.nn.functional.pad(tensors["x"], (0, 8)))[..., :channels]}
+        assert torch.equal(ext.depthwise_conv3x3(**wide), ext.depthwise_conv3x3(**tensors))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("change, tensor_cores", [
+    ({}, True), ({"batch": 20}, False), ({"w": 7}, False), ({"channels": 20}, False), ({"dtype": torch.float32}, False),
+])  # fmt: skip
+def test_where_tensor_cores_pay(change, tensor_cores):
+    tensors = inputs("cuda", **{"dtype": torch.bfloat16, "batch": 140, "h": 5, "w": 14, "channels": 64, **change})
+    tensor_cores = tensor_cores and torch.cuda.get_device_capability() == (9, 0)
+    assert takes_tensor_cores(tensors) == {"forward": tensor_cores, "backward": tensor_cores}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_tensor_cores_cannot_move_is_right_too(activation):
+    """Images that TMA can't move: one image for all, and pixels that begin anywhere."""
+    tensors = inputs("cuda", torch.bfloat16, batch=140, h=5, w=14, channels=64)
+    for x in (tensors["x"][:1].expand(140, -1, -1, -1), unaligned(tensors["x"])):
+        changed = {**tensors, "x": x}
+        assert not takes_tensor_cores(changed)["forward"]
+        compare(changed, activation)
+
+
+@pytest.mark.cuda
+def test_infinity_stays_in_its_image_and_octet():
+    """By tensor cores a value that is not finite reaches eight channels, and no other image."""
+    tensors = inputs("cuda", torch.bfloat16, batch=140, h=5, w=14, channels=64)
+    expected = ext.depthwise_conv3x3(**tensors)
+    x = tensors["x"].clone()
+    x[7, 2, 3, 19] = torch.inf
+    y = ext.depthwise_conv3x3(**{**tensors, "x": x})
+    assert not y[7, 1:4, 2:5, 19].isfinite().all()
+    y[7, 1:4, 2:5, 16:24] = expected[7, 1:4, 2:5, 16:24]
+    assert torch.equal(y, expected)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradcheck(activation):
     tensors = [v.requires_grad_() for v in inputs("cpu", torch.float64, batch=1, h=3, w=4, channels=2).values()]

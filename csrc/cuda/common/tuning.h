@@ -24,6 +24,10 @@ constexpr int64_t kConvManyThreads = 1 << 18, kConvFewThreads = 3 << 14;
 // Backward: small images share a block of up to kConvEnoughTokens while there are kConvEnoughBlocks, two waves; with
 // fewer blocks than kConvFewBlocks images are split by rows.
 constexpr int64_t kConvEnoughBlocks = 768, kConvFewBlocks = 1024, kConvEnoughTokens = 384;
+// By tensor cores, with fewer blocks than multiprocessors, or where much of a block has no pixels, the threads of the
+// other kernel are faster.
+constexpr int64_t kConvSm90Blocks = kMultiprocessors;
+constexpr double kConvSm90Filled = 0.6;
 
 // BatchNorm: at most eight blocks an SM.
 constexpr int64_t kBatchNormBlocks = 8 * kMultiprocessors;

@@ -19,6 +19,7 @@ struct ConvShape {
 struct ConvFwdArgs {
     ConvShape shape;
     ConvFwdPlan plan;
+    ConvSm90Plan sm90;
     ImageArg x, y;
     DropPathArg drop_path;  // y is 0 in the images whose branch is dropped
     ParamArg weight, bias;  // (G, D, 3, 3), (G, D)
@@ -27,6 +28,7 @@ struct ConvFwdArgs {
 struct ConvBwdArgs {
     ConvShape shape;
     ConvBwdPlan plan;
+    ConvSm90Plan sm90;
     ImageArg dy, x, dx;
     ImageArg y;             // the forward's result computed once more, or absent
     DropPathArg drop_path;  // as in the forward: dx is 0 where the branch is dropped

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cuda/common/args.h"
 #include "cuda/common/tuning.h"
 
 namespace gm {
@@ -108,6 +109,64 @@ inline ConvBwdPlan conv_bwd_plan(int64_t batch, int height, int width, int group
     p.segments = div_up(batch, p.images);
     p.partial_rows = p.segments * p.strips * p.tiles;
     return p;
+}
+
+// By tensor cores (fwd_sm90.cu, bwd_sm90.cu): a block of kConvSm90Warps warps, each with 8 channels of as many columns
+// as it can give results for, walks whole images one after the other.
+constexpr int kConvSm90Warps = 8;
+constexpr int kConvFwdSm90Columns = 16, kConvBwdSm90Columns = 14;
+constexpr int kConvFwdSm90Resident = 4, kConvBwdSm90Resident = 2;  // blocks an SM
+
+struct ConvSm90Plan {
+    int octets;                 // of a block: runs of 8 channels; its other warps are further tiles of columns
+    int chunks, column_blocks;  // blocks that share a token's channels, and a row's columns
+    int tiles;                  // of a row's columns
+    int images;                 // that a block walks
+    int64_t segments;           // runs of `images` images
+    int64_t blocks, partial_rows;
+    double filled;  // share of the warps' channels and columns that exist
+};
+
+inline ConvSm90Plan conv_sm90_plan(int64_t batch, int height, int width, int groups, int dim, bool backward) {
+    const int columns = backward ? kConvBwdSm90Columns : kConvFwdSm90Columns;
+    const int resident = backward ? kConvBwdSm90Resident : kConvFwdSm90Resident;
+    // Two octets, 32 bytes a pixel, gain nothing forward.
+    const int least_octets = backward ? 2 : 4;
+    ConvSm90Plan best{};
+    for (int octets = kConvSm90Warps; octets >= least_octets; octets /= 2) {
+        ConvSm90Plan p{};
+        p.octets = octets;
+        p.tiles = static_cast<int>(div_up(width, columns));
+        p.chunks = static_cast<int>(div_up(dim, octets * 8));
+        p.column_blocks = static_cast<int>(div_up(p.tiles, kConvSm90Warps / octets));
+        p.filled = static_cast<double>(dim) * width /
+                   (static_cast<double>(p.chunks) * p.column_blocks * kConvSm90Warps * 8 * columns);
+        if (p.filled > best.filled) best = p;
+    }
+    // As many runs of images as take the least time: that of a block are its rows, two more of each image, and what it
+    // does once.
+    const int64_t at_once = resident * tuning::kMultiprocessors;
+    constexpr double kOnce = 16;
+    const int64_t shares = int64_t{groups} * best.chunks * best.column_blocks;
+    double least = 0.;
+    for (int64_t wanted = 1; wanted <= batch && (wanted == 1 || wanted * shares <= 4 * at_once); ++wanted) {
+        const int64_t images = div_up(batch, wanted), segments = div_up(batch, images);
+        const double waves = static_cast<double>(div_up(segments * shares, at_once));
+        const double time = waves * (static_cast<double>(images) * (height + 2) + kOnce);
+        if (wanted > 1 && time >= least) continue;
+        least = time, best.images = static_cast<int>(images), best.segments = segments;
+    }
+    best.blocks = best.segments * shares;
+    best.partial_rows = best.segments * best.tiles;
+    return best;
+}
+
+// Why the threads of fwd.cu and bwd.cu are the better way, or null where tensor cores are.
+inline const char* why_not_conv_sm90(const ConvSm90Plan& plan, DType dtype) {
+    if (dtype == DType::kFloat) return "images are float32, not float16 or bfloat16";
+    if (plan.filled < tuning::kConvSm90Filled) return "channels or columns fill its tiles badly";
+    if (plan.blocks < tuning::kConvSm90Blocks) return "there are too few images for the GPU";
+    return nullptr;
 }
 
 }  // namespace gm

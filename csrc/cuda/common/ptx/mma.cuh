@@ -101,6 +101,22 @@ __device__ __forceinline__ void warp_mma(float (&d)[4], const uint32_t (&a)[4], 
     }
 }
 
+// The same of half the depth: d (16, 8) = a (16, 8) b (8, 8) + c, of a's rows lane / 4, then + 8.
+template <class T>
+__device__ __forceinline__ void warp_mma(float (&d)[4], const uint32_t (&a)[2], uint32_t b, const float (&c)[4]) {
+    if constexpr (std::is_same_v<T, __half>) {
+        asm volatile(
+            "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"
+            : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(b), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+    } else {
+        asm volatile(
+            "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"
+            : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(b), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+    }
+}
+
 // A float as TF32 has it: rounded to 10 bits behind the first. 16-bit values are such floats as they are.
 __device__ __forceinline__ float to_tf32(float x) {
     uint32_t bits;
@@ -142,6 +158,23 @@ __device__ __forceinline__ void ldmatrix_trans(uint32_t (&out)[4], uint32_t addr
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
                  : "r"(address)
+                 : "memory");
+}
+__device__ __forceinline__ void ldmatrix_trans(uint32_t (&out)[2], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(out[0]), "=r"(out[1])
+                 : "r"(address)
+                 : "memory");
+}
+
+// The counterpart of ldmatrix (sm_90 and newer).
+__device__ __forceinline__ void stmatrix(uint32_t address, const uint32_t (&in)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(in[0]),
+                 "r"(in[1]), "r"(in[2]), "r"(in[3])
+                 : "memory");
+}
+__device__ __forceinline__ void stmatrix(uint32_t address, const uint32_t (&in)[2]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(in[0]), "r"(in[1])
                  : "memory");
 }
 

@@ -15,6 +15,10 @@ enum SumRow { kSumA, kSumSkip, kSumBias, kSumProduct, kSumTotal, kSumWeight };
 static_assert(kSumSkip == 1 + kRowSkip && kSumBias == 1 + kRowBias && kSumProduct == 1 + kRowProduct &&
               kSumTotal == 1 + kRowSum && kSumWeight == 1 + kFixedRows);
 
+// The first of the weights' rows in shared memory: a bare scan has no norm, so no rows for one.
+template <class Block>
+constexpr int kWeightRow = Block::kBare ? kSumBias + 1 : kSumWeight;
+
 // Copies of the features' gradients in shared memory: one, or one for each octet where several warps share a token.
 template <class Block>
 constexpr int kGradientCopies = Block::kInWarp ? 1 : Block::kOctets;
@@ -43,9 +47,11 @@ struct ScanBwdLayout {
         if (Block::kProducts) total += 2 * Block::rank_tiles(s) * Block::kThreads * 16;
     }
     // Sums that each thread has of its own channels. Those of matrix products are not among them.
-    __host__ __device__ static int sum_rows(const ScanShape& s) { return kSumWeight + (Block::kProducts ? 0 : s.rank); }
+    __host__ __device__ static int sum_rows(const ScanShape& s) {
+        return kWeightRow<Block> + (Block::kProducts ? 0 : s.rank);
+    }
     // What matrix products use.
-    __host__ __device__ int stage() const { return sums + kSumWeight * Block::kThreads * 16; }
+    __host__ __device__ int stage() const { return sums + kWeightRow<Block> * Block::kThreads * 16; }
     __host__ __device__ int chunks() const { return stage() + StepGradientProducts<Block>::kStageBytes; }
     __host__ __device__ int places() const { return chunks() + Block::kChunks * static_cast<int>(sizeof(int2)); }
     __host__ __device__ int weight_sums() const { return barriers + kSm90Stages * kBarriers * 8; }
@@ -269,7 +275,7 @@ struct ScanBwdThread {
                 for (int j = 0; j < kVec; ++j) dw[j] = fmaf(dsteps[k][j], d, dw[j]);
             }
             write_gradient(at, ddt, 1.f, 2 + r);
-            add_sum(kSumWeight + r, dw);
+            add_sum(kWeightRow<Block> + r, dw);
         }
     }
 };
@@ -294,7 +300,8 @@ __device__ __forceinline__ void write_partials(const ScanBwdArgs& args, const Ti
         products.write_weights(s, weight_sums, write);
     }
 #pragma unroll 1
-    for (int i = threadIdx.x; i < (Block::kProducts ? kSumWeight : rows) * Block::kLanes; i += Block::kThreads) {
+    for (int i = threadIdx.x; i < (kWeightRow<Block> + (Block::kProducts ? 0 : s.rank)) * Block::kLanes;
+         i += Block::kThreads) {
         const int sum = i / Block::kLanes, lane = i % Block::kLanes, c0 = lane * kVec;
         float x[kVec] = {};
 #pragma unroll 4
@@ -303,10 +310,12 @@ __device__ __forceinline__ void write_partials(const ScanBwdArgs& args, const Ti
             x[0] += v.x, x[1] += v.y, x[2] += v.z, x[3] += v.w;
             v = make_float4(0.f, 0.f, 0.f, 0.f);
         }
-        const float unit = sum == kSumA ? kLn2 : sum == kSumBias || sum >= kSumWeight ? kLog2e : 1.f;
+        const float unit = sum == kSumA ? kLn2 : sum == kSumBias || sum >= kWeightRow<Block> ? kLog2e : 1.f;
+        const int into = sum < kWeightRow<Block> ? sum : sum - kWeightRow<Block> + kSumWeight;
 #pragma unroll
         for (int j = 0; j < kVec; ++j)
-            if (Block::kWhole || c0 + j < Block::real_dim(s)) partials[sum * Block::real_dim(s) + c0 + j] = unit * x[j];
+            if (Block::kWhole || c0 + j < Block::real_dim(s))
+                partials[into * Block::real_dim(s) + c0 + j] = unit * x[j];
     }
 }
 
