@@ -33,7 +33,7 @@ struct Layout {
     static constexpr int kRows = kRowsAtOnce, kStages = kRows == 4 ? 3 : 4;  // on their way, or in use
     static constexpr int kTiles = kConvSm90Warps / kOctets, kColumns = kTiles * kConvBwdSm90Columns;
     // Behind a row of x there are 64 ones.
-    static constexpr int kOnes = (kColumns + 4) * Row::kPixel, kX = Row::bytes(kColumns + 4 + 128 / Row::kPixel);
+    static constexpr int kOnes = (kColumns + 4) * Row::kPixel, kX = Row::bytes((kOnes + 128) / Row::kPixel);
     static constexpr int kDy = Row::bytes(kColumns + 2), kOut = Row::bytes(kColumns), kStage = kRows * (kX + kDy);
     // Results: kRows of y, then of dx, in each of two halves.
     static constexpr int kResults = kStages * kStage, kHalf = 2 * kRows * kOut;
@@ -55,14 +55,6 @@ struct Walk {
     // By row of the tap, 16 by 8 channels: of the two outer taps, and of the inner one and, below, of the bias.
     float douter[3][4] = {}, dinner[3][4] = {};
     float dx_sum[2] = {};
-
-    __device__ void begin(const float (&bias)[4]) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            pre_above[i] = pre_level[i] = bias[i], dx_above[i] = dx_level[i] = 0.f;
-            outer_above[i] = inner_above[i] = outer_level[i] = inner_level[i] = 0;
-        }
-    }
 };
 
 template <class T, int kOctets, Activation kActivation>
@@ -194,7 +186,11 @@ __global__ void __launch_bounds__(kConvSm90Threads, kConvBwdSm90Resident)
                                    Layout::kColumns);
             continue;
         }
-        walk.begin(bias);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            walk.pre_above[i] = walk.pre_level[i] = bias[i], walk.dx_above[i] = walk.dx_level[i] = 0.f;
+            walk.outer_above[i] = walk.inner_above[i] = walk.outer_level[i] = walk.inner_level[i] = 0;
+        }
         for (int first = 0; first < s.height + 2; first += kRows) {
             const uint32_t from = stage * Layout::kStage;
             mbarrier_wait(barriers + stage * 8, parity);
