@@ -333,3 +333,11 @@ def test_a_validation_that_can_measure_nothing_is_said(tmp_path, capsys):
         Image.fromarray(np.zeros_like(np.asarray(Image.open(path)))).save(path)
     assert segmenter(data, tmp_path / "run", "--epochs", "1") == 0
     assert f"no pixel of {data / 'images' / 'validation'} has a class: validation" in capsys.readouterr().err
+
+
+def test_labels_without_an_image_are_said(tmp_path, capsys):
+    data = make_ade(tmp_path / "ade")
+    (data / "images" / "training" / "2.jpg").unlink()
+    assert segmenter(data, tmp_path / "run", "--steps", "1") == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert len(said) == 1 and f"are left out: 1, such as {data / 'annotations' / 'training' / '2.png'}" in said[0]

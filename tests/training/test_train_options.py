@@ -82,7 +82,7 @@ def test_help_fits_a_screen_and_the_long_one_has_everything(capsys):
         (["{data}", "--warmup-epochs", "3", "--epochs", "3"], ("--warmup-epochs 3", "--epochs 3")),
         (["{data}", "--model", "groupmamba_huge"], ("--model", "'groupmamba_huge'")),
         (["{data}", "--model-kwargs", "depths=(1,1)"], ("groupmamba_tiny", "depths")),
-        (["{data}", "--model-kwargs", "nonsense=1"], ("groupmamba_tiny", "nonsense")),
+        (["{data}", "--model-kwargs", "nonsense=1"], ("groupmamba_tiny", "; --model-kwargs nonsense=... gives it")),
         (["{data}", "--model-kwargs", f"directions={('lr',) * 8}"], ("dims must be multiples of 8", "348", "352")),
         (["{data}", "--model-kwargs", "=1"], ("--model-kwargs", "'=1'")),
         (["{data}", "--model-kwargs", "num_classes=5"], ("--model-kwargs num_classes=5", "the data")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -99,6 +100,16 @@ def create_model(name: str, option: str = "--model", /, **options: Any) -> nn.Mo
     return made(name, lambda: timm.create_model(name, **options), option=option)
 
 
+def _advice(error: str) -> str:
+    """Which option gave the argument that a model refuses, with a semicolon before it."""
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", error)
+    if "drop_path_rate" in error:
+        return "; --drop-path 0 leaves that out"
+    if unknown is None:
+        return ""
+    return "; --drop 0 leaves that out" if unknown[1] == "drop_rate" else f"; --model-kwargs {unknown[1]}=... gives it"
+
+
 def made(name: str, make: Callable[[], nn.Module], *, option: str = "--model") -> nn.Module:
     """What ``make`` makes of the model ``name`` of this project or timm.
 
@@ -117,8 +128,7 @@ def made(name: str, make: Callable[[], nn.Module], *, option: str = "--model") -
     try:
         return make()
     except (TypeError, ValueError, AssertionError) as error:
-        advice = "; --drop-path 0 leaves that out" if "drop_path_rate" in str(error) else ""
-        raise UsageError(f"{option} {name} can't be made so: {one_line(error)}{advice}") from error
+        raise UsageError(f"{option} {name} can't be made so: {one_line(error)}{_advice(str(error))}") from error
     except (RuntimeError, OSError) as error:
         raise CommandError(one_line(error)) from error
 

@@ -118,10 +118,10 @@ class Training:
             replicas=setup.distribute(model, args, processes, stream),
             stream=stream,
         )
+        self.total, self.epochs = plan.total, -(-plan.total // self.steps)
         if self.resumed is not None and state is not None:
             self._restore(self.resumed, state)
         self.schedule = Schedule(args.sched, optimizer, rates, plan)
-        self.total, self.epochs = plan.total, -(-plan.total // self.steps)
         self.columns = summary_columns(self.task.columns)
         self.tables = Table(self.run / SUMMARY, self.columns), Table(self.run / STEPS, STEP_COLUMNS)
         self.pending: list[tuple[int, Tensor, float]] = []
@@ -166,8 +166,9 @@ class Training:
         self.position = {name: int(state[name]) for name in self.position}
         self.loss_sum = float(state["loss_sum"])
         self.ranking = {step: tuple(value) for step, value in state["ranking"].items()}  # type: ignore[misc]
-        at = f"epoch {self.position['epoch'] + 1}, step {self.position['batch']}"
-        self.screen.say(f"going on from {checkpoint}: {at}")
+        if self.position["epoch"] < self.epochs:
+            at = f"epoch {self.position['epoch'] + 1}, step {self.position['batch']}"
+            self.screen.say(f"going on from {checkpoint}: {at}")
 
     def fit(self) -> int:
         """Trains to the end; 0."""

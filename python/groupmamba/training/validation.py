@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model-kwargs", type=keyword, nargs="*", metavar="NAME=VALUE", help="more arguments of that model"
     )
-    parser.add_argument("-b", "--batch-size", type=whole_number(1, 1 << 16), help="default: 128, of detectors 1")
+    parser.add_argument(
+        "-b", "--batch-size", type=whole_number(1, 1 << 16), help="default: 128, of segmenters 16, of detectors 1"
+    )
     parser.add_argument("-j", "--workers", type=whole_number(0, 1024), default=WORKERS, help="default: %(default)s")
     parser.add_argument("--img-size", type=whole_number(32, 4096), help="of classifiers; default: the checkpoint's")
     parser.add_argument("--multi-scale", action="store_true", help="of segmenters: six scales and their mirror images")

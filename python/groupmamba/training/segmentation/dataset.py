@@ -61,6 +61,8 @@ class LabelledImages:
             if name not in found:
                 raise CommandError(f"{path} has no label image {labels / name}.png")
             self.samples.append((path, found[name]))
+        used = {label for _, label in self.samples}
+        self.labels_alone = sorted(path for path in found.values() if path not in used)  # without an image
         self.reduce_zero_label = reduce_zero_label
         self.classes: list[str] = []
 

@@ -70,6 +70,9 @@ class Segmentation(DenseTask):
         if len(training.classes) < 2:
             raise CommandError(f"{data} has one class, {training.classes[0]}; there must be two at least")
         validation.classes = training.classes
+        for images in (training, validation):
+            if alone := images.labels_alone:
+                self.screen.say(f"label images without an image are left out: {len(alone)}, such as {alone[0]}")
         # A run would come upon what is wrong there after a tenth of its steps.
         if not validation.check():
             self.screen.say(f"no pixel of {validation.root} has a class: validation measures nothing")
