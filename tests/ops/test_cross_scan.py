@@ -166,7 +166,7 @@ def test_layouts(device, layout, rank, dim):
     compare(viewed)
 
 
-@pytest.mark.parametrize("dim", [8, 9])
+@pytest.mark.parametrize("dim", [8, 9, 136])
 def test_group_major_storage(device, dim):
     tensors = inputs(device, torch.bfloat16, groups=3, dim=dim, h=9, w=12)
     viewed = tensors | {"u": group_major(tensors["u"])}
