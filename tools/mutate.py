@@ -76,6 +76,8 @@ EQUIVALENT = {
 
 # Quick tests for what stands in a file's name, the likeliest to fail first; then all of EVERY.
 FIRST = (
+    (r"explain", ["test_explain.py"]),
+    (r"host/layout", ["test_layouts.py", "test_storage.py", "test_conv.py"]),
     (r"scratch", ["test_scan.py", "test_norms.py", "test_conv.py", "test_cpu_memory.py"]),
     (r"cross", ["test_cross_scan.py", "test_generated.py", "test_scan.py"]),
     (

@@ -254,10 +254,11 @@ def run_slice(tool: str, first: int, end: int, options: argparse.Namespace, seco
         tail = "\n".join(text.splitlines()[-15:])
         began = [int(n) for n in re.findall(r"^case (\d+):", text, re.M)]
         return Slice(tool, first, max([*began, first]) + 1, took, "failed", [*ours, tail], others)
-    summed = _SUMMARY.search(text)
+    summed, left_out = _SUMMARY.search(text), len(_LEFT_OUT.findall(text))
     judged = done.returncode in (0, 9) and summed and len(ours) + others < REPORT_LIMIT
-    verdict = "found" if ours else "clean" if judged else "failed"
-    return Slice(tool, int(ran[1]), int(ran[2]), took, verdict, ours, others, len(_LEFT_OUT.findall(text)))
+    nothing = left_out == int(ran[2]) - int(ran[1])  # no case used the GPU, which the tool calls an error
+    verdict = "found" if ours else "clean" if judged or nothing else "failed"
+    return Slice(tool, int(ran[1]), int(ran[2]), took, verdict, ours, others, left_out)
 
 
 def case_count() -> int:

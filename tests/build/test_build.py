@@ -143,7 +143,6 @@ def test_no_kernel_has_a_stack(kernels):
     assert not [k["name"] for k in kernels["kernels"] if k["arch"] == "90" and k["stack_bytes"] > k["spill_bytes"]]
 
 
-
 def test_sources_are_those_of_cmake():
     """A source that the build does not list would rot; a folder of more than 20 files hides what it holds."""
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".cu")}

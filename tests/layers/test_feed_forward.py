@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 
+import groupmamba_ext as ext
 from groupmamba.layers import feed_forward as layers_feed_forward
 from groupmamba.layers import token_norm as layers_token_norm
 from groupmamba.layers.token_norm import TokenNorm
@@ -97,13 +98,6 @@ def test_token_norm_sums_that_a_16_bit_gradient_cannot_hold(dtype):
         assert torch.equal(bias.grad, torch.full_like(bias, 160_000))
 
 
-def kernels_of(function) -> list[str]:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        function()
-        torch.cuda.synchronize()
-    return [e.key for e in profile.key_averages() if e.self_device_time_total > 0]
-
-
 @pytest.mark.parametrize("batch, dim, hidden, shape", ONE_KERNEL)
 def test_feed_forward_is_one_kernel(batch, dim, hidden, shape):
     """On 9.0 in 16 bits, where that pays; elsewhere, as for parameters that TMA can't read, it is several.
@@ -116,7 +110,7 @@ def test_feed_forward_is_one_kernel(batch, dim, hidden, shape):
     modules = feed_forward(dim, hidden).to("cuda", torch.bfloat16).requires_grad_(False)
     mlp, norm = modules["mlp"], modules["norm"]
     x = torch.randn(batch, *shape, dim, device="cuda", dtype=torch.bfloat16)
-    runs_alone = lambda x: any("feed_forward_sm90a" in k for k in kernels_of(lambda: mlp(x, norm)))  # noqa: E731
+    runs_alone = lambda x: "feed_forward forward: one kernel" in ext.explain(mlp, x, norm).notes  # noqa: E731
     assert runs_alone(x)
     assert not runs_alone(x[:1, :, :7])
     assert not runs_alone(x[:1].expand(batch, -1, -1, -1))

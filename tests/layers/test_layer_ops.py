@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA ops of whole layers (`groupmamba_ext.ops`) against the same layers composed of the public ops."""
 
+import copy
 import functools
 
 import pytest
@@ -108,14 +109,16 @@ def test_gradients_overflow_no_earlier_than_composed_ones(monkeypatch, dim, dire
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_many_images_are_as_each_half_of_them(dtype, dim, directions, residual):
-    """Many tokens have product kernels of their own, here of a number that fills no block; few go to cuBLAS."""
+    """Many tokens have product kernels of their own, here of a number that fills no block; few go to cuBLAS. A wide
+    group's convolution is by tensor cores for many images alone, which rounds its weights to 16 bits: then each is
+    compared with float64 of the weights that it has, as this layer makes ten times of such a rounding in dx."""
     layer, x = make(dim, directions=directions).to("cuda"), image(132, dim, 9, 14, device="cuda", dtype=dtype)
     x = x.to(memory_format=torch.channels_last)
     dy = torch.randn_like(x)
 
-    def results(x, dy):
+    def results(x, dy, layer=layer):
         x = x.detach().requires_grad_()
-        with torch.autocast("cuda", dtype):
+        with torch.autocast("cuda", dtype, enabled=x.is_cuda):
             y = layer(x, residual=residual)
         names, parameters = zip(*layer.named_parameters(), strict=True)
         dx, *gradients = torch.autograd.grad(y, (x, *parameters), dy)
@@ -123,14 +126,28 @@ def test_many_images_are_as_each_half_of_them(dtype, dim, directions, residual):
 
     whole, whole_gradients = results(x, dy)
     (first, first_gradients), (second, second_gradients) = map(results, x.split(66), dy.split(66))
+    halves = {name: torch.cat([first[name], second[name]]) for name in whole}
+    halves |= {f"d{name}": first_gradients[name] + second_gradients[name] for name in whole_gradients}
+    whole |= {f"d{name}": gradient for name, gradient in whole_gradients.items()}
+    rounds = (dim, directions) == (64, ("tb",)) and torch.cuda.get_device_capability() == (9, 0)
+
+    def truth(rounded):
+        exact = copy.deepcopy(layer).double().cpu()
+        if rounded:
+            exact.mamba.conv_weight.data = exact.mamba.conv_weight.data.to(dtype).double()
+        images, gradients = results(x.double().cpu(), dy.double().cpu(), exact)
+        return images | {f"d{name}": gradient for name, gradient in gradients.items()}
+
+    of_whole, of_halves = (truth(True), truth(False)) if rounds else ({}, {})
     for name, actual in whole.items():
-        error = relative_error(actual, torch.cat([first[name], second[name]]))
-        assert error <= 2 * FLOOR[dtype], f"{name}: {error:.2e}"
-    for name, actual in whole_gradients.items():
-        expected = first_gradients[name] + second_gradients[name]
-        if expected.numel() > 1:  # else a sum over the image that cancels
-            error = relative_error(actual, expected)
-            assert error <= 2 * FLOOR[dtype], f"d{name}: {error:.2e}"
+        if actual.numel() == 1:  # a sum over the image that cancels
+            continue
+        if rounds:
+            error, own = relative_error(actual, of_whole[name]), relative_error(halves[name], of_halves[name])
+            assert error <= max(2 * own, 2 * FLOOR[dtype]), f"{name}: {error:.2e}, halves {own:.2e}"
+        else:
+            error = relative_error(actual, halves[name])
+            assert error <= 2 * FLOOR[dtype], f"{name}: {error:.2e}"
 
 
 @pytest.mark.parametrize("variant", ["released", "fused"])

@@ -12,6 +12,7 @@ from torch import nn
 
 from groupmamba import use_cuda_graphs
 from groupmamba.cuda_graphs.recorder import Garbage, capturing
+from support.common import relative_error
 from support.graphs import (
     SIZES,
     assert_same,
@@ -252,5 +253,5 @@ def test_memory_that_runs_out_ends_recording_alone():
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert len(graphs) == 0
     model.zero_grad()
-    # cuDNN and cuBLAS may have chosen with less memory.
-    torch.testing.assert_close(step(model, x)[1], expected, rtol=1e-2, atol=1e-4)
+    for name, gradient in step(model, x)[1].items():  # cuDNN and cuBLAS may have chosen with less memory
+        assert relative_error(gradient, expected[name]) < 1e-2, name

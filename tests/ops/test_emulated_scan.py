@@ -4,10 +4,7 @@ under ThreadSanitizer, which finds a missing barrier. See tests/support/emulatio
 
 import functools
 import os
-import platform
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,12 +16,7 @@ from support.common import check
 from support.inputs import cross_inputs
 from support.scan import MIXED, inputs
 
-SANITIZED = "GROUPMAMBA_EMULATION"  # names the sanitized library in the process that runs it
-# scheduler.cpp switches between fibers by instructions of x86-64. Without a compiler there is nothing to run.
-pytestmark = pytest.mark.skipif(
-    platform.machine() != "x86_64" or shutil.which(os.environ.get("CXX", "g++")) is None,
-    reason="needs a C++ compiler for x86-64",
-)
+pytestmark = emulation.needs_compiler
 
 PORTABLE = [  # dim, states, rank, h, w: lanes from 1 to 32, one tile and several, aligned and not
     (1, 1, 1, 3, 5), (3, 1, 1, 5, 7), (16, 1, None, 9, 11), (16, 1, 1, 29, 31), (64, 1, 2, 11, 13), (20, 3, 2, 11, 13),
@@ -46,15 +38,15 @@ MANY_STATES = [  # 2, 4 or 8 states of a thread, 2 to 16 threads of a channel; o
     (87, 16, 6, 6, 9), (112, 16, 7, 6, 5), (8, 64, 1, 5, 7), (64, 24, 4, 5, 7), (128, 12, 8, 5, 6),
 ]  # fmt: skip
 
-if SANITIZED in os.environ:  # every access is looked at, twenty times as slow
+if emulation.SANITIZED in os.environ:  # every access is looked at, twenty times as slow
     PORTABLE, SM90, MANY_STATES, CROSS = PORTABLE[2::3], SM90[0::3], MANY_STATES[0::3], CROSS[2::3]
 
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory) -> Path:
-    if SANITIZED in os.environ:
-        return Path(os.environ[SANITIZED])
-    return emulation.build(tmp_path_factory.mktemp("emulation"))
+    if emulation.SANITIZED in os.environ:
+        return Path(os.environ[emulation.SANITIZED])
+    return emulation.build(tmp_path_factory.mktemp("emulation"), "scan")
 
 
 CODES = ("lr", "rl", "tb", "bt")
@@ -125,26 +117,9 @@ def test_sm90_goes_through_several_images(library):
     compare(library, "sm90", inputs("cpu", torch.bfloat16, batch=3, dim=64, groups=2, h=7, w=9))
 
 
-def sanitized(folder: Path, chosen: str, **options) -> subprocess.CompletedProcess:
-    """Some of the tests above under ThreadSanitizer."""
-    compiler = os.environ.get("CXX", "g++")
-    runtime = subprocess.run([compiler, "-print-file-name=libtsan.so"], capture_output=True, text=True).stdout.strip()
-    if not os.path.isabs(runtime):  # the compiler found no such file; GCC has it, unless it was packaged apart
-        pytest.skip(f"{compiler} has no ThreadSanitizer")
-    environment = {
-        **os.environ,
-        SANITIZED: str(emulation.build(folder, threads_sanitized=True, **options)),
-        "LD_PRELOAD": runtime,
-        "TSAN_OPTIONS": "ignore_noninstrumented_modules=1 exitcode=66",
-        "OMP_NUM_THREADS": "1",
-    }
-    argv = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-k", chosen, __file__]
-    return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=300)
-
-
 def test_no_thread_reads_what_another_one_writes(tmp_path):
     chosen = "((test_portable or test_many_states) and dtype1) or ((test_sm90 or test_cross) and dtype0) or images"
-    done = sanitized(tmp_path, chosen)
+    done = emulation.sanitized(tmp_path, "scan", __file__, chosen)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout and "data race" not in done.stderr
 
@@ -161,5 +136,5 @@ def test_a_missing_barrier_is_found(tmp_path):
             "    for (int i = 0; i < coord.num_warps()",
         )
     )
-    done = sanitized(tmp_path, "test_portable and 128 and dtype1", csrc=csrc)
+    done = emulation.sanitized(tmp_path, "scan", __file__, "test_portable and 128 and dtype1", csrc=csrc)
     assert done.returncode != 0 and "data race" in done.stderr and "block_scan" in done.stderr

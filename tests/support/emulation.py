@@ -1,24 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels of the scan on the CPU: see emulation/README.md."""
+"""CUDA kernels on the CPU, and those of the scan: see emulation/README.md. The convolution's are in
+emulated_conv.py."""
 
 import ctypes
 import functools
 import os
+import platform
 import re
+import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 import torch
 
+SANITIZED = "GROUPMAMBA_EMULATION"  # names the sanitized library in the process that runs it
+# scheduler.cpp switches between fibers by instructions of x86-64. Without a compiler there is nothing to run.
+needs_compiler = pytest.mark.skipif(
+    platform.machine() != "x86_64" or shutil.which(os.environ.get("CXX", "g++")) is None,
+    reason="needs a C++ compiler for x86-64",
+)
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(__file__).resolve().parent / "emulation"
-SOURCES = (  # of csrc/cuda/scan/, and what adds up images
-    "fwd.cu", "bwd.cu", "reduce.cu", "many_states/fwd.cu", "many_states/bwd.cu", "many_states/select.cpp",
-    "sm90/fwd.cu", "sm90/bwd.cu", "sm90/cross_fwd.cu", "sm90/cross_bwd.cu", "sm90/tma_maps.cpp",
-    "../images/images.cu",
-)  # fmt: skip
+SOURCES = {  # of csrc/cuda/; emulation/<name>.cpp has the functions that call them
+    "scan": (
+        "scan/fwd.cu", "scan/bwd.cu", "scan/reduce.cu", "scan/many_states/fwd.cu", "scan/many_states/bwd.cu",
+        "scan/many_states/select.cpp", "scan/sm90/fwd.cu", "scan/sm90/bwd.cu", "scan/sm90/cross_fwd.cu",
+        "scan/sm90/cross_bwd.cu", "scan/sm90/tma_maps.cpp", "images/images.cu",
+    ),
+    "conv": tuple(f"depthwise_conv/{name}.cu" for name in ("fwd", "bwd", "fwd_sm90", "bwd_sm90")),
+}  # fmt: skip
 DYNAMIC_SHARED = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+?) (\w+)\[\];")
+LOAD_SHARED = re.compile(r'asm volatile\("ld\.shared\.[^"]*" : (.*?) : "r"\((.*)\)\);')
 IMAGES = ("u", "dt", "B", "C", "z")
 PARAMETERS = ("A", "D", "dt_weight", "dt_bias", "norm_weight", "norm_bias", "gate")
 CODES = {"lr": 0, "rl": 1, "tb": 2, "bt": 3}
@@ -43,15 +58,23 @@ class ParamArg(ctypes.Structure):
     _fields_ = [("ptr", ctypes.c_void_p), ("is_float", ctypes.c_bool)]
 
 
-def build(folder: Path, *, threads_sanitized: bool = False, csrc: Path = ROOT / "csrc") -> Path:
-    """Compiles the kernels with the C++ compiler of an x86-64 machine, half a minute of two cores."""
-    library, copied = folder / "libemulated_scan.so", folder / "emulated"
+def as_cpp(source: str) -> str:
+    """The kernels without what C++ has no words for."""
+    # An array that the launch gives its size.
+    source = DYNAMIC_SHARED.sub(r"\1* const \2 = reinterpret_cast<\1*>(emulation::self().block->shared);", source)
+    # A register for a float, by its name on x86, and an instruction.
+    source = source.replace('"+f"', '"+x"')
+    return LOAD_SHARED.sub(lambda found: f"load_shared({found[2]}, {found[1]});".replace('"=f"', ""), source)
+
+
+def build(folder: Path, kernels: str, *, threads_sanitized: bool = False, csrc: Path = ROOT / "csrc") -> Path:
+    """Compiles one of `SOURCES` with the C++ compiler of an x86-64 machine: on two cores the scan's take half a minute,
+    the convolution's 8 seconds."""
+    library, copied = folder / f"libemulated_{kernels}.so", folder / "emulated"
     for source in (csrc / "cuda").rglob("*.*"):
         target = copied / source.relative_to(csrc)
         target.parent.mkdir(parents=True, exist_ok=True)
-        # What C++ has no words for: an array that the launch gives its size.
-        array = r"\1* const \2 = reinterpret_cast<\1*>(emulation::self().block->shared);"
-        target.write_text(DYNAMIC_SHARED.sub(array, source.read_text()))
+        target.write_text(as_cpp(source.read_text()))
     command = [os.environ.get("CXX", "g++"), "-std=c++17", "-O1", "-g", "-fPIC", "-w"]
     # The kernels for sm_90 have a body for that architecture alone.
     command += ["-D__CUDA_ARCH__=900", f"-I{FOLDER / 'include'}", f"-I{copied}"]
@@ -64,14 +87,27 @@ def build(folder: Path, *, threads_sanitized: bool = False, csrc: Path = ROOT / 
         return compiled
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        sources = [
-            *(copied / "cuda" / "scan" / name for name in SOURCES),
-            FOLDER / "scan.cpp",
-            FOLDER / "scheduler.cpp",
-        ]
-        objects = list(pool.map(compile_one, sources))
+        sources = [copied / "cuda" / name for name in (*SOURCES[kernels], "common/tensor_map.cpp")]
+        objects = list(pool.map(compile_one, [*sources, FOLDER / f"{kernels}.cpp", FOLDER / "scheduler.cpp"]))
     subprocess.run([*command, *sanitizer, "-shared", *map(str, objects), "-o", str(library)], check=True)
     return library
+
+
+def sanitized(folder: Path, kernels: str, tests: str, chosen: str, **options) -> subprocess.CompletedProcess:
+    """Some of the tests of a file under ThreadSanitizer; the file takes the library that `SANITIZED` names."""
+    compiler = os.environ.get("CXX", "g++")
+    runtime = subprocess.run([compiler, "-print-file-name=libtsan.so"], capture_output=True, text=True).stdout.strip()
+    if not os.path.isabs(runtime):  # the compiler found no such file; GCC has it, unless it was packaged apart
+        pytest.skip(f"{compiler} has no ThreadSanitizer")
+    environment = {
+        **os.environ,
+        SANITIZED: str(build(folder, kernels, threads_sanitized=True, **options)),
+        "LD_PRELOAD": runtime,
+        "TSAN_OPTIONS": "ignore_noninstrumented_modules=1 exitcode=66",
+        "OMP_NUM_THREADS": "1",
+    }
+    argv = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-k", chosen, tests]
+    return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @functools.cache
@@ -82,16 +118,16 @@ def load(library: Path) -> ctypes.CDLL:
     return lib
 
 
-def _image(t: torch.Tensor | None) -> ImageArg:
+def image_arg(t: torch.Tensor | None) -> ImageArg:
     """Of (batch, H, W, G, .)."""
     return ImageArg() if t is None else ImageArg(t.data_ptr(), t.stride(0), t.stride(2), t.stride(3), 0)
 
 
-def _parameter(t: torch.Tensor | None) -> ParamArg:
+def param_arg(t: torch.Tensor | None) -> ParamArg:
     return ParamArg() if t is None else ParamArg(t.data_ptr(), t.dtype == torch.float32)
 
 
-def _array(kind, values):
+def array_of(kind, values):
     return (kind * len(values))(*values)
 
 
@@ -105,14 +141,14 @@ class _Scan(torch.autograd.Function):
         sizes = Sizes(batch, height, width, groups, dim, A.shape[-1], rank, A.shape[1], A.shape[1])
         sizes.dtype, sizes.softplus, sizes.norm_eps = DTYPES[u.dtype], options["softplus"], options["norm_eps"]
         sizes.aligned = dim % 4 == 0
-        directions = _array(ctypes.c_int, [CODES[d] for d in options["directions"]])
+        directions = array_of(ctypes.c_int, [CODES[d] for d in options["directions"]])
         lib = load(library)
         y = torch.full_like(u, torch.nan)
         states = torch.full((lib.emulated_scan_states(ctypes.byref(sizes)),), torch.nan)
-        arguments = [kernel, ctypes.byref(sizes), directions, _array(ImageArg, [_image(t) for t in (*images, y)])]
-        arguments += [_array(ParamArg, [_parameter(t) for t in parameters])]
+        arguments = [kernel, ctypes.byref(sizes), directions, array_of(ImageArg, [image_arg(t) for t in (*images, y)])]
+        arguments += [array_of(ParamArg, [param_arg(t) for t in parameters])]
         problem = lib.emulated_scan_fwd(*arguments, ctypes.c_void_p(states.data_ptr()))
-        assert problem is None, problem
+        assert problem is None, problem.decode()
         ctx.library, ctx.arguments = library, arguments
         ctx.kept = tensors, states
         return y
@@ -123,13 +159,13 @@ class _Scan(torch.autograd.Function):
         images = tensors[: len(IMAGES)]
         dy = torch.empty_like(images[0]).copy_(dy)
         gradients = [None if t is None else torch.full_like(t, torch.nan) for t in tensors]
-        of_images = _array(ImageArg, [_image(t) for t in gradients[: len(IMAGES)]])
-        of_parameters = _array(ParamArg, [_parameter(t) for t in gradients[len(IMAGES) :]])
-        ctx.arguments[3] = _array(ImageArg, [_image(t) for t in (*images, dy)])
+        of_images = array_of(ImageArg, [image_arg(t) for t in gradients[: len(IMAGES)]])
+        of_parameters = array_of(ParamArg, [param_arg(t) for t in gradients[len(IMAGES) :]])
+        ctx.arguments[3] = array_of(ImageArg, [image_arg(t) for t in (*images, dy)])
         problem = load(ctx.library).emulated_scan_bwd(
             *ctx.arguments, ctypes.c_void_p(states.data_ptr()), of_images, of_parameters
         )
-        assert problem is None, problem
+        assert problem is None, problem.decode()
         return None, None, None, *gradients
 
 

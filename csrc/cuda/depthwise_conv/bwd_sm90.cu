@@ -255,20 +255,21 @@ bool has_depthwise_conv_bwd_sm90() {
 
 cudaError_t launch_depthwise_conv_bwd_sm90(const ConvBwdArgs& args, DType dtype, cudaStream_t stream) {
     const ConvShape& s = args.shape;
-    return dispatch_conv_sm90(dtype, args.sm90.octets, s.activation, [&](auto tag, auto octets, auto activation) {
-        using Layout =
-            Layout<decltype(octets)::value, rows_at_once(decltype(octets)::value, decltype(activation)::value)>;
-        KernelArgs maps{{}, {}, {}, {}, args};
-        const auto encode = [&](CUtensorMap& map, const ImageArg& image, int columns) {
-            return image.ptr == nullptr || encode_rows<typename Layout::Row>(map, image, s, columns, dtype);
-        };
-        if (!encode(maps.x, args.x, Layout::kColumns + 4) || !encode(maps.dy, args.dy, Layout::kColumns + 2) ||
-            !encode(maps.dx, args.dx, Layout::kColumns) || !encode(maps.y, args.y, Layout::kColumns))
-            return cudaErrorInvalidValue;
-        return launch_kernel(depthwise_conv_bwd_sm90_kernel<typename decltype(tag)::type, decltype(octets)::value,
-                                                            decltype(activation)::value>,
-                             args.sm90.blocks, kConvSm90Threads, Layout::kBytes, stream, maps);
-    });
+    return dispatch_conv_sm90<kConvBwdSm90Octets>(
+        dtype, args.sm90.octets, s.activation, [&](auto tag, auto octets, auto activation) {
+            using Layout =
+                Layout<decltype(octets)::value, rows_at_once(decltype(octets)::value, decltype(activation)::value)>;
+            KernelArgs maps{{}, {}, {}, {}, args};
+            const auto encode = [&](CUtensorMap& map, const ImageArg& image, int columns) {
+                return image.ptr == nullptr || encode_rows<typename Layout::Row>(map, image, s, columns, dtype);
+            };
+            if (!encode(maps.x, args.x, Layout::kColumns + 4) || !encode(maps.dy, args.dy, Layout::kColumns + 2) ||
+                !encode(maps.dx, args.dx, Layout::kColumns) || !encode(maps.y, args.y, Layout::kColumns))
+                return cudaErrorInvalidValue;
+            return launch_kernel(depthwise_conv_bwd_sm90_kernel<typename decltype(tag)::type, decltype(octets)::value,
+                                                                decltype(activation)::value>,
+                                 args.sm90.blocks, kConvSm90Threads, Layout::kBytes, stream, maps);
+        });
 }
 
 }  // namespace gm

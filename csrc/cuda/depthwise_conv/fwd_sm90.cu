@@ -119,16 +119,17 @@ bool has_depthwise_conv_fwd_sm90() {
 
 cudaError_t launch_depthwise_conv_fwd_sm90(const ConvFwdArgs& args, DType dtype, cudaStream_t stream) {
     const ConvShape& s = args.shape;
-    return dispatch_conv_sm90(dtype, args.sm90.octets, s.activation, [&](auto tag, auto octets, auto activation) {
-        using Layout = Layout<decltype(octets)::value>;
-        KernelArgs maps{{}, {}, args};
-        if (!encode_rows<typename Layout::Row>(maps.x, args.x, s, Layout::kColumns + 2, dtype) ||
-            !encode_rows<typename Layout::Row>(maps.y, args.y, s, Layout::kColumns, dtype))
-            return cudaErrorInvalidValue;
-        return launch_kernel(depthwise_conv_fwd_sm90_kernel<typename decltype(tag)::type, decltype(octets)::value,
-                                                            decltype(activation)::value>,
-                             args.sm90.blocks, kConvSm90Threads, Layout::kBytes, stream, maps);
-    });
+    return dispatch_conv_sm90<kConvFwdSm90Octets>(
+        dtype, args.sm90.octets, s.activation, [&](auto tag, auto octets, auto activation) {
+            using Layout = Layout<decltype(octets)::value>;
+            KernelArgs maps{{}, {}, args};
+            if (!encode_rows<typename Layout::Row>(maps.x, args.x, s, Layout::kColumns + 2, dtype) ||
+                !encode_rows<typename Layout::Row>(maps.y, args.y, s, Layout::kColumns, dtype))
+                return cudaErrorInvalidValue;
+            return launch_kernel(depthwise_conv_fwd_sm90_kernel<typename decltype(tag)::type, decltype(octets)::value,
+                                                                decltype(activation)::value>,
+                                 args.sm90.blocks, kConvSm90Threads, Layout::kBytes, stream, maps);
+        });
 }
 
 }  // namespace gm

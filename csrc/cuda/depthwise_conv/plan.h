@@ -116,6 +116,7 @@ inline ConvBwdPlan conv_bwd_plan(int64_t batch, int height, int width, int group
 constexpr int kConvSm90Warps = 8;
 constexpr int kConvFwdSm90Columns = 16, kConvBwdSm90Columns = 14;
 constexpr int kConvFwdSm90Resident = 4, kConvBwdSm90Resident = 2;  // blocks an SM
+constexpr int kConvFwdSm90Octets = 4, kConvBwdSm90Octets = 2;      // least of a block; forward two gain nothing
 
 struct ConvSm90Plan {
     int octets;                 // of a block: runs of 8 channels; its other warps are further tiles of columns
@@ -130,8 +131,7 @@ struct ConvSm90Plan {
 inline ConvSm90Plan conv_sm90_plan(int64_t batch, int height, int width, int groups, int dim, bool backward) {
     const int columns = backward ? kConvBwdSm90Columns : kConvFwdSm90Columns;
     const int resident = backward ? kConvBwdSm90Resident : kConvFwdSm90Resident;
-    // Two octets, 32 bytes a pixel, gain nothing forward.
-    const int least_octets = backward ? 2 : 4;
+    const int least_octets = backward ? kConvBwdSm90Octets : kConvFwdSm90Octets;
     ConvSm90Plan best{};
     for (int octets = kConvSm90Warps; octets >= least_octets; octets /= 2) {
         ConvSm90Plan p{};

@@ -130,7 +130,8 @@ struct RowLoads {
     }
 };
 
-// Stores kRows rows from `row` on, those that the image has: TMA refuses a store that lies outside it altogether.
+// Stores kRows rows from `row` on, those that the image has: a store wholly above or below it is an illegal
+// instruction.
 template <int kRows>
 __device__ __forceinline__ void store_rows(const CUtensorMap* map, uint32_t from, int pitch, int height, int channel,
                                            int column, int row, int group, int batch) {
@@ -163,8 +164,9 @@ bool encode_rows(CUtensorMap& map, const ImageArg& image, const ConvShape& s, in
     return encode_tensor_map(map, image.ptr, dtype, shape, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, Row::kSwizzle);
 }
 
-// Calls f(type tag, octets of a pixel, activation) with integral constants; not for float.
-template <class F>
+// Calls f(type tag, octets of a pixel, activation) with integral constants; not for float. The plan has no fewer octets
+// than kLeast.
+template <int kLeast, class F>
 cudaError_t dispatch_conv_sm90(DType dtype, int octets, Activation activation, F&& f) {
     const auto with_activation = [&](auto tag, auto octets) {
         switch (activation) {
@@ -177,11 +179,10 @@ cudaError_t dispatch_conv_sm90(DType dtype, int octets, Activation activation, F
         if constexpr (std::is_same_v<typename decltype(tag)::type, float>) {
             return cudaErrorInvalidValue;
         } else {
-            switch (octets) {
-                case 8: return with_activation(tag, std::integral_constant<int, 8>{});
-                case 4: return with_activation(tag, std::integral_constant<int, 4>{});
-                default: return with_activation(tag, std::integral_constant<int, 2>{});
-            }
+            if constexpr (kLeast == 2)
+                if (octets == 2) return with_activation(tag, std::integral_constant<int, 2>{});
+            return octets == 8 ? with_activation(tag, std::integral_constant<int, 8>{})
+                               : with_activation(tag, std::integral_constant<int, 4>{});
         }
     });
 }

@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <vector>
 
-#include "cuda/common/ptx/tma.cuh"
-#include "cuda/common/tensor_map.h"
 #include "cuda/images/launch.h"
 #include "cuda/scan/launch.h"
 #include "cuda/scan/many_states/launch.h"
@@ -12,20 +10,6 @@
 #include "cuda/scan/sm90/launch.h"
 
 namespace gm {
-
-bool encode_tensor_map(CUtensorMap& map, const void* tensor, DType, const TensorMapShape& shape, CUtensorMapL2promotion,
-                       CUtensorMapSwizzle) {
-    map.base = static_cast<char*>(const_cast<void*>(tensor));
-    bool allowed = reinterpret_cast<uintptr_t>(tensor) % 16 == 0 && shape.box[0] * 2 % 16 == 0;
-    for (int d = 0; d < kMapRank; ++d) {
-        map.sizes[d] = shape.sizes[d], map.box[d] = d < 3 ? shape.box[d] : 1;
-        map.strides[d] = d > 0 ? shape.strides[d - 1] : 1;
-        allowed = allowed && map.sizes[d] > 0 && map.box[d] > 0 && map.box[d] <= kBoxLimit &&
-                  (d == 0 || map.strides[d] * 2 % 16 == 0);
-    }
-    return allowed;
-}
-
 namespace {
 
 constexpr int kParameters = 7;
@@ -91,11 +75,11 @@ const char* forward(Kernel kernel, ScanShape s, DType dtype, const ImageArg* ima
         ManyStatesLayout layout;
         if (const char* const why_not = plan_many_states(s, false, layout)) return why_not;
         args.shape.threads = layout.threads;
-        return launch_many_states_fwd(args, layout, dtype, nullptr) == cudaSuccess ? nullptr : "not launched";
+        return emulation::problem_of(launch_many_states_fwd(args, layout, dtype, nullptr));
     }
     if (kernel == kPortable) {
         args.shape.threads = scan_fwd_threads(s.lanes, tokens_of(s));
-        return launch_grouped_scan_fwd(args, dtype, nullptr) == cudaSuccess ? nullptr : "not launched";
+        return emulation::problem_of(launch_grouped_scan_fwd(args, dtype, nullptr));
     }
     ScanFwdSm90Args own{};
     own.scan = args;
@@ -103,8 +87,8 @@ const char* forward(Kernel kernel, ScanShape s, DType dtype, const ImageArg* ima
     if (!(cross ? prepare_cross_scan_fwd_sm90 : prepare_grouped_scan_fwd_sm90)(dtype, own)) return "no tensor map";
     if ((cross ? share_cross_scan_fwd_sm90 : share_grouped_scan_fwd_sm90)(own, dtype) != cudaSuccess)
         return "not shared";
-    const cudaError_t done = (cross ? launch_cross_scan_fwd_sm90 : launch_grouped_scan_fwd_sm90)(own, dtype, nullptr);
-    return done == cudaSuccess ? nullptr : "not launched";
+    return emulation::problem_of(
+        (cross ? launch_cross_scan_fwd_sm90 : launch_grouped_scan_fwd_sm90)(own, dtype, nullptr));
 }
 
 const char* backward(Kernel kernel, ScanShape s, DType dtype, const ImageArg* images, const ParamArg* parameters,
@@ -133,13 +117,14 @@ const char* backward(Kernel kernel, ScanShape s, DType dtype, const ImageArg* im
         return partials.data();
     };
     ScanReduceArgs sums;
+    cudaError_t done = cudaSuccess;
     if (kernel == kManyStates) {
         ManyStatesLayout layout;
         if (const char* const why_not = plan_many_states(s, true, layout)) return why_not;
         args.shape.threads = layout.threads;
         sums.parts = layout.parts, sums.state_parts = 1;
         args.partials = partials_of(sums.parts);
-        if (launch_many_states_bwd(args, layout, dtype, nullptr) != cudaSuccess) return "not launched";
+        done = launch_many_states_bwd(args, layout, dtype, nullptr);
     } else if (kernel == kSm90 || kernel == kCrossSm90) {
         ScanBwdSm90Args own{};
         own.scan = args;
@@ -150,14 +135,14 @@ const char* backward(Kernel kernel, ScanShape s, DType dtype, const ImageArg* im
             return "not shared";
         sums.parts = sums.state_parts = own.plan.blocks_per_plane;
         own.scan.partials = partials_of(sums.parts);
-        if ((cross ? launch_cross_scan_bwd_sm90 : launch_grouped_scan_bwd_sm90)(own, dtype, nullptr) != cudaSuccess)
-            return "not launched";
+        done = (cross ? launch_cross_scan_bwd_sm90 : launch_grouped_scan_bwd_sm90)(own, dtype, nullptr);
     } else {
         args.shape.threads = scan_bwd_threads(s.lanes, tokens_of(s), s.states == 1, dtype == DType::kFloat ? 4 : 2);
         sums.parts = sums.state_parts = args.shape.threads / 32;
         args.partials = partials_of(sums.parts);
-        if (launch_grouped_scan_bwd(args, dtype, nullptr) != cudaSuccess) return "not launched";
+        done = launch_grouped_scan_bwd(args, dtype, nullptr);
     }
+    if (done != cudaSuccess) return cudaGetErrorString(done);
     sums.partials = partials.data(), sums.batch = s.batch, sums.groups = s.groups;
     sums.dim = kernel == kCrossSm90 ? s.dim : s.param_dim, sums.param_dim = s.param_dim,
     sums.scans = kernel == kCrossSm90 ? s.scans : 0;

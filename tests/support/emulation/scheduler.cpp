@@ -80,12 +80,25 @@ struct MBarrier {
     int arrivals, left;  // of a phase; still to come
     int64_t bytes;       // that loads still have to bring
     unsigned phase;
+    std::vector<Thread*> waiting = {};  // for the end of the phase
 };
 std::map<uint32_t, MBarrier> mbarriers;
+const char* first_fault = nullptr;
 
 }  // namespace
 
 Thread& self() { return *current; }
+
+const unsigned char* place_in_library() {
+    static unsigned char place;
+    return &place;
+}
+
+void fail(const char* what) {
+    if (first_fault == nullptr) first_fault = what;
+}
+const char* fault() { return first_fault; }
+void forget_faults() { first_fault = nullptr; }
 
 void wait(Barrier& barrier) {
     release(&barrier);
@@ -106,7 +119,6 @@ bool run(Block& block, dim3 dim, const std::function<void()>& kernel) {
     std::vector<std::unique_ptr<Thread>> threads;
     body = &kernel;
     ready.clear();
-    release(&block);
     for (unsigned t = 0; t < count; ++t) {
         threads.push_back(std::make_unique<Thread>());
         Thread& thread = *threads.back();
@@ -121,6 +133,7 @@ bool run(Block& block, dim3 dim, const std::function<void()>& kernel) {
 #endif
         ready.push_back(&thread);
     }
+    release(&block);
     unsigned ended = 0;
     while (!ready.empty()) {
         current = ready.front();
@@ -142,12 +155,14 @@ void change_mbarrier(uint32_t address, int arrivals, int64_t bytes) {
     barrier.left -= arrivals, barrier.bytes += bytes;
     if (barrier.left > 0 || barrier.bytes > 0) return;
     ++barrier.phase, barrier.left = barrier.arrivals;
+    ready.insert(ready.end(), barrier.waiting.begin(), barrier.waiting.end());
+    barrier.waiting.clear();
 }
 
 void wait_mbarrier(uint32_t address, uint32_t parity) {
     MBarrier& barrier = mbarriers.at(address);
     while ((barrier.phase & 1) == parity) {
-        ready.push_back(current);
+        barrier.waiting.push_back(current);
         leave();
     }
     acquire(&barrier);

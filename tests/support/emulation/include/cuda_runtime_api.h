@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA runtime on the CPU, as far as the kernels of csrc/cuda/scan/ and their launchers use it. See ../README.md.
+// The CUDA runtime on the CPU, as far as the emulated kernels and their launchers use it. See ../README.md.
 #pragma once
+
+#include <cuda.h>
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <type_traits>
@@ -14,6 +17,7 @@
 #define __global__
 #define __host__
 #define __forceinline__ inline
+#define __noinline__
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(bytes) alignas(bytes)
@@ -55,7 +59,8 @@ struct Thread {
     unsigned lane;
     Block* block;
     Warp* warp;
-    std::vector<std::function<void()>> stores;  // of TMA, not done yet
+    std::vector<std::function<void()>> stores;                 // of TMA, not done yet
+    std::deque<std::vector<std::function<void()>>> copies{1};  // of cp.async, in groups, the last of which is open
     void* stack_pointer;
     void* fiber;  // of ThreadSanitizer
 };
@@ -67,19 +72,25 @@ struct Barrier {
 struct Warp {
     Barrier barrier{32};
     uint32_t values[32];
-    float factors[32][6];  // of a matrix product
+    float factors[32][12];  // of a matrix product
 };
 struct Block {
     Barrier barrier;
     dim3 index;
     std::vector<std::unique_ptr<Warp>> warps;
     unsigned char* shared;
+    size_t shared_bytes;
 };
 
 // In scheduler.cpp, which no sanitizer looks at.
 Thread& self();
+const unsigned char* place_in_library();
 // Who arrives here waits for all others, and what they wrote before is seen behind it.
 void wait(Barrier& barrier);
+// Makes the launch one that failed. `fault` is what failed first since `forget_faults`, or null.
+void fail(const char* what);
+const char* fault();
+void forget_faults();
 // Runs the threads of a block. False where some wait for others that have ended.
 bool run(Block& block, dim3 dim, const std::function<void()>& kernel);
 // mbarriers, by their addresses in shared memory: of `arrivals` and bytes that are still to come in a phase.
@@ -134,6 +145,17 @@ T __shfl_down_sync(unsigned, T v, int by, int width = 32) {
     return emulation::shuffle(v, lane % width + by < width ? lane + by : -1);
 }
 
+// Of a `__shared__` variable, which is in the library: 32 bits are enough from one place there.
+inline uint32_t __cvta_generic_to_shared(const void* p) {
+    return static_cast<uint32_t>(static_cast<const unsigned char*>(p) - emulation::place_in_library());
+}
+// In place of the instruction ld.shared.
+template <class... T>
+void load_shared(uint32_t address, T&... out) {
+    const unsigned char* from = emulation::place_in_library() + static_cast<int32_t>(address);
+    ((std::memcpy(&out, from, sizeof(T)), from += sizeof(T)), ...);
+}
+
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(uint64_t{a} * b >> 32); }
 inline float __uint_as_float(unsigned bits) {
@@ -158,7 +180,24 @@ std::common_type_t<A, B> max(A a, B b) {
 // Host ------------------------------------------------------------------------------------------------------
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration, cudaErrorLaunchTimeout };
+enum cudaError_t {
+    cudaSuccess,
+    cudaErrorInvalidValue,
+    cudaErrorInvalidConfiguration,
+    cudaErrorLaunchTimeout,
+    cudaErrorIllegalInstruction,
+};
+inline const char* cudaGetErrorString(cudaError_t error) {
+    switch (error) {
+        case cudaSuccess: return "no error";
+        case cudaErrorLaunchTimeout: return "threads wait for ever";
+        case cudaErrorIllegalInstruction: return emulation::fault();
+        default: return "not launched";
+    }
+}
+namespace emulation {
+inline const char* problem_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+}  // namespace emulation
 enum cudaDeviceAttr {
     cudaDevAttrComputeCapabilityMajor,
     cudaDevAttrComputeCapabilityMinor,
@@ -209,6 +248,13 @@ inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { r
 inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) {
     return *blocks = 2, cudaSuccess;
 }
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess };
+enum { cudaEnableDefault };
+inline cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** entry, unsigned, unsigned,
+                                                    cudaDriverEntryPointQueryResult* result) {
+    *entry = reinterpret_cast<void*>(&cuTensorMapEncodeTiled);  // the only one that is asked for
+    return *result = cudaDriverEntryPointSuccess, cudaSuccess;
+}
 inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
     return std::memset(p, value, bytes), cudaSuccess;
 }
@@ -221,9 +267,10 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     auto* const shared =
         reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(memory.data()) + 127) / 128 * 128);
     bool complete = true;
+    emulation::forget_faults();
     for (unsigned number = 0; number < gridDim.x * gridDim.y * gridDim.z; ++number) {
         std::memset(memory.data(), 0xff, memory.size() * sizeof(uint4));
-        emulation::Block block{{threads}, dim3(), {}, shared};
+        emulation::Block block{{threads}, dim3(), {}, shared, config->dynamicSmemBytes};
         block.index = {number % gridDim.x, number / gridDim.x % gridDim.y, number / (gridDim.x * gridDim.y)};
         for (unsigned first = 0; first < threads; first += 32) {
             block.warps.push_back(std::make_unique<emulation::Warp>());
@@ -231,5 +278,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
         }
         complete = emulation::run(block, blockDim, [&] { kernel(args...), emulation::finish_stores(); }) && complete;
     }
+    if (emulation::fault() != nullptr) return cudaErrorIllegalInstruction;
     return complete ? cudaSuccess : cudaErrorLaunchTimeout;
 }

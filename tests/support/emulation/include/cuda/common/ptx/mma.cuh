@@ -1,10 +1,125 @@
 // SPDX-License-Identifier: Apache-2.0
-// In place of csrc/cuda/common/ptx/mma.cuh: what the scan takes of it, products of TF32 by a warp.
+// In place of csrc/cuda/common/ptx/mma.cuh: products by a warp, and the moves of matrices between its lanes and shared
+// memory. Sums are float32.
 #pragma once
 
-#include <cuda_runtime_api.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "cuda/common/ptx/tma.cuh"
 
 namespace gm {
+
+// 16-bit elements ---------------------------------------------------------------------------------------------
+
+inline uint32_t pair_of(uint16_t low, uint16_t high) { return low | static_cast<uint32_t>(high) << 16; }
+inline uint16_t element_of(uint32_t pair, int i) { return static_cast<uint16_t>(pair >> 16 * i); }
+
+template <class T>
+float widened(uint16_t bits) {
+    T v;
+    std::memcpy(&v, &bits, 2);
+    if constexpr (std::is_same_v<T, __half>)
+        return __half2float(v);
+    else
+        return __bfloat162float(v);
+}
+
+template <class T>
+uint32_t pack_pair(float low, float high) {
+    const auto bits = [](float x) {
+        uint16_t out;
+        if constexpr (std::is_same_v<T, __half>) {
+            const __half v = __float2half_rn(x);
+            std::memcpy(&out, &v, 2);
+        } else {
+            const __nv_bfloat16 v = __float2bfloat16_rn(x);
+            std::memcpy(&out, &v, 2);
+        }
+        return out;
+    };
+    return pair_of(bits(low), bits(high));
+}
+
+// d (16, 8) = a (16, 8 kOctets) b (8 kOctets, 8) + c, of matrices of 8 by 8: of a the two of the first 8 columns, then
+// those of the next; of b, c and d from the top. A lane has elements 2 (lane % 4) and + 1 of row lane / 4 of a, c and
+// d, of column lane / 4 of b.
+template <class T, int kOctets>
+void warp_products(float (&d)[4], const uint32_t* a, const uint32_t* b, const float (&c)[4]) {
+    emulation::Warp& warp = *emulation::self().warp;
+    const int lane = static_cast<int>(emulation::self().lane), row = lane / 4, column = lane % 4 * 2;
+    constexpr int kOfA = 4 * kOctets;
+    for (int i = 0; i < kOfA; ++i) warp.factors[lane][i] = widened<T>(element_of(a[i / 2], i % 2));
+    for (int i = 0; i < 2 * kOctets; ++i) warp.factors[lane][kOfA + i] = widened<T>(element_of(b[i / 2], i % 2));
+    emulation::wait(warp.barrier);
+    for (int i = 0; i < 4; ++i) {
+        float sum = c[i];
+        for (int k = 0; k < 8 * kOctets; ++k)
+            sum += warp.factors[row * 4 + k % 8 / 2][k / 8 * 4 + i / 2 * 2 + k % 2] *
+                   warp.factors[(column + i % 2) * 4 + k % 8 / 2][kOfA + k / 8 * 2 + k % 2];
+        d[i] = sum;
+    }
+    emulation::wait(warp.barrier);
+}
+template <class T>
+void warp_mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
+    const uint32_t b[2] = {b0, b1};
+    warp_products<T, 2>(d, a, b, c);
+}
+template <class T>
+void warp_mma(float (&d)[4], const uint32_t (&a)[2], uint32_t b, const float (&c)[4]) {
+    warp_products<T, 1>(d, a, &b, c);
+}
+
+// Matrices of 8 rows of 8 elements ------------------------------------------------------------------------------
+
+// visit(number of a matrix, address in shared memory of its row `row`), where lane l says that of row l % 8 of matrix
+// l / 8.
+template <class F>
+void visit_matrices(uint32_t address, int matrices, F&& visit) {
+    emulation::Warp& warp = *emulation::self().warp;
+    warp.values[emulation::self().lane] = address;
+    emulation::wait(warp.barrier);
+    for (int i = 0; i < matrices; ++i)
+        visit(i, [&warp, i](int row) {
+            return reinterpret_cast<uint16_t*>(shared_memory(warp.values[i * 8 + row], 16, 16));
+        });
+    emulation::wait(warp.barrier);
+}
+
+template <int kMatrices>
+void ldmatrix(uint32_t (&out)[kMatrices], uint32_t address) {
+    const int row = static_cast<int>(emulation::self().lane / 4), column = emulation::self().lane % 4 * 2;
+    visit_matrices(address, kMatrices, [&](int i, auto row_of) {
+        const uint16_t* const from = row_of(row);
+        out[i] = pair_of(from[column], from[column + 1]);
+    });
+}
+template <int kMatrices>
+void ldmatrix_trans(uint32_t (&out)[kMatrices], uint32_t address) {
+    const int column = static_cast<int>(emulation::self().lane / 4), row = emulation::self().lane % 4 * 2;
+    visit_matrices(address, kMatrices,
+                   [&](int i, auto row_of) { out[i] = pair_of(row_of(row)[column], row_of(row + 1)[column]); });
+}
+template <int kMatrices>
+void store_matrices(uint32_t address, const uint32_t (&in)[kMatrices]) {
+    const int row = static_cast<int>(emulation::self().lane / 4), column = emulation::self().lane % 4 * 2;
+    visit_matrices(address, kMatrices, [&](int i, auto row_of) {
+        uint16_t* const to = row_of(row);
+        to[column] = element_of(in[i], 0), to[column + 1] = element_of(in[i], 1);
+    });
+}
+inline void stmatrix(uint32_t address, const uint32_t (&in)[4]) { store_matrices(address, in); }
+inline void stmatrix(uint32_t address, const uint32_t (&in)[2]) { store_matrices(address, in); }
+
+inline uint32_t movmatrix_trans(uint32_t pair) {
+    const int column = static_cast<int>(emulation::self().lane / 4), row = emulation::self().lane % 4 * 2;
+    const uint32_t upper = emulation::shuffle(pair, row * 4 + column / 2),
+                   lower = emulation::shuffle(pair, (row + 1) * 4 + column / 2);
+    return pair_of(element_of(upper, column % 2), element_of(lower, column % 2));
+}
+
+// TF32 ------------------------------------------------------------------------------------------------------------
 
 inline float to_tf32(float x) {
     const uint32_t bits = __float_as_uint(x);

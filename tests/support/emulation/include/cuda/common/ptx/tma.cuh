@@ -7,7 +7,15 @@
 
 namespace gm {
 
-inline unsigned char* shared_memory(uint32_t address) { return emulation::self().block->shared + address; }
+// An address that is aligned, and from which on the block has `bytes`; else the launch fails.
+inline unsigned char* shared_memory(uint32_t address, size_t bytes, uint32_t alignment) {
+    const emulation::Block& block = *emulation::self().block;
+    const char* const problem = address % alignment != 0 ? "an address in shared memory that is not aligned"
+                                : address + bytes > block.shared_bytes ? "an address beyond the shared memory"
+                                                                       : nullptr;
+    if (problem != nullptr) emulation::fail(problem);
+    return block.shared + (problem == nullptr ? address : 0);
+}
 inline uint32_t shared_address(const void* p) {
     return static_cast<uint32_t>(static_cast<const unsigned char*>(p) - emulation::self().block->shared);
 }
@@ -21,33 +29,51 @@ struct Coordinates {  // of the first element of a box, fastest dimension first
     int c0, c1, c2, c3, c4;
 };
 
-// visit(number of the element in the box, its address in the tensor or null outside)
+// Where TMA puts what would be at this address without a swizzle: the number of a 16-byte chunk among those of 128, 64
+// or 32 bytes, XOR the last bits of the number of its 128 bytes.
+inline uint32_t swizzled(CUtensorMapSwizzle swizzle, uint32_t address) {
+    const uint32_t chunks = (1u << swizzle) - 1;
+    return address ^ (address >> 7 & chunks) << 4;
+}
+
+// visit(the element's place in shared memory, its address in the tensor or null outside)
 template <class F>
-void visit_box(const CUtensorMap& map, const Coordinates& c, F&& visit) {
-    int64_t number = 0;
+void visit_box(const CUtensorMap& map, const Coordinates& c, uint32_t shared, F&& visit) {
+    int64_t elements = 1;
+    for (const int64_t size : map.box) elements *= size;
+    shared = shared_address(shared_memory(shared, elements * 2, 128));
     for (int64_t k = 0; k < map.box[2]; ++k)
         for (int64_t j = 0; j < map.box[1]; ++j)
-            for (int64_t i = 0; i < map.box[0]; ++i, ++number) {
+            for (int64_t i = 0; i < map.box[0]; ++i, shared += 2) {
                 const int64_t at[5] = {c.c0 + i, c.c1 + j, c.c2 + k, c.c3, c.c4};
                 bool inside = true;
                 int64_t offset = 0;
                 for (int d = 0; d < 5; ++d)
                     inside = inside && at[d] >= 0 && at[d] < map.sizes[d], offset += at[d] * map.strides[d];
-                visit(number, inside ? reinterpret_cast<uint16_t*>(map.base) + offset : nullptr);
+                visit(reinterpret_cast<uint16_t*>(emulation::self().block->shared + swizzled(map.swizzle, shared)),
+                      inside ? reinterpret_cast<uint16_t*>(map.base) + offset : nullptr);
             }
 }
 inline void tma_prefetch_map(const CUtensorMap*) {}
 inline void tma_load(uint32_t shared, const CUtensorMap* map, const Coordinates& c, uint32_t barrier) {
-    auto* const to = reinterpret_cast<uint16_t*>(shared_memory(shared));
     int64_t bytes = 0;
-    visit_box(*map, c, [&](int64_t i, const uint16_t* from) { to[i] = from == nullptr ? 0 : *from, bytes += 2; });
+    visit_box(*map, c, shared,
+              [&](uint16_t* to, const uint16_t* from) { *to = from == nullptr ? 0 : *from, bytes += 2; });
     emulation::change_mbarrier(barrier, 0, -bytes);
 }
+// An H200 took stores of rows wholly outside an image for illegal instructions. Behind the end of the first two
+// dimensions it writes nothing: there some stores of the scan are, which its tests have run on H200s.
+inline bool takes_store(const CUtensorMap& map, const Coordinates& c) {
+    const int at[5] = {c.c0, c.c1, c.c2, c.c3, c.c4};
+    for (int d = 0; d < 5; ++d)
+        if (at[d] + map.box[d] <= 0 || (d > 1 && at[d] >= map.sizes[d])) return false;
+    return true;
+}
 inline void tma_store(uint32_t shared, const CUtensorMap* map, const Coordinates& c) {
-    auto* const from = reinterpret_cast<const uint16_t*>(shared_memory(shared));
-    emulation::self().stores.push_back([=] {
-        visit_box(*map, c, [&](int64_t i, uint16_t* to) {
-            if (to != nullptr) *to = from[i];
+    if (!takes_store(*map, c)) return emulation::fail("a TMA store wholly outside its tensor");
+    emulation::self().stores.push_back([shared, map = *map, c] {
+        visit_box(map, c, shared, [](const uint16_t* from, uint16_t* to) {
+            if (to != nullptr) *to = *from;
         });
     });
 }
