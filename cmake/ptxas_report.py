@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ptxas said about every kernel: registers, spills and stack, collected while compiling and printed once at the end.
+"""What ptxas said about every kernel: registers, spills, stack; collected while compiling and printed once at the end.
 
 ``run COMPILER ARGUMENTS...`` is nvcc's launcher: it runs the compiler and moves the lines of ``-Xptxas -v`` from stderr
 into ``OBJECT.ptxas``. ``table JSON HEADER OBJECTS...`` reads those files, prints one table, and writes the figures as
@@ -20,6 +20,7 @@ ENTRY = re.compile(r"Compiling entry function '(?P<name>\S+)' for 'sm_(?P<arch>\
 SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 STACK = re.compile(r"(\d+) bytes stack frame")
 REGISTERS = re.compile(r"Used (\d+) registers")
+FIGURES = ("registers", "spill_bytes", "stack_bytes")
 CHATTER = re.compile(r"ptxas info\s*:|\d+ bytes stack frame|bytes gmem")
 
 
@@ -40,7 +41,7 @@ def parse(text: str) -> list[dict]:
     records: list[dict] = []
     for line in text.splitlines():
         if entry := ENTRY.search(line):
-            records.append({"name": entry["name"], "arch": entry["arch"], "registers": 0, "spill_bytes": 0, "stack_bytes": 0})
+            records.append({"name": entry["name"], "arch": entry["arch"]} | dict.fromkeys(FIGURES, 0))
         elif records and (spills := SPILLS.search(line)):
             records[-1]["spill_bytes"] += int(spills[1]) + int(spills[2])
             if stack := STACK.search(line):

@@ -91,6 +91,11 @@ FIRST = (
         ["test_layer.py", "test_layer_state.py", "test_generated.py", "test_plain.py", "test_layer_groups.py"],
     ),
 )
+# Kernels that run on the CPU too, whose tests need no GPU: before the others, without those that look at every access.
+EMULATED = (
+    (r"cuda/(scan|images|common)/", "test_emulated_scan.py"),
+    (r"cuda/(depthwise_conv|common)/", "test_emulated_conv.py"),
+)
 EVERY = (
     "test_generated.py", "test_ops.py", "test_bad_arguments.py", "test_layouts.py", "test_raw_ops.py",
     "test_fake_cuda.py", "test_instruction_sets.py", "test_cpu_memory.py", "test_conv.py", "test_norms.py",
@@ -162,9 +167,13 @@ def pytest(root: Path, arguments: list[str], seconds: float) -> subprocess.Compl
 def run_tests(root: Path, mutant: Mutant, more: list[str]) -> str:
     """The test that failed, "crash" or "endless", or "" where all passed; ``more`` are arguments of pytest."""
     first = first_tests(mutant.file)
-    for names in (first, [name for name in EVERY if name not in first]):
+    on_cuda = ["-m", "cuda"] if mutant.kind == "cuda" else []
+    emulated = [name for pattern, name in EMULATED if mutant.kind == "cuda" and re.search(pattern, mutant.file)]
+    rest = [name for name in EVERY if name not in first]
+    for names, select in ((emulated, ["-k", "not thread and not missing"]), (first, on_cuda), (rest, on_cuda)):
         paths = [str(path) for name in names for path in sorted((root / "tests").rglob(name))]
-        select = ["-m", "cuda"] if mutant.kind == "cuda" else []
+        if not paths:
+            continue
         done = pytest(root, ["-x", "-q", "--tb=no", *more, *select, *paths], SECONDS)
         if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
             return "endless"
