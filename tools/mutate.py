@@ -72,6 +72,11 @@ EQUIVALENT = {
         "constexpr int64_t kBlockBytes = 24 * 1024;  // u, step and y of a block; half of a usual first-level cache",
         "constexpr int64_t kBlockBytes = 24 / 1024;  // u, step and y of a block; half of a usual first-level cache",
     ): "blocks of 8 tokens, the least, in place of up to 128: the same operations in the same order, a matter of speed",
+    (
+        "csrc/cuda/scan/sm90/channel_table.cuh",
+        "table[kBias * Block::kWidth + c] = in ? param_of<T>(args.dt_bias, bias) * kLog2e : -1e30f;",
+        "table[kBias / Block::kWidth + c] = in ? param_of<T>(args.dt_bias, bias) * kLog2e : -1e30f;",
+    ): "kBias is 0, the first row of the table",
 }
 
 # Quick tests for what stands in a file's name, the likeliest to fail first; then all of EVERY.
