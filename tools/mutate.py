@@ -96,10 +96,12 @@ FIRST = (
         ["test_layer.py", "test_layer_state.py", "test_generated.py", "test_plain.py", "test_layer_groups.py"],
     ),
 )
-# Kernels that run on the CPU too, whose tests need no GPU: before the others, without those that look at every access.
-EMULATED = (
+# Of what is for CUDA: tests that need no GPU, and so come first. The kernels run on the CPU too (without the tests that
+# look at every access); or _C reports what is computed, where it is built and not just libgroupmamba.so swapped.
+WITHOUT_GPU = (
     (r"cuda/(scan|images|common)/", "test_emulated_scan.py"),
     (r"cuda/(depthwise_conv|common)/", "test_emulated_conv.py"),
+    (r"host/layout", "test_layouts.py"),
 )
 EVERY = (
     "test_generated.py", "test_ops.py", "test_bad_arguments.py", "test_layouts.py", "test_raw_ops.py",
@@ -173,9 +175,9 @@ def run_tests(root: Path, mutant: Mutant, more: list[str]) -> str:
     """The test that failed, "crash" or "endless", or "" where all passed; ``more`` are arguments of pytest."""
     first = first_tests(mutant.file)
     on_cuda = ["-m", "cuda"] if mutant.kind == "cuda" else []
-    emulated = [name for pattern, name in EMULATED if mutant.kind == "cuda" and re.search(pattern, mutant.file)]
+    no_gpu = [name for pattern, name in WITHOUT_GPU if mutant.kind == "cuda" and re.search(pattern, mutant.file)]
     rest = [name for name in EVERY if name not in first]
-    for names, select in ((emulated, ["-k", "not thread and not missing"]), (first, on_cuda), (rest, on_cuda)):
+    for names, select in ((no_gpu, ["-k", "not thread and not missing"]), (first, on_cuda), (rest, on_cuda)):
         paths = [str(path) for name in names for path in sorted((root / "tests").rglob(name))]
         if not paths:
             continue
