@@ -34,8 +34,9 @@ def depthwise_conv3x3(
         ``groups=C, padding=1``.
 
         Many images in 16 bits are convolved by tensor cores on GPUs of compute capability 9.0 (`explain` says where).
-        Products there are of 16-bit numbers, added up in float32: weights are rounded to the dtype of ``x``, and so
-        are, in the backward, the gradients before the activation. A value that is not finite reaches the results of
+        Products there are of 16-bit numbers, added up in float32: float32 weights are rounded to bfloat16 (beside
+        float16 images they are left to other kernels), and in the backward the gradients before the activation are
+        rounded to the dtype of ``x``. A value that is not finite reaches the results of
         the eight adjacent channels that are computed with it, at the pixels around it.
 
     Raises:

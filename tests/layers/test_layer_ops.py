@@ -110,8 +110,8 @@ def test_gradients_overflow_no_earlier_than_composed_ones(monkeypatch, dim, dire
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_many_images_are_as_each_half_of_them(dtype, dim, directions, residual):
     """Many tokens have product kernels of their own, here of a number that fills no block; few go to cuBLAS. A wide
-    group's convolution is by tensor cores for many images alone, which rounds its weights to 16 bits: then each is
-    compared with float64 of the weights that it has, as this layer makes ten times of such a rounding in dx."""
+    group's convolution is by tensor cores for many images alone, in bfloat16, which rounds its weights: then both are
+    compared with float64, as this layer makes 0.3% of such a rounding 3% of dx."""
     layer, x = make(dim, directions=directions).to("cuda"), image(132, dim, 9, 14, device="cuda", dtype=dtype)
     x = x.to(memory_format=torch.channels_last)
     dy = torch.randn_like(x)
@@ -129,25 +129,19 @@ def test_many_images_are_as_each_half_of_them(dtype, dim, directions, residual):
     halves = {name: torch.cat([first[name], second[name]]) for name in whole}
     halves |= {f"d{name}": first_gradients[name] + second_gradients[name] for name in whole_gradients}
     whole |= {f"d{name}": gradient for name, gradient in whole_gradients.items()}
-    rounds = (dim, directions) == (64, ("tb",)) and torch.cuda.get_device_capability() == (9, 0)
-
-    def truth(rounded):
-        exact = copy.deepcopy(layer).double().cpu()
-        if rounded:
-            exact.mamba.conv_weight.data = exact.mamba.conv_weight.data.to(dtype).double()
-        images, gradients = results(x.double().cpu(), dy.double().cpu(), exact)
-        return images | {f"d{name}": gradient for name, gradient in gradients.items()}
-
-    of_whole, of_halves = (truth(True), truth(False)) if rounds else ({}, {})
+    truth = None
+    if dtype == torch.bfloat16 and (dim, directions) == (64, ("tb",)):
+        exact, gradients = results(x.double().cpu(), dy.double().cpu(), copy.deepcopy(layer).double().cpu())
+        truth = exact | {f"d{name}": gradient for name, gradient in gradients.items()}
     for name, actual in whole.items():
         if actual.numel() == 1:  # a sum over the image that cancels
             continue
-        if rounds:
-            error, own = relative_error(actual, of_whole[name]), relative_error(halves[name], of_halves[name])
-            assert error <= max(2 * own, 2 * FLOOR[dtype]), f"{name}: {error:.2e}, halves {own:.2e}"
-        else:
+        if truth is None:
             error = relative_error(actual, halves[name])
             assert error <= 2 * FLOOR[dtype], f"{name}: {error:.2e}"
+        else:
+            error, own = (relative_error(t, truth[name]) for t in (actual, halves[name]))
+            assert error <= max(2 * own, 2 * FLOOR[dtype]), f"{name}: {error:.2e}, halves {own:.2e}"
 
 
 @pytest.mark.parametrize("variant", ["released", "fused"])

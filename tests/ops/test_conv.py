@@ -164,7 +164,8 @@ def takes_tensor_cores(tensors, activation="silu") -> dict[str, bool]:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("batch, h, w, groups, channels", MANY_IMAGES)
 def test_tensor_cores(dtype, activation, batch, h, w, groups, channels):
-    tensors = inputs("cuda", dtype, batch=batch, h=h, w=w, groups=groups, channels=channels, param=torch.float32)
+    param = torch.float32 if dtype == torch.bfloat16 else dtype
+    tensors = inputs("cuda", dtype, batch=batch, h=h, w=w, groups=groups, channels=channels, param=param)
     if groups is not None:
         tensors["x"] = group_major(tensors["x"])
     if torch.cuda.get_device_capability() == (9, 0):
@@ -180,6 +181,8 @@ def test_tensor_cores(dtype, activation, batch, h, w, groups, channels):
 @pytest.mark.cuda
 @pytest.mark.parametrize("change, tensor_cores", [
     ({}, True), ({"batch": 20}, False), ({"w": 7}, False), ({"channels": 20}, False), ({"dtype": torch.float32}, False),
+    ({"param": torch.float32}, True), ({"dtype": torch.float16}, True),
+    ({"dtype": torch.float16, "param": torch.float32}, False),  # may be smaller than what float16 holds
 ])  # fmt: skip
 def test_where_tensor_cores_pay(change, tensor_cores):
     tensors = inputs("cuda", **{"dtype": torch.bfloat16, "batch": 140, "h": 5, "w": 14, "channels": 64, **change})
