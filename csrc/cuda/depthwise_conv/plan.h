@@ -143,17 +143,18 @@ inline ConvSm90Plan conv_sm90_plan(int64_t batch, int height, int width, int gro
                    (static_cast<double>(p.chunks) * p.column_blocks * kConvSm90Warps * 8 * columns);
         if (p.filled > best.filled) best = p;
     }
-    // As many runs of images as take the least time: that of a block are its rows, two more of each image, and what it
-    // does once.
+    // As many runs of images as take the least time of those that fill the GPU once to four times. That of a block are
+    // its rows, two more of each image, and what it does once.
     const int64_t at_once = resident * tuning::kMultiprocessors;
     constexpr double kOnce = 16;
     const int64_t shares = int64_t{groups} * best.chunks * best.column_blocks;
     double least = 0.;
-    for (int64_t wanted = 1; wanted <= batch && (wanted == 1 || wanted * shares <= 4 * at_once); ++wanted) {
-        const int64_t images = div_up(batch, wanted), segments = div_up(batch, images);
-        const double waves = static_cast<double>(div_up(segments * shares, at_once));
-        const double time = waves * (static_cast<double>(images) * (height + 2) + kOnce);
-        if (wanted > 1 && time >= least) continue;
+    for (int64_t waves = 1; waves <= 4; ++waves) {
+        const int64_t most = std::clamp<int64_t>(waves * at_once / shares, 1, std::max<int64_t>(batch, 1));
+        const int64_t images = div_up(batch, most), segments = div_up(batch, images);
+        const double needed = static_cast<double>(div_up(segments * shares, at_once));
+        const double time = needed * (static_cast<double>(images) * (height + 2) + kOnce);
+        if (waves > 1 && time >= least) continue;
         least = time, best.images = static_cast<int>(images), best.segments = segments;
     }
     best.blocks = best.segments * shares;
