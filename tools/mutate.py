@@ -177,7 +177,11 @@ def run_tests(root: Path, mutant: Mutant, more: list[str]) -> str:
     on_cuda = ["-m", "cuda"] if mutant.kind == "cuda" else []
     no_gpu = [name for pattern, name in WITHOUT_GPU if mutant.kind == "cuda" and re.search(pattern, mutant.file)]
     rest = [name for name in EVERY if name not in first]
-    for names, select in ((no_gpu, ["-k", "not thread and not missing"]), (first, on_cuda), (rest, on_cuda)):
+    for names, select in (
+        (no_gpu, ["-k", "not thread and not missing and not faults"]),
+        (first, on_cuda),
+        (rest, on_cuda),
+    ):
         paths = [str(path) for name in names for path in sorted((root / "tests").rglob(name))]
         if not paths:
             continue

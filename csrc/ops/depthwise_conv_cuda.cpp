@@ -36,13 +36,16 @@ const char* why_not_tensor_cores(const ConvShape& s, const ConvSm90Plan& plan, D
                                  bool aligned, std::initializer_list<const ImageArg*> images, bool built) {
     if (const char* const why_not = why_not_conv_sm90(plan, dtype)) return why_not;
     // Rounded, those below 6e-5 would lose more than their last bits.
-    if (dtype == DType::kHalf && weight.is_float) return "weights are float32 beside images of float16";
+    if (dtype == DType::kHalf && weight.is_float)
+        return "weights are float32, as padded ones are, beside images of float16";
     if (!built) return "the GPU, or this build, is not of compute capability 9.0";
     const auto moves = [](int64_t size, int64_t stride) { return size == 1 || stride > 0; };
     for (const ImageArg* image : images)
         aligned = aligned && (image->ptr == nullptr || (moves(s.batch, image->batch) && moves(s.groups, image->group) &&
                                                         moves(int64_t{s.height} * s.width, image->token)));
-    return aligned ? nullptr : "TMA can't move an image: its address, strides or channels are no multiples of 16 bytes";
+    return aligned ? nullptr
+                   : "TMA can't move an image: its address, strides or channels are no multiples of 16 bytes, or a "
+                     "stride is 0";
 }
 
 // What the note of an op says after the name: which kernel, and why not tensor cores.

@@ -79,8 +79,9 @@ constexpr int64_t kSilu = 1, kGelu = 2;  // codes of csrc/schemas.cpp
 // y is 0 in images whose branch is dropped.
 void depthwise_conv3x3_fwd_into(const Tensor& y, Tensor x, Tensor weight, OptTensor bias, int64_t activation,
                                 const CudaContext& context, const DropPathArg& drop_path = {});
-// Writes dx, and into y, if given, what the forward returned. Columns of the result: 9 G D of dweight, G D of dbias
-// and, with sum_dx, G D of the sum of dx over all pixels. Images whose branch is dropped contribute nothing.
+// Writes dx, and into y, if given, the forward's result as the backward's kernel computes it. Columns of the result: 9
+// G D of dweight, G D of dbias and, with sum_dx, G D of the sum of dx over all pixels. Images whose branch is dropped
+// contribute nothing.
 PartialRows conv3x3_bwd_into(const Tensor& dx, Tensor dy, Tensor x, Tensor weight, OptTensor bias, int64_t activation,
                              const CudaContext& context, const OptTensor& y = std::nullopt, bool sum_dx = false,
                              const DropPathArg& drop_path = {});

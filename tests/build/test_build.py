@@ -140,7 +140,9 @@ def test_no_kernel_spills(kernels):
 def test_no_kernel_has_a_stack(kernels):
     """An array in local memory, for an index that the compiler does not know, is no spill to ptxas but costs as much:
     5 to 13% of a convolution."""
-    assert not [k["name"] for k in kernels["kernels"] if k["arch"] == "90" and k["stack_bytes"] > k["spill_bytes"]]
+    assert not [
+        k["name"] for k in kernels["kernels"] if k["arch"] == "90" and k["stack_bytes"] and not k["spill_bytes"]
+    ]
 
 
 def test_sources_are_those_of_cmake():

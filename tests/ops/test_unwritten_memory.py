@@ -151,6 +151,15 @@ def test_conv(dtype, channels):
     check_op(ext.depthwise_conv3x3, conv_inputs("cuda", dtype, groups=3, channels=channels), activation="silu")
 
 
+@pytest.mark.parametrize("batch, h, w, groups, channels", [(140, 5, 14, None, 64), (36, 7, 50, 4, 16)])
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_conv_of_many_images(dtype, activation, batch, h, w, groups, channels):
+    """In 16 bits by tensor cores, of images that TMA loads and stores."""
+    tensors = conv_inputs("cuda", dtype, batch=batch, h=h, w=w, groups=groups, channels=channels)
+    check_op(ext.depthwise_conv3x3, tensors, activation=activation)
+
+
 @pytest.mark.parametrize("groups, dim", [(1, 5), (36, 1), (4, 87), (4, 513)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norms(dtype, groups, dim):

@@ -14,8 +14,8 @@ BATCH = 4
 PER_IMAGE = ("u", "dt", "B", "C", "z", "gate", "x", "o")  # have a batch dimension
 SIZE = {"batch": BATCH, "h": 17, "w": 23}
 OPS = (
-    "grouped scan", "grouped scan, odd", "grouped scan, wide", "cross scan", "convolution", "norm and mean",
-    "modulated norm",
+    "grouped scan", "grouped scan, odd", "grouped scan, wide", "cross scan", "convolution", "convolution, many images",
+    "norm and mean", "modulated norm",
 )  # fmt: skip
 MODULES = ("released layer", "fused layer", "paper layer", "feed-forward")
 
@@ -53,6 +53,9 @@ def make_case(name, device, dtype, size=None):
         return op(ext.cross_selective_scan, cross_inputs(device, dtype, dim=21, **size))
     if name == "convolution":
         return op(ext.depthwise_conv3x3, conv_inputs(device, dtype, channels=37, **size), activation="gelu")
+    if name == "convolution, many images":  # by tensor cores, where there are any
+        tensors = conv_inputs(device, dtype, batch=140, h=5, w=14, channels=64)
+        return op(ext.depthwise_conv3x3, tensors, activation="gelu")
     if name == "norm and mean":
         return op(ext.layer_norm_pool, pool_inputs(device, dtype, channels=87, **size))
     if name == "modulated norm":

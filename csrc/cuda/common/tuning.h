@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every number that was fitted to one GPU, an H100 of 132 multiprocessors, and not derived from the sizes or the
-// device. They decide how fast kernels are and, through block counts, in which order partial sums of parameter
-// gradients are added; nothing else. To tune for another GPU, measure each of them anew (bench/run.py). What follows
-// from the registers of one architecture stands beside the kernel: fitted_blocks in layer_norm/tile.cuh, and the
-// second argument of each __launch_bounds__.
+// Every number that was fitted to one GPU, an H100 or H200 of 132 multiprocessors, and not derived from the sizes or
+// the device. They decide how fast kernels are, through block counts in which order partial sums of parameter gradients
+// are added, and which convolutions round float32 weights to bfloat16; nothing else. To tune for another GPU, measure
+// each of them anew (bench/run.py). What follows from the registers of one architecture stands beside the kernel:
+// fitted_blocks in layer_norm/tile.cuh, and the second argument of each __launch_bounds__.
 #pragma once
 
 #include <cstdint>
@@ -28,6 +28,8 @@ constexpr int64_t kConvEnoughBlocks = 768, kConvFewBlocks = 1024, kConvEnoughTok
 // other kernel are faster.
 constexpr int64_t kConvSm90Blocks = kMultiprocessors;
 constexpr double kConvSm90Filled = 0.6;
+// What one of its blocks does once, in units of a row's time.
+constexpr double kConvSm90Once = 16;
 
 // BatchNorm: at most eight blocks an SM.
 constexpr int64_t kBatchNormBlocks = 8 * kMultiprocessors;

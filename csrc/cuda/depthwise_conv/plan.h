@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Block shapes of the depthwise convolution, shared by the kernels, their launchers and the op entries (which allocate
-// partial sums by them). They follow from the sizes alone, never from the device, so that sums have the same order
-// everywhere.
+// partial sums by them). They follow from the sizes alone, never from the device, so that the sums of one kernel have
+// the same order everywhere.
 #pragma once
 
 #include <algorithm>
@@ -146,14 +146,13 @@ inline ConvSm90Plan conv_sm90_plan(int64_t batch, int height, int width, int gro
     // As many runs of images as take the least time of those that fill the GPU once to four times. That of a block are
     // its rows, two more of each image, and what it does once.
     const int64_t at_once = resident * tuning::kMultiprocessors;
-    constexpr double kOnce = 16;
     const int64_t shares = int64_t{groups} * best.chunks * best.column_blocks;
     double least = 0.;
     for (int64_t waves = 1; waves <= 4; ++waves) {
         const int64_t most = std::clamp<int64_t>(waves * at_once / shares, 1, std::max<int64_t>(batch, 1));
         const int64_t images = div_up(batch, most), segments = div_up(batch, images);
         const double needed = static_cast<double>(div_up(segments * shares, at_once));
-        const double time = needed * (static_cast<double>(images) * (height + 2) + kOnce);
+        const double time = needed * (static_cast<double>(images) * (height + 2) + tuning::kConvSm90Once);
         if (waves > 1 && time >= least) continue;
         least = time, best.images = static_cast<int>(images), best.segments = segments;
     }

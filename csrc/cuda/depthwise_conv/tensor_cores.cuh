@@ -4,12 +4,12 @@
 // A depthwise convolution has no sum over channels, which a matrix product needs. It gets one here: 16 pixels of 8
 // channels at two taps side by side, (16, 16), times (16, 8), the weights of the two taps on the diagonals of two (8,
 // 8) matrices. An eighth of the multiplications counts, but one instruction of tensor cores does what eight of single
-// threads would, on pixels as they lie in memory, without widening them first. The products add up in float32; weights
-// are rounded to the 16 bits of the images.
+// threads would, on pixels as they lie in memory, without widening them first. The products add up in float32; float32
+// weights are rounded to bfloat16 (float16 images come with float16 weights alone).
 //
 // A warp has 8 channels of 16 adjacent columns and goes down the rows of whole images. The rows of a block's 8 warps
-// come and go by TMA, some at a time; what is outside the image is read as 0 and not written, so no thread compares
-// coordinates.
+// come and go by TMA, some at a time; what is outside the image is read as 0 and not written, so that no pixel needs a
+// comparison.
 //
 // A value that is not finite spreads over the 8 channels of a warp, since 0 times it is NaN.
 #pragma once

@@ -56,9 +56,10 @@ LayerForward layer_forward(const Tensor& x, const LayerParameters& p, const Laye
         affinity.emplace(context);
         check_cuda(launch_channel_affinity_fwd(args, dtype, affinity->stream()), "channel affinity");
     };
-    // Channel affinity runs beside the convolution, which has many short blocks. skinny_gemm and tall_gemm have as
-    // many blocks as run at once, and would wait for the places that channel affinity takes. cuBLAS' product starts a
-    // few microseconds later than they do, and affinity is done by then.
+    // Channel affinity runs beside the convolution. skinny_gemm and tall_gemm have as many blocks as run at once, and
+    // would wait for the places that channel affinity takes; so has the convolution by tensor cores, beside which it
+    // has not been compared. cuBLAS' product starts a few microseconds later than they do, and affinity is done by
+    // then.
     const Tensor xn_rows = rows_of(images.xn, s, s.dim_pad);
     const Tensor in_proj = pack.get(kInProj, {s.groups, 2 * s.inner_pad, s.dim_pad});
     const bool beside_conv = has_own_gemm(images.uz, xn_rows, in_proj);

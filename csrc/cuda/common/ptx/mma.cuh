@@ -160,12 +160,6 @@ __device__ __forceinline__ void ldmatrix_trans(uint32_t (&out)[4], uint32_t addr
                  : "r"(address)
                  : "memory");
 }
-__device__ __forceinline__ void ldmatrix_trans(uint32_t (&out)[2], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(out[0]), "=r"(out[1])
-                 : "r"(address)
-                 : "memory");
-}
 
 // The counterpart of ldmatrix (sm_90 and newer).
 __device__ __forceinline__ void stmatrix(uint32_t address, const uint32_t (&in)[4]) {
