@@ -31,14 +31,14 @@ ConvShape conv_shape(const Tensor& x, bool merge, int64_t activation) {
 }
 
 // Why tensor cores do not take the images, or are not the faster way; null where they do and are. `aligned`: all images
-// allow accesses of 16 bytes.
+// allow accesses of 16 bytes. `has_kernel` asks the device, and so is called where the sizes would do.
 const char* why_not_tensor_cores(const ConvShape& s, const ConvSm90Plan& plan, DType dtype, const ParamArg& weight,
-                                 bool aligned, std::initializer_list<const ImageArg*> images, bool built) {
+                                 bool aligned, std::initializer_list<const ImageArg*> images, bool (*has_kernel)()) {
     if (const char* const why_not = why_not_conv_sm90(plan, dtype)) return why_not;
     // Rounded, those below 6e-5 would lose more than their last bits.
     if (dtype == DType::kHalf && weight.is_float)
         return "weights are float32, as padded ones are, beside images of float16";
-    if (!built) return "the GPU, or this build, is not of compute capability 9.0";
+    if (!has_kernel()) return "the GPU, or this build, is not of compute capability 9.0";
     const auto moves = [](int64_t size, int64_t stride) { return size == 1 || stride > 0; };
     for (const ImageArg* image : images)
         aligned = aligned && (image->ptr == nullptr || (moves(s.batch, image->batch) && moves(s.groups, image->group) &&
@@ -84,7 +84,7 @@ void depthwise_conv3x3_fwd_into(const Tensor& y, Tensor x, Tensor weight, OptTen
     const bool vectors = s.dim % kConvBwdVector == 0 && allows_vectors(args.x, size, 16 / size) &&
                          allows_vectors(args.y, size, 16 / size);
     const char* const why_not = why_not_tensor_cores(s, args.sm90, dtype, args.weight, vectors, {&args.x, &args.y},
-                                                     has_depthwise_conv_fwd_sm90());
+                                                     has_depthwise_conv_fwd_sm90);
     note_kernel("depthwise_conv3x3 forward: ", s, why_not);
     check_cuda(why_not == nullptr ? launch_depthwise_conv_fwd_sm90(args, dtype, context.stream())
                                   : launch_depthwise_conv_fwd(args, dtype, context.stream()),
@@ -123,7 +123,7 @@ PartialRows conv3x3_bwd_into(const Tensor& dx, Tensor dy, Tensor x, Tensor weigh
     args.sm90 = conv_sm90_plan(s.batch, s.height, s.width, s.groups, s.dim, true);
     const char* const why_not =
         why_not_tensor_cores(s, args.sm90, dtype, args.weight, s.aligned, {&args.x, &args.dy, &args.dx, &args.y},
-                             has_depthwise_conv_bwd_sm90());
+                             has_depthwise_conv_bwd_sm90);
     const int64_t rows = why_not == nullptr ? args.sm90.partial_rows : args.plan.partial_rows;
     const PartialRows sums = partial_rows(rows, channels * args.sums, x);
     args.partials = static_cast<float*>(sums.values.data_ptr());
