@@ -77,7 +77,7 @@ py::dict layer_norm_plan(int64_t batch, int64_t tokens, int dim) {
     check_range("batch", batch, 1, INT32_MAX);
     check_range("tokens", tokens, 1, INT32_MAX);
     check_range("dim", dim, 1, INT32_MAX);
-    const gm::NormPlan plan = gm::norm_plan(batch, tokens, dim, gm::tuning::kNormFwdBlocks);
+    const gm::NormPlan plan = gm::norm_plan(batch, tokens, dim, gm::NormPass::kForward);
     return py::dict("lanes"_a = plan.lanes, "vectors"_a = plan.vecs, "strip_tokens"_a = plan.strip_tokens,
                     "strips"_a = plan.strips);
 }

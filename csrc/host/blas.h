@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Matrix products by torch's cuBLAS, through the C interface of the stable ABI: no dispatcher in between.
+// Matrix products by cuBLAS: large ones of 16 bits as cublas_lt.h has them, all others as torch calls it, through the C
+// interface of the stable ABI, without a dispatcher in between.
 #pragma once
 
+#include "host/cublas_lt.h"
+#include "host/stream.h"
 #include "host/tensor.h"
 
 // CPU builds of torch do not export these. They are weak, so that one libgroupmamba loads under both.
@@ -30,25 +33,34 @@ inline Tensor transposed(const Tensor& t) {
 }
 
 // out = beta * out + alpha * a @ b, for matrices or batches of them.
-inline void matmul_onto(const Tensor& out, double beta, const Tensor& a, const Tensor& b, double alpha) {
-    const auto product = out.dim() == 2 ? &aoti_torch_cuda_addmm_out : &aoti_torch_cuda_baddbmm_out;
-    GM_TORCH_CALL(product(out.get(), out.get(), a.get(), b.get(), beta, alpha));
+inline void matmul_onto(const Tensor& out, double beta, const Tensor& a, const Tensor& b, double alpha,
+                        const CudaContext& context) {
+    if (matmul_without_workspace(out, beta, a, b, alpha, nullptr, context.stream())) return;
+    if (alpha == 1. && beta == 0.) {
+        const auto product = out.dim() == 2 ? &aoti_torch_cuda_mm_out : &aoti_torch_cuda_bmm_out;
+        GM_TORCH_CALL(product(out.get(), a.get(), b.get()));
+    } else {
+        const auto product = out.dim() == 2 ? &aoti_torch_cuda_addmm_out : &aoti_torch_cuda_baddbmm_out;
+        GM_TORCH_CALL(product(out.get(), out.get(), a.get(), b.get(), beta, alpha));
+    }
 }
 
 // out = alpha * a @ b, for matrices or batches of them.
-inline void matmul_out(const Tensor& out, const Tensor& a, const Tensor& b, double alpha = 1.) {
-    if (alpha != 1.) return matmul_onto(out, 0., a, b, alpha);
-    const auto product = out.dim() == 2 ? &aoti_torch_cuda_mm_out : &aoti_torch_cuda_bmm_out;
-    GM_TORCH_CALL(product(out.get(), a.get(), b.get()));
+inline void matmul_out(const Tensor& out, const Tensor& a, const Tensor& b, const CudaContext& context,
+                       double alpha = 1.) {
+    matmul_onto(out, 0., a, b, alpha, context);
 }
 
 // out += alpha * a @ b, for matrices or batches of them.
-inline void add_matmul(const Tensor& out, const Tensor& a, const Tensor& b, double alpha = 1.) {
-    matmul_onto(out, 1., a, b, alpha);
+inline void add_matmul(const Tensor& out, const Tensor& a, const Tensor& b, const CudaContext& context,
+                       double alpha = 1.) {
+    matmul_onto(out, 1., a, b, alpha, context);
 }
 
 // out = a @ b + row, for matrices; row has as many elements as out has columns.
-inline void matmul_bias_out(const Tensor& out, const Tensor& row, const Tensor& a, const Tensor& b) {
+inline void matmul_bias_out(const Tensor& out, const Tensor& row, const Tensor& a, const Tensor& b,
+                            const CudaContext& context) {
+    if (matmul_without_workspace(out, 0., a, b, 1., &row, context.stream())) return;
     GM_TORCH_CALL(aoti_torch_cuda_addmm_out(out.get(), row.get(), a.get(), b.get(), 1., 1.));
 }
 

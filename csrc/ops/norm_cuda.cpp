@@ -84,7 +84,7 @@ void check_biased(const OptTensor& x_bias, const NormPlan& plan, const NormSizes
 
 int64_t norm_strips(int64_t batch, int64_t tokens, int64_t groups, int64_t width) {
     const int64_t slots = groups * round_up(width, kVec);
-    return norm_plan(batch, tokens, static_cast<int>(slots), tuning::kNormFwdBlocks).strips;
+    return norm_plan(batch, tokens, static_cast<int>(slots), NormPass::kForward).strips;
 }
 
 void layer_norm_pool_fwd_into(const Tensor& xn, NormPoolInputs in, const CudaContext& context) {
@@ -109,7 +109,7 @@ void layer_norm_pool_fwd_into(const Tensor& xn, NormPoolInputs in, const CudaCon
     if (in.sum) args.sum = padded_norm_image(*in.sum, sizes);
     args.shape = norm_shape(sizes, in.eps, args.x, args.xn);
     const NormShape& s = args.shape;
-    args.plan = norm_plan(s.batch, s.tokens, s.slots(), tuning::kNormFwdBlocks);
+    args.plan = norm_plan(s.batch, s.tokens, s.slots(), NormPass::kForward);
     args.weight = param(in.weight), args.bias = param(in.bias), args.sum_bias = param(in.sum_bias);
     args.x_bias = param(in.x_bias), args.drop_path = in.drop_path;
     check_biased(in.x_bias, args.plan, sizes);
@@ -164,7 +164,7 @@ NormPoolResult layer_norm_pool_bwd(NormPoolGradients gradients, Tensor x, Tensor
     if (xn) args.xn = place_like(*xn, "xn", dxn, args.dxn, sizes);
     args.shape = norm_shape(sizes, eps, args.dxn, args.dxn_more, args.x);
     const NormShape& s = args.shape;
-    args.plan = norm_plan(s.batch, s.tokens, s.slots(), tuning::kNormBwdBlocks);
+    args.plan = norm_plan(s.batch, s.tokens, s.slots(), NormPass::kBackward);
     if (xn && !writes_xn(args.plan.vecs)) {
         layer_norm_pool_fwd_into(*xn, {x, weight, *bias, eps}, context);
         args.xn = nullptr;
@@ -210,7 +210,7 @@ void modulated_layer_norm_fwd_into(const Tensor& y, Tensor o, Tensor x, Tensor s
     args.o = norm_image(o, sizes), args.x = norm_image(x, sizes), args.y = norm_image(y, sizes);
     args.shape = norm_shape(sizes, eps, args.o, args.x, args.y);
     const NormShape& s = args.shape;
-    args.plan = norm_plan(s.batch, s.tokens, s.slots(), tuning::kNormFwdBlocks);
+    args.plan = norm_plan(s.batch, s.tokens, s.slots(), NormPass::kForward);
     args.drop_path = drop_path;
     args.scale = param(scale), args.gate = param(gate), args.weight = param(weight), args.bias = param(bias);
     check_cuda(launch_modulated_layer_norm_fwd(args, dtype, context.stream()), "modulated_layer_norm forward");
@@ -235,7 +235,7 @@ ModulatedGradients modulated_layer_norm_bwd(Tensor dy, Tensor o, Tensor x, Tenso
     if (y) args.y = place_like(*y, "y", dy, args.dy, sizes);
     args.shape = norm_shape(sizes, eps, args.dy, args.o, args.x);
     const NormShape& s = args.shape;
-    args.plan = norm_plan(s.batch, s.tokens, s.slots(), tuning::kNormBwdBlocks, kRowVecs);
+    args.plan = norm_plan(s.batch, s.tokens, s.slots(), NormPass::kBackward, kRowVecs);
     args.scale = param(scale), args.gate = param(gate), args.weight = param(weight), args.bias = param(bias);
     const PartialRows sums = partial_rows(s.batch * args.plan.strips, columns, x);
     args.partials = static_cast<float*>(sums.values.data_ptr());

@@ -93,6 +93,22 @@ __device__ __forceinline__ float load_param(const ParamArg& p, int64_t i) {
     return p.is_float ? static_cast<const float*>(p.ptr)[i] : to_float(static_cast<const T*>(p.ptr)[i]);
 }
 
+// kCount elements from `first` on, all on their way at once: element by element each would have its own branch, and
+// wait for the one before. 0 where `in` is false.
+template <class T, int kCount>
+__device__ __forceinline__ void load_params(const ParamArg& p, int64_t first, bool in, float (&out)[kCount]) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) out[j] = 0.f;
+    if (!in) return;
+    if (p.is_float) {
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) out[j] = static_cast<const float*>(p.ptr)[first + j];
+    } else {
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) out[j] = to_float(static_cast<const T*>(p.ptr)[first + j]);
+    }
+}
+
 // `fallback` where the parameter is absent.
 template <class T>
 __device__ __forceinline__ float load_param_or(const ParamArg& p, int64_t i, float fallback) {

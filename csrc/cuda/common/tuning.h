@@ -3,7 +3,7 @@
 // the device. They decide how fast kernels are, through block counts in which order partial sums of parameter gradients
 // are added, and which convolutions round float32 weights to bfloat16; nothing else. To tune for another GPU, measure
 // each of them anew (bench/run.py). What follows from the registers of one architecture stands beside the kernel:
-// fitted_blocks in layer_norm/tile.cuh, and the second argument of each __launch_bounds__.
+// norm_resident in layer_norm/plan.h, and the second argument of each __launch_bounds__.
 #pragma once
 
 #include <cstdint>
@@ -12,11 +12,10 @@ namespace gm::tuning {
 
 constexpr int64_t kMultiprocessors = 132;
 
-// LayerNorm: blocks wanted, about two waves. Each block begins with tables of parameters and, in the backward, ends
-// with sums over its threads, which take a fifth of the time of a block of 16 tokens; and each leaves a row for the
-// second stage of the sums. With fewer blocks than kNormFewBlocks, strips become shorter than kNormEnoughTokens, where
-// that row is already an eighth of the traffic.
-constexpr int64_t kNormFwdBlocks = 1280, kNormBwdBlocks = 768, kNormFewBlocks = 1024, kNormEnoughTokens = 16;
+// LayerNorm: what a block does once, tables of parameters and sums over its threads, in units of a step's time; and it
+// leaves a row for the second stage of the sums. With fewer blocks than kNormFewBlocks, strips become shorter than
+// kNormEnoughTokens, where that row is already an eighth of the traffic.
+constexpr int64_t kNormOnce = 2, kNormFewBlocks = 1024, kNormEnoughTokens = 16;
 
 // Depthwise convolution, forward: with fewer threads than kConvManyThreads, some four waves, strips of 14 rows balance
 // the load; with fewer than kConvFewThreads, less than one wave, latency counts and strips go down to 2 rows.
@@ -42,6 +41,11 @@ constexpr double kFeedForwardFilled = 0.7;
 // tall_gemm: with fewer tokens a group, copying a weight of more elements to shared memory takes most of its time, and
 // cuBLAS is faster: at 448 x 7, with 6,272 tokens and 50 KB, but not at 348 x 14, with 25,088 tokens and 37 KB.
 constexpr int64_t kTallGemmTokens = 1 << 14, kTallGemmWeight = 1 << 12;
+
+// Products of so many results go to cuBLASLt without a workspace. Smaller ones take no memset as torch calls them; for
+// larger ones, of some 20 tiles a multiprocessor and more, tiles handed out as they are asked for are worth the memset:
+// 138 us for 145 at 401,408 x 512, 70 for 70 at 100,352 x 1,024.
+constexpr int64_t kNoWorkspaceLeast = 1 << 22, kNoWorkspaceMost = 1 << 26;
 
 // Weight gradients: products that fill the GPU twice. Sums over columns: two blocks an SM.
 constexpr int64_t kWeightProducts = 2 * kMultiprocessors, kColumnSumBlocks = 2 * kMultiprocessors;

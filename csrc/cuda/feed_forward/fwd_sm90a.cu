@@ -8,15 +8,14 @@
 // each:
 //
 //   products: fc2 of the last 64 channels, added to the sums that the block keeps in registers; fc1 of the next 64 for
-//             all pixels of the tile and the ring around it, written to shared memory as one plane for each channel, 0
-//             outside the image;
-//   planes:   convolution and GELU, a warp for 8 channels (depthwise_conv/planes.cuh). Meanwhile the weights of the
-//             next products arrive.
+//             all pixels of the tile and the ring around it, written to shared memory, 0 outside the image;
+//   convolve: convolution and GELU, a warp for 8 channels (convolve.cuh). Meanwhile the weights of the next products
+//             arrive.
 //
-// Two blocks share a multiprocessor, so that the products of one run beside the planes of the other.
+// Two blocks share a multiprocessor, so that the products of one run beside the convolution of the other.
 #include "cuda/common/dispatch.h"
 #include "cuda/common/launch_kernel.cuh"
-#include "cuda/feed_forward/tile.cuh"
+#include "cuda/feed_forward/convolve.cuh"
 
 namespace gm {
 namespace {
@@ -46,25 +45,28 @@ __device__ __forceinline__ void fc1_product(float (&sums)[Tile<kBlocks>::kFc1Tok
     wgmma_commit();
 }
 
-// Writes its sums to the planes. The offsets are constants: as many addresses would take registers that the sums of
-// fc2 need.
+// Writes its sums, with the bias, to the hidden image. `hidden`: where the lane's row of the first matrices belongs.
+// The offsets are constants: as many addresses would take registers that the sums of fc2 need.
 template <class T, int kBlocks, int kFirstToken>
-__device__ __forceinline__ void fc1_planes(const float (&sums)[Tile<kBlocks>::kFc1Tokens / 2], const float (&bias)[2],
-                                           const Inside& inside, int channel, unsigned char* planes) {
-    using Tile = Tile<kBlocks>;
-    const int lane = threadIdx.x % 32;
-    unsigned char* const upper = planes + plane_of(channel) * Tile::Planes::kPlane + lane % 4 * 4;
-    unsigned char* const lower = planes + plane_of(channel + 8) * Tile::Planes::kPlane + lane % 4 * 4;
+__device__ __forceinline__ void store_hidden(const float (&sums)[Tile<kBlocks>::kFc1Tokens / 2], const float (&bias)[2],
+                                             const Inside& inside, uint32_t hidden) {
+    constexpr int kEighths = Tile<kBlocks>::kFc1Tokens / 8;
     uint32_t rows = inside.rows;
     asm volatile("" : "+r"(rows));  // or the masks below are computed before the loop over hidden channels, and kept
+    uint32_t words[kEighths][2];    // 8 tokens of 8 channels each
 #pragma unroll
-    for (int j = 0; j < Tile::kFc1Tokens / 8; ++j) {
-        const int eighth = kFirstToken / 8 + j, row = eighth / 2, half = eighth % 2;
-        const uint32_t mask = rows >> row & 1 ? inside.halves[half] : 0u;
-        const int place = plane_chunk<Tile::kTall>(row, half) * 16;
+    for (int j = 0; j < kEighths; ++j) {
+        const int eighth = kFirstToken / 8 + j;
+        const uint32_t mask = rows >> eighth / 2 & 1 ? inside.halves[eighth % 2] : 0u;
         const float* const s = sums + 4 * j;
-        *reinterpret_cast<uint32_t*>(upper + place) = pack_pair<T>(s[0] + bias[0], s[1] + bias[0]) & mask;
-        *reinterpret_cast<uint32_t*>(lower + place) = pack_pair<T>(s[2] + bias[1], s[3] + bias[1]) & mask;
+        words[j][0] = pack_pair<T>(s[0] + bias[0], s[1] + bias[0]) & mask;
+        words[j][1] = pack_pair<T>(s[2] + bias[1], s[3] + bias[1]) & mask;
+        if (j % 2 == 1) {
+            stmatrix_trans(hidden + (eighth - 1) * 8 * kPanelRow,
+                           {words[j - 1][0], words[j - 1][1], words[j][0], words[j][1]});
+        } else if (j == kEighths - 1) {
+            stmatrix_trans(hidden + eighth * 8 * kPanelRow, words[j]);
+        }
     }
 }
 
@@ -104,6 +106,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks < 3 ? 2 : 1)
     const int warp = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x / 32), 0), group = warp / 4;
     const int lane = threadIdx.x % 32,
               hidden_channel = warp % 4 * 16 + lane / 4;  // of fc1's sums; the other one is 8 further on
+    const uint32_t hidden_matrix =
+        base + Tile::kHidden + panel_offset(lane / 16 * 8 + lane % 8, warp % 4 * 2 + lane / 8 % 2);
     const int last = args.plan.hidden_blocks - 1;
     if (threadIdx.x == 0) {
         mbarrier_init(barrier, 2);  // two loads at a time
@@ -128,8 +132,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks < 3 ? 2 : 1)
     __syncthreads();
 
     float sums[Tile::kFc2Units][28] = {};
-    // fc1 of a block of channels, and fc2 of the last one, which runs while the first sums of fc1 are written to
-    // planes.
+    // fc1 of a block of channels, and fc2 of the last one, which runs while the first sums of fc1 are written.
     const auto products = [&](int block, auto with_fc2) {
         const T* const biases =
             reinterpret_cast<const T*>(shared + Tile::kTables + block % 2 * Tile::kTable + Tile::kFc1Bias);
@@ -142,9 +145,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks < 3 ? 2 : 1)
             if constexpr (kBesideFc2) fc2_products<T, kBlocks>(sums, base, group);
             wgmma_wait<kBesideFc2 ? 1 : 0>(hidden);
             if (group == 0) {
-                fc1_planes<T, kBlocks, kToken>(hidden, bias, inside, hidden_channel, shared + Tile::kPlanes);
+                store_hidden<T, kBlocks, kToken>(hidden, bias, inside, hidden_matrix);
             } else {
-                fc1_planes<T, kBlocks, kHalf + kToken>(hidden, bias, inside, hidden_channel, shared + Tile::kPlanes);
+                store_hidden<T, kBlocks, kHalf + kToken>(hidden, bias, inside, hidden_matrix);
             }
         };
         product(std::integral_constant<int, 0>{});
@@ -161,8 +164,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks < 3 ? 2 : 1)
                 mbarrier_expect(barrier, 0);
             }
         }
-        convolve<T, Tile::kTall>(shared + Tile::kTables + block % 2 * Tile::kTable, warp, base + Tile::kPlanes,
-                                 shared + Tile::kActivated);
+        convolve<T, kBlocks>(shared + Tile::kTables + block % 2 * Tile::kTable, warp, base);
         fence_proxy_async();
         __syncthreads();
         mbarrier_wait(barrier, (block + 1) % 2);

@@ -4,41 +4,43 @@
 #pragma once
 
 #include "cuda/common/packed.cuh"
+#include "cuda/common/ptx/mma.cuh"
 #include "cuda/common/ptx/tma.cuh"
 #include "cuda/common/tensor_map.h"
-#include "cuda/depthwise_conv/planes.cuh"
 #include "cuda/feed_forward/launch.h"
 
 namespace gm::feed_forward {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32, kGroups = kThreads / 128;
 constexpr int kWidth = kFeedForwardBlock;
-constexpr int kInColumns = kConvInColumns, kOutColumns = kConvOutColumns;
-static_assert(kOutColumns == kFeedForwardColumns && kWidth == kPlanesOfBlock && kWidth == 8 * kWarps,
-              "a warp convolves 8 channels");
+constexpr int kOutColumns = kFeedForwardColumns, kInColumns = kOutColumns + 2;
+constexpr int kRowBytes = kInColumns * kPanelRow;  // of a tile's row of pixels in a panel
+static_assert(kInColumns == 16 && kWidth == 8 * kWarps, "a warp convolves 16 pixels of 8 channels");
 
 template <int kBlocks>
 struct Tile {
     static constexpr int kOutRows = feed_forward_rows(kBlocks), kInRows = kOutRows + 2;
     static constexpr bool kTall = kOutRows == 14;
-    using Planes = ConvPlanes<kTall>;
     static constexpr int kChannels = kBlocks * kWidth;
     static constexpr int kTokens = kInRows * kInColumns;
     // fc1: each warpgroup has half of the tokens, in kFc1Units products of kFc1Tokens.
     static constexpr int kFc1Tokens = kTall ? 64 : 72, kFc1Units = kTokens / kGroups / kFc1Tokens;
-    static constexpr int kOutTokens = Planes::kOutPixels;  // after the convolution
+    static constexpr int kOutTokens =
+        kOutRows * kInColumns;  // after the convolution; the last two of a row do not count
     // fc2: each warpgroup has half of these, in kFc2Units products of 56 tokens or 64 channels.
     static constexpr int kFc2Tokens = 56, kFc2Units = kTall ? 2 : kBlocks;
     static_assert(kGroups * kFc1Units * kFc1Tokens == kTokens);
     static_assert(kGroups * (kTall ? 2 : 1) * kFc2Tokens == kOutTokens);
 
-    // Shared memory.
-    static constexpr int kFc1Bias = Planes::kTable, kTable = kFc1Bias + kWidth * 2;  // of a block of hidden channels
+    // Shared memory. A table is of a block of hidden channels: taps in three rows of four, the convolution's biases in
+    // float32, fc1's.
+    static constexpr int kTaps = 12, kConvBias = kWidth * kTaps * 2, kFc1Bias = kConvBias + kWidth * 4;
+    static constexpr int kTable = kFc1Bias + kWidth * 2;
     static constexpr int kX = 0, kActivated = kX + kBlocks * kTokens * kPanelRow;
     static constexpr int kFc1 = kActivated + kOutTokens * kPanelRow;
     static constexpr int kFc2 = kFc1 + kBlocks * kWidth * kPanelRow;
-    static constexpr int kPlanes = kFc2 + kBlocks * kWidth * kPanelRow;
-    static constexpr int kTables = kPlanes + Planes::kBytes;
+    static constexpr int kHidden = kFc2 + kBlocks * kWidth * kPanelRow;
+    static constexpr int kTables = kHidden + kTokens * kPanelRow;
     static constexpr int kBarrier = kTables + 2 * kTable, kBytes = kBarrier + 8;
     static constexpr int kSumRow = kChannels + 4;  // of the sums while they are written out, in floats
     static_assert(kOutTokens * kSumRow * 4 <= kBytes);
@@ -85,9 +87,8 @@ __device__ __forceinline__ void load_fc1(const KernelArgs& maps, int block, uint
                  barrier);
     const uint32_t table = shared + Tile::kTables + block % 2 * Tile::kTable;
     const int first = block * kWidth;
-    bulk_load(table, static_cast<const T*>(maps.args.conv_weight) + first * Tile::Planes::kTaps, Tile::Planes::kBias,
-              barrier);
-    bulk_load(table + Tile::Planes::kBias, maps.args.conv_bias + first, kWidth * 4, barrier);
+    bulk_load(table, static_cast<const T*>(maps.args.conv_weight) + first * Tile::kTaps, Tile::kConvBias, barrier);
+    bulk_load(table + Tile::kConvBias, maps.args.conv_bias + first, kWidth * 4, barrier);
     bulk_load(table + Tile::kFc1Bias, static_cast<const T*>(maps.args.fc1_bias) + first, kWidth * 2, barrier);
 }
 template <class T, int kBlocks>
@@ -100,51 +101,69 @@ __device__ __forceinline__ void load_fc2(const KernelArgs& maps, int block, uint
                  barrier);
 }
 
-// LayerNorm in place. Eight lanes share a token.
+// LayerNorm in place. Eight lanes share a token; a thread has several tokens under way at once, since the sums over
+// lanes take long.
 template <class T, int kBlocks>
 __device__ __forceinline__ void normalise(const FeedForwardArgs& args, unsigned char* shared) {
     using Tile = Tile<kBlocks>;
-    const int chunk = threadIdx.x % 8, channels = args.channels;
-    const float count = static_cast<float>(channels), inverse = 1.f / count;
-    float weight[kBlocks][8], bias[kBlocks][8];
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b)
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            const int c = b * kWidth + chunk * 8 + j;
-            weight[b][j] = c < channels ? load_param<T>(args.norm_weight, c) : 0.f;
-            bias[b][j] = c < channels ? load_param<T>(args.norm_bias, c) : 0.f;
-        }
-    const auto over_token = [](float v) {
-#pragma unroll
-        for (int lanes = 1; lanes < 8; lanes *= 2) v += __shfl_xor_sync(kFullWarp, v, lanes);
-        return v;
-    };
+    constexpr int kTogether = kBlocks == 1 ? 4 : 2, kApart = kThreads / 8;
     static_assert(Tile::kTokens % 4 == 0, "whole warps");
-#pragma unroll 4
-    for (int token = threadIdx.x / 8; token < Tile::kTokens; token += kThreads / 8) {
-        unsigned char* const row = shared + Tile::kX + panel_offset(token, chunk);
-        float x[kBlocks][8], sum = 0.f, squares = 0.f;
+    const int chunk = threadIdx.x % 8;
+    const float count = static_cast<float>(args.channels), inverse = 1.f / count;
+    float weight[kBlocks][8], bias[kBlocks][8];
+    bool in[kBlocks];  // whether the thread's channels exist; x is 0 where they do not
 #pragma unroll
-        for (int b = 0; b < kBlocks; ++b) {
-            reinterpret_cast<const Packed<T, 8>*>(row + b * Tile::kTokens * kPanelRow)->widen(x[b]);
+    for (int b = 0; b < kBlocks; ++b) {
+        const int first = b * kWidth + chunk * 8;
+        in[b] = first < args.channels;
+        load_params<T>(args.norm_weight, first, in[b], weight[b]);
+        load_params<T>(args.norm_bias, first, in[b], bias[b]);
+    }
+    const auto over_tokens = [](float(&v)[kTogether]) {
 #pragma unroll
-            for (int j = 0; j < 8; ++j) sum += x[b][j];
-        }
-        const float mean = mean_of(over_token(sum), count, inverse);
+        for (int lanes = 1; lanes < 8; lanes *= 2)
 #pragma unroll
-        for (int b = 0; b < kBlocks; ++b)
-            if (b * kWidth + chunk * 8 < channels) {
+            for (int i = 0; i < kTogether; ++i) v[i] += __shfl_xor_sync(kFullWarp, v[i], lanes);
+    };
+#pragma unroll 1
+    for (int first = threadIdx.x / 8; first < Tile::kTokens; first += kTogether * kApart) {
+        unsigned char* const row = shared + Tile::kX + panel_offset(first, chunk);
+        const auto place = [&](int i, int b) { return row + i * kApart * kPanelRow + b * Tile::kTokens * kPanelRow; };
+        const auto exists = [&](int i) {
+            return Tile::kTokens % (kTogether * kApart) == 0 || first + i * kApart < Tile::kTokens;
+        };
+        float x[kTogether][kBlocks][8] = {}, sums[kTogether] = {}, squares[kTogether] = {};
 #pragma unroll
-                for (int j = 0; j < 8; ++j) x[b][j] -= mean, squares = fmaf(x[b][j], x[b][j], squares);
+        for (int i = 0; i < kTogether; ++i)
+#pragma unroll
+            for (int b = 0; b < kBlocks; ++b) {
+                if (exists(i)) reinterpret_cast<const Packed<T, 8>*>(place(i, b))->widen(x[i][b]);
+#pragma unroll
+                for (int j = 0; j < 8; ++j) sums[i] += x[i][b][j];
             }
-        const float scale = rsqrtf(fmaf(over_token(squares), inverse, args.eps));
+        over_tokens(sums);
 #pragma unroll
-        for (int b = 0; b < kBlocks; ++b) {
-            float y[8];
+        for (int i = 0; i < kTogether; ++i)
 #pragma unroll
-            for (int j = 0; j < 8; ++j) y[j] = fmaf(x[b][j] * scale, weight[b][j], bias[b][j]);
-            store_packed<8>(reinterpret_cast<T*>(row + b * Tile::kTokens * kPanelRow), y, true);
+            for (int b = 0; b < kBlocks; ++b) {
+                const float mean = in[b] ? mean_of(sums[i], count, inverse) : 0.f;
+#pragma unroll
+                for (int j = 0; j < 8; ++j) {
+                    x[i][b][j] -= mean;
+                    squares[i] = fmaf(x[i][b][j], x[i][b][j], squares[i]);
+                }
+            }
+        over_tokens(squares);
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+            const float scale = rsqrtf(fmaf(squares[i], inverse, args.eps));
+#pragma unroll
+            for (int b = 0; b < kBlocks; ++b) {
+                float y[8];
+#pragma unroll
+                for (int j = 0; j < 8; ++j) y[j] = fmaf(x[i][b][j] * scale, weight[b][j], bias[b][j]);
+                store_packed<8>(reinterpret_cast<T*>(place(i, b)), y, exists(i));
+            }
         }
     }
 }
@@ -184,9 +203,7 @@ public:
         __syncthreads();
         const float factor = drop_path_factor(args_.drop_path, at_.image);
         float bias[8];
-#pragma unroll
-        for (int j = 0; j < 8; ++j)
-            bias[j] = channel() < args_.channels ? load_param<T>(args_.fc2_bias, channel() + j) : 0.f;
+        load_params<T>(args_.fc2_bias, channel(), channel() < args_.channels, bias);
         T* const out = static_cast<T*>(args_.out.ptr) + at_.image * args_.out.batch + channel();
 #pragma unroll
         for (int turn = 0; turn < kTurns; ++turn) {
@@ -209,11 +226,11 @@ private:
     static __device__ __forceinline__ int token_of(int turn) { return threadIdx.x / kChunks + turn * kTokensAtOnce; }
     // The number of the pixel in its image, or -1.
     __device__ __forceinline__ int pixel_of(int turn) const {
-        const int token = token_of(turn), tile_row = Tile::Planes::row_of(token), row = at_.row + tile_row;
-        const int column = at_.column + Tile::Planes::column_of(token);
+        const int token = token_of(turn), tile_column = token % kInColumns;
+        const int row = at_.row + token / kInColumns, column = at_.column + tile_column;
         const bool idle = channel() >= args_.channels || threadIdx.x >= kTokensAtOnce * kChunks;
         const bool in =
-            token < Tile::kOutTokens && tile_row < Tile::kOutRows && column < args_.width && row < args_.height;
+            token < Tile::kOutTokens && tile_column < kOutColumns && column < args_.width && row < args_.height;
         return idle || !in ? -1 : row * args_.width + column;
     }
 

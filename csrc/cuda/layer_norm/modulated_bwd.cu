@@ -29,7 +29,7 @@ struct PartialRow {
 
 // kAligned: an AlignedCursor takes every image. Loads are then one step ahead, and the first come before the table.
 template <class T, int kVecs, bool kAligned>
-__global__ void __launch_bounds__(kNormThreads, norm_bwd_blocks(kVecs))
+__global__ void __launch_bounds__(kNormThreads, fitted_blocks(NormPass::kBackward, kVecs))
     modulated_layer_norm_bwd_kernel(const __grid_constant__ ModulatedBwdArgs args) {
     begin_kernel();
     using Tile = RowTile<kVecs>;

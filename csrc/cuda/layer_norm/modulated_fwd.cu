@@ -12,7 +12,7 @@ namespace {
 
 // kAligned: an AlignedCursor takes every image. Loads are then one step ahead, and the first come before the table.
 template <class T, int kVecs, bool kAligned>
-__global__ void __launch_bounds__(kNormThreads, norm_fwd_blocks(kVecs))
+__global__ void __launch_bounds__(kNormThreads, fitted_blocks(NormPass::kForward, kVecs))
     modulated_layer_norm_fwd_kernel(const __grid_constant__ ModulatedFwdArgs args) {
     begin_kernel();
     using Tile = RowTile<kVecs>;
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kNormThreads, norm_fwd_blocks(kVecs))
         o_in.advance(), x_in.advance();
     };
     if (kAligned) load(strip.end - strip.first);
-    table.fill(s, args.plan, [&](int c, float(&row)[3]) {
+    table.fill_at_once(s, args.plan, [&](int c, float(&row)[3]) {
         row[kModulation] = scale * load_param_or<T>(args.gate, strip.batch * s.dim + c, 1.f);
         const float kept = keeps_branch(args.drop_path, strip.batch) ? 1.f : 0.f;
         row[kWeight] = kept * load_param<T>(args.weight, c);

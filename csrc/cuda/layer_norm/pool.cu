@@ -31,7 +31,7 @@ __device__ __forceinline__ void clear_inter_block_state(const PoolFwdArgs& args)
 // kAligned: the cursors of aligned kernels take every image. Loads are then one step ahead, and the first come before
 // the tables.
 template <class T, int kVecs, bool kAligned>
-__global__ void __launch_bounds__(kNormThreads, norm_fwd_blocks(kVecs))
+__global__ void __launch_bounds__(kNormThreads, fitted_blocks(NormPass::kForward, kVecs))
     layer_norm_pool_fwd_kernel(const __grid_constant__ PoolFwdArgs args) {
     begin_kernel();
     using Tile = RowTile<kVecs>;
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kNormThreads, norm_fwd_blocks(kVecs))
         x_in.advance();
     };
     if (kAligned) load(strip.end - strip.first);
-    table.fill(s, args.plan, [&](int c, float(&row)[3]) {
+    table.fill_at_once(s, args.plan, [&](int c, float(&row)[3]) {
         row[kWeight] = load_param<T>(args.weight, c);
         row[kBias] = load_param<T>(args.bias, c);
         row[kAdded] = biased ? load_param<T>(args.x_bias, c)
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kNormThreads, norm_fwd_blocks(kVecs))
 
 // kBiased: there is x_bias, and so neither xn nor dx_more. (As a branch at run time it would spill.)
 template <class T, int kVecs, bool kAligned, bool kBiased>
-__global__ void __launch_bounds__(kNormThreads, norm_bwd_blocks(kVecs))
+__global__ void __launch_bounds__(kNormThreads, fitted_blocks(NormPass::kBackward, kVecs))
     layer_norm_pool_bwd_kernel(const __grid_constant__ PoolBwdArgs args) {
     begin_kernel();
     using Tile = RowTile<kVecs>;

@@ -15,18 +15,15 @@ namespace gm {
 
 constexpr int kNormWarps = kNormThreads / 32;
 
-// Blocks an SM that the registers of a kernel leave room for. 96 registers in a forward kernel (80 with three
-// vectors), and 168 in a backward one with its sums for each channel, hold a step and the loads of the next without a
-// spill. Rows of 8 vectors need more, and so do other architectures than 9.0, for which the kernels were tuned.
-constexpr int fitted_blocks(int blocks) {
+// Blocks an SM that the registers of a kernel leave room for. Other architectures than 9.0, for which the kernels were
+// tuned, need more of them.
+constexpr int fitted_blocks(NormPass pass, int vecs) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
-    return blocks - 1;
+    return norm_resident(pass, vecs) - 1;
 #else
-    return blocks;
+    return norm_resident(pass, vecs);
 #endif
 }
-constexpr int norm_fwd_blocks(int vecs) { return fitted_blocks(vecs > kRowVecs ? 2 : vecs < kRowVecs ? 6 : 5); }
-constexpr int norm_bwd_blocks(int vecs) { return fitted_blocks(vecs > kRowVecs ? 2 : 3); }
 
 // The strip of tokens of one image that a block goes through.
 struct Strip {
@@ -176,10 +173,21 @@ struct alignas(16) SlotRows {
     __device__ void fill(const NormShape& s, const NormPlan& plan, const F& value) {
         for (int i = threadIdx.x; i < plan.lanes * (kWidth / 32); i += kNormThreads) {
             float row[kRows] = {};
-            const int group = i / s.group_width, d = i - group * s.group_width;
-            if (group < s.groups && d < s.group_dim) value(group * s.group_dim + d, row);
+            get_values(s, i, value, row);
+            put(i, row);
+        }
+    }
+    // The same, with all of a thread's values on their way at once, where there are registers for them.
+    template <class F>
+    __device__ void fill_at_once(const NormShape& s, const NormPlan& plan, const F& value) {
+        constexpr int kTurns = kWidth / kNormThreads;
+        float values[kTurns][kRows] = {};
 #pragma unroll
-            for (int j = 0; j < kRows; ++j) rows[j][i] = row[j];
+        for (int turn = 0; turn < kTurns; ++turn) get_values(s, threadIdx.x + turn * kNormThreads, value, values[turn]);
+#pragma unroll
+        for (int turn = 0; turn < kTurns; ++turn) {
+            const int i = threadIdx.x + turn * kNormThreads;
+            if (i < plan.lanes * (kWidth / 32)) put(i, values[turn]);
         }
     }
     // volatile, so that it is read where it is used: read once before the loop it would take registers.
@@ -187,6 +195,18 @@ struct alignas(16) SlotRows {
         asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                      : "=f"(out[0]), "=f"(out[1]), "=f"(out[2]), "=f"(out[3])
                      : "r"(static_cast<unsigned>(__cvta_generic_to_shared(&rows[row][slot]))));
+    }
+
+private:
+    template <class F>
+    static __device__ __forceinline__ void get_values(const NormShape& s, int slot, const F& value,
+                                                      float (&row)[kRows]) {
+        const int group = slot / s.group_width, d = slot - group * s.group_width;
+        if (group < s.groups && d < s.group_dim) value(group * s.group_dim + d, row);
+    }
+    __device__ __forceinline__ void put(int slot, const float (&row)[kRows]) {
+#pragma unroll
+        for (int j = 0; j < kRows; ++j) rows[j][slot] = row[j];
     }
 };
 
@@ -275,8 +295,7 @@ cudaError_t dispatch_rows(const NormPlan& plan, const NormShape& s, bool aligned
     if constexpr (kMaxVecs > kRowVecs)
         if (plan.vecs > kRowVecs) return f(std::integral_constant<int, kMaxVecs>{}, std::false_type{});
     if constexpr (sizeof(T) == 2)
-        if (aligned && s.slots() <= plan.lanes * (kRowVecs - 1) * kVec)
-            return f(std::integral_constant<int, kRowVecs - 1>{}, std::true_type{});
+        if (aligned && plan.narrow(s.slots())) return f(std::integral_constant<int, kRowVecs - 1>{}, std::true_type{});
     return aligned ? f(std::integral_constant<int, kRowVecs>{}, std::true_type{})
                    : f(std::integral_constant<int, kRowVecs>{}, std::false_type{});
 }

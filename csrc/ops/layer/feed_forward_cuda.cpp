@@ -162,7 +162,7 @@ FeedForward feed_forward_forward(const Tensor& x, const Tensor& norm_weight, con
     packing.join();
     const Tensor hidden = held.get(hidden_place, {tokens, s.hidden_pad});
     matmul_bias_out(hidden, pack.get(kFc1Bias, {s.hidden_pad}), scratch.get(place, {tokens, s.channels_pad}),
-                    pack.get_transposed(kFc1, {s.hidden_pad, s.channels_pad}));
+                    pack.get_transposed(kFc1, {s.hidden_pad, s.channels_pad}), context);
     const Tensor activated = scratch.get(place, {tokens, s.hidden_pad});
     const Shape image = s.image(s.hidden_pad);
     depthwise_conv3x3_fwd_into(alias(activated, image), alias(hidden, image), pack.get(kConv, {1, s.hidden_pad, 3, 3}),
@@ -170,9 +170,9 @@ FeedForward feed_forward_forward(const Tensor& x, const Tensor& norm_weight, con
     const Tensor out_rows = alias(out, {tokens, s.channels_pad});
     const Tensor fc2 = pack.get_transposed(kFc2, {s.channels_pad, s.hidden_pad});
     if (residual) {
-        add_matmul(out_rows, activated, fc2, drop_path_scale);
+        add_matmul(out_rows, activated, fc2, context, drop_path_scale);
     } else {
-        matmul_bias_out(out_rows, pack.get(kFc2Bias, {s.channels_pad}), activated, fc2);
+        matmul_bias_out(out_rows, pack.get(kFc2Bias, {s.channels_pad}), activated, fc2, context);
     }
     return {out, keeps ? saved.images() : empty_absent(type, x)};
 }
@@ -225,7 +225,7 @@ FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight,
         layer_norm_pool_fwd_into(alias(xn, s.image(s.channels_pad)), norm, context);
         hidden = empty({tokens, s.hidden_pad}, type, x);
         matmul_bias_out(hidden, pack.get(kFc1Bias, {s.hidden_pad}), xn,
-                        pack.get_transposed(kFc1, {s.hidden_pad, s.channels_pad}));
+                        pack.get_transposed(kFc1, {s.hidden_pad, s.channels_pad}), context);
     }
     ParameterSums sums;
     const auto as_batch = [](const Tensor& rows) { return alias(rows, {1, rows.size(0), rows.size(1)}); };
@@ -233,14 +233,14 @@ FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight,
     const PaddedRows dout_padded(dout, context);
     const Tensor dout_rows = dout_padded.rows();
     Tensor dactivated = empty({tokens, s.hidden_pad}, type, x);
-    matmul_out(dactivated, dout_rows, pack.get(kFc2, {s.channels_pad, s.hidden_pad}), drop_path_scale);
+    matmul_out(dactivated, dout_rows, pack.get(kFc2, {s.channels_pad, s.hidden_pad}), context, drop_path_scale);
     Tensor dhidden = empty({tokens, s.hidden_pad}, type, x), activated = empty({tokens, s.hidden_pad}, type, x);
     const Shape image = s.image(s.hidden_pad);
     const PartialRows conv = conv3x3_bwd_into(
         alias(dhidden, image), alias(dactivated, image), alias(hidden, image), pack.get(kConv, {1, s.hidden_pad, 3, 3}),
         pack.get(kConvBias, {1, s.hidden_pad}), kGelu, context, alias(activated, image), true, drop_path);
     dactivated = hidden = Tensor();
-    const WeightPartials fc2 = weight_partials(as_batch(dout_rows), as_batch(activated), drop_path_scale);
+    const WeightPartials fc2 = weight_partials(as_batch(dout_rows), as_batch(activated), context, drop_path_scale);
     activated = Tensor();
     const Tensor dfc2_weight =
         sums.add(fc2_weight, {1, s.channels, s.hidden}, fc2.values, s.channels_pad, s.hidden_pad, fc2.parts);
@@ -250,12 +250,12 @@ FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight,
     const Tensor dconv_weight = of_conv(conv_weight, 9, 0), dconv_bias = of_conv(conv_bias, 1, 9);
     const Tensor dfc1_bias = of_conv(fc1_bias, 1, 10);  // sums of dhidden
     const Tensor dxn = empty({tokens, s.channels_pad}, type, x);
-    matmul_out(dxn, dhidden, pack.get(kFc1, {s.hidden_pad, s.channels_pad}));
+    matmul_out(dxn, dhidden, pack.get(kFc1, {s.hidden_pad, s.channels_pad}), context);
     NormPoolGradients norm{alias(dxn, s.image(s.channels_pad)), std::nullopt, std::nullopt, std::nullopt, true};
     if (kept) norm.xn = alias(xn, s.image(s.channels_pad)), norm.bias = norm_bias;
     if (residual) norm.dx_more = dout, norm.drop_path = drop_path;
     const NormPoolResult normed = layer_norm_pool_bwd(norm, x, norm_weight, eps, context);
-    const WeightPartials fc1 = weight_partials(as_batch(dhidden), as_batch(xn));
+    const WeightPartials fc1 = weight_partials(as_batch(dhidden), as_batch(xn), context);
     dhidden = Tensor();
     const Tensor dfc1_weight =
         sums.add(fc1_weight, {1, s.hidden, s.channels}, fc1.values, s.hidden_pad, s.channels_pad, fc1.parts);

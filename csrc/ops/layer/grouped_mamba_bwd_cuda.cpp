@@ -85,8 +85,8 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
         dy = image_of(dy_rows, s, e_pad);
     }
     clear_dropped(mixed, s.batch, drop_path, context);
-    const WeightPartials proj =
-        weight_partials(alias(dout_rows, {1, tokens, s.channels_pad}), alias(mixed, {1, tokens, s.mixed}), branch);
+    const WeightPartials proj = weight_partials(alias(dout_rows, {1, tokens, s.channels_pad}),
+                                                alias(mixed, {1, tokens, s.mixed}), context, branch);
     const Tensor dproj = sums.add(p.proj_weight, {1, s.channels * g, p.proj_weight.size(1) / g}, proj.values,
                                   s.channels_pad * g, s.mixed / g, proj.parts);
     mixed = Tensor();

@@ -65,7 +65,7 @@ void token_gemm(const Tensor& out, const Tensor& x, const Tensor& weight, const 
         check_cuda(launch_skinny_gemm_fwd(args, dtype, context.stream()), "skinny_gemm");
     } else if (const char* const why = why_cublas({&out, &x, &weight}, x.size(1), in, columns)) {
         note_gemm("cuBLAS", x, weight, why);
-        matmul_out(out, x, transposed(weight));
+        matmul_out(out, x, transposed(weight), context);
     } else {
         auto args = gemm_args<TallGemmArgs>(x, weight);
         args.y = out.data_ptr();
@@ -85,9 +85,9 @@ void token_gemm_onto(const Tensor& out, double scale, const OptTensor& bias, con
         if (bias) args.bias = bias->data_ptr();
         check_cuda(launch_tall_gemm(args, dtype_of(x), context.stream()), "tall_gemm");
     } else if (bias) {
-        matmul_bias_out(out, *bias, x, transposed(weight));
+        matmul_bias_out(out, *bias, x, transposed(weight), context);
     } else {
-        add_matmul(out, x, transposed(weight), scale);
+        add_matmul(out, x, transposed(weight), context, scale);
     }
 }
 
@@ -102,9 +102,9 @@ void token_gemm_input(const Tensor& dx, double scale, bool add, const Tensor& dy
         args.y = dx.data_ptr(), args.scale = static_cast<float>(scale), args.add = add, args.transposed = true;
         check_cuda(launch_tall_gemm(args, dtype_of(dy), context.stream()), "tall_gemm backward");
     } else if (add) {
-        add_matmul(dx, dy, weight, scale);
+        add_matmul(dx, dy, weight, context, scale);
     } else {
-        matmul_out(dx, dy, weight, scale);
+        matmul_out(dx, dy, weight, context, scale);
     }
 }
 
@@ -116,7 +116,7 @@ WeightPartials token_gemm_bwd(const Tensor& dx, bool add, const Tensor& dy, cons
                               int64_t used, const CudaContext& context) {
     const DType dtype = dtype_of(x);
     if (!is_skinny(dx, dy, x, weight)) {
-        const WeightPartials partials = weight_partials(dy, x);
+        const WeightPartials partials = weight_partials(dy, x, context);
         token_gemm_input(dx, 1., add, dy, weight, context);
         return partials;
     }

@@ -7,7 +7,7 @@
 
 namespace gm {
 
-WeightPartials weight_partials(const Tensor& dy, const Tensor& x, double alpha) {
+WeightPartials weight_partials(const Tensor& dy, const Tensor& x, const CudaContext& context, double alpha) {
     const int64_t groups = dy.size(0), tokens = dy.size(1), n = dy.size(2), k = x.size(2);
     constexpr int64_t kTile = 64, kMinTerms = 256, kMaxParts = 64;
     const int64_t tiles = groups * ((n + kTile - 1) / kTile) * ((k + kTile - 1) / kTile);
@@ -21,7 +21,8 @@ WeightPartials weight_partials(const Tensor& dy, const Tensor& x, double alpha) 
     if (2 * parts >= most) {
         const Tensor values = empty({groups * parts, n, k}, dy.scalar_type(), dy);
         const int64_t terms = tokens / parts;
-        matmul_out(values, transposed(part(dy, 0, groups * parts, terms)), part(x, 0, groups * parts, terms), alpha);
+        matmul_out(values, transposed(part(dy, 0, groups * parts, terms)), part(x, 0, groups * parts, terms), context,
+                   alpha);
         return {values, parts};
     }
     // No number of equal parts will do: one more, shorter part, a group at a time.
@@ -32,10 +33,11 @@ WeightPartials weight_partials(const Tensor& dy, const Tensor& x, double alpha) 
             return alias(values, {batch, n, k}, {n * k, k, 1}, (g * count + i) * n * k);
         };
         const int64_t first = g * tokens;
-        matmul_out(slot(0, most), transposed(part(dy, first, most, terms)), part(x, first, most, terms), alpha);
+        matmul_out(slot(0, most), transposed(part(dy, first, most, terms)), part(x, first, most, terms), context,
+                   alpha);
         if (rest > 0)
             matmul_out(slot(most, 1), transposed(part(dy, first + most * terms, 1, rest)),
-                       part(x, first + most * terms, 1, rest), alpha);
+                       part(x, first + most * terms, 1, rest), context, alpha);
     }
     return {values, count};
 }

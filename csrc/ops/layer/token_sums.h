@@ -18,7 +18,7 @@ struct WeightPartials {
     Tensor values;
     int64_t parts;
 };
-WeightPartials weight_partials(const Tensor& dy, const Tensor& x, double alpha = 1.);
+WeightPartials weight_partials(const Tensor& dy, const Tensor& x, const CudaContext& context, double alpha = 1.);
 
 // The gradient of a bias: the sum over the rows of a matrix, of its first columns. Images have `rows_of_image` rows
 // each, multiplied as `drop_path` says.

@@ -172,6 +172,17 @@ __device__ __forceinline__ void stmatrix(uint32_t address, const uint32_t (&in)[
                  : "memory");
 }
 
+// Transposed: lane l has rows 2 (l % 4) and + 1 of column l / 4.
+__device__ __forceinline__ void stmatrix_trans(uint32_t address, const uint32_t (&in)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(in[0]),
+                 "r"(in[1]), "r"(in[2]), "r"(in[3])
+                 : "memory");
+}
+__device__ __forceinline__ void stmatrix_trans(uint32_t address, const uint32_t (&in)[2]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(in[0]), "r"(in[1])
+                 : "memory");
+}
+
 // Transposes a matrix of 8 rows of 8 elements that the warp holds: lane l has elements 2 (l % 4) and + 1 of row l / 4.
 __device__ __forceinline__ uint32_t movmatrix_trans(uint32_t pair) {
     uint32_t out;

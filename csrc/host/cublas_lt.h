@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: Apache-2.0
+// Large products of 16-bit matrices by cuBLASLt without a workspace.
+//
+// With a workspace, as torch calls it, cuBLAS hands out tiles by a counter that a memset clears first. Between kernels
+// that follow one another without a pause the memset and its two gaps take some 7 us, a fifth of the products of a
+// small stage. Without a workspace tiles are assigned beforehand, by kernels that take the same time.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "host/tensor.h"
+
+namespace gm {
+
+// out = beta * out + alpha * a @ b [+ row], of matrices or batches of them; `row`, one element for each column of out,
+// goes with beta 0 alone. False, and nothing done, where this is not the better way or cuBLASLt not at hand.
+bool matmul_without_workspace(const Tensor& out, double beta, const Tensor& a, const Tensor& b, double alpha,
+                              const Tensor* row, cudaStream_t stream);
+
+}  // namespace gm
