@@ -84,6 +84,11 @@ STABLE_TORCH_LIBRARY(groupmamba, m) {
         "batch_norm_fold(Tensor image, Tensor weight, Tensor norm_weight, Tensor norm_bias, Tensor mean, "
         "Tensor variance, float eps, bool blocks) -> (Tensor folded, Tensor bias)");
 
+    // An image x (batch, C, H, W), C up to 4, as blocks of 2 x 2 pixels on CUDA, in float16 or bfloat16, with zeros
+    // around it as a convolution of kernel_size 3, 7, 11, ..., stride 2 and half of kernel_size as padding needs them:
+    // (batch, ceil(H / 2) + k, ceil(W / 2) + k, 4 C'), C' being C rounded up to even, k = (kernel_size - 1) / 2.
+    m.def("pixels_to_channels(Tensor x, int kernel_size, bool half) -> Tensor");
+
     // The layer on CUDA, variants released and fused; x (batch, H, W, C), D = C / G channels a group, E scanned ones, N
     // states, R step features; Cp, Dp, Ep, Fp: C, D, E and R + 2 N rounded up to multiples of 8, pads zero; Fp is 4 for
     // R + 2 N up to 4 where Ep is 16 or 32. With

@@ -17,6 +17,7 @@ from groupmamba import GroupedMamba2d
 from groupmamba.layers.drop_path import DropPathMask
 from groupmamba_ext.ops.batch_norm_fold import batch_norm_fold
 from groupmamba_ext.ops.batch_norm_relu import batch_norm_relu
+from groupmamba_ext.ops.pixels_to_channels import pixels_to_channels
 from groupmamba_ext.ops.token_norm import token_norm
 from support.common import group_major, padded_channels
 from support.inputs import (
@@ -230,6 +231,10 @@ def batch_norm(dtype, batch, channels, h, w) -> None:
     _, weight, norm = convolution(channels, 3, 3, dtype, torch.float32, torch.channels_last)
     for blocks in (False, True):
         batch_norm_fold(weight.to(dtype), weight, norm, 1e-5, blocks=blocks)
+    for c in (1, 3):
+        image = torch.randn(batch, c, h, w, device="cuda").to(dtype)
+        for into in (torch.float16, torch.bfloat16):
+            pixels_to_channels(image, 7, into)
 
 
 def wide_layer(dtype) -> None:

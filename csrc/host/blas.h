@@ -32,35 +32,23 @@ inline Tensor transposed(const Tensor& t) {
     return alias(t, sizes, strides);
 }
 
-// out = beta * out + alpha * a @ b, for matrices or batches of them.
-inline void matmul_onto(const Tensor& out, double beta, const Tensor& a, const Tensor& b, double alpha,
-                        const CudaContext& context) {
-    if (matmul_without_workspace(out, beta, a, b, alpha, nullptr, context.stream())) return;
-    if (alpha == 1. && beta == 0.) {
-        const auto product = out.dim() == 2 ? &aoti_torch_cuda_mm_out : &aoti_torch_cuda_bmm_out;
-        GM_TORCH_CALL(product(out.get(), a.get(), b.get()));
-    } else {
-        const auto product = out.dim() == 2 ? &aoti_torch_cuda_addmm_out : &aoti_torch_cuda_baddbmm_out;
-        GM_TORCH_CALL(product(out.get(), out.get(), a.get(), b.get(), beta, alpha));
-    }
-}
-
-// out = alpha * a @ b, for matrices or batches of them.
+// out = alpha * a @ b, or with `add` out += that, for matrices or batches of them.
 inline void matmul_out(const Tensor& out, const Tensor& a, const Tensor& b, const CudaContext& context,
-                       double alpha = 1.) {
-    matmul_onto(out, 0., a, b, alpha, context);
-}
-
-// out += alpha * a @ b, for matrices or batches of them.
-inline void add_matmul(const Tensor& out, const Tensor& a, const Tensor& b, const CudaContext& context,
-                       double alpha = 1.) {
-    matmul_onto(out, 1., a, b, alpha, context);
+                       double alpha = 1., bool add = false) {
+    if (matmul_without_workspace(out, a, b, alpha, nullptr, add, context.stream())) return;
+    if (alpha == 1. && !add) {
+        const auto plain = out.dim() == 2 ? &aoti_torch_cuda_mm_out : &aoti_torch_cuda_bmm_out;
+        GM_TORCH_CALL(plain(out.get(), a.get(), b.get()));
+    } else {
+        const auto onto = out.dim() == 2 ? &aoti_torch_cuda_addmm_out : &aoti_torch_cuda_baddbmm_out;
+        GM_TORCH_CALL(onto(out.get(), out.get(), a.get(), b.get(), add ? 1. : 0., alpha));
+    }
 }
 
 // out = a @ b + row, for matrices; row has as many elements as out has columns.
 inline void matmul_bias_out(const Tensor& out, const Tensor& row, const Tensor& a, const Tensor& b,
                             const CudaContext& context) {
-    if (matmul_without_workspace(out, 0., a, b, 1., &row, context.stream())) return;
+    if (matmul_without_workspace(out, a, b, 1., &row, false, context.stream())) return;
     GM_TORCH_CALL(aoti_torch_cuda_addmm_out(out.get(), row.get(), a.get(), b.get(), 1., 1.));
 }
 

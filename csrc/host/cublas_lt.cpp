@@ -7,6 +7,7 @@
 #include <array>
 #include <map>
 #include <memory>
+#include <optional>
 
 #include "cuda/common/tuning.h"
 #include "host/explain.h"
@@ -23,9 +24,7 @@ using Handle = void*;
 struct Desc;
 struct Layout;
 struct Preference;
-struct Algo {
-    uint64_t data[8];
-};
+using Algo = std::array<uint64_t, 8>;
 struct HeuristicResult {
     Algo algo;
     size_t workspace_size;
@@ -125,75 +124,80 @@ uint32_t alignment_of(const void* p) {
 // What the choice of an algorithm depends on.
 using Key = std::array<int64_t, 20>;
 
+// The best algorithm without a workspace and without sums in parts, or none. Layouts and alignments of the left and the
+// right factor and of the result.
+std::optional<Algo> choose(Handle handle, Desc* desc, Layout* const (&layouts)[3], const uint32_t (&alignments)[3]) {
+    const Library& lt = library();
+    Preference* made = nullptr;
+    check(lt.preference_create(&made));
+    const Owned<Preference> preference(made, lt.preference_destroy);
+    const auto prefer = [&](int attribute, const auto& value) {
+        check(lt.preference_set(preference.get(), attribute, &value, sizeof(value)));
+    };
+    prefer(kMaxWorkspace, uint64_t{0}), prefer(kReductionSchemes, uint32_t{0});
+    prefer(kAlignA, alignments[0]), prefer(kAlignB, alignments[1]);
+    prefer(kAlignC, alignments[2]), prefer(kAlignD, alignments[2]);
+    HeuristicResult best{};
+    int count = 0;
+    const int status =
+        lt.heuristic(handle, desc, layouts[0], layouts[1], layouts[2], layouts[2], preference.get(), 1, &best, &count);
+    const bool usable = status == 0 && count > 0 && best.state == 0 && best.workspace_size == 0;
+    return usable ? std::optional(best.algo) : std::nullopt;
+}
+
 }  // namespace
 
-bool matmul_without_workspace(const Tensor& out, double beta, const Tensor& a, const Tensor& b, double alpha,
-                              const Tensor* row, cudaStream_t stream) {
-    const int64_t size = out.numel();
-    if (size < tuning::kNoWorkspaceLeast || size > tuning::kNoWorkspaceMost) return false;
+bool matmul_without_workspace(const Tensor& out, const Tensor& a, const Tensor& b, double alpha, const Tensor* row,
+                              bool add, cudaStream_t stream) {
+    if (out.numel() < tuning::kNoWorkspaceLeast) return false;
     const bool half = dtype_code(out) == aoti_torch_dtype_float16();
     if (!half && dtype_code(out) != aoti_torch_dtype_bfloat16()) return false;
     const Library& lt = library();
     if (!lt.complete || torch_get_current_cuda_blas_handle == nullptr) return false;
     // Column after column, out is the transposed product: out^T = b^T a^T.
-    const Matrix left(b), right(a), result(out);
+    const Matrix matrices[3] = {Matrix(b), Matrix(a), Matrix(out)};
+    const auto& [left, right, result] = matrices;
     if (!left.fits || !right.fits || !result.by_rows || left.rows == 0) return false;
-    const auto bias = row == nullptr ? nullptr : row->data_ptr();
 
     const cudaDataType_t type = half ? CUDA_R_16F : CUDA_R_16BF;
     Desc* created = nullptr;
     check(lt.desc_create(&created, kCompute32F, CUDA_R_32F));
     const Owned<Desc> desc(created, lt.desc_destroy);
     const auto set = [&](DescAttribute attribute, const auto& value) {
-        check(lt.desc_set(desc.get(), attribute, &value, sizeof(value)));
+        check(lt.desc_set(created, attribute, &value, sizeof(value)));
     };
     set(kTransA, left.by_rows ? kOpN : kOpT), set(kTransB, right.by_rows ? kOpN : kOpT);
-    if (row != nullptr) set(kEpilogue, kEpilogueBias), set(kBiasPointer, bias);
-    const Owned<Layout> left_layout = layout_of(left, type), right_layout = layout_of(right, type),
-                        result_layout = layout_of(result, type);
+    if (row != nullptr) {
+        const void* const bias = row->data_ptr();
+        set(kEpilogue, kEpilogueBias), set(kBiasPointer, bias);
+    }
+    const Owned<Layout> owned[3] = {layout_of(left, type), layout_of(right, type), layout_of(result, type)};
+    Layout* const layouts[3] = {owned[0].get(), owned[1].get(), owned[2].get()};
+    void* const data[3] = {b.data_ptr(), a.data_ptr(), out.data_ptr()};
     void* handle = nullptr;
     GM_TORCH_CALL(torch_get_current_cuda_blas_handle(&handle));
 
-    const void *const left_data = b.data_ptr(), *const right_data = a.data_ptr();
-    void* const result_data = out.data_ptr();
-    Key key{out.get_device_index(), type, row != nullptr, beta != 0.};
-    size_t used = 4;
-    for (const Matrix* m : {&left, &right, &result})
-        for (const int64_t part :
-             {m->rows, m->columns, m->by_rows ? m->ld : -m->ld, m->batch > 1 ? m->batch_stride : 0})
+    Key key{out.get_device_index(), type, row != nullptr, add, result.batch};
+    size_t used = 5;
+    for (const Matrix& m : matrices)
+        for (const int64_t part : {m.rows, m.columns, m.by_rows ? m.ld : -m.ld, m.batch > 1 ? m.batch_stride : 0})
             key[used++] = part;
-    key[used++] = result.batch;
-    for (const void* data : {left_data, right_data, static_cast<const void*>(result_data)})
-        key[used++] = alignment_of(data);
-    static_assert(4 + 3 * 4 + 1 + 3 == std::tuple_size_v<Key>);
-    // An algorithm for each key that this thread has met, or none. Bounded, for those whose sizes never come again.
+    uint32_t alignments[3];
+    for (int i = 0; i < 3; ++i) key[used++] = alignments[i] = alignment_of(data[i]);
+    static_assert(5 + 3 * 4 + 3 == std::tuple_size_v<Key>);
+    // What this thread has met. Bounded, for those whose sizes never come again.
     constexpr size_t kMostKeys = 1024;
     thread_local std::map<Key, std::optional<Algo>> met;
     auto found = met.find(key);
     if (found == met.end()) {
-        Preference* made = nullptr;
-        check(lt.preference_create(&made));
-        const Owned<Preference> preference(made, lt.preference_destroy);
-        const auto prefer = [&](PreferenceAttribute attribute, const auto& value) {
-            check(lt.preference_set(preference.get(), attribute, &value, sizeof(value)));
-        };
-        prefer(kMaxWorkspace, uint64_t{0}), prefer(kReductionSchemes, uint32_t{0});
-        prefer(kAlignA, alignment_of(left_data)), prefer(kAlignB, alignment_of(right_data));
-        prefer(kAlignC, alignment_of(result_data)), prefer(kAlignD, alignment_of(result_data));
-        HeuristicResult best{};
-        int count = 0;
-        const int status = lt.heuristic(handle, desc.get(), left_layout.get(), right_layout.get(), result_layout.get(),
-                                        result_layout.get(), preference.get(), 1, &best, &count);
         if (met.size() >= kMostKeys) met.clear();
-        const bool usable = status == 0 && count > 0 && best.state == 0 && best.workspace_size == 0;
-        found = met.emplace(key, usable ? std::optional(best.algo) : std::nullopt).first;
+        found = met.emplace(key, choose(handle, created, layouts, alignments)).first;
     }
     if (!found->second) return false;
     note("product ", show(shape_of(a)), " by ", show(shape_of(b)), ": cuBLASLt without a workspace");
-    const float factors[2] = {static_cast<float>(alpha), static_cast<float>(beta)};
-    check(lt.matmul(handle, desc.get(), &factors[0], left_data, left_layout.get(), right_data, right_layout.get(),
-                    &factors[1], result_data, result_layout.get(), result_data, result_layout.get(), &*found->second,
-                    nullptr, 0, stream));
+    const float factor = static_cast<float>(alpha), of_out = add ? 1.f : 0.f;
+    check(lt.matmul(handle, created, &factor, data[0], layouts[0], data[1], layouts[1], &of_out, data[2], layouts[2],
+                    data[2], layouts[2], &*found->second, nullptr, 0, stream));
     return true;
 }
 

@@ -12,9 +12,9 @@
 
 namespace gm {
 
-// out = beta * out + alpha * a @ b [+ row], of matrices or batches of them; `row`, one element for each column of out,
-// goes with beta 0 alone. False, and nothing done, where this is not the better way or cuBLASLt not at hand.
-bool matmul_without_workspace(const Tensor& out, double beta, const Tensor& a, const Tensor& b, double alpha,
-                              const Tensor* row, cudaStream_t stream);
+// out = alpha * a @ b [+ row], or with `add` out += that, of matrices or batches of them; `row`, without `add`, has one
+// element for each column of out. False, and nothing done, where this is not the better way or cuBLASLt not at hand.
+bool matmul_without_workspace(const Tensor& out, const Tensor& a, const Tensor& b, double alpha, const Tensor* row,
+                              bool add, cudaStream_t stream);
 
 }  // namespace gm

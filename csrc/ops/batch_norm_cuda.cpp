@@ -13,7 +13,7 @@ Tensor dense_image(const Tensor& t) {
     return contiguous_copy(t);
 }
 
-BatchNormArgs batch_norm_args(const Tensor& x, const Tensor& weight, double eps, ParamHolder& param) {
+BatchNormArgs batch_norm_args(const Tensor& x, const Tensor& weight, double eps, int64_t blocks, ParamHolder& param) {
     GM_CHECK(x.dim() == 4 && x.numel() > 0, "x must be (batch, H, W, C) with elements, got ", show(shape_of(x)));
     const int64_t channels = x.size(3);
     GM_CHECK(channels % kBatchNormUnit == 0 && channels <= kBatchNormUnit * kBatchNormThreads,
@@ -25,14 +25,14 @@ BatchNormArgs batch_norm_args(const Tensor& x, const Tensor& weight, double eps,
     GM_CHECK(args.rows > 1, "batch_norm_relu needs more than one pixel, got ", show(shape_of(x)));
     args.weight = param(weight);
     args.eps = static_cast<float>(eps);
-    args.blocks = batch_norm_blocks(args.rows, args.channels);
+    args.blocks = batch_norm_blocks(args.rows, args.channels, blocks);
     return args;
 }
 
 std::tuple<Tensor, Tensor> batch_norm_relu_fwd(Tensor x, Tensor weight, Tensor bias, double eps) {
     const CudaContext context(x);
     ParamHolder param;
-    BatchNormArgs args = batch_norm_args(x, weight, eps, param);
+    BatchNormArgs args = batch_norm_args(x, weight, eps, tuning::kBatchNormFwdSums, param);
     check_parameter(bias, "bias", {x.size(3)}, x);
     x = dense_image(x);
     const Tensor y = empty(shape_of(x), x.scalar_type(), x);
@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_bwd(Tensor dy, Tensor x, Tens
                                                        double eps) {
     const CudaContext context(x);
     ParamHolder param;
-    BatchNormArgs args = batch_norm_args(x, weight, eps, param);
+    BatchNormArgs args = batch_norm_args(x, weight, eps, tuning::kBatchNormBwdBlocks, param);
     check_parameter(bias, "bias", {x.size(3)}, x);
     check_image(dy, "dy", shape_of(x), x);
     check_shape(stats, "stats", {3, x.size(3)});

@@ -16,6 +16,7 @@ from groupmamba_ext.ops import (
     grouped_selective_scan,
     layer_norm_pool,
     modulated_layer_norm,
+    pixels_to_channels,
     token_norm,
 )
 
@@ -28,6 +29,7 @@ OPS = (
     token_norm.OP,
     batch_norm_relu.OP,
     batch_norm_fold.OP,
+    pixels_to_channels.OP,
     grouped_mamba_layer.OP,
     feed_forward.OP,
 )

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from groupmamba_ext.ops import pixels_to_channels as on_cuda
 from support.common import relative_error
 
 pytest.importorskip("timm", reason="needs the extra 'models'")
@@ -66,3 +67,49 @@ def test_on_cuda(autocast, memory_format):
     assert relative_error(y, expected) < 0.01
     for a, b in zip(torch.autograd.grad(y, (x, conv.weight), dy.bfloat16()), truth, strict=True):
         assert relative_error(a, b) < 0.01
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("into", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("channels, height, width", SIZES[:-1] + [(2, 5, 300), (3, 64, 64)])
+@pytest.mark.parametrize("kernel", [3, 7, 11])
+def test_the_kernel_gives_the_same_blocks(kernel, channels, height, width, into, dtype, monkeypatch):
+    torch.manual_seed(0)
+    x = torch.randn(3, channels + 1, height + 1, width + 2, device="cuda", dtype=dtype)
+    last = x[:, 1:, :-1, 2:].contiguous(memory_format=torch.channels_last)
+    for view in (x[:, 1:, 1:, :-2], last, x[:1, :-1, 1:, 2:].expand(3, -1, -1, -1)):
+        assert on_cuda.takes_pixels_to_channels(view, into)
+        blocks = entry_conv.pixels_to_channels(view, kernel, into)
+        with monkeypatch.context() as patch:
+            patch.setattr(on_cuda, "takes_pixels_to_channels", lambda *a: False)
+            expected = entry_conv.pixels_to_channels(view, kernel, into)
+        assert blocks.dtype == into and blocks.stride() == expected.stride()
+        torch.testing.assert_close(blocks, expected, rtol=0, atol=0)
+
+
+@pytest.mark.cuda
+def test_when_the_kernel_takes_an_image():
+    x = torch.zeros(1, 3, 8, 8, device="cuda")
+    takes = on_cuda.takes_pixels_to_channels
+    assert takes(x, torch.bfloat16) and takes(x.half(), torch.float16)
+    assert not takes(x, torch.float32) and not takes(x.double(), torch.bfloat16)
+    assert not takes(x.repeat(1, 2, 1, 1), torch.bfloat16) and not takes(x[:0], torch.bfloat16)
+    learnt = x.clone().requires_grad_()
+    assert not takes(learnt, torch.bfloat16)
+    with torch.no_grad():
+        assert takes(learnt, torch.bfloat16)
+
+
+@pytest.mark.cuda
+def test_kernel_opcheck_and_refusals():
+    x, op = torch.randn(2, 3, 5, 6, device="cuda"), torch.ops.groupmamba.pixels_to_channels
+    torch.library.opcheck(op, (x, 7, True))
+    with pytest.raises(RuntimeError, match="C must be at most 4, got 5"):
+        op(torch.zeros(1, 5, 4, 4, device="cuda"), 7, True)
+    with pytest.raises(RuntimeError, match="kernel_size must be 3, 7, 11, ..., got 5"):
+        op(x, 5, True)
+    with pytest.raises(RuntimeError, match=r"x must be \(batch, C, H, W\) with elements, got \(3, 5, 6\)"):
+        op(x[0], 7, True)
+    with pytest.raises(RuntimeError, match="groupmamba::pixels_to_channels is an op for inference"):
+        op(x.requires_grad_(), 7, True).sum().backward()

@@ -18,7 +18,7 @@ EMPTY = [(0, 3, 4, 2, 4), (2, 0, 4, 2, 4), (2, 3, 0, 2, 4), (2, 3, 4, 0, 4), (2,
 
 
 @pytest.mark.parametrize("other", ["meta", "cpu"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "pixels_to_channels"])  # which has one tensor
 def test_a_tensor_on_another_device(device, name, other):
     """One tensor on the meta device brings the call to the fake kernel, one on CUDA to the CUDA kernel."""
     if device == other:

@@ -15,7 +15,8 @@ SCANS = ("grouped_selective_scan", "cross_selective_scan")
 NORMS = ("layer_norm_pool", "modulated_layer_norm", "token_norm", "batch_norm_relu")
 LAYERS = ("grouped_mamba_layer", "feed_forward")
 PAIRS = (*SCANS, "depthwise_conv3x3", *NORMS, *LAYERS)
-NAMES = (*(f"{name}_{way}" for name in PAIRS for way in ("fwd", "bwd")), *LAYERS, "batch_norm_fold")
+INFERENCE = ("batch_norm_fold", "pixels_to_channels")
+NAMES = (*(f"{name}_{way}" for name in PAIRS for way in ("fwd", "bwd")), *LAYERS, *INFERENCE)
 
 
 def op(name):
@@ -97,6 +98,8 @@ def arguments(name, device):
         return [torch.ones_like(tensors[0]), *tensors, *saved(f"{kind}_fwd", [*tensors, eps], device, 1), eps]
     if kind == "batch_norm_fold":
         return fold_arguments(device)
+    if kind == "pixels_to_channels":
+        return [torch.randn(2, 3, 5, 6, device=device), 7, False]
     if kind == "feed_forward":
         made, tensors, count = feed_forward_arguments(device), 9, 1
     else:

@@ -2,6 +2,7 @@
 // Arguments of the BatchNorm kernels.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cuda/common/args.h"
@@ -15,7 +16,7 @@ struct BatchNormArgs {
     const void *x = nullptr, *dy = nullptr;
     void *y = nullptr, *dx = nullptr;
     int64_t rows = 0;
-    int channels = 0, blocks = 0;
+    int channels = 0, blocks = 0;  // blocks of the sums
     ParamArg weight, bias;
     float eps = 0.f;
     float* stats = nullptr;     // (3, channels): mean, variance by rows - 1, 1 / sqrt(variance by rows + eps)
@@ -37,12 +38,11 @@ struct FoldArgs {
     void *folded = nullptr, *bias = nullptr;
 };
 
-// tuning::kBatchNormBlocks, unless that leaves a thread fewer than four rows.
-inline int batch_norm_blocks(int64_t rows, int channels) {
+// `wanted`, unless that leaves a thread fewer than four rows.
+inline int batch_norm_blocks(int64_t rows, int channels, int64_t wanted) {
     constexpr int64_t kLeastRows = 4;
     const int64_t rows_of_block = kBatchNormThreads / (channels / kBatchNormUnit) * kLeastRows;
-    const int64_t blocks = (rows + rows_of_block - 1) / rows_of_block;
-    return static_cast<int>(blocks < tuning::kBatchNormBlocks ? blocks : tuning::kBatchNormBlocks);
+    return static_cast<int>(std::min((rows + rows_of_block - 1) / rows_of_block, wanted));
 }
 
 }  // namespace gm

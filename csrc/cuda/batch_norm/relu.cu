@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kThreads) batch_norm_sums_kernel(const __grid_
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) batch_norm_grad_sums_kernel(const __grid_constant__ BatchNormArgs args) {
+__global__ void __launch_bounds__(kThreads, 3) batch_norm_grad_sums_kernel(const __grid_constant__ BatchNormArgs args) {
     begin_kernel();
     const Walk walk(args);
     Channels sum = {}, products = {};
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kThreads) batch_norm_grad_sums_kernel(const __
         const Affine<T> affine(args, walk.channel);
         const T* const x = static_cast<const T*>(args.x) + walk.channel;
         const T* const dy = static_cast<const T*>(args.dy) + walk.channel;
-#pragma unroll 2
+#pragma unroll 4
         for (int64_t row = walk.begin + walk.row_thread; row < walk.end; row += walk.step) {
             Channels v, g;
             load(x + row * args.channels, v), load(dy + row * args.channels, g);
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kThreads) batch_norm_apply_kernel(const __grid
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) batch_norm_grad_kernel(const __grid_constant__ BatchNormArgs args) {
+__global__ void __launch_bounds__(kThreads, 3) batch_norm_grad_kernel(const __grid_constant__ BatchNormArgs args) {
     begin_kernel();
     const Walk walk(args);
     if (!walk.active) return;
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(kThreads) batch_norm_grad_kernel(const __grid_
     const T* const x = static_cast<const T*>(args.x) + walk.channel;
     const T* const dy = static_cast<const T*>(args.dy) + walk.channel;
     T* const dx = static_cast<T*>(args.dx) + walk.channel;
-#pragma unroll 2
+#pragma unroll 4
     for (int64_t row = walk.begin + walk.row_thread; row < walk.end; row += walk.step) {
         Channels v, g;
         load(x + row * args.channels, v), load(dy + row * args.channels, g);
@@ -239,7 +239,11 @@ cudaError_t launch(const BatchNormArgs& args, DType dtype, cudaStream_t stream) 
         if (error == cudaSuccess)
             error = launch_kernel(batch_norm_finish_kernel<T, kBackward>, args.channels / kFinishColumns,
                                   kFinishColumns * kFinishRows, 0, stream, args);
-        return error == cudaSuccess ? launch_kernel(apply, args.blocks, kThreads, 0, stream, args) : error;
+        if (error != cudaSuccess) return error;
+        BatchNormArgs last = args;
+        last.blocks = batch_norm_blocks(args.rows, args.channels,
+                                        kBackward ? tuning::kBatchNormBwdBlocks : tuning::kBatchNormApply);
+        return launch_kernel(apply, last.blocks, kThreads, 0, stream, last);
     });
 }
 

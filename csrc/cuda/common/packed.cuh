@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "cuda/common/math.cuh"
+#include "cuda/common/ptx/memory.cuh"
 
 namespace gm {
 
@@ -48,14 +49,27 @@ __device__ __forceinline__ Packed<T, kCount> load_packed(const T* p, bool in) {
 }
 
 template <int kCount, class T>
-__device__ __forceinline__ void store_packed(T* p, const float* x, bool in) {
-    using Access = WordsOf<sizeof(T) * kCount>;
+__device__ __forceinline__ Packed<T, kCount> pack(const float* x) {
     T elements[kCount];
 #pragma unroll
     for (int j = 0; j < kCount; ++j) elements[j] = from_float<T>(x[j]);
-    Access words;
-    memcpy(&words, elements, sizeof(words));
-    if (in) *reinterpret_cast<Access*>(p) = words;
+    Packed<T, kCount> out;
+    memcpy(&out, elements, sizeof(out));
+    return out;
+}
+
+// To device memory.
+template <int kCount, class T>
+__device__ __forceinline__ void store_packed(T* p, const float* x, bool in) {
+    const auto packed = pack<kCount, T>(x);
+    if (!in) return;
+    if constexpr (sizeof(packed) == 16) {
+        store_words(p, packed.words);
+    } else {
+        WordsOf<sizeof(packed)> words;
+        memcpy(&words, &packed, sizeof(words));
+        *reinterpret_cast<decltype(words)*>(p) = words;
+    }
 }
 
 }  // namespace gm

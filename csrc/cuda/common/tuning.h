@@ -30,8 +30,10 @@ constexpr double kConvSm90Filled = 0.6;
 // What one of its blocks does once, in units of a row's time.
 constexpr double kConvSm90Once = 16;
 
-// BatchNorm: at most eight blocks an SM.
-constexpr int64_t kBatchNormBlocks = 8 * kMultiprocessors;
+// BatchNorm: at most as many blocks as take least time, whole rounds or nearly so of the four, five and three that an SM
+// has registers for.
+constexpr int64_t kBatchNormFwdSums = 4 * kMultiprocessors, kBatchNormApply = 9 * kMultiprocessors,
+                  kBatchNormBwdBlocks = 6 * kMultiprocessors;
 
 // The feed-forward network in one kernel: tiles for three quarters of the multiprocessors, 70% of their pixels inside
 // the image.
@@ -42,10 +44,9 @@ constexpr double kFeedForwardFilled = 0.7;
 // cuBLAS is faster: at 448 x 7, with 6,272 tokens and 50 KB, but not at 348 x 14, with 25,088 tokens and 37 KB.
 constexpr int64_t kTallGemmTokens = 1 << 14, kTallGemmWeight = 1 << 12;
 
-// Products of so many results go to cuBLASLt without a workspace. Smaller ones take no memset as torch calls them; for
-// larger ones, of some 20 tiles a multiprocessor and more, tiles handed out as they are asked for are worth the memset:
-// 138 us for 145 at 401,408 x 512, 70 for 70 at 100,352 x 1,024.
-constexpr int64_t kNoWorkspaceLeast = 1 << 22, kNoWorkspaceMost = 1 << 26;
+// Products of so many results, or more, go to cuBLASLt without a workspace: smaller ones take no memset as torch calls
+// them.
+constexpr int64_t kNoWorkspaceLeast = 1 << 22;
 
 // Weight gradients: products that fill the GPU twice. Sums over columns: two blocks an SM.
 constexpr int64_t kWeightProducts = 2 * kMultiprocessors, kColumnSumBlocks = 2 * kMultiprocessors;

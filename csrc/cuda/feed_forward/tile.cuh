@@ -162,7 +162,7 @@ __device__ __forceinline__ void normalise(const FeedForwardArgs& args, unsigned 
                 float y[8];
 #pragma unroll
                 for (int j = 0; j < 8; ++j) y[j] = fmaf(x[i][b][j] * scale, weight[b][j], bias[b][j]);
-                store_packed<8>(reinterpret_cast<T*>(place(i, b)), y, exists(i));
+                if (exists(i)) *reinterpret_cast<Packed<T, 8>*>(place(i, b)) = pack<8, T>(y);
             }
         }
     }

@@ -22,16 +22,16 @@ struct SkinnyGemmArgs {
     bool add = false;
 };
 
-// y = scale * x weight^T + bias, or with `add` y += scale * x weight^T; shapes as above, bias (out), all in the dtype
+// y = scale * x weight^T [+ bias] [+ added]; shapes as above, bias (out), added as y, which it may be, all in the dtype
 // of the images, contiguous and aligned to 16 bytes.
 struct TallGemmArgs {
-    const void *x = nullptr, *weight = nullptr, *bias = nullptr;
+    const void *x = nullptr, *weight = nullptr, *bias = nullptr, *added = nullptr;
     void* y = nullptr;
     int64_t tokens = 0;
     int groups = 0, in = 0, out = 0;
     int parts = 0;  // blocks of a group; set by the launcher
     float scale = 1.f;
-    bool add = false, transposed = false;  // transposed: weight is (groups, in, out)
+    bool transposed = false;  // weight is (groups, in, out)
 };
 
 }  // namespace gm

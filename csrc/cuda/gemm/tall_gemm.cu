@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Products of many tokens with a weight that is too large for registers, or of other widths than skinny_gemm.cu takes:
-// the weight is kept in shared memory, in the order in which the lanes read it. They can add to the result, scale it
-// and add a bias, as the last product of a layer needs, and take the weight transposed, as a backward needs.
+// the weight is kept in shared memory, in the order in which the lanes read it. They can scale the result and add a
+// bias and an image, as the last product of a layer needs, and take the weight transposed, as a backward needs.
 #include <algorithm>
 
 #include "cuda/common/dispatch.h"
@@ -152,17 +152,12 @@ __global__ void __launch_bounds__(kThreads, kResident) tall_gemm_kernel(const __
             for (int half = 0; half < 2; ++half) {
                 const int64_t token = first + half * 8 + row;
                 if (token >= args.tokens) continue;
-                T* const to = static_cast<T*>(args.y) + (of_group + token) * args.out + column;
+                const int64_t place = (of_group + token) * args.out + column;
                 float y[8];
-                if (args.add) {
-                    load_packed<8>(static_cast<const T*>(to), true).widen(y);
-                } else {
+                load_packed<8>(static_cast<const T*>(args.added) + place, args.added != nullptr).widen(y);
 #pragma unroll
-                    for (int j = 0; j < 8; ++j) y[j] = bias[j];
-                }
-#pragma unroll
-                for (int j = 0; j < 8; ++j) y[j] = fmaf(args.scale, sums[j / 2][2 * half + j % 2], y[j]);
-                store_packed<8>(to, y, true);
+                for (int j = 0; j < 8; ++j) y[j] = fmaf(args.scale, sums[j / 2][2 * half + j % 2], y[j] + bias[j]);
+                store_packed<8>(static_cast<T*>(args.y) + place, y, true);
             }
         }
     }

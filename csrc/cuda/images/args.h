@@ -34,4 +34,14 @@ struct CopyRowsArgs {
     int channels = 0, width = 0;
 };
 
+// An image (batch, channels, height, width), of any strides, as blocks of 2 x 2 pixels: (batch, rows, columns, 4 C'),
+// C' being 2 for up to 2 channels and 4 for up to 4. `before`: rows, and columns, of blocks before the first of the
+// image.
+struct PixelBlocksArgs {
+    const void* x = nullptr;
+    void* out = nullptr;
+    int64_t batch = 0, strides[4] = {};
+    int channels = 0, height = 0, width = 0, rows = 0, columns = 0, before = 0;
+};
+
 }  // namespace gm

@@ -170,7 +170,7 @@ FeedForward feed_forward_forward(const Tensor& x, const Tensor& norm_weight, con
     const Tensor out_rows = alias(out, {tokens, s.channels_pad});
     const Tensor fc2 = pack.get_transposed(kFc2, {s.channels_pad, s.hidden_pad});
     if (residual) {
-        add_matmul(out_rows, activated, fc2, context, drop_path_scale);
+        matmul_out(out_rows, activated, fc2, context, drop_path_scale, true);
     } else {
         matmul_bias_out(out_rows, pack.get(kFc2Bias, {s.channels_pad}), activated, fc2, context);
     }

@@ -38,12 +38,18 @@ LayerForward layer_forward(const Tensor& x, const LayerParameters& p, const Laye
     const Tensor out = empty_padded_image(s.batch, s.height, s.width, s.channels, x);
     pack.prepare();
     ScanForward scan(images.y, images.states, scan_inputs(pack, s, images, scalars), context);
+    const Tensor out_rows = alias(out, {tokens, s.channels_pad});
+    const Tensor mixed_rows = alias(s.merges ? images.mixed : images.y, {tokens, s.mixed});
+    const Tensor proj = pack.get(kProj, {s.channels_pad, s.mixed}), proj_bias = pack.get(kProjBias, {s.channels_pad});
+    // The last product adds x and the bias itself, or adds to both, which the norm then writes as it reads x.
+    const bool ends_with_x =
+        scalars.residual && drop_path.mask == nullptr && takes_residual(out_rows, proj_bias, x, mixed_rows, proj);
     Branch packing(context);
     pack.launch(dtype, packing.stream());
 
     NormPoolInputs norm{x, p.norm_weight, p.norm_bias, scalars.eps};
     if (s.gated()) norm.partials = scratch.get(sums, {s.batch, strips, s.channels});
-    if (scalars.residual) norm.sum = out, norm.sum_bias = p.proj_bias, norm.drop_path = drop_path;
+    if (scalars.residual && !ends_with_x) norm.sum = out, norm.sum_bias = p.proj_bias, norm.drop_path = drop_path;
     norm.inter_block_state = scan.inter_block_state_to_clear();
     layer_norm_pool_fwd_into(images.xn, norm, context);
     packing.join();
@@ -86,12 +92,9 @@ LayerForward layer_forward(const Tensor& x, const LayerParameters& p, const Laye
         modulated_layer_norm_fwd_into(images.mixed, images.o, images.xn, *p.skip_scale, gate, p.norm_weight,
                                       p.norm_bias, scalars.eps, context, drop_path);
     }
-    const Tensor rows = alias(s.merges ? images.mixed : images.y, {tokens, s.mixed});
-    const Tensor out_rows = alias(out, {tokens, s.channels_pad});
-    const Tensor proj = pack.get(kProj, {s.channels_pad, s.mixed});
-    OptTensor bias;
-    if (!scalars.residual) bias = pack.get(kProjBias, {s.channels_pad});
-    token_gemm_onto(out_rows, scalars.drop_path_scale, bias, rows, proj, context);
+    const bool adds = scalars.residual && !ends_with_x;
+    token_gemm_onto(out_rows, scalars.drop_path_scale, adds ? std::nullopt : OptTensor(proj_bias),
+                    ends_with_x ? OptTensor(x) : std::nullopt, mixed_rows, proj, context);
     return {out, saved};
 }
 

@@ -74,21 +74,28 @@ void token_gemm(const Tensor& out, const Tensor& x, const Tensor& weight, const 
     }
 }
 
-void token_gemm_onto(const Tensor& out, double scale, const OptTensor& bias, const Tensor& x, const Tensor& weight,
-                     const CudaContext& context) {
-    const Tensor& row = bias ? *bias : x;
+void token_gemm_onto(const Tensor& out, double scale, const OptTensor& bias, const OptTensor& image, const Tensor& x,
+                     const Tensor& weight, const CudaContext& context) {
+    const Tensor& row = bias ? *bias : out;
     const char* const why = why_cublas({&out, &x, &weight, &row}, x.size(0), weight.size(1), weight.size(0));
     note_gemm(why == nullptr ? "tall_gemm" : "cuBLAS", x, weight, why);
     if (why == nullptr) {
         auto args = gemm_args<TallGemmArgs>(x, weight);
-        args.y = out.data_ptr(), args.scale = static_cast<float>(scale), args.add = !bias;
+        args.y = out.data_ptr(), args.scale = static_cast<float>(scale);
         if (bias) args.bias = bias->data_ptr();
+        if (image || !bias) args.added = (image ? *image : out).data_ptr();
         check_cuda(launch_tall_gemm(args, dtype_of(x), context.stream()), "tall_gemm");
     } else if (bias) {
         matmul_bias_out(out, *bias, x, transposed(weight), context);
     } else {
-        add_matmul(out, x, transposed(weight), context, scale);
+        matmul_out(out, x, transposed(weight), context, scale, true);
     }
+}
+
+// cuBLAS would take twice the time to add both an image and a bias.
+bool takes_residual(const Tensor& out, const Tensor& bias, const Tensor& image, const Tensor& x, const Tensor& weight) {
+    return image.is_contiguous() && image.numel() == out.numel() &&
+           why_cublas({&out, &x, &weight, &bias, &image}, x.size(0), weight.size(1), weight.size(0)) == nullptr;
 }
 
 void token_gemm_input(const Tensor& dx, double scale, bool add, const Tensor& dy, const Tensor& weight,
@@ -99,12 +106,11 @@ void token_gemm_input(const Tensor& dx, double scale, bool add, const Tensor& dy
     if (why == nullptr) {
         auto args = gemm_args<TallGemmArgs>(dy, weight);
         std::swap(args.in, args.out);
-        args.y = dx.data_ptr(), args.scale = static_cast<float>(scale), args.add = add, args.transposed = true;
+        args.y = dx.data_ptr(), args.scale = static_cast<float>(scale), args.transposed = true;
+        if (add) args.added = args.y;
         check_cuda(launch_tall_gemm(args, dtype_of(dy), context.stream()), "tall_gemm backward");
-    } else if (add) {
-        add_matmul(dx, dy, weight, context, scale);
     } else {
-        matmul_out(dx, dy, weight, context, scale);
+        matmul_out(dx, dy, weight, context, scale, add);
     }
 }
 

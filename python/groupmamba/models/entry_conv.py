@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from groupmamba_ext.ops import pixels_to_channels as on_cuda
+
 MOST_CHANNELS = 4  # of an image: with more, cuDNN has kernels for the convolution as it is
 
 
@@ -40,6 +42,8 @@ def pixels_to_channels(x: Tensor, kernel_size: int, dtype: torch.dtype) -> Tenso
 
     C' is C rounded up to even, k = (kernel_size - 1) / 2; channels-last, in ``dtype``.
     """
+    if on_cuda.takes_pixels_to_channels(x, dtype):
+        return on_cuda.pixels_to_channels(x, kernel_size, dtype)
     batch, channels, height, width = x.shape
     if height % 2 or width % 2:
         x = F.pad(x, (0, width % 2, 0, height % 2))

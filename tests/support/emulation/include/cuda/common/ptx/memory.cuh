@@ -4,6 +4,9 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstdint>
+#include <cstring>
+
 namespace gm {
 
 template <class T>
@@ -13,6 +16,11 @@ void store_relaxed(T* to, T v) {
 template <class T>
 T load_relaxed(const T* from) {
     return __atomic_load_n(from, __ATOMIC_RELAXED);
+}
+
+template <int kCount>
+void store_words(void* to, const uint32_t (&w)[kCount]) {
+    std::memcpy(to, w, sizeof(w));
 }
 
 inline void touch(const void* p) { (void)*static_cast<const volatile unsigned char*>(p); }
