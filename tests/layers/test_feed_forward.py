@@ -29,7 +29,7 @@ pytestmark = pytest.mark.cuda
         # tokens of eight vectors a thread, and wider than the norms' registers
         (2, 600, 72, (5, 3)),
         (2, 1100, 40, (3, 3)),
-        (140, 200, 264, (5, 14)),  # its convolution by tensor cores
+        (152, 200, 264, (10, 14)),  # its convolution by tensor cores, its products without a workspace
         *ONE_KERNEL,
     ],  # fmt: skip
 )
@@ -96,6 +96,22 @@ def test_token_norm_sums_that_a_16_bit_gradient_cannot_hold(dtype):
         y = token_norm(x, weight, bias, 1e-5, more)
         y.backward(torch.ones_like(y))
         assert torch.equal(bias.grad, torch.full_like(bias, 160_000))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_large_products_take_no_workspace(dtype):
+    modules = feed_forward(200, 264).to("cuda", dtype)
+
+    def run(batch):
+        x = torch.randn(batch, 10, 14, 200, device="cuda", dtype=dtype, requires_grad=True)
+        modules["mlp"](x, modules["norm"], residual=True).sum().backward()
+
+    products = [note for note in ext.explain(run, 152).notes if "without a workspace" in note]
+    assert products == [  # both ways, a note each
+        "product (21280, 200) by (200, 264): cuBLASLt without a workspace",
+        "product (21280, 264) by (264, 200): cuBLASLt without a workspace",
+    ]
+    assert not any("without a workspace" in note for note in ext.explain(run, 8).notes)
 
 
 @pytest.mark.parametrize("batch, dim, hidden, shape", ONE_KERNEL)

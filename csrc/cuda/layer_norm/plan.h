@@ -27,11 +27,12 @@ constexpr bool writes_xn(int vecs) { return vecs <= kRowVecs; }
 
 enum class NormPass { kForward, kBackward };
 
-// Blocks that a multiprocessor of 9.0 has registers for. 96 of them in a forward kernel (80 with three vectors), and
-// 168 in a backward one with its sums for each channel, hold a step and the loads of the next without a spill.
+// Blocks that a multiprocessor of 9.0 has registers for. 96 of them in a forward kernel, and 168 in a backward one with
+// its sums for each channel, hold a step and the loads of the next without a spill. (With three vectors 80 do, and six
+// blocks take 6% less time, but not beside the packing of parameters, which then waits for their end.)
 constexpr int norm_resident(NormPass pass, int vecs) {
     if (vecs > kRowVecs) return 2;
-    return pass == NormPass::kBackward ? 3 : vecs < kRowVecs ? 6 : 5;
+    return pass == NormPass::kBackward ? 3 : 5;
 }
 
 // A block walks one strip of tokens of one image, `step` at a time.
@@ -64,7 +65,7 @@ inline NormPlan norm_plan(int64_t batch, int64_t tokens, int slots, NormPass pas
     // As many strips as take the least time of those that fill the GPU once to four times. That of a block are its
     // steps, and what it does once.
     using tuning::kNormEnoughTokens, tuning::kNormFewBlocks, tuning::kNormOnce;
-    const int64_t at_once = tuning::kMultiprocessors * norm_resident(pass, p.narrow(slots) ? kRowVecs - 1 : p.vecs);
+    const int64_t at_once = tuning::kMultiprocessors * norm_resident(pass, p.vecs);
     const int64_t images = std::max<int64_t>(batch, 1), steps = up(tokens, p.step);
     const int64_t most = std::max(up(kNormFewBlocks, images), up(tokens, kNormEnoughTokens));
     int64_t least = 0;

@@ -62,19 +62,20 @@ LayerForward layer_forward(const Tensor& x, const LayerParameters& p, const Laye
         affinity.emplace(context);
         check_cuda(launch_channel_affinity_fwd(args, dtype, affinity->stream()), "channel affinity");
     };
-    // Channel affinity runs beside the convolution. skinny_gemm and tall_gemm have as many blocks as run at once, and
-    // would wait for the places that channel affinity takes; so has the convolution by tensor cores, beside which it
-    // has not been compared. cuBLAS' product starts a few microseconds later than they do, and affinity is done by
-    // then.
+    // Channel affinity runs beside x_proj and the scan, or, where the scan reads the gate, beside the convolution:
+    // there T evaluates 0.5% slower, and beside in_proj, if that is a kernel of ours, which has as many blocks as run
+    // at once. cuBLAS' product starts a few microseconds later than they do, and affinity is done by then.
     const Tensor xn_rows = rows_of(images.xn, s, s.dim_pad);
     const Tensor in_proj = pack.get(kInProj, {s.groups, 2 * s.inner_pad, s.dim_pad});
-    const bool beside_conv = has_own_gemm(images.uz, xn_rows, in_proj);
-    if (s.gated() && !beside_conv) fork_affinity();
+    enum { kBesideInProj, kBesideConv, kBesideScan } place = kBesideInProj;
+    if (has_own_gemm(images.uz, xn_rows, in_proj)) place = s.gates_scan() ? kBesideConv : kBesideScan;
+    if (s.gated() && place == kBesideInProj) fork_affinity();
     token_gemm(images.uz, xn_rows, in_proj, context);
-    if (s.gated() && beside_conv) fork_affinity();
+    if (s.gated() && place == kBesideConv) fork_affinity();
     depthwise_conv3x3_fwd_into(image_of(images.u, s, s.inner_pad), image_of(images.uz, s, s.inner_pad),
                                pack.get(kConvWeight, {s.groups, s.inner_pad, 3, 3}),
                                pack.get(kConvBias, {s.groups, s.inner_pad}), kSilu, context);
+    if (s.gated() && place == kBesideScan) fork_affinity();
     token_gemm(images.features, images.u, pack.get(kXProj, {s.groups, s.features_pad, s.inner_pad}), context);
     if (s.gates_scan()) affinity->join();
     scan.launch();
