@@ -150,6 +150,6 @@ def _use_native(image: torch.Tensor, op: str) -> bool:
 
 
 def takes_image(x: torch.Tensor) -> bool:
-    """True where the ops that only CUDA has (of layers, and of norms between them) take an image ``x``: not empty, on
-    CUDA, with the compiled ops."""
+    """True where the ops that only CUDA has (of layers, of norms between them, of the entry) take an image ``x``: not
+    empty, on CUDA, with the compiled ops."""
     return x.is_cuda and x.numel() > 0 and use_native(x, "grouped_mamba_layer")

@@ -95,6 +95,8 @@ bool matmul_without_workspace(const Tensor& out, const Tensor& a, const Tensor& 
     if (!half && dtype_code(out) != aoti_torch_dtype_bfloat16()) return false;
     const Library& lt = library();
     if (!lt.complete || torch_get_current_cuda_blas_handle == nullptr) return false;
+    // The choice of an algorithm takes no account of where the row lies.
+    if (row != nullptr && reinterpret_cast<uintptr_t>(row->data_ptr()) % 16 != 0) return false;
     // Column after column, out is the transposed product: out^T = b^T a^T.
     const Matrix matrices[3] = {Matrix(b), Matrix(a), Matrix(out)};
     const auto& [left, right, result] = matrices;
@@ -135,10 +137,15 @@ bool matmul_without_workspace(const Tensor& out, const Tensor& a, const Tensor& 
         found = met.emplace(key, choose(handle, created, layouts, alignments)).first;
     }
     if (!found->second) return false;
-    note("product ", show(shape_of(a)), " by ", show(shape_of(b)), ": cuBLASLt without a workspace");
     const float factor = static_cast<float>(alpha), of_out = add ? 1.f : 0.f;
-    check(lt.matmul(handle, created, &factor, data[0], layouts[0], data[1], layouts[1], &of_out, data[2], layouts[2],
-                    data[2], layouts[2], &*found->second, nullptr, 0, stream));
+    const int status = lt.matmul(handle, created, &factor, data[0], layouts[0], data[1], layouts[1], &of_out, data[2],
+                                 layouts[2], data[2], layouts[2], &*found->second, nullptr, 0, stream);
+    if (status == kInvalidValue || status == kNotSupported) {  // said before anything is queued
+        found->second = std::nullopt;
+        return false;
+    }
+    check(status);
+    if (explains()) note("product ", show(shape_of(a)), " by ", show(shape_of(b)), ": cuBLASLt without a workspace");
     return true;
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The part of cublasLt.h that cublas_lt.cpp uses, the same in CUDA 12 and 13; tests/build/test_cublas_lt.py compares it
-// with the header. The library is the one that torch has loaded, so the toolkit of the build need not have it.
+// with the header. The library is torch's, so the toolkit of the build need not have it.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -26,6 +26,7 @@ struct HeuristicResult {
     int reserved[4];
 };
 enum : int { kCompute32F = 68 };
+enum : int { kInvalidValue = 7, kNotSupported = 15 };
 enum : int32_t { kOpN = 0, kOpT = 1 };
 enum DescAttribute : int { kTransA = 3, kTransB = 4, kEpilogue = 7, kBiasPointer = 8 };
 enum : uint32_t { kEpilogueBias = 4 };
@@ -49,13 +50,13 @@ struct Library {
                   cudaStream_t) = nullptr;
     bool complete = true;
 
+    // Looked up among what libgroupmamba needs, which is torch's: another may be loaded beside it.
     Library() {
-        void* loaded = nullptr;
-        for (const char* name : {"libcublasLt.so.13", "libcublasLt.so.12"})
-            if (loaded == nullptr) loaded = dlopen(name, RTLD_LAZY | RTLD_NOLOAD);
+        static const char here = 0;
+        Dl_info info{};
+        void* const own = dladdr(&here, &info) == 0 ? nullptr : dlopen(info.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
         const auto find = [&](auto& function, const char* name) {
-            function =
-                loaded == nullptr ? nullptr : reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(loaded, name));
+            function = own == nullptr ? nullptr : reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(own, name));
             complete = complete && function != nullptr;
         };
         find(desc_create, "cublasLtMatmulDescCreate"), find(desc_destroy, "cublasLtMatmulDescDestroy");

@@ -18,7 +18,7 @@ def takes_pixels_to_channels(x: Tensor, dtype: torch.dtype) -> bool:
     """True where `pixels_to_channels` takes an image ``x``, (batch, C, H, W), and a dtype, and no gradient is lost."""
     typed = dtype in (torch.float16, torch.bfloat16) and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
     learnt = torch.is_grad_enabled() and x.requires_grad
-    return typed and x.shape[1] <= MOST_CHANNELS and takes_image(x) and not learnt and not watched()
+    return typed and x.shape[1] <= MOST_CHANNELS and not learnt and not watched() and takes_image(x)
 
 
 def pixels_to_channels(x: Tensor, kernel_size: int, dtype: torch.dtype) -> Tensor:

@@ -47,6 +47,8 @@ static_assert(offsetof(HeuristicResult, workspace_size) == offsetof(cublasLtMatm
 static_assert(offsetof(HeuristicResult, state) == offsetof(cublasLtMatmulHeuristicResult_t, state));
 #define EQUAL(ours, theirs) static_assert(static_cast<long>(ours) == static_cast<long>(theirs), #theirs)
 EQUAL(kCompute32F, CUBLAS_COMPUTE_32F);
+EQUAL(kInvalidValue, CUBLAS_STATUS_INVALID_VALUE);
+EQUAL(kNotSupported, CUBLAS_STATUS_NOT_SUPPORTED);
 EQUAL(kOpN, CUBLAS_OP_N);
 EQUAL(kOpT, CUBLAS_OP_T);
 EQUAL(kTransA, CUBLASLT_MATMUL_DESC_TRANSA);

@@ -114,6 +114,21 @@ def test_large_products_take_no_workspace(dtype):
     assert not any("without a workspace" in note for note in ext.explain(run, 8).notes)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_bias_at_an_odd_address(dtype):
+    """As in models whose parameters are parts of one flat tensor."""
+    modules = feed_forward(200, 264).to("cuda", dtype)
+    x = torch.randn(152, 10, 14, 200, device="cuda", dtype=dtype)
+    with torch.no_grad():
+        expected = modules["mlp"](x, modules["norm"], residual=True)
+        for linear in (modules["mlp"].fc1, modules["mlp"].fc2):
+            flat = torch.cat([linear.bias.new_zeros(1), linear.bias])
+            linear.bias = torch.nn.Parameter(flat[1:])
+            assert linear.bias.data_ptr() % 16 != 0
+        y = modules["mlp"](x, modules["norm"], residual=True)
+    assert relative_error(y, expected) < FLOOR[dtype]
+
+
 @pytest.mark.parametrize("batch, dim, hidden, shape", ONE_KERNEL)
 def test_feed_forward_is_one_kernel(batch, dim, hidden, shape):
     """On 9.0 in 16 bits, where that pays; elsewhere, as for parameters that TMA can't read, it is several.

@@ -10,18 +10,18 @@
 
 namespace gm {
 
-// A block computes 14 columns by 14 or 7 rows of the result from 16 columns by 16 or 9 rows of x: 16 is the depth of a
-// tensor-core product, which convolves 16 columns of a row to 14 (depthwise_conv/planes.cuh). 14 divides the sides of
-// the usual stages.
+// A block computes 14 columns by 14 or 7 rows of the result from 16 columns by 16 or 9 rows of x: 16 pixels are the
+// rows of a tensor-core product, of which the last two have no neighbour to the right. 14 divides the sides of the
+// usual stages.
 constexpr int kFeedForwardColumns = 14;
 constexpr int kFeedForwardBlock = 64;  // channels of x, and of the hidden image, in one step
 // Wider images would need more registers for their sums than there are; their products are also large enough for
 // cuBLAS.
 constexpr int kFeedForwardChannels = 192;
 
-// With 14 rows 31% of x and the hidden image are computed twice, with 7 rows 47%: 352 and 431 us at 64 x 56 x 56,
-// although three blocks then fit on a multiprocessor and not two. With more than 64 channels the sums of 14 rows take
-// more registers than two blocks have.
+// With 14 rows 31% of x and the hidden image are computed twice, with 7 rows 47%: 352 and 431 us at 64 x 56 x 56 with
+// an earlier convolution, although three blocks then fit on a multiprocessor and not two. With more than 64 channels
+// the sums of 14 rows take more registers than two blocks have.
 constexpr int feed_forward_rows(int channel_blocks) { return channel_blocks == 1 ? 14 : 7; }
 
 struct FeedForwardPlan {

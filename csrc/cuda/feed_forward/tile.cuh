@@ -40,7 +40,8 @@ struct Tile {
     static constexpr int kFc1 = kActivated + kOutTokens * kPanelRow;
     static constexpr int kFc2 = kFc1 + kBlocks * kWidth * kPanelRow;
     static constexpr int kHidden = kFc2 + kBlocks * kWidth * kPanelRow;
-    static constexpr int kTables = kHidden + kTokens * kPanelRow;
+    // The convolution reads two pixels behind the last, for columns that do not count.
+    static constexpr int kTables = kHidden + (kTokens + 2) * kPanelRow;
     static constexpr int kBarrier = kTables + 2 * kTable, kBytes = kBarrier + 8;
     static constexpr int kSumRow = kChannels + 4;  // of the sums while they are written out, in floats
     static_assert(kOutTokens * kSumRow * 4 <= kBytes);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The GroupMamba layer on CUDA as one op. It queues the kernels of the other ops and torch's matrix products from one
+// The GroupMamba layer on CUDA as one op. It queues the kernels of the other ops and matrix products from one
 // call, so that a small layer does not wait for the host. Its backward is in grouped_mamba_bwd_cuda.cpp.
 #include "cuda/channel_affinity/launch.h"
 #include "host/blas.h"

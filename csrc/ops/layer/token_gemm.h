@@ -13,9 +13,9 @@ void token_gemm(const Tensor& out, const Tensor& x, const Tensor& weight, const 
 // True where that is skinny_gemm or tall_gemm and not cuBLAS.
 bool has_own_gemm(const Tensor& out, const Tensor& x, const Tensor& weight);
 
-// out += scale * x weight^T, or with a bias out = [image +] scale * x weight^T + bias, for matrices: x (T, K), weight
-// (N, K), out (T, N), bias (N,). The image, (batch, H, W, N), is the residual stream, where takes_residual: else it and
-// the bias must be in out before.
+// out += scale * x weight^T, or with a bias, and scale 1, out = [image +] x weight^T + bias, for matrices: x (T, K),
+// weight (N, K), out (T, N), bias (N,). The image, (batch, H, W, N), is the residual stream, where takes_residual: else
+// it and the bias must be in out before.
 void token_gemm_onto(const Tensor& out, double scale, const OptTensor& bias, const OptTensor& image, const Tensor& x,
                      const Tensor& weight, const CudaContext& context);
 bool takes_residual(const Tensor& out, const Tensor& bias, const Tensor& image, const Tensor& x, const Tensor& weight);
