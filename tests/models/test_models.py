@@ -58,12 +58,19 @@ def test_golden_heads_in_training():
     assert relative_error(dist_head, arrays["dist_head"]) < 1e-8
 
 
+@pytest.fixture
+def full_precision(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    before = torch.get_float32_matmul_precision()  # pytest 9.2 can't set and restore torch.backends.cuda.matmul's own
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("stem", ["model_tiny_224x224_b1", "model_small_64x96_b1", "model_base_64x64_b1"])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_golden_logits_on_cuda(monkeypatch, stem, channels_last):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def test_golden_logits_on_cuda(full_precision, stem, channels_last):
     model, x, arrays = golden(stem)
     model.float().eval().cuda()
     x = x.float().cuda()
