@@ -30,8 +30,8 @@ constexpr double kConvSm90Filled = 0.6;
 // What one of its blocks does once, in units of a row's time.
 constexpr double kConvSm90Once = 16;
 
-// BatchNorm: at most as many blocks as take least time, whole rounds or nearly so of the four, five and three that an SM
-// has registers for.
+// BatchNorm: at most as many blocks as take least time, whole rounds or nearly so of the four, five and three that an
+// SM has registers for.
 constexpr int64_t kBatchNormFwdSums = 4 * kMultiprocessors, kBatchNormApply = 9 * kMultiprocessors,
                   kBatchNormBwdBlocks = 6 * kMultiprocessors;
 
