@@ -41,12 +41,12 @@ struct RowPart {
     }
     template <class T>
     __device__ __forceinline__ void store(T* row, int q, bool in) const {
+        using Access = WordsOf<4 * kWords>;
 #pragma unroll
         for (int v = 0; v < kWindows; ++v) {
-            uint32_t words[kWords];
-#pragma unroll
-            for (int w = 0; w < kWords; ++w) words[w] = pairs[v * kWords + w];
-            if (in && exists(column(v * kWords, q))) store_words(row + column(v * kWords, q), words);
+            Access words;
+            memcpy(&words, pairs + v * kWords, sizeof(words));
+            if (in && exists(column(v * kWords, q))) *reinterpret_cast<Access*>(row + column(v * kWords, q)) = words;
         }
     }
 };

@@ -24,15 +24,11 @@ __device__ __forceinline__ uint64_t load_relaxed(const uint64_t* from) {
     return v;
 }
 
-// 4, 2 or 1 words in one access; of others the compiler makes single words now and then.
+// Four words in one access, which the compiler makes four of now and then.
 __device__ __forceinline__ void store_words(void* to, const uint32_t (&w)[4]) {
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
                  : "memory");
 }
-__device__ __forceinline__ void store_words(void* to, const uint32_t (&w)[2]) {
-    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(w[0]), "r"(w[1]) : "memory");
-}
-__device__ __forceinline__ void store_words(void* to, const uint32_t (&w)[1]) { *static_cast<uint32_t*>(to) = w[0]; }
 
 // Brings what is at p into the L1 cache.
 __device__ __forceinline__ void touch(const void* p) {

@@ -18,10 +18,7 @@ T load_relaxed(const T* from) {
     return __atomic_load_n(from, __ATOMIC_RELAXED);
 }
 
-template <int kCount>
-void store_words(void* to, const uint32_t (&w)[kCount]) {
-    std::memcpy(to, w, sizeof(w));
-}
+inline void store_words(void* to, const uint32_t (&w)[4]) { std::memcpy(to, w, sizeof(w)); }
 
 inline void touch(const void* p) { (void)*static_cast<const volatile unsigned char*>(p); }
 
