@@ -101,6 +101,7 @@ FIRST = (
 WITHOUT_GPU = (
     (r"cuda/(scan|images|common)/", "test_emulated_scan.py"),
     (r"cuda/(depthwise_conv|common)/", "test_emulated_conv.py"),
+    (r"cuda/(layer_norm|common)/", "test_emulated_norms.py"),
     (r"host/layout", "test_layouts.py"),
 )
 EVERY = (
@@ -178,7 +179,7 @@ def run_tests(root: Path, mutant: Mutant, more: list[str]) -> str:
     no_gpu = [name for pattern, name in WITHOUT_GPU if mutant.kind == "cuda" and re.search(pattern, mutant.file)]
     rest = [name for name in EVERY if name not in first]
     for names, select in (
-        (no_gpu, ["-k", "not thread and not missing and not faults"]),
+        (no_gpu, ["-k", "not thread and not missing and not faults and not race"]),
         (first, on_cuda),
         (rest, on_cuda),
     ):

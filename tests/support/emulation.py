@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CUDA kernels on the CPU, and those of the scan: see emulation/README.md. The convolution's are in
-emulated_conv.py."""
+"""CUDA kernels on the CPU, and those of the scan: see emulation/README.md. The convolution's are in emulated_conv.py,
+the norms' in emulated_norm.py."""
 
 import ctypes
 import functools
@@ -31,9 +31,10 @@ SOURCES = {  # of csrc/cuda/; emulation/<name>.cpp has the functions that call t
         "scan/sm90/cross_bwd.cu", "scan/sm90/tma_maps.cpp", "images/images.cu",
     ),
     "conv": tuple(f"depthwise_conv/{name}.cu" for name in ("fwd", "bwd", "fwd_sm90", "bwd_sm90")),
+    "norm": tuple(f"layer_norm/{name}.cu" for name in ("pool", "modulated_fwd", "modulated_bwd")),
 }  # fmt: skip
 DYNAMIC_SHARED = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+?) (\w+)\[\];")
-LOAD_SHARED = re.compile(r'asm volatile\("ld\.shared\.[^"]*" : (.*?) : "r"\((.*)\)\);')
+LOAD_SHARED = re.compile(r'asm volatile\("ld\.shared\.[^"]*"\s*: (.*?)\s*: "r"\((.*)\)\);')
 IMAGES = ("u", "dt", "B", "C", "z")
 PARAMETERS = ("A", "D", "dt_weight", "dt_bias", "norm_weight", "norm_bias", "gate")
 CODES = {"lr": 0, "rl": 1, "tb": 2, "bt": 3}
@@ -62,6 +63,7 @@ def as_cpp(source: str) -> str:
     """The kernels without what C++ has no words for."""
     # An array that the launch gives its size.
     source = DYNAMIC_SHARED.sub(r"\1* const \2 = reinterpret_cast<\1*>(emulation::self().block->shared);", source)
+    source = source.replace("__shared__ alignas(16)", "alignas(16) __shared__")  # the order of C++
     # A register for a float, by its name on x86, and an instruction.
     source = source.replace('"+f"', '"+x"')
     return LOAD_SHARED.sub(lambda found: f"load_shared({found[2]}, {found[1]});".replace('"=f"', ""), source)

@@ -158,6 +158,17 @@ void load_shared(uint32_t address, T&... out) {
 
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(uint64_t{a} * b >> 32); }
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned by) {
+    return static_cast<unsigned>(((uint64_t{high} << 32) | low) >> (by & 31));
+}
+inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned by) {
+    return static_cast<unsigned>((((uint64_t{high} << 32) | low) << (by & 31)) >> 32);
+}
+inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
+inline float __fmul_rn(float a, float b) {
+    volatile float product = a * b;  // not part of a fused multiply-add
+    return product;
+}
 inline float __uint_as_float(unsigned bits) {
     float v;
     std::memcpy(&v, &bits, 4);
