@@ -39,9 +39,7 @@ AROUND = 7.0  # what is around results
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory) -> Path:
-    if emulation.SANITIZED in os.environ:
-        return Path(os.environ[emulation.SANITIZED])
-    return emulation.build(tmp_path_factory.mktemp("emulation"), "conv")
+    return emulation.library(tmp_path_factory, "conv")
 
 
 class Image:

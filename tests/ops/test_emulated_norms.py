@@ -32,9 +32,7 @@ AROUND = 7.0  # what is around results
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory) -> Path:
-    if emulation.SANITIZED in os.environ:
-        return Path(os.environ[emulation.SANITIZED])
-    return emulation.build(tmp_path_factory.mktemp("emulation"), "norm")
+    return emulation.library(tmp_path_factory, "norm")
 
 
 class Image:
@@ -177,13 +175,11 @@ def test_modulated(library, dtype, size, group_major):
     close(dscale.sum(0), grads[2], torch.float32, slack=4096.0)  # a sum over everything that cancels
 
 
-@pytest.mark.skipif(emulation.SANITIZED in os.environ, reason="runs the others")
 def test_no_races(tmp_path):
     done = emulation.sanitized(tmp_path, "norm", __file__, "bfloat16 or dtype2")
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
 
 
-@pytest.mark.skipif(emulation.SANITIZED in os.environ, reason="runs the others")
 def test_a_race_is_found(tmp_path):
     csrc = tmp_path / "csrc"
     shutil.copytree(emulation.ROOT / "csrc", csrc)

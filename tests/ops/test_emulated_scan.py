@@ -44,9 +44,7 @@ if emulation.SANITIZED in os.environ:  # every access is looked at, twenty times
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory) -> Path:
-    if emulation.SANITIZED in os.environ:
-        return Path(os.environ[emulation.SANITIZED])
-    return emulation.build(tmp_path_factory.mktemp("emulation"), "scan")
+    return emulation.library(tmp_path_factory, "scan")
 
 
 CODES = ("lr", "rl", "tb", "bt")

@@ -95,6 +95,13 @@ def build(folder: Path, kernels: str, *, threads_sanitized: bool = False, csrc: 
     return library
 
 
+def library(folders: pytest.TempPathFactory, kernels: str) -> Path:
+    """What a session's tests run: in the process that `sanitized` starts, the library that it names."""
+    if SANITIZED in os.environ:
+        return Path(os.environ[SANITIZED])
+    return build(folders.mktemp("emulation"), kernels)
+
+
 def sanitized(folder: Path, kernels: str, tests: str, chosen: str, **options) -> subprocess.CompletedProcess:
     """Some of the tests of a file under ThreadSanitizer; the file takes the library that `SANITIZED` names."""
     compiler = os.environ.get("CXX", "g++")
