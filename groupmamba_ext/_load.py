@@ -27,6 +27,7 @@ CURE = "run `pip install .` (or `pip install -e .`) in the root of the groupmamb
 
 _HERE = Path(__file__).resolve().parent
 _loaded = False
+_built_for_sm90a = False
 
 
 def _module_path(folder: Path) -> Path | None:
@@ -81,7 +82,7 @@ def load_ops() -> None:
         RuntimeError: torch is too old, libgroupmamba.so is missing or of another version, or it cannot be loaded; the
             message names the cure.
     """
-    global _loaded
+    global _loaded, _built_for_sm90a
     if _loaded:
         return
     _check_torch()
@@ -90,7 +91,14 @@ def load_ops() -> None:
         torch.ops.load_library(str(path))
     except OSError as error:
         raise RuntimeError(f"{path} cannot be loaded ({error}). To cure it, {CURE}.") from error
+    _built_for_sm90a = any(entry.startswith("9.0") for entry in build_info()["cuda_archs"])
     _loaded = True
+
+
+def has_sm90a(device: torch.device) -> bool:
+    """Whether the loaded ops have kernels that only compute capability 9.0 runs, and a CUDA device has it."""
+    gpu = torch.cuda.get_device_properties(device.index or 0)  # torch.compile knows what this is
+    return _built_for_sm90a and (gpu.major, gpu.minor) == (9, 0)
 
 
 @functools.cache

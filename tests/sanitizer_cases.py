@@ -17,6 +17,7 @@ from groupmamba import GroupedMamba2d
 from groupmamba.layers.drop_path import DropPathMask
 from groupmamba_ext.ops.batch_norm_fold import batch_norm_fold
 from groupmamba_ext.ops.batch_norm_relu import batch_norm_relu
+from groupmamba_ext.ops.narrow_conv import narrow_conv, narrow_conv_relu
 from groupmamba_ext.ops.pixels_to_channels import pixels_to_channels
 from groupmamba_ext.ops.token_norm import token_norm
 from support.common import group_major, padded_channels
@@ -58,6 +59,12 @@ CROSS = [  # dim, rank, states, h, w
 # batch, channels of a group, h, w: by tensor cores in 16 bits, of 8, 4 and 2 octets
 CONVOLUTIONS_OF_MANY_IMAGES = [(47, 88, 3, 13), (46, 32, 2, 27), (50, 16, 4, 50)]
 MANY_IMAGES_OF_A_NETWORK = (140, 200, 264, (3, 13))  # batch, channels, hidden channels, h and w
+
+# channels, taps, padding, batch, h, w
+NARROW_CONVOLUTIONS = [
+    (32, 3, 1, 2, 7, 40), (32, 3, 0, 1, 9, 135), (16, 4, 0, 3, 9, 20), (16, 4, 0, 1, 6, 140),
+    (32, 3, 1, 140, 11, 9),
+]  # fmt: skip
 
 # dim, h, w: groups of 16, 32, 11, 87, 112 channels, and of 1 in the portable scan, padded to 8
 LAYERS = [(64, 9, 14), (128, 9, 7), (44, 7, 5), (348, 6, 7), (448, 1, 1), (4, 5, 6)]
@@ -182,11 +189,14 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def all_cases() -> list[Case]:
-    """Of both dtypes, and of the one kernel that float32 has not."""
+    """Of both dtypes, and of the kernels that float32 has not."""
     found = [case for dtype in (torch.bfloat16, torch.float32) for case in cases(dtype)]
     for case in ONE_KERNEL:
         call = functools.partial(run_feed_forward_kernel, torch.bfloat16, *case)
         found.append(Case(f"feed-forward kernel {case} bfloat16", call))
+    for shape in NARROW_CONVOLUTIONS:
+        call = functools.partial(narrow_convolution, torch.bfloat16, *shape)
+        found.append(Case(f"narrow convolution {shape} bfloat16", call))
     return found
 
 
@@ -235,6 +245,14 @@ def batch_norm(dtype, batch, channels, h, w) -> None:
         image = torch.randn(batch, c, h, w, device="cuda").to(dtype)
         for into in (torch.float16, torch.bfloat16):
             pixels_to_channels(image, 7, into)
+
+
+def narrow_convolution(dtype, channels, taps, padding, batch, h, w) -> None:
+    x = torch.randn(batch, h, w, channels, device="cuda").to(dtype).permute(0, 3, 1, 2)
+    weight = torch.randn(32, channels, taps, taps, device="cuda")
+    learnt = {"weight": weight} if channels == 16 else {"weight": weight, "x": x}
+    run(lambda weight, x=x: narrow_conv(x, weight, padding), learnt)
+    narrow_conv_relu(x, weight, weight[:, 0, 0, 0].contiguous(), padding)
 
 
 def wide_layer(dtype) -> None:

@@ -16,6 +16,7 @@ from groupmamba_ext.ops import (
     grouped_selective_scan,
     layer_norm_pool,
     modulated_layer_norm,
+    narrow_conv,
     pixels_to_channels,
     token_norm,
 )
@@ -30,6 +31,8 @@ OPS = (
     batch_norm_relu.OP,
     batch_norm_fold.OP,
     pixels_to_channels.OP,
+    narrow_conv.OP,
+    narrow_conv.RELU_OP,
     grouped_mamba_layer.OP,
     feed_forward.OP,
 )

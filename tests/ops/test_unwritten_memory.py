@@ -10,6 +10,7 @@ import torch
 import groupmamba_ext as ext
 from groupmamba.layers.drop_path import DropPathMask
 from groupmamba_ext.ops.batch_norm_relu import batch_norm_relu
+from groupmamba_ext.ops.narrow_conv import narrow_conv, narrow_conv_relu
 from support.common import group_major, padded_channels
 from support.common import run as run_op
 from support.inputs import both, conv_inputs, cross_inputs, feed_forward, modulated_inputs, pool_inputs
@@ -173,3 +174,13 @@ def test_batch_norm(dtype):
     weight, bias = image(2, 32, device="cuda", dtype=dtype).unbind()
     tensors = {"x": x, "weight": weight, "bias": bias}
     check_op(lambda **t: batch_norm_relu(**t, eps=1e-5)[0], tensors)
+
+
+@pytest.mark.parametrize("channels, taps, padding", [(32, 3, 1), (16, 4, 0)])
+def test_narrow_conv(channels, taps, padding):
+    x = image(2, channels, 19, 21, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    weight = image(32, channels, taps, taps, device="cuda", dtype=torch.bfloat16)
+    tensors = {"weight": weight} if channels == 16 else {"x": x, "weight": weight}
+    check_op(lambda x=x, **t: narrow_conv(x, **t, padding=padding), tensors)
+    with torch.no_grad():
+        check_op(lambda **t: narrow_conv_relu(x, **t, padding=padding), {"weight": weight, "bias": weight[:, 0, 0, 0]})

@@ -14,8 +14,8 @@ CODES = [0, 1, 2, 3]
 SCANS = ("grouped_selective_scan", "cross_selective_scan")
 NORMS = ("layer_norm_pool", "modulated_layer_norm", "token_norm", "batch_norm_relu")
 LAYERS = ("grouped_mamba_layer", "feed_forward")
-PAIRS = (*SCANS, "depthwise_conv3x3", *NORMS, *LAYERS)
-INFERENCE = ("batch_norm_fold", "pixels_to_channels")
+PAIRS = (*SCANS, "depthwise_conv3x3", *NORMS, "narrow_conv", *LAYERS)
+INFERENCE = ("batch_norm_fold", "pixels_to_channels", "narrow_conv_relu")
 NAMES = (*(f"{name}_{way}" for name in PAIRS for way in ("fwd", "bwd")), *LAYERS, *INFERENCE)
 
 
@@ -98,6 +98,14 @@ def arguments(name, device):
         return [torch.ones_like(tensors[0]), *tensors, *saved(f"{kind}_fwd", [*tensors, eps], device, 1), eps]
     if kind == "batch_norm_fold":
         return fold_arguments(device)
+    if kind.startswith("narrow_conv"):
+        x, weight = (
+            torch.ones(2, 3, 5, 32, device=device, dtype=torch.bfloat16),
+            torch.ones(32, 32, 3, 3, device=device),
+        )
+        if backward:
+            return [torch.ones_like(x), x, weight, 1, True, True]
+        return [x, weight, *([weight[0, :, 0, 0].clone()] if kind.endswith("relu") else []), 1]
     if kind == "pixels_to_channels":
         return [torch.randn(2, 3, 5, 6, device=device), 7, False]
     if kind == "feed_forward":

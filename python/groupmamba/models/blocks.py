@@ -25,6 +25,7 @@ from groupmamba_ext.backend import takes_image
 from groupmamba_ext.layouts import BIASED_CHANNELS
 from groupmamba_ext.ops.batch_norm_fold import batch_norm_fold, takes_batch_norm_fold
 from groupmamba_ext.ops.batch_norm_relu import batch_norm_relu, takes_batch_norm
+from groupmamba_ext.ops.narrow_conv import narrow_conv, narrow_conv_relu, takes_narrow_conv
 from groupmamba_ext.transforms import watched
 
 BLOCK_EPS = 1e-6  # block, class-block and stage norms
@@ -72,7 +73,12 @@ def _conv_norm_relu(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, relu: nn.R
     blocks = pixel_blocks(x, conv) if conv.stride == (2, 2) else None
     if not (norm.training or torch.is_grad_enabled() or watched()):
         return _folded(x, blocks, conv, norm)
-    x = conv(x) if blocks is None else conv_on_blocks(blocks, conv.weight)
+    if blocks is not None:
+        x = conv_on_blocks(blocks, conv.weight)
+    elif conv.stride == (1, 1) and takes_narrow_conv(x, conv.weight, conv.padding[0]):
+        x = narrow_conv(x, conv.weight, conv.padding[0])
+    else:
+        x = conv(x)
     several = x.dim() == 4 and x.numel() > x.shape[1]  # torch raises otherwise
     usual = norm.training and norm.momentum is not None
     if not (several and usual and takes_batch_norm(x, norm.weight, norm.bias)):
@@ -103,6 +109,8 @@ def _folded(x: Tensor, blocks: Tensor | None, conv: nn.Conv2d, norm: nn.BatchNor
         weight = weight if blocks is None else taps_to_channels(weight)
         if fits:
             weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    if stride == (1, 1) and takes_narrow_conv(x, weight, padding[0]):
+        return narrow_conv_relu(x, weight, bias, padding[0])
     if x.is_cuda and torch.backends.cudnn.enabled and x.dtype in (torch.float16, torch.bfloat16):
         if x.stride(1) == 1:
             weight = weight.contiguous(memory_format=torch.channels_last)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from groupmamba_ext.ops import pixels_to_channels as on_cuda
+from groupmamba_ext.ops.narrow_conv import narrow_conv, takes_narrow_conv
 
 MOST_CHANNELS = 4  # of an image: with more, cuDNN has kernels for the convolution as it is
 
@@ -29,7 +30,10 @@ def pixel_blocks(x: Tensor, conv: nn.Conv2d) -> Tensor | None:
 
 def conv_on_blocks(blocks: Tensor, weight: Tensor) -> Tensor:
     """The convolution by ``weight``, (out, C, K, K), of the image whose `pixel_blocks` are given."""
-    return F.conv2d(blocks, taps_to_channels(weight).to(blocks.dtype))
+    weight = taps_to_channels(weight)
+    if takes_narrow_conv(blocks, weight, 0):
+        return narrow_conv(blocks, weight, 0)
+    return F.conv2d(blocks, weight.to(blocks.dtype))
 
 
 def _channels(n: int) -> int:

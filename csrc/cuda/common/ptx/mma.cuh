@@ -27,9 +27,31 @@ __device__ __forceinline__ uint64_t panel_descriptor(uint32_t address) {
     return kSwizzle128 | kRowsApart | kLeading | ((address & 0x3ffff) >> 4);
 }
 
+// Rows of 32, 64 or 128 bytes side by side in shared memory, as TMA leaves them with the swizzle of that width (chunks
+// of 16 bytes exchanged by bits of their address, so any row may be a factor's first). `leading` and `stride` in bytes:
+// K along the rows: any, and 8 rows; K across the rows: from one set of columns, as wide as a row, to the next, and 8
+// rows.
+template <int kRowBytes>
+__device__ __forceinline__ uint64_t rows_descriptor(uint32_t address, uint32_t leading) {
+    constexpr uint64_t kSwizzle = kRowBytes == 128 ? 1 : kRowBytes == 64 ? 2 : 3;
+    static_assert(kRowBytes == 128 || kRowBytes == 64 || kRowBytes == 32);
+    return kSwizzle << 62 | uint64_t{8 * kRowBytes >> 4} << 32 | uint64_t{leading >> 4} << 16 |
+           ((address & 0x3ffff) >> 4);
+}
+
+// Planes of 16-byte chunks without a swizzle: in bytes, how far the next chunk is along K; 8 rows are 128 bytes.
+__device__ __forceinline__ uint64_t chunk_descriptor(uint32_t address, uint32_t plane) {
+    return uint64_t{128 >> 4} << 32 | uint64_t{plane >> 4} << 16 | ((address & 0x3ffff) >> 4);
+}
+
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Waits until all but the last kPending groups are done; `ready` are then the results of a group that is.
+// Waits until all but the last kPending groups are done
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+// The same; `ready` are then the results of a group that is.
 template <int kPending, int kCount>
 __device__ __forceinline__ void wgmma_wait(float (&ready)[kCount]) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
@@ -38,47 +60,54 @@ __device__ __forceinline__ void wgmma_wait(float (&ready)[kCount]) {
 }
 
 // sums (64, kColumns) [+]= a (64, 16) b (kColumns, 16)^T. A thread holds, of row 16 (warp % 4) + lane / 4 [+ 8],
-// columns 8 j + 2 (lane % 4) [+ 1], at index 4 j [+ 2] [+ 1]. Without `add` the sums begin at 0.
-template <class T, int kColumns>
+// columns 8 j + 2 (lane % 4) [+ 1], at index 4 j [+ 2] [+ 1]. Without `add` the sums begin at 0. With kAcross K runs
+// across the rows of both factors in shared memory (rows_descriptor), else along them.
+template <class T, int kColumns, bool kAcross = false>
 struct Wgmma;
 
 #define GM_D4(i) "+f"(d[i]), "+f"(d[(i) + 1]), "+f"(d[(i) + 2]), "+f"(d[(i) + 3])
 #define GM_D16(i) GM_D4(i), GM_D4((i) + 4), GM_D4((i) + 8), GM_D4((i) + 12)
-#define GM_WGMMA(COLUMNS, COUNT, REGISTERS, A, B, ADD, ...)                                                            \
-    template <class T>                                                                                                 \
-    struct Wgmma<T, COLUMNS> {                                                                                         \
-        static __device__ __forceinline__ void run(float (&d)[COUNT], uint64_t a, uint64_t b, bool add) {              \
-            if constexpr (std::is_same_v<T, __half>) {                                                                 \
-                asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD                                               \
-                             ", 0;\n"                                                                                  \
-                             "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32.f16.f16 {" REGISTERS "}, " A ", " B \
-                             ", add, 1, 1, 0, 0;\n}"                                                                   \
-                             : __VA_ARGS__                                                                             \
-                             : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                            \
-            } else {                                                                                                   \
-                asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD                                               \
-                             ", 0;\n"                                                                                  \
-                             "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32.bf16.bf16 {" REGISTERS "}, " A      \
-                             ", " B ", add, 1, 1, 0, 0;\n}"                                                            \
-                             : __VA_ARGS__                                                                             \
-                             : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                            \
-            }                                                                                                          \
-        }                                                                                                              \
+#define GM_WGMMA_OF(TYPE, COLUMNS, REGISTERS, A, B, ADD, ACROSS, ...)                                                \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD                                                         \
+                 ", 0;\n"                                                                                            \
+                 "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE " {" REGISTERS "}, " A ", " B \
+                 ", add, 1, 1, " ACROSS ", " ACROSS ";\n}"                                                           \
+                 : __VA_ARGS__                                                                                       \
+                 : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(static_cast<int>(kAcross)))
+#define GM_WGMMA(COLUMNS, COUNT, REGISTERS, A, B, ADD, ACROSS, ...)                                       \
+    template <class T, bool kAcross>                                                                      \
+    struct Wgmma<T, COLUMNS, kAcross> {                                                                   \
+        static __device__ __forceinline__ void run(float (&d)[COUNT], uint64_t a, uint64_t b, bool add) { \
+            if constexpr (std::is_same_v<T, __half>) {                                                    \
+                GM_WGMMA_OF("f16", COLUMNS, REGISTERS, A, B, ADD, ACROSS, __VA_ARGS__);                   \
+            } else {                                                                                      \
+                GM_WGMMA_OF("bf16", COLUMNS, REGISTERS, A, B, ADD, ACROSS, __VA_ARGS__);                  \
+            }                                                                                             \
+        }                                                                                                 \
     };
-#define GM_REGISTERS_28                                                                                              \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
-    "%24, %25, %26, %27"
+#define GM_REGISTERS_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define GM_REGISTERS_28 GM_REGISTERS_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27"
 #define GM_REGISTERS_32 GM_REGISTERS_28 ", %28, %29, %30, %31"
 #define GM_REGISTERS_36 GM_REGISTERS_32 ", %32, %33, %34, %35"
-GM_WGMMA(56, 28, GM_REGISTERS_28, "%28", "%29", "%30", GM_D16(0), GM_D4(16), GM_D4(20), GM_D4(24))
-GM_WGMMA(64, 32, GM_REGISTERS_32, "%32", "%33", "%34", GM_D16(0), GM_D16(16))
-GM_WGMMA(72, 36, GM_REGISTERS_36, "%36", "%37", "%38", GM_D16(0), GM_D16(16), GM_D4(32))
+#define GM_REGISTERS_48 GM_REGISTERS_36 ", %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define GM_REGISTERS_64 \
+    GM_REGISTERS_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+GM_WGMMA(32, 16, GM_REGISTERS_16, "%16", "%17", "%18", "%19", GM_D16(0))
+GM_WGMMA(56, 28, GM_REGISTERS_28, "%28", "%29", "%30", "%31", GM_D16(0), GM_D4(16), GM_D4(20), GM_D4(24))
+GM_WGMMA(64, 32, GM_REGISTERS_32, "%32", "%33", "%34", "%35", GM_D16(0), GM_D16(16))
+GM_WGMMA(72, 36, GM_REGISTERS_36, "%36", "%37", "%38", "%39", GM_D16(0), GM_D16(16), GM_D4(32))
+GM_WGMMA(96, 48, GM_REGISTERS_48, "%48", "%49", "%50", "%51", GM_D16(0), GM_D16(16), GM_D16(32))
+GM_WGMMA(128, 64, GM_REGISTERS_64, "%64", "%65", "%66", "%67", GM_D16(0), GM_D16(16), GM_D16(32), GM_D16(48))
 #undef GM_D4
 #undef GM_D16
+#undef GM_WGMMA_OF
 #undef GM_WGMMA
+#undef GM_REGISTERS_16
 #undef GM_REGISTERS_28
 #undef GM_REGISTERS_32
 #undef GM_REGISTERS_36
+#undef GM_REGISTERS_48
+#undef GM_REGISTERS_64
 
 // d (16, 8) = a (16, 16) b (16, 8) + c. A lane holds of a: row lane / 4, then + 8, then both again 8 columns further
 // on; of b: rows 2 (lane % 4), then + 8; of c and d: row lane / 4, then + 8. Its adjacent elements are numbers 2 (lane

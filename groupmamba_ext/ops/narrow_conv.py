@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`narrow_conv`: a dense convolution between so few channels that memory bounds it, on CUDA."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from groupmamba_ext import layouts
+from groupmamba_ext._checks import same_device
+from groupmamba_ext._load import has_sm90a
+from groupmamba_ext.backend import takes_image
+from groupmamba_ext.registry import InferenceOp, Op, call, call_backward, call_inference
+from groupmamba_ext.transforms import watched
+
+NAME = "narrow_conv"
+RELU = "narrow_conv_relu"
+SHAPES = ((32, 32, 3), (16, 32, 4))  # channels of x and of the result, taps along a side
+BACK = ((32, 32, 3),)  # of those, where x has a gradient
+
+
+def takes_narrow_conv(x: Tensor, weight: Tensor, padding: int) -> bool:
+    """True where `narrow_conv` takes an image ``x``, (batch, C, H, W), and a weight, and is the faster way.
+
+    On GPUs of compute capability 9.0, in half and bfloat16. Under autocast ``x`` must be in its dtype already.
+    """
+    if not x.is_cuda or x.dim() != 4:
+        return False
+    out, channels, taps, across = weight.shape
+    shape = (channels, out, taps)
+    fits = shape in SHAPES and taps == across and x.shape[1] == channels and 0 <= padding < taps
+    learnt = shape in BACK or not (x.requires_grad or watched())
+    if not (fits and learnt) or any(n + 2 * padding < taps for n in x.shape[2:]):
+        return False
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight.dtype
+    typed = x.dtype in (torch.float16, torch.bfloat16) and x.dtype == dtype
+    return typed and weight.dtype in (x.dtype, torch.float32) and takes_image(x) and has_sm90a(x.device)
+
+
+def narrow_conv(x: Tensor, weight: Tensor, padding: int) -> Tensor:
+    """``torch.nn.functional.conv2d(x, weight, padding=padding)`` where `takes_narrow_conv`.
+
+    Args:
+        x: (batch, C, H, W), in ``torch.channels_last`` format, else it is copied.
+        weight: (O, C, K, K), in the dtype of ``x`` or float32; rounded to the former.
+
+    Returns:
+        (batch, O, H + 2 padding - K + 1, W + 2 padding - K + 1), channels-last in the dtype of ``x``.
+    """
+    return call(NAME, x.permute(0, 2, 3, 1), weight, padding).permute(0, 3, 1, 2)
+
+
+def narrow_conv_relu(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
+    """``relu(conv2d(x, weight, bias, padding=padding))`` without a gradient, where `takes_narrow_conv`; ``bias`` (O,)
+    in the dtype of ``x`` or float32."""
+    return call_inference(RELU, x.permute(0, 2, 3, 1), weight, bias, padding).permute(0, 3, 1, 2)
+
+
+# Fakes and gradient ------------------------------------------------------------------------
+
+
+def _fake(x, weight, padding):
+    same_device(NAME, (x, weight))
+    batch, height, width, _ = x.shape
+    out, _, taps, _ = weight.shape
+    return x.new_empty((batch, height + 2 * padding - taps + 1, width + 2 * padding - taps + 1, out))
+
+
+def _relu_fake(x, weight, bias, padding):
+    same_device(RELU, (x, weight, bias))
+    return _fake(x, weight, padding)
+
+
+def _backward_fake(dy, x, weight, padding, needs_dx, needs_dweight):
+    same_device(NAME, (dy, x, weight))
+    dx = layouts.empty_like(x) if needs_dx else layouts.empty_absent(x)
+    return dx, layouts.empty_like(weight) if needs_dweight else layouts.empty_absent(weight)
+
+
+def _setup(ctx, inputs, output):
+    x, weight, ctx.padding = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx, dy):
+    needs_dx, needs_dweight, _ = ctx.needs_input_grad[-3:]  # behind what the dispatcher puts in front
+    dx, dweight = call_backward(NAME, dy, *ctx.saved_tensors, ctx.padding, needs_dx, needs_dweight)
+    return dx if needs_dx else None, dweight if needs_dweight else None, None
+
+
+def _flops(x, weight, padding, *args, out_shape=None, **kwargs) -> int:
+    batch, height, width, channels = x
+    out, _, taps, _ = weight
+    pixels = batch * (height + 2 * padding - taps + 1) * (width + 2 * padding - taps + 1)
+    return 2 * pixels * out * channels * taps * taps
+
+
+def _backward_flops(dy, x, weight, padding, needs_dx, needs_dweight, *args, out_shape=None, **kwargs) -> int:
+    return (needs_dx + needs_dweight) * _flops(x, weight, padding)
+
+
+OP = Op(NAME, _fake, _setup, _backward, _backward_fake, _flops, _backward_flops)
+RELU_OP = InferenceOp(RELU, _relu_fake)
