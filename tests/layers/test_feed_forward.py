@@ -12,7 +12,7 @@ from groupmamba.layers import token_norm as layers_token_norm
 from groupmamba.layers.token_norm import TokenNorm
 from groupmamba_ext.ops.token_norm import token_norm
 from support.common import FLOOR, relative_error
-from support.inputs import ONE_KERNEL, feed_forward
+from support.inputs import ONE_BACKWARD, ONE_KERNEL, feed_forward
 from support.layers import check_stochastic_depth, check_training_op
 
 pytestmark = pytest.mark.cuda
@@ -31,6 +31,7 @@ pytestmark = pytest.mark.cuda
         (2, 1100, 40, (3, 3)),
         (152, 200, 264, (10, 14)),  # its convolution by tensor cores, its products without a workspace
         *ONE_KERNEL,
+        *ONE_BACKWARD,
     ],  # fmt: skip
 )
 @pytest.mark.parametrize("residual", [False, True])
@@ -154,9 +155,34 @@ def test_feed_forward_is_one_kernel(batch, dim, hidden, shape):
     assert relative_error(mlp(x, norm), expected) < FLOOR[torch.bfloat16]
 
 
+@pytest.mark.parametrize("batch, dim, hidden, shape", [ONE_KERNEL[0], *ONE_BACKWARD])
+def test_hidden_gradients_are_one_kernel(batch, dim, hidden, shape):
+    """On 9.0 in 16 bits with up to 64 channels, where that pays and TMA can read what comes in."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    modules = feed_forward(dim, hidden).to("cuda", torch.bfloat16)
+    mlp, norm = modules["mlp"], modules["norm"]
+    x = torch.randn(batch, *shape, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn_like(x)
+
+    def is_one(x, dy):
+        run = lambda: torch.autograd.grad(mlp(x, norm), [x, *modules.parameters()], dy)  # noqa: E731
+        return "feed_forward backward: the hidden image on the chip" in ext.explain(run).notes
+
+    assert is_one(x, dy) and is_one(x, dy[:1].expand_as(dy))
+    assert not is_one(x[:1, :, :7], dy[:1, :, :7])
+    expected = torch.autograd.grad(mlp(x, norm), [x, *modules.parameters()], dy)
+    flat = torch.empty(mlp.fc2.weight.numel() + 1, device="cuda", dtype=torch.bfloat16)
+    mlp.fc2.weight.data = flat[1:].view_as(mlp.fc2.weight).copy_(mlp.fc2.weight)
+    assert not is_one(x, dy)
+    several = torch.autograd.grad(mlp(x, norm), [x, *modules.parameters()], dy)
+    for a, b in zip(several, expected, strict=True):
+        assert relative_error(a, b) < 2 * FLOOR[torch.bfloat16]
+
+
 @pytest.mark.parametrize("batch, dim, hidden, shape", [
     (4, 64, 512, (9, 14)), (4, 348, 1392, (7, 7)), (4, 44, 20, (3, 5)), (4, 16, 9, (1, 1)), (4, 600, 72, (5, 3)),
-    (4, 1100, 40, (3, 3)), (140, 200, 264, (5, 14)), *ONE_KERNEL,
+    (4, 1100, 40, (3, 3)), (140, 200, 264, (5, 14)), *ONE_KERNEL, *ONE_BACKWARD,
 ])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_feed_forward_stochastic_depth(monkeypatch, dtype, batch, dim, hidden, shape):

@@ -50,11 +50,11 @@ struct ConvPlace {
     int batch, batch_end;
     bool idle;  // the warp has no pixels
 
-    __device__ ConvPlace(const ConvShape& s, const ConvSm90Plan& plan) {
+    __device__ ConvPlace(const ConvShape& s, const ConvSm90Plan& plan, unsigned block = blockIdx.x) {
         // The same for all threads of a warp; the shuffle lets the compiler know.
         warp = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x / 32), 0), lane = threadIdx.x % 32;
         octet = warp % kOctets, tile = warp / kOctets;
-        unsigned rest = blockIdx.x;
+        unsigned rest = block;
         const auto next = [&rest](int count) {
             const int i = rest % count;
             rest /= count;

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Arguments of the feed-forward kernel.
+// Arguments of the feed-forward kernels.
 #pragma once
 
 #include <cstdint>
 
+#include "cuda/depthwise_conv/args.h"
 #include "cuda/feed_forward/plan.h"
 
 namespace gm {
@@ -21,6 +22,17 @@ struct FeedForwardArgs {
     // fc1_bias (hidden_blocks * 64,), conv_weight (hidden_blocks * 64, 3, 4), whose tap (i, j) is at i * 4 + j.
     const void *fc1_weight = nullptr, *fc2_weight = nullptr, *fc1_bias = nullptr, *conv_weight = nullptr;
     const float* conv_bias = nullptr;  // (hidden_blocks * 64,)
+};
+
+// The backward from dout to the gradient of the hidden image, with the activated image and the sums of the convolution:
+// `conv` without x and dy.
+struct FeedForwardBwdArgs {
+    ConvBwdArgs conv;
+    int channels = 0;                                         // of a pixel of xn and dout, zeros behind C included
+    const void *xn = nullptr, *dout = nullptr;                // (batch, height, width, channels)
+    const void *fc1_weight = nullptr, *fc2_weight = nullptr;  // (hidden, channels), (channels, hidden)
+    const void* fc1_bias = nullptr;                           // (hidden,), all three in the dtype of the images
+    float scale = 1.f;                                        // what the branch is multiplied by
 };
 
 }  // namespace gm

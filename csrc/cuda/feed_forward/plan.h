@@ -19,6 +19,10 @@ constexpr int kFeedForwardBlock = 64;  // channels of x, and of the hidden image
 // cuBLAS.
 constexpr int kFeedForwardChannels = 192;
 
+// With 128 the products between the steps of the backward's convolution take longer than memory does: 913 us for 876,
+// 128 x 28 x 28 both ways.
+constexpr int kFeedForwardBwdChannels = 64;
+
 // With 14 rows 31% of x and the hidden image are computed twice, with 7 rows 47%: 352 and 431 us at 64 x 56 x 56 with
 // an earlier convolution, although three blocks then fit on a multiprocessor and not two. With more than 64 channels
 // the sums of 14 rows take more registers than two blocks have.

@@ -127,6 +127,50 @@ FeedForward one_kernel_forward(const Tensor& x, const Tensor& norm_weight, const
     return {out, empty_absent(type, x)};
 }
 
+// Why dhidden and the activated image of the backward do not come from one kernel, which computes the hidden image and
+// the gradient of the activated one where it needs them; null where they do.
+const char* why_not_one_backward(const FeedForwardSizes& s, DType dtype, bool float_taps,
+                                 std::initializer_list<const Tensor*> read_by_tma) {
+#if GM_WITH_SM90A
+    if (std::max({s.height * s.width, s.channels, s.hidden}) > INT32_MAX / 2) return "the image is too large";
+    if (s.channels > kFeedForwardBwdChannels) return "there are more than 64 channels";
+    const ConvSm90Plan plan = conv_sm90_plan(s.batch, static_cast<int>(s.height), static_cast<int>(s.width), 1,
+                                             static_cast<int>(s.hidden_pad), true);
+    if (const char* const why_not = why_not_conv_sm90(plan, dtype)) return why_not;
+    if (plan.octets != kConvSm90Warps) return "blocks of 64 hidden channels would fill badly";
+    if (dtype == DType::kHalf && float_taps) return "weights are float32, as padded ones are, beside images of float16";
+    for (const Tensor* t : read_by_tma)
+        if (reinterpret_cast<uintptr_t>(t->data_ptr()) % 16 != 0)
+            return "dout or a parameter is not aligned to 16 bytes";
+    return has_feed_forward_sm90a() ? nullptr : "the GPU is not of compute capability 9.0";
+#else
+    static_cast<void>(s), static_cast<void>(dtype), static_cast<void>(float_taps), static_cast<void>(read_by_tma);
+    return "this build has no code for compute capability 9.0";
+#endif
+}
+
+// Writes both; the sums are those of conv3x3_bwd_into. `args` has all but `conv`.
+PartialRows one_kernel_backward(FeedForwardBwdArgs args, const Tensor& dhidden, const Tensor& activated,
+                                const Tensor& taps, const Tensor& biases, const DropPathArg& drop_path,
+                                const CudaContext& context) {
+    ConvBwdArgs& conv = args.conv;
+    ConvShape& shape = conv.shape;
+    shape.batch = dhidden.size(0), shape.height = static_cast<int>(dhidden.size(1)),
+    shape.width = static_cast<int>(dhidden.size(2)), shape.groups = 1, shape.dim = static_cast<int>(dhidden.size(4));
+    shape.activation = Activation::kGelu;
+    conv.sm90 = conv_sm90_plan(shape.batch, shape.height, shape.width, 1, shape.dim, true);
+    conv.dx = image_arg(dhidden), conv.y = image_arg(activated);
+    ParamHolder param;
+    conv.weight = param(taps), conv.bias = param(biases), conv.drop_path = drop_path;
+    ++conv.sums;  // of dhidden too
+    const PartialRows sums = partial_rows(conv.sm90.partial_rows, int64_t{shape.dim} * conv.sums, dhidden);
+    conv.partials = static_cast<float*>(sums.values.data_ptr());
+#if GM_WITH_SM90A
+    check_cuda(launch_feed_forward_bwd_sm90a(args, dtype_of(dhidden), context.stream()), "feed-forward backward");
+#endif
+    return sums;
+}
+
 FeedForward feed_forward_forward(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias,
                                  const FeedForwardParameters& p, double eps, bool residual,
                                  const OptTensor& drop_path_mask, double drop_path_scale, bool save) {
@@ -217,29 +261,49 @@ FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight,
     pack.prepare();
     pack.launch(dtype, context.stream());
     const Tensor xn = empty({tokens, s.channels_pad}, type, x);
-    Tensor hidden;
-    if (kept) {
-        hidden = held.get(hidden_place, {tokens, s.hidden_pad});
-    } else {
+    if (!kept) {
         const NormPoolInputs norm{x, norm_weight, norm_bias, eps};
         layer_norm_pool_fwd_into(alias(xn, s.image(s.channels_pad)), norm, context);
-        hidden = empty({tokens, s.hidden_pad}, type, x);
-        matmul_bias_out(hidden, pack.get(kFc1Bias, {s.hidden_pad}), xn,
-                        pack.get_transposed(kFc1, {s.hidden_pad, s.channels_pad}), context);
     }
     ParameterSums sums;
     const auto as_batch = [](const Tensor& rows) { return alias(rows, {1, rows.size(0), rows.size(1)}); };
 
     const PaddedRows dout_padded(dout, context);
     const Tensor dout_rows = dout_padded.rows();
-    Tensor dactivated = empty({tokens, s.hidden_pad}, type, x);
-    matmul_out(dactivated, dout_rows, pack.get(kFc2, {s.channels_pad, s.hidden_pad}), context, drop_path_scale);
-    Tensor dhidden = empty({tokens, s.hidden_pad}, type, x), activated = empty({tokens, s.hidden_pad}, type, x);
     const Shape image = s.image(s.hidden_pad);
-    const PartialRows conv = conv3x3_bwd_into(
-        alias(dhidden, image), alias(dactivated, image), alias(hidden, image), pack.get(kConv, {1, s.hidden_pad, 3, 3}),
-        pack.get(kConvBias, {1, s.hidden_pad}), kGelu, context, alias(activated, image), true, drop_path);
-    dactivated = hidden = Tensor();
+    const Tensor conv_taps = pack.get(kConv, {1, s.hidden_pad, 3, 3}),
+                 conv_biases = pack.get(kConvBias, {1, s.hidden_pad});
+    Tensor dhidden = empty({tokens, s.hidden_pad}, type, x), activated = empty({tokens, s.hidden_pad}, type, x);
+    const Tensor fc1_rows = pack.get(kFc1, {s.hidden_pad, s.channels_pad}),
+                 fc2_rows = pack.get(kFc2, {s.channels_pad, s.hidden_pad});
+    const char* const why_not =
+        kept ? "the hidden image is kept from the forward"
+             : why_not_one_backward(s, dtype, is_float(conv_taps), {&dout_rows, &fc1_rows, &fc2_rows});
+    note("feed_forward backward: ", why_not == nullptr ? "the hidden image on the chip" : "several kernels, not one: ",
+         why_not == nullptr ? "" : why_not);
+    PartialRows conv;
+    if (why_not == nullptr) {
+        FeedForwardBwdArgs args;
+        args.channels = static_cast<int>(s.channels_pad), args.scale = static_cast<float>(drop_path_scale);
+        args.xn = xn.data_ptr(), args.dout = dout_rows.data_ptr();
+        args.fc1_weight = fc1_rows.data_ptr(), args.fc2_weight = fc2_rows.data_ptr();
+        args.fc1_bias = pack.get(kFc1Bias, {s.hidden_pad}).data_ptr();
+        conv = one_kernel_backward(args, alias(dhidden, image), alias(activated, image), conv_taps, conv_biases,
+                                   drop_path, context);
+    } else {
+        Tensor hidden;
+        if (kept) {
+            hidden = held.get(hidden_place, {tokens, s.hidden_pad});
+        } else {
+            hidden = empty({tokens, s.hidden_pad}, type, x);
+            matmul_bias_out(hidden, pack.get(kFc1Bias, {s.hidden_pad}), xn,
+                            pack.get_transposed(kFc1, {s.hidden_pad, s.channels_pad}), context);
+        }
+        const Tensor dactivated = empty({tokens, s.hidden_pad}, type, x);
+        matmul_out(dactivated, dout_rows, fc2_rows, context, drop_path_scale);
+        conv = conv3x3_bwd_into(alias(dhidden, image), alias(dactivated, image), alias(hidden, image), conv_taps,
+                                conv_biases, kGelu, context, alias(activated, image), true, drop_path);
+    }
     const WeightPartials fc2 = weight_partials(as_batch(dout_rows), as_batch(activated), context, drop_path_scale);
     activated = Tensor();
     const Tensor dfc2_weight =
@@ -250,7 +314,7 @@ FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight,
     const Tensor dconv_weight = of_conv(conv_weight, 9, 0), dconv_bias = of_conv(conv_bias, 1, 9);
     const Tensor dfc1_bias = of_conv(fc1_bias, 1, 10);  // sums of dhidden
     const Tensor dxn = empty({tokens, s.channels_pad}, type, x);
-    matmul_out(dxn, dhidden, pack.get(kFc1, {s.hidden_pad, s.channels_pad}), context);
+    matmul_out(dxn, dhidden, fc1_rows, context);
     NormPoolGradients norm{alias(dxn, s.image(s.channels_pad)), std::nullopt, std::nullopt, std::nullopt, true};
     if (kept) norm.xn = alias(xn, s.image(s.channels_pad)), norm.bias = norm_bias;
     if (residual) norm.dx_more = dout, norm.drop_path = drop_path;

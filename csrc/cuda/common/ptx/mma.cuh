@@ -60,28 +60,29 @@ __device__ __forceinline__ void wgmma_wait(float (&ready)[kCount]) {
 }
 
 // sums (64, kColumns) [+]= a (64, 16) b (kColumns, 16)^T. A thread holds, of row 16 (warp % 4) + lane / 4 [+ 8],
-// columns 8 j + 2 (lane % 4) [+ 1], at index 4 j [+ 2] [+ 1]. Without `add` the sums begin at 0. With kAcross K runs
-// across the rows of both factors in shared memory (rows_descriptor), else along them.
-template <class T, int kColumns, bool kAcross = false>
+// columns 8 j + 2 (lane % 4) [+ 1], at index 4 j [+ 2] [+ 1]. Without `add` the sums begin at 0. In shared memory K
+// runs along the rows of a factor, or across them where kAcross (rows_descriptor).
+template <class T, int kColumns, bool kAcrossA = false, bool kAcrossB = kAcrossA>
 struct Wgmma;
 
 #define GM_D4(i) "+f"(d[i]), "+f"(d[(i) + 1]), "+f"(d[(i) + 2]), "+f"(d[(i) + 3])
 #define GM_D16(i) GM_D4(i), GM_D4((i) + 4), GM_D4((i) + 8), GM_D4((i) + 12)
-#define GM_WGMMA_OF(TYPE, COLUMNS, REGISTERS, A, B, ADD, ACROSS, ...)                                                \
+#define GM_WGMMA_OF(TYPE, COLUMNS, REGISTERS, A, B, ADD, ACROSS_A, ACROSS_B, ...)                                    \
     asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD                                                         \
                  ", 0;\n"                                                                                            \
                  "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE " {" REGISTERS "}, " A ", " B \
-                 ", add, 1, 1, " ACROSS ", " ACROSS ";\n}"                                                           \
+                 ", add, 1, 1, " ACROSS_A ", " ACROSS_B ";\n}"                                                       \
                  : __VA_ARGS__                                                                                       \
-                 : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(static_cast<int>(kAcross)))
-#define GM_WGMMA(COLUMNS, COUNT, REGISTERS, A, B, ADD, ACROSS, ...)                                       \
-    template <class T, bool kAcross>                                                                      \
-    struct Wgmma<T, COLUMNS, kAcross> {                                                                   \
+                 : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(static_cast<int>(kAcrossA)),                      \
+                   "n"(static_cast<int>(kAcrossB)))
+#define GM_WGMMA(COLUMNS, COUNT, REGISTERS, ...)                                                          \
+    template <class T, bool kAcrossA, bool kAcrossB>                                                      \
+    struct Wgmma<T, COLUMNS, kAcrossA, kAcrossB> {                                                        \
         static __device__ __forceinline__ void run(float (&d)[COUNT], uint64_t a, uint64_t b, bool add) { \
             if constexpr (std::is_same_v<T, __half>) {                                                    \
-                GM_WGMMA_OF("f16", COLUMNS, REGISTERS, A, B, ADD, ACROSS, __VA_ARGS__);                   \
+                GM_WGMMA_OF("f16", COLUMNS, REGISTERS, __VA_ARGS__);                                      \
             } else {                                                                                      \
-                GM_WGMMA_OF("bf16", COLUMNS, REGISTERS, A, B, ADD, ACROSS, __VA_ARGS__);                  \
+                GM_WGMMA_OF("bf16", COLUMNS, REGISTERS, __VA_ARGS__);                                     \
             }                                                                                             \
         }                                                                                                 \
     };
@@ -92,12 +93,12 @@ struct Wgmma;
 #define GM_REGISTERS_48 GM_REGISTERS_36 ", %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define GM_REGISTERS_64 \
     GM_REGISTERS_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-GM_WGMMA(32, 16, GM_REGISTERS_16, "%16", "%17", "%18", "%19", GM_D16(0))
-GM_WGMMA(56, 28, GM_REGISTERS_28, "%28", "%29", "%30", "%31", GM_D16(0), GM_D4(16), GM_D4(20), GM_D4(24))
-GM_WGMMA(64, 32, GM_REGISTERS_32, "%32", "%33", "%34", "%35", GM_D16(0), GM_D16(16))
-GM_WGMMA(72, 36, GM_REGISTERS_36, "%36", "%37", "%38", "%39", GM_D16(0), GM_D16(16), GM_D4(32))
-GM_WGMMA(96, 48, GM_REGISTERS_48, "%48", "%49", "%50", "%51", GM_D16(0), GM_D16(16), GM_D16(32))
-GM_WGMMA(128, 64, GM_REGISTERS_64, "%64", "%65", "%66", "%67", GM_D16(0), GM_D16(16), GM_D16(32), GM_D16(48))
+GM_WGMMA(32, 16, GM_REGISTERS_16, "%16", "%17", "%18", "%19", "%20", GM_D16(0))
+GM_WGMMA(56, 28, GM_REGISTERS_28, "%28", "%29", "%30", "%31", "%32", GM_D16(0), GM_D4(16), GM_D4(20), GM_D4(24))
+GM_WGMMA(64, 32, GM_REGISTERS_32, "%32", "%33", "%34", "%35", "%36", GM_D16(0), GM_D16(16))
+GM_WGMMA(72, 36, GM_REGISTERS_36, "%36", "%37", "%38", "%39", "%40", GM_D16(0), GM_D16(16), GM_D4(32))
+GM_WGMMA(96, 48, GM_REGISTERS_48, "%48", "%49", "%50", "%51", "%52", GM_D16(0), GM_D16(16), GM_D16(32))
+GM_WGMMA(128, 64, GM_REGISTERS_64, "%64", "%65", "%66", "%67", "%68", GM_D16(0), GM_D16(16), GM_D16(32), GM_D16(48))
 #undef GM_D4
 #undef GM_D16
 #undef GM_WGMMA_OF
