@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from groupmamba_ext import layouts
+from groupmamba_ext import _explain, layouts
 from groupmamba_ext._checks import same_device
 from groupmamba_ext._load import has_sm90a
 from groupmamba_ext.backend import takes_image
@@ -26,15 +26,28 @@ def takes_narrow_conv(x: Tensor, weight: Tensor, padding: int) -> bool:
     """
     if not x.is_cuda or x.dim() != 4:
         return False
+    why_not = _why_not(x, weight, padding)
+    if _explain.asked():
+        kernels = "tensor cores" if why_not is None else f"torch's convolution: {why_not}"
+        _explain.note(f"{NAME} of {x.shape[1]} channels by {weight.shape[2]} x {weight.shape[3]} taps: {kernels}")
+    return why_not is None
+
+
+def _why_not(x: Tensor, weight: Tensor, padding: int) -> str | None:
     out, channels, taps, across = weight.shape
     shape = (channels, out, taps)
-    fits = shape in SHAPES and taps == across and x.shape[1] == channels and 0 <= padding < taps
-    learnt = shape in BACK or not (x.requires_grad or watched())
-    if not (fits and learnt) or any(n + 2 * padding < taps for n in x.shape[2:]):
-        return False
+    if shape not in SHAPES or taps != across or x.shape[1] != channels:
+        return "there are kernels for 32 to 32 channels by 3 x 3 taps, and for 16 to 32 by 4 x 4"
+    if not 0 <= padding < taps or any(n + 2 * padding < taps for n in x.shape[2:]):
+        return "the image with its padding is smaller than the kernel, or its padding as wide"
+    if shape not in BACK and (x.requires_grad or watched()):
+        return "the image has a gradient, for which there is no kernel"
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight.dtype
-    typed = x.dtype in (torch.float16, torch.bfloat16) and x.dtype == dtype
-    return typed and weight.dtype in (x.dtype, torch.float32) and takes_image(x) and has_sm90a(x.device)
+    if x.dtype not in (torch.float16, torch.bfloat16) or x.dtype != dtype or weight.dtype not in (dtype, torch.float32):
+        return f"the image is {x.dtype}, the weight {weight.dtype}: they must be float16 or bfloat16, or autocast to it"
+    if not takes_image(x):
+        return "it is empty, or the backend is another"
+    return None if has_sm90a(x.device) else "the GPU, or this build, is not of compute capability 9.0"
 
 
 def narrow_conv(x: Tensor, weight: Tensor, padding: int) -> Tensor:

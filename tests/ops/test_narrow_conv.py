@@ -238,5 +238,10 @@ def test_when_it_is_taken(monkeypatch):
         assert not takes_narrow_conv(blocks.requires_grad_(), entry, 0)
         with ext.backend("reference"):
             assert not takes_narrow_conv(x, weight, 1)
+        notes = lambda *a: ext.explain(takes_narrow_conv, *a).notes  # noqa: E731
+        assert notes(x, weight, 1)[-1] == "narrow_conv of 32 channels by 3 x 3 taps: tensor cores"
+        assert "there are kernels for 32 to 32" in notes(x, weight[:16], 1)[-1]
+        assert "they must be float16 or bfloat16" in notes(x.float(), weight, 1)[-1]
         monkeypatch.setattr(_load, "_built_for_sm90a", False)
         assert not takes_narrow_conv(x, weight, 1)
+        assert "not of compute capability 9.0" in notes(x, weight, 1)[-1]
