@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch.nn.grad import conv2d_input, conv2d_weight
 
 from support import emulated_conv, emulation
-from support.emulated_conv import ACTIVATIONS
+from support.emulated_conv import ACTIVATIONS, compare, truth
 
 pytestmark = [emulation.needs_compiler, pytest.mark.usefixtures("one_thread")]
 
@@ -32,8 +30,6 @@ if emulation.SANITIZED in os.environ:  # every access is looked at, twenty times
     SIZES, PORTABLE, HEIGHTS, MASKS = SIZES[1::5], PORTABLE[0::3], HEIGHTS[1::3], MASKS[-1:]
 
 HALVES = [torch.bfloat16, torch.float16]
-# Half of the distance between adjacent numbers; of float32 some roundings, since its sums are float32 too.
-ROUNDING = {torch.float32: 2.0**-21, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 AROUND = 7.0  # what is around results
 
 
@@ -59,59 +55,6 @@ class Image:
         self.view.fill_(self.around)
         assert (self.whole == self.around).all(), "written outside the image"
         return copy
-
-
-def channels_first(t: torch.Tensor) -> torch.Tensor:
-    return t.double().flatten(3).permute(0, 3, 1, 2)
-
-
-def truth(x, dy, weight, bias, activation, kept) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Results in float64, and how far the kernels' may be from them: in units of `ROUNDING`. Weights are taken as they
-    are; g, the gradient of what the activation takes, is rounded to the images' type, and the slope that it comes from
-    has a tenth of this error."""
-    groups, dim = x.shape[3:]
-    channels = groups * dim
-    kept = kept.double().view(-1, 1, 1, 1)
-    x, dy = channels_first(x), channels_first(dy) * kept
-    w = weight.double().view(channels, 1, 3, 3)
-    b = torch.zeros(channels, dtype=torch.float64) if bias is None else bias.double().flatten()
-    pre = F.conv2d(x, w, b, padding=1, groups=channels).requires_grad_()
-    y = {None: lambda t: t * 1, "silu": F.silu, "gelu": F.gelu}[activation](pre)
-    (g,) = torch.autograd.grad(y, pre, dy)
-    y, pre = y.detach() * kept, pre.detach()
-    about = g.abs() + (0.1 * dy.abs() if activation else 0)  # g, and the slope's error as a part of dy
-    size = F.conv2d(x.abs(), w.abs(), b.abs(), padding=1, groups=channels)
-    dx = conv2d_input(x.shape, w, g, padding=1, groups=channels)
-    reach = F.conv2d(torch.ones_like(x), w.abs(), padding=1, groups=channels)
-
-    def image(t):
-        return t.permute(0, 2, 3, 1).unflatten(3, (groups, dim))
-
-    def spread(squares):  # of a sum of terms whose roundings do not depend on one another
-        return 4 * squares.clamp(min=0).sqrt()
-
-    def backwards(a, b, c):
-        return {
-            "dx": image(conv2d_input(a.shape, b, c, padding=1, groups=channels)),
-            "dweight": conv2d_weight(a, b.shape, c, padding=1, groups=channels).view(groups, dim, 3, 3),
-            "dbias": c.sum((0, 2, 3)).view(groups, dim),
-        }
-
-    values = backwards(x, w, g)
-    errors = {name: spread(t) for name, t in backwards(x**2, w**2, about**2).items()}
-    errors["dx"] = errors["dx"] + 1.1 * values["dx"].abs()
-    values["dx_sum"] = dx.sum((0, 2, 3)).view(groups, dim)
-    errors["dx_sum"] = spread((about * reach).square().sum((0, 2, 3))).view(groups, dim)
-    values["y"], errors["y"] = image(y), image(1.1 * y.abs() + 0.02 * size)
-    return {name: (value, errors[name]) for name, value in values.items()}
-
-
-def compare(got: torch.Tensor, value: torch.Tensor, error: torch.Tensor, dtype: torch.dtype, name: str) -> None:
-    assert got.shape == value.shape
-    excess = (got.double() - value).abs() - error * ROUNDING[dtype] - 1e-6 * value.abs().mean() - 1e-7
-    excess = excess.nan_to_num(torch.inf)
-    at = tuple(int(i) for i in torch.unravel_index(excess.argmax(), excess.shape))
-    assert excess[at] <= 0, f"{name} at {at}: {got[at].item():.8g} instead of {value[at].item():.8g}"
 
 
 def check(

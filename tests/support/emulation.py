@@ -31,9 +31,12 @@ SOURCES = {  # of csrc/cuda/; emulation/<name>.cpp has the functions that call t
         "scan/sm90/cross_bwd.cu", "scan/sm90/tma_maps.cpp", "images/images.cu",
     ),
     "conv": tuple(f"depthwise_conv/{name}.cu" for name in ("fwd", "bwd", "fwd_sm90", "bwd_sm90")),
+    "narrow_conv": tuple(f"narrow_conv/{name}.cu" for name in ("pack", "conv_sm90a", "weight_sm90a")),
+    "feed_forward": ("feed_forward/bwd_sm90a.cu",),
     "norm": tuple(f"layer_norm/{name}.cu" for name in ("pool", "modulated_fwd", "modulated_bwd")),
 }  # fmt: skip
 DYNAMIC_SHARED = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+?) (\w+)\[\];")
+BLOCK_NUMBER = re.compile(r'asm volatile\("mov\.u32 %0, %%ctaid\.x;" : "=r"\((\w+)\)\);')
 LOAD_SHARED = re.compile(r'asm volatile\("ld\.shared\.[^"]*"\s*: (.*?)\s*: "r"\((.*)\)\);')
 IMAGES = ("u", "dt", "B", "C", "z")
 PARAMETERS = ("A", "D", "dt_weight", "dt_bias", "norm_weight", "norm_bias", "gate")
@@ -66,6 +69,7 @@ def as_cpp(source: str) -> str:
     source = source.replace("__shared__ alignas(16)", "alignas(16) __shared__")  # the order of C++
     # A register for a float, by its name on x86, and an instruction.
     source = source.replace('"+f"', '"+x"')
+    source = BLOCK_NUMBER.sub(r"\1 = blockIdx.x;", source)
     return LOAD_SHARED.sub(lambda found: f"load_shared({found[2]}, {found[1]});".replace('"=f"', ""), source)
 
 

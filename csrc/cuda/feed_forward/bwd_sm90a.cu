@@ -122,14 +122,14 @@ __device__ __forceinline__ void clear_outside(unsigned char* shared, int left, i
     const auto clear = [&](int row, int column, int chunk) {
         *reinterpret_cast<uint4*>(shared + row * Rows::kX + Rows::Row::offset(column, warp * 2 + chunk)) = uint4{};
     };
-    const int count = left + kXnColumns - right;
+    const int count = left + kXnColumns - right, in = min(max(rows, 0), kRows);
 #pragma unroll 1
-    for (int i = lane; i < count * kRows * 2; i += 32) {
-        const int column = i / (2 * kRows);
-        clear(i / 2 % kRows, column < left ? column : right + column - left, i % 2);
+    for (int i = lane; i < count * in * 2; i += 32) {
+        const int pixel = i / 2, column = pixel / in;
+        clear(pixel - column * in, column < left ? column : right + column - left, i % 2);
     }
 #pragma unroll 1
-    for (int i = max(rows, 0) * 2 * kXnColumns + lane; i < kXnPixels * 2; i += 32)
+    for (int i = in * 2 * kXnColumns + lane; i < kXnPixels * 2; i += 32)
         clear(i / (2 * kXnColumns), i / 2 % kXnColumns, i % 2);
 }
 

@@ -111,7 +111,8 @@ __global__ void __launch_bounds__(Layout<kIn, kOut, kTaps, kColumns>::kThreads, 
                 arrive(turn);
                 release(turn++);
             }
-            for (int i = 0; turn < tile_end; ++i, ++turn) {
+            const int first_product = turn;
+            for (; turn < tile_end; ++turn) {
                 arrive(turn);
                 const uint32_t dy = base + turn % kStages * Layout::kStage + Layout::kXPair;
                 uint32_t x[kPairs];
@@ -130,10 +131,10 @@ __global__ void __launch_bounds__(Layout<kIn, kOut, kTaps, kColumns>::kThreads, 
                 wgmma_commit();
                 // The products of the step before are done; those of this one run on beside the next rows' arrival.
                 wgmma_wait<1>();
-                if (i > 0) release(turn - 1);
+                if (turn > first_product) release(turn - 1);
             }
             wgmma_wait<0>();
-            release(turn - 1);
+            if (turn > first_product) release(turn - 1);  // a block may end with steps that only load
         }
 #pragma unroll
         for (int p = 0; p < kPairs; ++p) wgmma_wait<0>(sums[p]);

@@ -81,6 +81,7 @@ struct MBarrier {
     int64_t bytes;       // that loads still have to bring
     unsigned phase;
     std::vector<Thread*> waiting = {};  // for the end of the phase
+    bool seen = true;                   // that of the last one, by some thread that waited for it
 };
 std::map<uint32_t, MBarrier> mbarriers;
 const char* first_fault = nullptr;
@@ -152,8 +153,10 @@ void init_mbarrier(uint32_t address, int arrivals) { mbarriers[address] = {arriv
 void change_mbarrier(uint32_t address, int arrivals, int64_t bytes) {
     MBarrier& barrier = mbarriers.at(address);
     release(&barrier);
+    if (!barrier.seen) fail("an arrival at an mbarrier whose last phase nobody has waited for");
     barrier.left -= arrivals, barrier.bytes += bytes;
     if (barrier.left > 0 || barrier.bytes > 0) return;
+    barrier.seen = !barrier.waiting.empty();
     ++barrier.phase, barrier.left = barrier.arrivals;
     ready.insert(ready.end(), barrier.waiting.begin(), barrier.waiting.end());
     barrier.waiting.clear();
@@ -165,6 +168,7 @@ void wait_mbarrier(uint32_t address, uint32_t parity) {
         barrier.waiting.push_back(current);
         leave();
     }
+    barrier.seen = true;
     acquire(&barrier);
 }
 

@@ -59,8 +59,9 @@ struct Thread {
     unsigned lane;
     Block* block;
     Warp* warp;
-    std::vector<std::function<void()>> stores;                 // of TMA, not done yet
-    std::deque<std::vector<std::function<void()>>> copies{1};  // of cp.async, in groups, the last of which is open
+    std::vector<std::function<void()>> stores;                   // of TMA, not done yet
+    std::deque<std::vector<std::function<void()>>> copies{1};    // of cp.async, in groups, the last of which is open
+    std::deque<std::vector<std::function<void()>>> products{1};  // of wgmma, in the same way
     void* stack_pointer;
     void* fiber;  // of ThreadSanitizer
 };

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// In place of csrc/cuda/common/ptx/mma.cuh: products by a warp, and the moves of matrices between its lanes and shared
-// memory. Sums are float32.
+// In place of csrc/cuda/common/ptx/mma.cuh: products by a warp or a warpgroup, and the moves of matrices between the
+// lanes of a warp and shared memory. Sums are float32.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -112,12 +112,95 @@ void store_matrices(uint32_t address, const uint32_t (&in)[kMatrices]) {
 inline void stmatrix(uint32_t address, const uint32_t (&in)[4]) { store_matrices(address, in); }
 inline void stmatrix(uint32_t address, const uint32_t (&in)[2]) { store_matrices(address, in); }
 
+template <int kMatrices>
+void stmatrix_trans(uint32_t address, const uint32_t (&in)[kMatrices]) {
+    const int column = static_cast<int>(emulation::self().lane / 4), row = emulation::self().lane % 4 * 2;
+    visit_matrices(address, kMatrices, [&](int i, auto row_of) {
+        row_of(row)[column] = element_of(in[i], 0), row_of(row + 1)[column] = element_of(in[i], 1);
+    });
+}
+
 inline uint32_t movmatrix_trans(uint32_t pair) {
     const int column = static_cast<int>(emulation::self().lane / 4), row = emulation::self().lane % 4 * 2;
     const uint32_t upper = emulation::shuffle(pair, row * 4 + column / 2),
                    lower = emulation::shuffle(pair, (row + 1) * 4 + column / 2);
     return pair_of(element_of(upper, column % 2), element_of(lower, column % 2));
 }
+
+// By a warpgroup, both factors in shared memory -----------------------------------------------------------------
+
+// What a descriptor says: bytes from one set of columns to the next, from 8 rows to the next 8, and of a row, which is
+// what the swizzle exchanges chunks in; 16 where there is none.
+struct Factor {
+    uint32_t address, leading, stride, row;
+
+    explicit Factor(uint64_t descriptor)
+        : address((descriptor & 0x3fff) << 4),
+          leading((descriptor >> 16 & 0x3fff) << 4),
+          stride((descriptor >> 32 & 0x3fff) << 4),
+          row(descriptor >> 62 == 0 ? 16 : 256u >> (descriptor >> 62)) {}
+
+    // Element k of row (of the product) i.
+    template <class T>
+    float at(int i, int k, bool across) const {
+        // Along the rows a set is as wide as one; the next 8 elements without a swizzle are `leading` away.
+        uint32_t place = across      ? i / (row / 2) * leading + k / 8 * stride + k % 8 * row + i % (row / 2) * 2
+                         : row == 16 ? i / 8 * stride + i % 8 * row + k / 8 * leading + k % 8 * 2
+                                     : i / 8 * stride + i % 8 * row + k * 2;
+        place += address;
+        if (row > 16) place ^= (place >> 7 & (row / 16 - 1)) << 4;
+        return widened<T>(*reinterpret_cast<const uint16_t*>(shared_memory(place, 2, 2)));
+    }
+};
+
+constexpr int kPanelRow = 128;
+inline uint32_t panel_offset(int row, int chunk) { return row * kPanelRow + ((chunk ^ row) & 7) * 16; }
+inline uint64_t descriptor_of(uint64_t swizzle, uint32_t address, uint32_t leading, uint32_t stride) {
+    return swizzle << 62 | uint64_t{stride >> 4} << 32 | uint64_t{leading >> 4} << 16 | (address & 0x3ffff) >> 4;
+}
+inline uint64_t panel_descriptor(uint32_t address) { return descriptor_of(1, address, 16, 1024); }
+template <int kRowBytes>
+uint64_t rows_descriptor(uint32_t address, uint32_t leading) {
+    return descriptor_of(kRowBytes == 128 ? 1 : kRowBytes == 64 ? 2 : 3, address, leading, 8 * kRowBytes);
+}
+inline uint64_t chunk_descriptor(uint32_t address, uint32_t plane) { return descriptor_of(0, address, plane, 128); }
+
+inline void wgmma_fence() {}
+inline void wgmma_commit() { emulation::self().products.emplace_back(); }
+// Products are done when their warp waits for them: the latest moment.
+template <int kPending>
+void wgmma_wait() {
+    auto& groups = emulation::self().products;  // the last one is still open
+    while (groups.size() > kPending + 1) {
+        for (const auto& product : groups.front()) product();
+        groups.pop_front();
+    }
+    emulation::wait(emulation::self().warp->barrier);
+}
+template <int kPending, int kCount>
+void wgmma_wait(float (&)[kCount]) {
+    wgmma_wait<kPending>();
+}
+
+template <class T, int kColumns, bool kAcrossA = false, bool kAcrossB = kAcrossA>
+struct Wgmma {
+    static void run(float (&d)[kColumns / 2], uint64_t a, uint64_t b, bool add) {
+        float* const sums = d;
+        emulation::self().products.back().push_back([=] {
+            const Factor left(a), right(b);
+            const int lane = static_cast<int>(emulation::self().lane), warp = emulation::self().index.x / 32 % 4;
+            float rows[2][16];
+            for (int half = 0; half < 2; ++half)
+                for (int k = 0; k < 16; ++k) rows[half][k] = left.at<T>(16 * warp + lane / 4 + 8 * half, k, kAcrossA);
+            for (int i = 0; i < kColumns / 2; ++i) {
+                const int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+                float sum = add ? sums[i] : 0.f;
+                for (int k = 0; k < 16; ++k) sum += rows[i / 2 % 2][k] * right.at<T>(column, k, kAcrossB);
+                sums[i] = sum;
+            }
+        });
+    }
+};
 
 // TF32 ------------------------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ inline uint32_t shared_address(const void* p) {
 inline void mbarrier_init(uint32_t barrier, int arrivals) { emulation::init_mbarrier(barrier, arrivals); }
 inline void mbarrier_init_fence() {}
 inline void mbarrier_expect(uint32_t barrier, uint32_t bytes) { emulation::change_mbarrier(barrier, 1, bytes); }
+inline void mbarrier_arrive(uint32_t barrier) { emulation::change_mbarrier(barrier, 1, 0); }
 inline void mbarrier_wait(uint32_t barrier, uint32_t parity) { emulation::wait_mbarrier(barrier, parity); }
 
 struct Coordinates {  // of the first element of a box, fastest dimension first
@@ -60,6 +61,12 @@ inline void tma_load(uint32_t shared, const CUtensorMap* map, const Coordinates&
     visit_box(*map, c, shared,
               [&](uint16_t* to, const uint16_t* from) { *to = from == nullptr ? 0 : *from, bytes += 2; });
     emulation::change_mbarrier(barrier, 0, -bytes);
+}
+inline void bulk_load(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier) {
+    if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0)
+        return emulation::fail("a bulk load that is not of whole 16 bytes");
+    std::memcpy(shared_memory(shared, bytes, 16), global, bytes);
+    emulation::change_mbarrier(barrier, 0, -static_cast<int64_t>(bytes));
 }
 // An H200 took stores of rows wholly outside an image for illegal instructions. Behind the end of the first two
 // dimensions it writes nothing: there some stores of the scan are, which its tests have run on H200s.
