@@ -89,6 +89,7 @@ FIRST = (
         r"grouped_sel|grouped_scan|scan|vec|math|rows|capab",
         ["test_generated.py", "test_scan.py", "test_scan_semantics.py", "test_instruction_sets.py"],
     ),
+    (r"narrow", ["test_narrow_conv.py", "test_raw_ops.py", "test_batch_norm.py", "test_entry_conv.py"]),
     (r"depthwise|conv", ["test_conv.py", "test_generated.py", "test_feed_forward.py"]),
     (r"norm", ["test_norms.py", "test_generated.py", "test_batch_norm.py"]),
     (
@@ -102,6 +103,8 @@ WITHOUT_GPU = (
     (r"cuda/(scan|images|common)/", "test_emulated_scan.py"),
     (r"cuda/(depthwise_conv|common)/", "test_emulated_conv.py"),
     (r"cuda/(layer_norm|common)/", "test_emulated_norms.py"),
+    (r"cuda/(narrow_conv|common)/", "test_emulated_narrow_conv.py"),
+    (r"cuda/(feed_forward|depthwise_conv|common)/", "test_emulated_feed_forward.py"),
     (r"host/layout", "test_layouts.py"),
 )
 EVERY = (
@@ -110,7 +113,8 @@ EVERY = (
     "test_storage.py", "test_masked_tokens.py", "test_scan.py", "test_scan_semantics.py", "test_scan_split.py",
     "test_cross_scan.py", "test_layer.py", "test_layer_groups.py", "test_layer_values.py", "test_layer_ops.py",
     "test_layer_state.py", "test_unwritten_memory.py", "test_feed_forward.py", "test_batch_norm.py",
-    "test_entry_conv.py", "test_plain.py", "test_explain.py", "test_backend.py", "test_bitwise.py", "test_hard_use.py",
+    "test_entry_conv.py", "test_narrow_conv.py",
+    "test_plain.py", "test_explain.py", "test_backend.py", "test_bitwise.py", "test_hard_use.py",
     "test_forward_mode.py", "test_onednn_linear.py", "test_tools.py", "test_tracing.py", "test_transforms.py",
     "test_models.py",
 )  # fmt: skip

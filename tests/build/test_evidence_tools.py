@@ -199,8 +199,9 @@ def test_a_change_of_the_tree_draws_few_others(tmp_path):
 def test_mutants_meet_every_test_of_ops_and_layers():
     files = {path.name for folder in ("ops", "layers") for path in (ROOT / "tests" / folder).glob("test_*.py")}
     # The one calls what others call; the others compile the CUDA kernels of their own tree, not the mutant's library.
-    emulated = {"test_emulated_scan.py", "test_emulated_conv.py", "test_emulated_norms.py"}
+    emulated = {name for name in files if name.startswith("test_emulated_")}
     assert files - set(mutate.EVERY) == {"test_selftest.py", *emulated}
+    assert emulated == {name for _, name in mutate.WITHOUT_GPU if name.startswith("test_emulated_")}
 
 
 def test_places_are_code():
