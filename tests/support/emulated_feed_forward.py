@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernel of the feed-forward network's backward on the CPU: see emulation/README.md."""
+"""The CUDA kernels of the feed-forward network on the CPU: see emulation/README.md."""
 
 import ctypes
 import functools
@@ -23,8 +23,32 @@ class FeedForwardCase(ctypes.Structure):
 def load(library: Path) -> ctypes.CDLL:
     lib = ctypes.CDLL(str(library))
     lib.emulated_feed_forward_rows.restype = ctypes.c_int64
-    lib.emulated_feed_forward_bwd.restype = ctypes.c_char_p
+    lib.emulated_feed_forward_fwd.restype = lib.emulated_feed_forward_bwd.restype = ctypes.c_char_p
     return lib
+
+
+def forward(library: Path, out, x, norm, fc1, conv, fc2, *, residual, mask=None, scale=1.0, eps=1e-6) -> None:
+    """Writes out of x, (batch, H, W, C). norm, fc1 (hidden, C), conv (hidden, 3, 3) and fc2 (C, hidden) are pairs of
+    weight and bias, all in the dtype of x."""
+    hidden = fc1[0].shape[0]
+    blocks = -(-hidden // 64) * 64
+
+    def padded(t):  # hidden channels up to whole blocks, and taps in rows of four
+        shape = (blocks, *t.shape[1:-1], 4) if t.dim() == 3 else (blocks,)
+        whole = t.new_zeros(shape)
+        whole[(slice(hidden), *(slice(n) for n in t.shape[1:]))] = t
+        return whole
+
+    tensors = [x, *norm, fc1[0], padded(fc1[1]), padded(conv[0]), padded(conv[1]).float(), *fc2, out]
+    case = FeedForwardCase(*x.shape, hidden, DTYPES[x.dtype], 0, scale)
+    problem = load(library).emulated_feed_forward_fwd(
+        ctypes.byref(case),
+        array_of(ctypes.c_void_p, [t.data_ptr() for t in tensors]),
+        ctypes.c_void_p(None if mask is None else mask.data_ptr()),
+        residual,
+        ctypes.c_float(eps),
+    )
+    assert problem is None, problem.decode()
 
 
 def backward(

@@ -32,7 +32,7 @@ SOURCES = {  # of csrc/cuda/; emulation/<name>.cpp has the functions that call t
     ),
     "conv": tuple(f"depthwise_conv/{name}.cu" for name in ("fwd", "bwd", "fwd_sm90", "bwd_sm90")),
     "narrow_conv": tuple(f"narrow_conv/{name}.cu" for name in ("pack", "conv_sm90a", "weight_sm90a")),
-    "feed_forward": ("feed_forward/bwd_sm90a.cu",),
+    "feed_forward": ("feed_forward/fwd_sm90a.cu", "feed_forward/bwd_sm90a.cu"),
     "norm": tuple(f"layer_norm/{name}.cu" for name in ("pool", "modulated_fwd", "modulated_bwd")),
 }  # fmt: skip
 DYNAMIC_SHARED = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+?) (\w+)\[\];")

@@ -173,7 +173,7 @@ __device__ __forceinline__ void normalise(const FeedForwardArgs& args, unsigned 
 // channels, and has its loads of x in flight before the sums are ready.
 template <class T, int kBlocks>
 class Finish {
-    using Tile = Tile<kBlocks>;
+    using Tile = feed_forward::Tile<kBlocks>;
     static constexpr int kChunks = kBlocks * 8, kTokensAtOnce = kThreads / kChunks;
     static constexpr int kTurns = (Tile::kOutTokens + kTokensAtOnce - 1) / kTokensAtOnce;
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The backward of the feed-forward network to the hidden image, csrc/cuda/feed_forward/bwd_sm90a.cu, on the CPU, for
-// emulated_feed_forward.py: what the op entry of csrc/ops/layer/ does, without torch.
+// The kernels of csrc/cuda/feed_forward/ on the CPU, for emulated_feed_forward.py: what the op entry of csrc/ops/layer/
+// does, without torch.
 #include "cuda/feed_forward/launch.h"
 
 namespace gm {
@@ -52,4 +52,24 @@ extern "C" const char* emulated_feed_forward_bwd(const gm::FeedForwardCase* c, v
     conv.drop_path.mask = mask, conv.drop_path.scale = c->scale;
     conv.sums = gm::kConvTaps + 2, conv.partials = partials;
     return emulation::problem_of(gm::launch_feed_forward_bwd_sm90a(args, static_cast<gm::DType>(c->dtype), nullptr));
+}
+
+// Null, or what went wrong. Tensors, of the images' dtype but for the sixth: x, norm's weight and bias, fc1's weight
+// and bias, the convolution's taps and biases (float32) as the kernel reads them, fc2's weight and bias, out.
+extern "C" const char* emulated_feed_forward_fwd(const gm::FeedForwardCase* c, void* const* tensors, const float* mask,
+                                                 bool residual, float eps) {
+    gm::FeedForwardArgs args;
+    args.batch = c->batch, args.height = c->height, args.width = c->width;
+    args.channels = c->channels, args.hidden_pad = c->hidden;
+    args.plan = gm::feed_forward_plan(c->batch, c->height, c->width, c->channels, c->hidden);
+    const auto image = [&](void* p) {
+        return gm::ImageArg{p, int64_t{c->height} * c->width * c->channels, c->channels, c->channels};
+    };
+    args.x = image(tensors[0]), args.out = image(tensors[9]);
+    args.norm_weight = {tensors[1], false}, args.norm_bias = {tensors[2], false}, args.fc2_bias = {tensors[8], false};
+    args.fc1_weight = tensors[3], args.fc1_bias = tensors[4], args.conv_weight = tensors[5];
+    args.conv_bias = static_cast<const float*>(tensors[6]), args.fc2_weight = tensors[7];
+    args.residual = residual, args.eps = eps;
+    args.drop_path.mask = mask, args.drop_path.scale = c->scale;
+    return emulation::problem_of(gm::launch_feed_forward_sm90a(args, static_cast<gm::DType>(c->dtype), nullptr));
 }
