@@ -89,6 +89,16 @@ STABLE_TORCH_LIBRARY(groupmamba, m) {
     // (batch, ceil(H / 2) + k, ceil(W / 2) + k, 4 C'), C' being C rounded up to even, k = (kernel_size - 1) / 2.
     m.def("pixels_to_channels(Tensor x, int kernel_size, bool half) -> Tensor");
 
+    // A dense convolution between few channels, of stride 1, on CUDA of compute capability 9.0, in float16 or bfloat16:
+    // x (batch, H, W, C), weight (O, C, K, K), and (C, O, K) one of (32, 32, 3), (16, 32, 4); y (batch, H + 2 padding -
+    // K + 1, W + 2 padding - K + 1, O). A gradient that is not needed has shape (0,); dx takes (32, 32, 3).
+    m.def("narrow_conv_fwd(Tensor x, Tensor weight, int padding) -> Tensor");
+    m.def(
+        "narrow_conv_bwd(Tensor dy, Tensor x, Tensor weight, int padding, bool needs_dx, bool needs_dweight) "
+        "-> (Tensor dx, Tensor dweight)");
+    // relu(conv(x) + bias) without a gradient
+    m.def("narrow_conv_relu(Tensor x, Tensor weight, Tensor bias, int padding) -> Tensor");
+
     // The layer on CUDA, variants released and fused; x (batch, H, W, C), D = C / G channels a group, E scanned ones, N
     // states, R step features; Cp, Dp, Ep, Fp: C, D, E and R + 2 N rounded up to multiples of 8, pads zero; Fp is 4 for
     // R + 2 N up to 4 where Ep is 16 or 32. With
@@ -104,16 +114,6 @@ STABLE_TORCH_LIBRARY(groupmamba, m) {
     // For the backward saved holds, each at a multiple of 128 elements, features, xn, y, u, o and uz, without
     // out_proj_weight features, u, uz, xn and y, in the dtype of x; saved_float gate, pooled, hidden and states. The
     // first op is for where there is no backward, and keeps nothing.
-    // A dense convolution between few channels, of stride 1, on CUDA of compute capability 9.0, in float16 or bfloat16:
-    // x (batch, H, W, C), weight (O, C, K, K), and (C, O, K) one of (32, 32, 3), (16, 32, 4); y (batch, H + 2 padding -
-    // K + 1, W + 2 padding - K + 1, O). A gradient that is not needed has shape (0,); dx takes (32, 32, 3).
-    m.def("narrow_conv_fwd(Tensor x, Tensor weight, int padding) -> Tensor");
-    m.def(
-        "narrow_conv_bwd(Tensor dy, Tensor x, Tensor weight, int padding, bool needs_dx, bool needs_dweight) "
-        "-> (Tensor dx, Tensor dweight)");
-    // relu(conv(x) + bias) without a gradient
-    m.def("narrow_conv_relu(Tensor x, Tensor weight, Tensor bias, int padding) -> Tensor");
-
     m.def(
         "grouped_mamba_layer(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor? fc1_weight, Tensor? fc1_bias, "
         "Tensor? fc2_weight, Tensor? fc2_bias, Tensor in_proj_weight, Tensor conv_weight, Tensor conv_bias, "

@@ -60,10 +60,10 @@ class Explanation(NamedTuple):
 def explain(function: Callable, /, *args: Any, **kwargs: Any) -> Explanation:
     """Calls ``function`` and says which implementation and which kernels it took, and why not faster ones.
 
-    For the scans, the depthwise convolution, the feed-forward network and the products of a layer, and for layers of
-    `groupmamba` whether they run as one op. For gradients give a function that computes them:
-    ``print(ext.explain(lambda: layer(x).sum().backward()))``. The environment variable ``GROUPMAMBA_EXPLAIN=1`` prints
-    each different note once, of all calls, to stderr.
+    For the scans, the depthwise convolution, the feed-forward network, the products of a layer and a model's first
+    convolutions, and for layers of `groupmamba` whether they run as one op. For gradients give a function that computes
+    them: ``print(ext.explain(lambda: layer(x).sum().backward()))``. The environment variable ``GROUPMAMBA_EXPLAIN=1``
+    prints each different note once, of all calls, to stderr.
 
     Args:
         function: a public function of this package, a layer, a model, or anything that calls them.

@@ -97,8 +97,10 @@ def load_ops() -> None:
 
 def has_sm90a(device: torch.device) -> bool:
     """Whether the loaded ops have kernels that only compute capability 9.0 runs, and a CUDA device has it."""
+    if not _built_for_sm90a or not torch.cuda.is_available():  # or these are fake tensors
+        return False
     gpu = torch.cuda.get_device_properties(device.index or 0)  # torch.compile knows what this is
-    return _built_for_sm90a and (gpu.major, gpu.minor) == (9, 0)
+    return (gpu.major, gpu.minor) == (9, 0)
 
 
 @functools.cache

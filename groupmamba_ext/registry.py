@@ -39,16 +39,19 @@ class Op(NamedTuple):
 
 
 class InferenceOp(NamedTuple):
-    """The op ``groupmamba::{name}``, which has no gradient."""
+    """The op ``groupmamba::{name}``, which has no gradient. A FLOP formula is one of `Op`'s."""
 
     name: str
     fake: Callable
+    flops: Callable | None = None
 
 
 def register(op: Op | InferenceOp) -> None:
     """Gives an op its fake kernels, gradient and FLOP formulas; once, after libgroupmamba is loaded."""
     if isinstance(op, InferenceOp):
         _register_inference(op.name, op.fake)
+        if op.flops is not None:
+            register_flop_formula(getattr(_ops, op.name))(op.flops)
         return
     _register_pair(op)
     if op.inference_fake is not None:

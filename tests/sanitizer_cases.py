@@ -15,6 +15,7 @@ import torch
 import groupmamba_ext as ext
 from groupmamba import GroupedMamba2d
 from groupmamba.layers.drop_path import DropPathMask
+from groupmamba_ext import _load
 from groupmamba_ext.ops.batch_norm_fold import batch_norm_fold
 from groupmamba_ext.ops.batch_norm_relu import batch_norm_relu
 from groupmamba_ext.ops.narrow_conv import narrow_conv, narrow_conv_relu
@@ -194,7 +195,8 @@ def all_cases() -> list[Case]:
     for case in ONE_KERNEL:
         call = functools.partial(run_feed_forward_kernel, torch.bfloat16, *case)
         found.append(Case(f"feed-forward kernel {case} bfloat16", call))
-    for shape in NARROW_CONVOLUTIONS:
+    _load.load_ops()
+    for shape in NARROW_CONVOLUTIONS if _load.has_sm90a(torch.device("cuda", 0)) else ():
         call = functools.partial(narrow_convolution, torch.bfloat16, *shape)
         found.append(Case(f"narrow convolution {shape} bfloat16", call))
     return found

@@ -11,15 +11,14 @@ namespace {
 
 constexpr const char* kOp = "narrow_conv";
 
+// Behind the checks of arguments, which are the same for every GPU.
 void check_kernels() {
 #if GM_WITH_SM90A
-    GM_CHECK(has_narrow_conv(), kOp, " has kernels for GPUs of compute capability 9.0 alone, and this is none");
+    GM_CHECK(has_narrow_conv(), kOp, " runs on GPUs of compute capability 9.0 alone, by a driver that has tensor maps");
 #else
-    GM_CHECK(false, kOp, " has kernels for GPUs of compute capability 9.0, for which this build has none");
+    GM_CHECK(false, kOp, " has kernels for GPUs of compute capability 9.0, and this build has no code for them");
 #endif
 }
-
-#if GM_WITH_SM90A
 
 // TMA loads rows of it; a copy where it can't.
 Tensor dense_image(const Tensor& t) {
@@ -67,46 +66,41 @@ void convolve(const Tensor& y, const Tensor& x, const NarrowConvShape& s, const 
     args.x = x.data_ptr(), args.weight = packed.data_ptr(), args.y = y.data_ptr();
     args.bias = param(bias), args.relu = relu;
     args.plan = narrow_conv_plan(s.batch, s.out_height, s.out_width, s.taps);
+#if GM_WITH_SM90A
     check_cuda(launch_narrow_conv(args, dtype, context.stream()), "narrow_conv");
+#endif
 }
 
 Tensor empty_result(const Tensor& x, const NarrowConvShape& s) {
     return empty({s.batch, s.out_height, s.out_width, s.out_channels}, x.scalar_type(), x);
 }
 
-#endif
-
 Tensor narrow_conv_fwd(Tensor x, Tensor weight, int64_t padding) {
     const CudaContext context(x);
-    check_kernels();
-#if GM_WITH_SM90A
     const NarrowConvShape s = conv_shape(x, weight, padding);
+    check_kernels();
     const Tensor y = empty_result(x, s);
     convolve(y, dense_image(x), s, weight, false, {}, false, context);
     return y;
-#endif
 }
 
 Tensor narrow_conv_relu(Tensor x, Tensor weight, Tensor bias, int64_t padding) {
     const CudaContext context(x);
-    check_kernels();
-#if GM_WITH_SM90A
     const NarrowConvShape s = conv_shape(x, weight, padding);
     check_parameter(bias, "bias", {s.out_channels}, x);
+    check_kernels();
     const Tensor y = empty_result(x, s);
     convolve(y, dense_image(x), s, weight, false, bias, true, context);
     return y;
-#endif
 }
 
 std::tuple<Tensor, Tensor> narrow_conv_bwd(Tensor dy, Tensor x, Tensor weight, int64_t padding, bool needs_dx,
                                            bool needs_dweight) {
     const CudaContext context(x);
-    check_kernels();
-#if GM_WITH_SM90A
     const NarrowConvShape s = conv_shape(x, weight, padding);
     check_image(dy, "dy", {s.batch, s.out_height, s.out_width, s.out_channels}, x);
     GM_CHECK(!needs_dx || takes_narrow_conv(s.out_channels, s.in_channels, s.taps), "dx takes C, O and K of 32, 32, 3");
+    check_kernels();
     dy = dense_image(dy);
     Tensor dx = empty_absent(x.scalar_type(), x), dweight = empty_absent(weight.scalar_type(), x);
     if (needs_dx) {
@@ -127,11 +121,12 @@ std::tuple<Tensor, Tensor> narrow_conv_bwd(Tensor dy, Tensor x, Tensor weight, i
         const PartialRows sums = partial_rows(args.plan.blocks, weight.numel(), x);
         args.partials = static_cast<float*>(sums.values.data_ptr());
         const DType dtype = dtype_of(x);
+#if GM_WITH_SM90A
         check_cuda(launch_narrow_conv_weight(args, dtype, context.stream()), "narrow_conv: gradient of the weight");
+#endif
         reduce_rows(sums, 0, 1, {dweight}, dtype, context);
     }
     return {dx, dweight};
-#endif
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ from groupmamba_ext._checks import same_device
 from groupmamba_ext._load import has_sm90a
 from groupmamba_ext.backend import takes_image
 from groupmamba_ext.registry import InferenceOp, Op, call, call_backward, call_inference
-from groupmamba_ext.transforms import watched
+from groupmamba_ext.transforms import jit_traces, watched
 
 NAME = "narrow_conv"
 RELU = "narrow_conv_relu"
@@ -45,8 +45,10 @@ def _why_not(x: Tensor, weight: Tensor, padding: int) -> str | None:
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight.dtype
     if x.dtype not in (torch.float16, torch.bfloat16) or x.dtype != dtype or weight.dtype not in (dtype, torch.float32):
         return f"the image is {x.dtype}, the weight {weight.dtype}: they must be float16 or bfloat16, or autocast to it"
+    if torch.compiler.is_exporting() or jit_traces():
+        return "the program that is traced may run on another GPU"
     if not takes_image(x):
-        return "it is empty, or the backend is another"
+        return "the image is empty, or the compiled ops are not in use"
     return None if has_sm90a(x.device) else "the GPU, or this build, is not of compute capability 9.0"
 
 
@@ -113,4 +115,4 @@ def _backward_flops(dy, x, weight, padding, needs_dx, needs_dweight, *args, out_
 
 
 OP = Op(NAME, _fake, _setup, _backward, _backward_fake, _flops, _backward_flops)
-RELU_OP = InferenceOp(RELU, _relu_fake)
+RELU_OP = InferenceOp(RELU, _relu_fake, lambda x, weight, bias, *args, **kwargs: _flops(x, weight, *args, **kwargs))

@@ -12,6 +12,7 @@ from torch.export import Dim, export
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import groupmamba_ext as ext
+from groupmamba_ext.ops import narrow_conv
 from support.common import fakes_of_cuda, relative_error
 from support.layers import SCANS, VARIANTS, image, make
 from support.scan import inputs
@@ -198,6 +199,23 @@ def test_export_model_for_cuda(options, one_op, grad):
     sizes = [size for node in program.graph.nodes if node.op == "placeholder" for size in node.meta["val"].shape]
     shapes = next(size.node.shape_env for size in sizes if isinstance(size, torch.SymInt))
     assert not [guard.expr for guard in shapes.guards if guard.expr.func is sympy.Ne]
+
+
+@fakes_of_cuda
+@pytest.mark.parametrize("grad", [True, False])
+def test_exported_program_is_for_any_gpu(grad, monkeypatch):
+    """In 16 bits the stem's convolutions have kernels that one kind of GPU runs: not in a program that others load."""
+    monkeypatch.setattr(narrow_conv, "has_sm90a", lambda device: True)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with FakeTensorMode(shape_env=ShapeEnv()), torch.device("cuda"):
+            model, x = small(depths=(1, 1, 1, 1), stem_dim=32).train(grad), torch.empty(2, 3, 64, 96)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.set_grad_enabled(grad):
+        program = exported(model, x, 32)
+    ops = {node.target.name() for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+    assert not [name for name in ops if "narrow_conv" in name] and "groupmamba::token_norm_fwd" in ops
 
 
 # torch.compile(dynamic=True) ---------------------------------------------------------------

@@ -9,11 +9,16 @@ from torch.utils.flop_counter import FlopCounterMode
 import groupmamba_ext as ext
 from groupmamba_ext import _load
 from groupmamba_ext.ops.narrow_conv import narrow_conv, narrow_conv_relu, takes_narrow_conv
-from support.common import padded_channels, relative_error, unaligned
+from support.common import padded_channels, relative_error, skip_without_sm90a, unaligned
 
 HALF = (torch.bfloat16, torch.float16)
 SHAPES = [(32, 3, 1), (16, 4, 0), (32, 3, 0), (32, 3, 2), (16, 4, 3)]  # channels, taps, padding
 SIZES = [(2, 4, 4), (1, 5, 200), (3, 113, 112), (2, 30, 129), (2, 9, 350), (5, 64, 31), (1, 224, 256), (40, 17, 60)]
+
+
+@pytest.fixture(autouse=True)
+def kernels():
+    skip_without_sm90a()
 
 
 def case(batch, height, width, channels, taps, dtype, param=torch.float32, device="cuda"):
@@ -194,6 +199,14 @@ def test_flops_are_those_of_the_convolution():
             function(x, weight, 1).sum().backward()
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] == 3 * 2 * 2 * 9 * 12 * 32 * 32 * 9
+
+
+@pytest.mark.cuda
+def test_flops_of_the_form_for_inference():
+    x, weight = case(2, 9, 12, 32, 3, torch.bfloat16)
+    with FlopCounterMode(display=False) as counter:
+        narrow_conv_relu(x, weight, weight[:, 0, 0, 0], 1)
+    assert counter.get_total_flops() == 2 * 2 * 9 * 12 * 32 * 32 * 9
 
 
 @pytest.mark.cuda

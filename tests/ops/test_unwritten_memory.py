@@ -11,7 +11,7 @@ import groupmamba_ext as ext
 from groupmamba.layers.drop_path import DropPathMask
 from groupmamba_ext.ops.batch_norm_relu import batch_norm_relu
 from groupmamba_ext.ops.narrow_conv import narrow_conv, narrow_conv_relu
-from support.common import group_major, padded_channels
+from support.common import group_major, padded_channels, skip_without_sm90a
 from support.common import run as run_op
 from support.inputs import both, conv_inputs, cross_inputs, feed_forward, modulated_inputs, pool_inputs
 from support.layers import image, make, run
@@ -178,6 +178,7 @@ def test_batch_norm(dtype):
 
 @pytest.mark.parametrize("channels, taps, padding", [(32, 3, 1), (16, 4, 0)])
 def test_narrow_conv(channels, taps, padding):
+    skip_without_sm90a()
     x = image(2, channels, 19, 21, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
     weight = image(32, channels, taps, taps, device="cuda", dtype=torch.bfloat16)
     tensors = {"weight": weight} if channels == 16 else {"x": x, "weight": weight}

@@ -10,6 +10,8 @@ import functools
 import pytest
 import torch
 
+from groupmamba_ext import _load
+
 # Tests of fake tensors on CUDA, which need no GPU, but a torch with CUDA: without it, torch's own views of them raise.
 fakes_of_cuda = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs a torch that is built with CUDA")
 
@@ -19,6 +21,12 @@ MANY_TOKENS = 200
 
 # Below this relative error two results agree to the rounding of the storage dtype, whatever PyTorch itself makes of it.
 FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def skip_without_sm90a() -> None:
+    _load.load_ops()
+    if not _load.has_sm90a(torch.device("cuda", torch.cuda.current_device())):
+        pytest.skip("needs a GPU of compute capability 9.0, and a build for it")
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor, terms: float = 0.0) -> float:

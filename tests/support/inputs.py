@@ -9,9 +9,9 @@ from groupmamba.layers.token_norm import TokenNorm
 CROSS_ORDER = ("u", "dt", "A", "B", "C", "D", "dt_weight", "dt_bias")
 # batch, dim, hidden, height and width that one kernel takes on 9.0 in 16 bits: each of its three widths, tiles that end
 # at the image's edges and beyond them, hidden channels that fill no block
-# The same of the backward alone: batch, channels, hidden channels, height and width.
-ONE_BACKWARD = [(40, 64, 256, (9, 14)), (40, 24, 200, (5, 13)), (70, 40, 128, (6, 25)), (132, 8, 64, (1, 12))]
 ONE_KERNEL = [(16, 64, 512, (28, 31)), (100, 40, 72, (13, 12)), (16, 128, 264, (21, 27)), (48, 192, 200, (13, 14))]
+# The same where the backward alone is one kernel.
+ONE_BACKWARD = [(40, 64, 256, (9, 14)), (40, 24, 200, (5, 13)), (70, 40, 128, (6, 25)), (132, 8, 64, (1, 12))]
 
 
 def conv_inputs(device, dtype=torch.float32, *, batch=2, h=5, w=7, groups=None, channels=16, param=None, bias=True):

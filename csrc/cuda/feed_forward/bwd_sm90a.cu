@@ -51,7 +51,7 @@ struct Layout {
 // What a lane addresses, of channels 0 to 7 (the convolution) and 0 to 15 (the products): those of other channels
 // differ by an exclusive or, as the swizzle has it. In shared memory, since what follows from it would take registers
 // all the time, or instructions at each step.
-struct LaneTable {
+struct alignas(16) LaneTable {
     uint32_t x_outer, x_inner, dy_pixel, result;  // as in ConvBwdLane
     uint32_t outer_channels, inner_channels;
     float in_sum[2];
