@@ -16,6 +16,7 @@
 #include "cuda/batch_norm/args.h"
 #include "cuda/depthwise_conv/plan.h"
 #include "cuda/layer_norm/plan.h"
+#include "cuda/narrow_conv/plan.h"
 #include "cuda/scan/args.h"
 #include "cuda/scan/plan.h"
 #include "kernel_count.h"
@@ -149,6 +150,7 @@ PYBIND11_MODULE(_C, m) {
 
     py::module_ layouts = m.def_submodule("layouts", "Sizes and strides of what the ops allocate; sizes of CUDA.");
     layouts.def("limits", &limits);
+    layouts.def("takes_narrow_conv", &gm::takes_narrow_conv, "in_channels"_a, "out_channels"_a, "taps"_a);
     layouts.def("chunk_tokens", &chunk_of, "dim"_a, "states"_a, "Path tokens between two saved states.");
     layouts.def("saved_states", &saved_states, "height"_a, "width"_a, "dim"_a, "states"_a,
                 "Of a plane, for its backward.");

@@ -19,6 +19,7 @@ FUSED_CHANNELS = 128  # a warp of the CUDA scan holds all channels of a token, 4
 FEED_FORWARD_CHANNELS = 192  # most of a feed-forward network that may be one kernel, in 16 bits
 BATCH_NORM_CHANNELS = 2048  # most of batch_norm_relu
 BIASED_CHANNELS = 512  # most of an image whose bias `token_norm` adds
+NARROW_CONVS = ((32, 32, 3), (16, 32, 4))  # of narrow_conv: channels of x and of the result, taps along a side
 PIXEL_UNIT = 8  # channels: images between the products of a layer have pixels a multiple of this apart
 WORKSPACE_UNIT = 128  # elements: pieces of a workspace start at multiples of this
 CPU_CHUNK = 64  # path tokens whose scan fits L2; the CPU kernels take any number

@@ -10,13 +10,13 @@ from groupmamba_ext import _explain, layouts
 from groupmamba_ext._checks import same_device
 from groupmamba_ext._load import has_sm90a
 from groupmamba_ext.backend import takes_image
+from groupmamba_ext.layouts import NARROW_CONVS
 from groupmamba_ext.registry import InferenceOp, Op, call, call_backward, call_inference
 from groupmamba_ext.transforms import jit_traces, watched
 
 NAME = "narrow_conv"
 RELU = "narrow_conv_relu"
-SHAPES = ((32, 32, 3), (16, 32, 4))  # channels of x and of the result, taps along a side
-BACK = ((32, 32, 3),)  # of those, where x has a gradient
+BACK = tuple((c, o, taps) for c, o, taps in NARROW_CONVS if (o, c, taps) in NARROW_CONVS)  # where x has a gradient
 
 
 def takes_narrow_conv(x: Tensor, weight: Tensor, padding: int) -> bool:
@@ -36,7 +36,7 @@ def takes_narrow_conv(x: Tensor, weight: Tensor, padding: int) -> bool:
 def _why_not(x: Tensor, weight: Tensor, padding: int) -> str | None:
     out, channels, taps, across = weight.shape
     shape = (channels, out, taps)
-    if shape not in SHAPES or taps != across or x.shape[1] != channels:
+    if shape not in NARROW_CONVS or taps != across or x.shape[1] != channels:
         return "there are kernels for 32 to 32 channels by 3 x 3 taps, and for 16 to 32 by 4 x 4"
     if not 0 <= padding < taps or any(n + 2 * padding < taps for n in x.shape[2:]):
         return "the image with its padding is smaller than the kernel, or its padding as wide"

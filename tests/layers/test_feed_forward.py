@@ -11,7 +11,7 @@ from groupmamba.layers import feed_forward as layers_feed_forward
 from groupmamba.layers import token_norm as layers_token_norm
 from groupmamba.layers.token_norm import TokenNorm
 from groupmamba_ext.ops.token_norm import token_norm
-from support.common import FLOOR, relative_error
+from support.common import FLOOR, relative_error, skip_without_sm90a
 from support.inputs import ONE_BACKWARD, ONE_KERNEL, feed_forward
 from support.layers import check_stochastic_depth, check_training_op
 
@@ -137,8 +137,7 @@ def test_feed_forward_is_one_kernel(batch, dim, hidden, shape):
     Parameters in pieces of one buffer, as some optimisers keep them, may begin anywhere.
     """
     # Elsewhere there is no such kernel, and the results are tested above.
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs a GPU of compute capability 9.0")
+    skip_without_sm90a()
     modules = feed_forward(dim, hidden).to("cuda", torch.bfloat16).requires_grad_(False)
     mlp, norm = modules["mlp"], modules["norm"]
     x = torch.randn(batch, *shape, dim, device="cuda", dtype=torch.bfloat16)
@@ -158,8 +157,7 @@ def test_feed_forward_is_one_kernel(batch, dim, hidden, shape):
 @pytest.mark.parametrize("batch, dim, hidden, shape", [ONE_KERNEL[0], *ONE_BACKWARD])
 def test_hidden_gradients_are_one_kernel(batch, dim, hidden, shape):
     """On 9.0 in 16 bits with up to 64 channels, where that pays and TMA can read what comes in."""
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs a GPU of compute capability 9.0")
+    skip_without_sm90a()
     modules = feed_forward(dim, hidden).to("cuda", torch.bfloat16)
     mlp, norm = modules["mlp"], modules["norm"]
     x = torch.randn(batch, *shape, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)

@@ -35,6 +35,11 @@ def test_limits(library):
     }
 
 
+def test_narrow_convolutions(library):
+    sizes = itertools.product((8, 16, 24, 32, 64), (8, 16, 32, 64), (1, 3, 4, 7))
+    assert {size for size in sizes if library.takes_narrow_conv(*size)} == set(layouts.NARROW_CONVS)
+
+
 def test_chunks_and_saved_states(library):
     for dim, states in itertools.product(WIDTHS, (1, 4, 5, 16)):
         chunk = layouts.chunk_tokens(dim, states, "cuda")

@@ -24,6 +24,7 @@ FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.b
 
 
 def skip_without_sm90a() -> None:
+    """For tests of kernels that one kind of GPU runs; on others the same calls go other ways, which other tests try."""
     _load.load_ops()
     if not _load.has_sm90a(torch.device("cuda", torch.cuda.current_device())):
         pytest.skip("needs a GPU of compute capability 9.0, and a build for it")

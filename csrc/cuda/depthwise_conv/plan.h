@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "cuda/common/args.h"
+#include "cuda/common/integers.h"
 #include "cuda/common/tuning.h"
 
 namespace gm {
@@ -15,8 +16,6 @@ namespace gm {
 constexpr int kConvVec = 2;      // channels of a thread: 4 bytes of a 16-bit type, 8 of float
 constexpr int kConvColumns = 4;  // adjacent columns of a thread; they share weights and two neighbours
 constexpr int kConvTaps = 9;
-
-constexpr int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Halves the rows of a strip until there are `wanted` strips in all, down to `least` rows.
 inline int strip_rows(int height, int64_t strips_at_full_height, int64_t wanted, int least) {

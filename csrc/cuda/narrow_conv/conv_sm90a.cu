@@ -9,7 +9,6 @@
 // A block owns a strip of rows, 128 columns wide; each of its two warpgroups has 64 pixels. The sums of row j are block
 // j % kTaps of a product's columns, so which tap belongs to which block goes round with l: the weights lie in shared
 // memory as taps K-1, ..., 0, K-1, ..., 1 (pack.cu), and a product begins at the tap that its first block needs.
-#include "cuda/common/dispatch.h"
 #include "cuda/common/launch_kernel.cuh"
 #include "cuda/common/packed.cuh"
 #include "cuda/narrow_conv/launch.h"
@@ -183,17 +182,9 @@ cudaError_t launch(const NarrowConvArgs& args, DType dtype, cudaStream_t stream)
 bool has_narrow_conv() { return has_tensor_maps() && capability_of_device() == 90; }
 
 cudaError_t launch_narrow_conv(const NarrowConvArgs& args, DType dtype, cudaStream_t stream) {
-    const NarrowConvShape& s = args.shape;
-    const auto is = [&](int in, int out, int taps) {
-        return s.in_channels == in && s.out_channels == out && s.taps == taps;
-    };
-    return dispatch_dtype(dtype, [&](auto tag) {
-        using T = typename decltype(tag)::type;
-        if constexpr (!std::is_same_v<T, float>) {
-            if (is(32, 32, 3)) return launch<T, 32, 32, 3>(args, dtype, stream);
-            if (is(16, 32, 4)) return launch<T, 16, 32, 4>(args, dtype, stream);
-        }
-        return cudaErrorInvalidValue;
+    return dispatch_narrow_conv(dtype, args.shape, [&](auto tag, auto in, auto out, auto taps) {
+        return launch<typename decltype(tag)::type, decltype(in)::value, decltype(out)::value, decltype(taps)::value>(
+            args, dtype, stream);
     });
 }
 

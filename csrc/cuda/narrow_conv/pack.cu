@@ -35,8 +35,8 @@ __global__ void __launch_bounds__(kThreads) narrow_conv_pack_kernel(const __grid
 cudaError_t launch_narrow_conv_pack(const NarrowConvPackArgs& args, DType dtype, cudaStream_t stream) {
     const int64_t count = narrow_conv_packed(args.in_channels, args.out_channels, args.taps);
     return dispatch_dtype(dtype, [&](auto tag) {
-        return launch_kernel(narrow_conv_pack_kernel<typename decltype(tag)::type>, narrow_conv_up(count, kThreads),
-                             kThreads, 0, stream, args);
+        return launch_kernel(narrow_conv_pack_kernel<typename decltype(tag)::type>, div_up(count, kThreads), kThreads,
+                             0, stream, args);
     });
 }
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cuda/common/integers.h"
 #include "cuda/common/tuning.h"
 
 namespace gm {
@@ -15,8 +16,6 @@ constexpr bool takes_narrow_conv(int64_t in_channels, int64_t out_channels, int6
 }
 
 constexpr int kNarrowConvColumns = 128;  // of a tile: two products of 64 pixels
-
-constexpr int64_t narrow_conv_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Elements of a packed weight: the taps of a column of the kernel, and all but the first of them a second time.
 constexpr int64_t narrow_conv_packed(int in_channels, int out_channels, int taps) {
@@ -33,11 +32,11 @@ struct NarrowConvPlan {
 inline NarrowConvPlan narrow_conv_plan(int64_t batch, int height, int width, int taps) {
     constexpr int64_t kOnce = 2, kAtOnce = 2 * tuning::kMultiprocessors;
     NarrowConvPlan plan;
-    plan.columns = static_cast<int>(narrow_conv_up(width, kNarrowConvColumns));
+    plan.columns = static_cast<int>(div_up(width, kNarrowConvColumns));
     int64_t least = INT64_MAX;
     for (int strips = 1; strips <= std::min(height, 256); ++strips) {
-        const int64_t rounds = narrow_conv_up(batch * plan.columns * strips, kAtOnce);
-        const int64_t time = rounds * (narrow_conv_up(height, strips) + taps - 1 + kOnce);
+        const int64_t rounds = div_up(batch * plan.columns * strips, kAtOnce);
+        const int64_t time = rounds * (div_up(height, strips) + taps - 1 + kOnce);
         if (time < least) least = time, plan.strips = strips;
     }
     plan.blocks = batch * plan.columns * plan.strips;
@@ -55,13 +54,13 @@ inline NarrowConvWeightPlan narrow_conv_weight_plan(int64_t batch, int height, i
     NarrowConvWeightPlan plan;
     int64_t least = INT64_MAX;
     for (const int tile : kTiles) {
-        const int64_t columns = narrow_conv_up(width, tile);
+        const int64_t columns = div_up(width, tile);
         if (columns * tile < least) least = columns * tile, plan.tile = tile, plan.columns = static_cast<int>(columns);
     }
     // A block leaves as many sums as the weight has elements: not for fewer than some pairs of rows.
     constexpr int64_t kLeastPairs = 8;
-    const int64_t pairs = batch * plan.columns * narrow_conv_up(height, 2);
-    plan.blocks = static_cast<int>(std::min(narrow_conv_up(pairs, kLeastPairs), tuning::kMultiprocessors));
+    const int64_t pairs = batch * plan.columns * div_up(height, 2);
+    plan.blocks = static_cast<int>(std::min(div_up(pairs, kLeastPairs), tuning::kMultiprocessors));
     return plan;
 }
 

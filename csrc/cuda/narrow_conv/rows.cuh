@@ -3,6 +3,7 @@
 // many bytes as a pixel has. A product may begin at any pixel, which is what the taps of a convolution need.
 #pragma once
 
+#include "cuda/common/dispatch.h"
 #include "cuda/common/math.cuh"
 #include "cuda/common/ptx/mma.cuh"
 #include "cuda/common/ptx/tma.cuh"
@@ -30,5 +31,24 @@ struct Pixels {
         return encode_tensor_map(map, image, dtype, shape, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, kSwizzle);
     }
 };
+
+// From the channels and taps at run time to template arguments: f(type tag, in, out, taps), constants; the
+// convolutions of takes_narrow_conv, not for float.
+template <class F>
+cudaError_t dispatch_narrow_conv(DType dtype, const NarrowConvShape& s, const F& f) {
+    const auto is = [&](int in, int out, int taps) {
+        return s.in_channels == in && s.out_channels == out && s.taps == taps;
+    };
+    return dispatch_dtype(dtype, [&](auto tag) {
+        using std::integral_constant;
+        if constexpr (!std::is_same_v<typename decltype(tag)::type, float>) {
+            if (is(32, 32, 3))
+                return f(tag, integral_constant<int, 32>{}, integral_constant<int, 32>{}, integral_constant<int, 3>{});
+            if (is(16, 32, 4))
+                return f(tag, integral_constant<int, 16>{}, integral_constant<int, 32>{}, integral_constant<int, 4>{});
+        }
+        return cudaErrorInvalidValue;
+    });
+}
 
 }  // namespace gm::narrow_conv

@@ -10,7 +10,6 @@
 // A block goes through steps, a pair of rows each, image after image, and keeps its sums; a pair of rows of x is loaded
 // once and stays for as many steps as it is seen. The first kLead steps of an image, or of a block that begins within
 // one, only load.
-#include "cuda/common/dispatch.h"
 #include "cuda/common/launch_kernel.cuh"
 #include "cuda/narrow_conv/launch.h"
 #include "cuda/narrow_conv/rows.cuh"
@@ -183,17 +182,9 @@ cudaError_t launch(const NarrowConvWeightArgs& args, DType dtype, cudaStream_t s
 }  // namespace
 
 cudaError_t launch_narrow_conv_weight(const NarrowConvWeightArgs& args, DType dtype, cudaStream_t stream) {
-    const NarrowConvShape& s = args.shape;
-    const auto is = [&](int in, int out, int taps) {
-        return s.in_channels == in && s.out_channels == out && s.taps == taps;
-    };
-    return dispatch_dtype(dtype, [&](auto tag) {
-        using T = typename decltype(tag)::type;
-        if constexpr (!std::is_same_v<T, float>) {
-            if (is(32, 32, 3)) return launch<T, 32, 32, 3>(args, dtype, stream);
-            if (is(16, 32, 4)) return launch<T, 16, 32, 4>(args, dtype, stream);
-        }
-        return cudaErrorInvalidValue;
+    return dispatch_narrow_conv(dtype, args.shape, [&](auto tag, auto in, auto out, auto taps) {
+        return launch<typename decltype(tag)::type, decltype(in)::value, decltype(out)::value, decltype(taps)::value>(
+            args, dtype, stream);
     });
 }
 

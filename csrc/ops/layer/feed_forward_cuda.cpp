@@ -72,6 +72,14 @@ struct FeedForward {
     Tensor saved;  // what the backward reads, perhaps nothing
 };
 
+#if GM_WITH_SM90A
+// True where all are aligned as TMA needs it, which reads them in place.
+bool tma_reads(std::initializer_list<const Tensor*> tensors) {
+    return std::all_of(tensors.begin(), tensors.end(),
+                       [](const Tensor* t) { return reinterpret_cast<uintptr_t>(t->data_ptr()) % 16 == 0; });
+}
+#endif
+
 // Why the one kernel does not take x and the parameters, or is not the faster way; null where it does and is.
 const char* why_not_one_kernel(const Tensor& x, const FeedForwardParameters& p, const FeedForwardSizes& s,
                                DType dtype) {
@@ -80,9 +88,8 @@ const char* why_not_one_kernel(const Tensor& x, const FeedForwardParameters& p, 
     const char* const shape = why_not_feed_forward(s.batch, static_cast<int>(s.height), static_cast<int>(s.width),
                                                    static_cast<int>(s.channels), static_cast<int>(s.hidden), dtype);
     if (shape != nullptr) return shape;
-    // TMA reads these in place.
-    for (const Tensor* t : {&p.fc1_weight, &p.fc1_bias, &p.conv_bias, &p.fc2_weight})
-        if (reinterpret_cast<uintptr_t>(t->data_ptr()) % 16 != 0) return "a parameter is not aligned to 16 bytes";
+    if (!tma_reads({&p.fc1_weight, &p.fc1_bias, &p.conv_bias, &p.fc2_weight}))
+        return "a parameter is not aligned to 16 bytes";
     if (!is_canonical_image(x)) return "no one stride walks the pixels of x";
     const ImageArg image = image_arg(x);
     if (!allows_vectors(image, static_cast<int64_t>(x.element_size()), 8) || image.token <= 0 ||
@@ -139,9 +146,7 @@ const char* why_not_one_backward(const FeedForwardSizes& s, DType dtype, bool fl
     if (const char* const why_not = why_not_conv_sm90(plan, dtype)) return why_not;
     if (plan.octets != kConvSm90Warps) return "blocks of 64 hidden channels would fill badly";
     if (dtype == DType::kHalf && float_taps) return "weights are float32, as padded ones are, beside images of float16";
-    for (const Tensor* t : read_by_tma)
-        if (reinterpret_cast<uintptr_t>(t->data_ptr()) % 16 != 0)
-            return "dout or a parameter is not aligned to 16 bytes";
+    if (!tma_reads(read_by_tma)) return "dout or a parameter is not aligned to 16 bytes";
     return has_feed_forward_sm90a() ? nullptr : "the GPU is not of compute capability 9.0";
 #else
     static_cast<void>(s), static_cast<void>(dtype), static_cast<void>(float_taps), static_cast<void>(read_by_tma);

@@ -19,14 +19,6 @@ __device__ __forceinline__ uint32_t panel_offset(int row, int chunk) {
     return static_cast<uint32_t>(row * kPanelRow + ((chunk ^ row) & 7) * 16);
 }
 
-// The descriptor of a panel as a factor of wgmma, K along its rows; 8 rows are 1024 bytes. The next 16 elements along
-// K begin 32 bytes, 2 units, further on.
-__device__ __forceinline__ uint64_t panel_descriptor(uint32_t address) {
-    constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kRowsApart = uint64_t{1024 >> 4} << 32,
-                       kLeading = uint64_t{1} << 16;
-    return kSwizzle128 | kRowsApart | kLeading | ((address & 0x3ffff) >> 4);
-}
-
 // Rows of 32, 64 or 128 bytes side by side in shared memory, as TMA leaves them with the swizzle of that width (chunks
 // of 16 bytes exchanged by bits of their address, so any row may be a factor's first). `leading` and `stride` in bytes:
 // K along the rows: any, and 8 rows; K across the rows: from one set of columns, as wide as a row, to the next, and 8
@@ -37,6 +29,11 @@ __device__ __forceinline__ uint64_t rows_descriptor(uint32_t address, uint32_t l
     static_assert(kRowBytes == 128 || kRowBytes == 64 || kRowBytes == 32);
     return kSwizzle << 62 | uint64_t{8 * kRowBytes >> 4} << 32 | uint64_t{leading >> 4} << 16 |
            ((address & 0x3ffff) >> 4);
+}
+
+// The same of a panel, K along its rows. The next 16 elements along K begin 32 bytes, 2 units, further on.
+__device__ __forceinline__ uint64_t panel_descriptor(uint32_t address) {
+    return rows_descriptor<kPanelRow>(address, 16);
 }
 
 // Planes of 16-byte chunks without a swizzle: in bytes, how far the next chunk is along K; 8 rows are 128 bytes.
@@ -54,7 +51,7 @@ __device__ __forceinline__ void wgmma_wait() {
 // The same; `ready` are then the results of a group that is.
 template <int kPending, int kCount>
 __device__ __forceinline__ void wgmma_wait(float (&ready)[kCount]) {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+    wgmma_wait<kPending>();
 #pragma unroll
     for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(ready[i])::"memory");
 }
