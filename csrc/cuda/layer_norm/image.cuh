@@ -2,13 +2,14 @@
 // How a thread of the LayerNorm kernels reads and writes its token of an image, step after step.
 //
 // Cursor takes any image: it has both aligned and single-element accesses, behind a branch, and offsets in shared
-// memory. The other cursors are for launches whose images all allow them (is_direct): with short code and cheap
+// memory. The other cursors are for launches whose images all allow them (access_of): with short code and cheap
 // addresses there are registers left for the loads of the next step. All of them give the kernels the same values, bit
 // for bit.
 #pragma once
 
 #include <cstdlib>
 
+#include "cuda/common/ptx/memory.cuh"
 #include "cuda/layer_norm/tile.cuh"
 
 namespace gm {
@@ -35,9 +36,9 @@ __device__ __forceinline__ int anew(int x) {
     return x;
 }
 
-template <class T, int kVecs>
+template <class T, class Tile>
 struct Cursor {
-    using Tile = RowTile<kVecs>;
+    static constexpr int kVecs = Tile::kVectors;
     using Element = std::remove_const_t<T>;
     using Stored = Packed<Element, kVec>[kVecs];
 
@@ -59,7 +60,7 @@ struct Cursor {
     }
     // For an image with the layout of `other`'s, `distance` elements behind it.
     template <class Other>
-    __device__ Cursor(const Cursor<Other, kVecs>& other, int64_t distance)
+    __device__ Cursor(const Cursor<Other, Tile>& other, int64_t distance)
         : p(const_cast<T*>(other.p) + distance),
           step(other.step),
           offsets(other.offsets),
@@ -67,7 +68,7 @@ struct Cursor {
           pads(other.pads) {}
     __device__ __forceinline__ void advance() { p += step; }
     __device__ __forceinline__ T* at(const Tile& tile, int v) const {
-        return p + offsets.of[v * tile.lanes + tile.lane];
+        return p + offsets.of[v * tile.lanes() + tile.lane];
     }
 
     // The thread's token as it is stored, 0 where there is none. `left` tokens of the strip are still to come.
@@ -113,9 +114,9 @@ struct Cursor {
 
 // An aligned image. Its vectors are as far apart as their slots, except for the gap between two groups: the difference
 // between the stride of the groups and their slots.
-template <class T, int kVecs>
+template <class T, class Tile>
 struct AlignedCursor {
-    using Tile = RowTile<kVecs>;
+    static constexpr int kVecs = Tile::kVectors;
     using Element = std::remove_const_t<T>;
     using Stored = Packed<Element, kVec>[kVecs];
 
@@ -132,15 +133,18 @@ struct AlignedCursor {
           gap(static_cast<int>((image.group - s.group_width) * static_cast<int64_t>(sizeof(T)))),
           pads(image.width - s.group_dim) {}
     template <class Other>
-    __device__ AlignedCursor(const AlignedCursor<Other, kVecs>& other, int64_t distance)
+    __device__ AlignedCursor(const AlignedCursor<Other, Tile>& other, int64_t distance)
         : p(const_cast<T*>(other.p) + distance), step(other.step), gap(other.gap), pads(other.pads) {}
     __device__ __forceinline__ void advance() { p += step; }
     __device__ __forceinline__ T* at(const Tile& tile, int v) const {
-        using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
-        auto* first = reinterpret_cast<Byte*>(p) + static_cast<int64_t>(anew(tile.group[v])) * gap;
         // unsigned: the upper half is then a constant and not a register
         constexpr unsigned kBytes = kVec * sizeof(T);
-        return reinterpret_cast<T*>(first + static_cast<unsigned>(v * tile.lanes) * kBytes);
+        using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+        const int group = anew(tile.group[v]);
+        // The compiler multiplies by five instructions; the one takes a register more, which wider rows do not have.
+        const int64_t gaps = Tile::kLaneCount > 0 ? multiply_wide(group, gap) : static_cast<int64_t>(group) * gap;
+        auto* const first = reinterpret_cast<Byte*>(p) + gaps;
+        return reinterpret_cast<T*>(first + static_cast<unsigned>(v * tile.lanes()) * kBytes);
     }
 
     __device__ __forceinline__ void load(const Tile& tile, int left, Stored& out) const {
@@ -166,11 +170,11 @@ struct AlignedCursor {
 // start in the middle of a 32-bit word: 87 channels a group, in pixels without padding between the groups. It moves
 // whole words and shifts them into place in registers. A word that holds a wanted element is within the pixel, whose
 // channels are a whole number of words.
-template <class T, int kVecs>
-struct RowCursor : AlignedCursor<T, kVecs> {
-    using Base = AlignedCursor<T, kVecs>;
+template <class T, class Tile>
+struct RowCursor : AlignedCursor<T, Tile> {
+    using Base = AlignedCursor<T, Tile>;
+    using Base::kVecs;
     using typename Base::Element;
-    using typename Base::Tile;
     static_assert(sizeof(T) == 2, "two elements a word");
     struct Words {
         uint32_t w[3];  // four elements that start in the upper half of a word reach into a third word
@@ -226,7 +230,7 @@ struct RowCursor : AlignedCursor<T, kVecs> {
     template <class F>
     __device__ __forceinline__ void store(const Tile& tile, const F& value) const {
         if (aligned) return Base::store(tile, value);
-        const int before = (tile.lane - 1) & (tile.lanes - 1);
+        const int before = (tile.lane - 1) & (tile.lanes() - 1);
         uint32_t wrapped = 0;  // from the last lane's previous vector, which precedes the first lane's
 #pragma unroll
         for (int v = 0; v < kVecs; ++v) {
@@ -237,7 +241,7 @@ struct RowCursor : AlignedCursor<T, kVecs> {
             for (int j = 0; j < kVec; ++j) elements[j] = from_float<Element>(x[j]);
             uint32_t words[2];
             memcpy(words, elements, sizeof(words));
-            const uint32_t passed = __shfl_sync(kFullWarp, words[1], before, tile.lanes);
+            const uint32_t passed = __shfl_sync(kFullWarp, words[1], before, tile.lanes());
             const uint32_t previous = tile.lane > 0 ? passed : wrapped;
             wrapped = passed;
             T* const vector = this->at(tile, v);
@@ -260,20 +264,21 @@ private:
 };
 
 // The cursors of a kernel: for images that may have the layout of the residual stream's pixels, and for the others.
-template <class T, int kVecs, bool kAligned>
-using GroupCursor = std::conditional_t<kAligned, AlignedCursor<T, kVecs>, Cursor<T, kVecs>>;
-template <class T, int kVecs, bool kAligned>
+template <class T, class Tile, NormAccess kAccess>
+using GroupCursor = std::conditional_t<kAccess == NormAccess::kAny, Cursor<T, Tile>, AlignedCursor<T, Tile>>;
+template <class T, class Tile, NormAccess kAccess>
 using PixelCursor =
-    std::conditional_t<kAligned && sizeof(T) == 2, RowCursor<T, kVecs>, GroupCursor<T, kVecs, kAligned>>;
+    std::conditional_t<kAccess == NormAccess::kWords, RowCursor<T, Tile>, GroupCursor<T, Tile, kAccess>>;
 
-// True where an AlignedCursor or, for a pixel image, a PixelCursor of an aligned kernel takes the image.
+// What an image allows. `pixels`: it is one that a PixelCursor goes through.
 template <class T>
-bool is_direct(const NormShape& s, const NormImage& image, bool pixels = false) {
-    if (image.ptr == nullptr) return true;
-    if (std::abs(image.group - s.group_width) > INT32_MAX / static_cast<int64_t>(sizeof(T))) return false;
+NormAccess access_of(const NormShape& s, const NormImage& image, bool pixels = false) {
+    if (image.ptr == nullptr) return NormAccess::kAligned;
+    if (std::abs(image.group - s.group_width) > INT32_MAX / static_cast<int64_t>(sizeof(T))) return NormAccess::kAny;
+    if (image.aligned) return NormAccess::kAligned;
     const bool words = s.dim % 2 == 0 && image.batch % 2 == 0 && image.token % 2 == 0 &&
                        reinterpret_cast<uintptr_t>(image.ptr) % 4 == 0;
-    return image.aligned || (pixels && sizeof(T) == 2 && words);
+    return pixels && sizeof(T) == 2 && words ? NormAccess::kWords : NormAccess::kAny;
 }
 
 }  // namespace gm

@@ -27,15 +27,15 @@ struct PartialRow {
           dgate(dscale + 1) {}
 };
 
-// kAligned: an AlignedCursor takes every image. Loads are then one step ahead, and the first come before the table.
-template <class T, int kVecs, bool kAligned>
-__global__ void __launch_bounds__(kNormThreads, fitted_blocks(NormPass::kBackward, kVecs))
+// Unless an image may be any, loads are one step ahead, and the first come before the table.
+template <class T, class Tile, NormAccess kAccess>
+__global__ void __launch_bounds__(kNormThreads, fitted_blocks(NormPass::kBackward, Tile::kVectors))
     modulated_layer_norm_bwd_kernel(const __grid_constant__ ModulatedBwdArgs args) {
     begin_kernel();
-    using Tile = RowTile<kVecs>;
+    constexpr int kVecs = Tile::kVectors;
     enum { kModulation, kWeight, kBias };
-    constexpr bool kAhead =
-        kAligned && sizeof(T) == 2;  // with float, the data of a step would take the registers of the sums
+    constexpr bool kAhead = kAccess != NormAccess::kAny &&
+                            sizeof(T) == 2;  // with float, the data of a step would take the registers of the sums
     __shared__ SlotRows<3, Tile::kWidth> table;
     __shared__ VectorOffsets<kVecs> dy_offsets, o_offsets, x_offsets, d_o_offsets, dx_offsets;
     __shared__ alignas(16) float sums[kNormWarps][Tile::kWidth];
@@ -43,9 +43,9 @@ __global__ void __launch_bounds__(kNormThreads, fitted_blocks(NormPass::kBackwar
     const Strip strip(s, args.plan);
     Tile tile(s, args.plan);
     const float scale = load_param<T>(args.scale, 0);
-    GroupCursor<const T, kVecs, kAligned> o_in(args.o, s, strip, tile, o_offsets),
+    GroupCursor<const T, Tile, kAccess> o_in(args.o, s, strip, tile, o_offsets),
         x_in(args.x, s, strip, tile, x_offsets), dy_in(args.dy, s, strip, tile, dy_offsets);
-    GroupCursor<T, kVecs, kAligned> d_o_out(args.d_o, s, strip, tile, d_o_offsets),
+    GroupCursor<T, Tile, kAccess> d_o_out(args.d_o, s, strip, tile, d_o_offsets),
         dx_out(args.dx, s, strip, tile, dx_offsets);
     typename decltype(x_in)::Stored o_stored, x_stored, dy_stored, o_next, x_next;
     const auto load = [&](int left, auto& o, auto& x) {
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kNormThreads, fitted_blocks(NormPass::kBackwar
         const float inverse_std = tile.normalise(s.eps, normed);
         if (args.y != nullptr) {  // dy_in is one step ahead
             const int64_t distance = static_cast<T*>(args.y) - static_cast<const T*>(args.dy.ptr);
-            const GroupCursor<T, kVecs, kAligned> y_out(dy_in, distance - dy_in.step);
+            const GroupCursor<T, Tile, kAccess> y_out(dy_in, distance - dy_in.step);
             y_out.store(tile, [&](int v, float(&y)[kVec]) {
                 float weight[kVec], bias[kVec];
                 table.get(kWeight, tile.slot(v), weight);
@@ -209,11 +209,12 @@ cudaError_t launch_modulated_layer_norm_bwd(const ModulatedBwdArgs& args, DType 
     return dispatch_dtype(dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
         const NormShape& s = args.shape;
-        const bool direct = is_direct<T>(s, args.o) && is_direct<T>(s, args.x) && is_direct<T>(s, args.dy) &&
-                            is_direct<T>(s, args.d_o) && is_direct<T>(s, args.dx);
-        return dispatch_rows<T, kRowVecs>(args.plan, s, direct, [&](auto vecs, auto aligned) {
+        const NormAccess access = std::min({access_of<T>(s, args.o), access_of<T>(s, args.x), access_of<T>(s, args.dy),
+                                            access_of<T>(s, args.d_o), access_of<T>(s, args.dx)});
+        return dispatch_rows<T, false, kRowVecs>(args.plan, s, access, [&](auto tag, auto access) {
+            using Tile = typename decltype(tag)::type;
             auto* kernel = modulated_layer_norm_bwd_wide_kernel<T>;
-            if constexpr (vecs.value > 0) kernel = modulated_layer_norm_bwd_kernel<T, vecs.value, aligned.value>;
+            if constexpr (!std::is_void_v<Tile>) kernel = modulated_layer_norm_bwd_kernel<T, Tile, access.value>;
             return launch_kernel(kernel, blocks, kNormThreads, 0, stream, args);
         });
     });

@@ -10,12 +10,13 @@
 namespace gm {
 namespace {
 
-// kAligned: an AlignedCursor takes every image. Loads are then one step ahead, and the first come before the table.
-template <class T, int kVecs, bool kAligned>
-__global__ void __launch_bounds__(kNormThreads, fitted_blocks(NormPass::kForward, kVecs))
+// Unless an image may be any, loads are one step ahead, and the first come before the table.
+template <class T, class Tile, NormAccess kAccess>
+__global__ void __launch_bounds__(kNormThreads, fitted_blocks(NormPass::kForward, Tile::kVectors))
     modulated_layer_norm_fwd_kernel(const __grid_constant__ ModulatedFwdArgs args) {
     begin_kernel();
-    using Tile = RowTile<kVecs>;
+    constexpr int kVecs = Tile::kVectors;
+    constexpr bool kAhead = kAccess != NormAccess::kAny;
     enum { kModulation, kWeight, kBias };
     __shared__ SlotRows<3, Tile::kWidth> table;
     __shared__ VectorOffsets<kVecs> o_offsets, x_offsets, y_offsets;
@@ -23,16 +24,16 @@ __global__ void __launch_bounds__(kNormThreads, fitted_blocks(NormPass::kForward
     const Strip strip(s, args.plan);
     Tile tile(s, args.plan);
     const float scale = load_param<T>(args.scale, 0);
-    GroupCursor<const T, kVecs, kAligned> o_in(args.o, s, strip, tile, o_offsets),
+    GroupCursor<const T, Tile, kAccess> o_in(args.o, s, strip, tile, o_offsets),
         x_in(args.x, s, strip, tile, x_offsets);
-    GroupCursor<T, kVecs, kAligned> y_out(args.y, s, strip, tile, y_offsets);
+    GroupCursor<T, Tile, kAccess> y_out(args.y, s, strip, tile, y_offsets);
     typename decltype(x_in)::Stored o_stored, x_stored;
     const auto load = [&](int left) {
         o_in.load(tile, left, o_stored);
         x_in.load(tile, left, x_stored);
         o_in.advance(), x_in.advance();
     };
-    if (kAligned) load(strip.end - strip.first);
+    if (kAhead) load(strip.end - strip.first);
     table.fill_at_once(s, args.plan, [&](int c, float(&row)[3]) {
         row[kModulation] = scale * load_param_or<T>(args.gate, strip.batch * s.dim + c, 1.f);
         const float kept = keeps_branch(args.drop_path, strip.batch) ? 1.f : 0.f;
@@ -44,7 +45,7 @@ __global__ void __launch_bounds__(kNormThreads, fitted_blocks(NormPass::kForward
     for (int left = strip.end - strip.first; left > 0; left -= args.plan.step) {
         typename Tile::Values x;
         tile.step(left);
-        if (!kAligned) load(left);
+        if (!kAhead) load(left);
 #pragma unroll
         for (int v = 0; v < kVecs; ++v) {
             float factor[kVec], o[kVec];
@@ -54,7 +55,7 @@ __global__ void __launch_bounds__(kNormThreads, fitted_blocks(NormPass::kForward
 #pragma unroll
             for (int j = 0; j < kVec; ++j) x[v][j] = __fmul_rn(x[v][j], o[j] * factor[j]);
         }
-        if (kAligned) load(left - args.plan.step);
+        if (kAhead) load(left - args.plan.step);
         tile.normalise(s.eps, x);
         y_out.store(tile, [&](int v, float(&y)[kVec]) {
             float weight[kVec], bias[kVec];
@@ -105,10 +106,11 @@ cudaError_t launch_modulated_layer_norm_fwd(const ModulatedFwdArgs& args, DType 
     return dispatch_dtype(dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
         const NormShape& s = args.shape;
-        const bool direct = is_direct<T>(s, args.o) && is_direct<T>(s, args.x) && is_direct<T>(s, args.y);
-        return dispatch_rows<T>(args.plan, s, direct, [&](auto vecs, auto aligned) {
+        const NormAccess access = std::min({access_of<T>(s, args.o), access_of<T>(s, args.x), access_of<T>(s, args.y)});
+        return dispatch_rows<T>(args.plan, s, access, [&](auto tag, auto access) {
+            using Tile = typename decltype(tag)::type;
             auto* kernel = modulated_layer_norm_fwd_wide_kernel<T>;
-            if constexpr (vecs.value > 0) kernel = modulated_layer_norm_fwd_kernel<T, vecs.value, aligned.value>;
+            if constexpr (!std::is_void_v<Tile>) kernel = modulated_layer_norm_fwd_kernel<T, Tile, access.value>;
             return launch_kernel(kernel, blocks, kNormThreads, 0, stream, args);
         });
     });

@@ -28,13 +28,13 @@ __device__ __forceinline__ void clear_inter_block_state(const PoolFwdArgs& args)
         args.inter_block_state[i] = __uint_as_float(kNotReady);
 }
 
-// kAligned: the cursors of aligned kernels take every image. Loads are then one step ahead, and the first come before
-// the tables.
-template <class T, int kVecs, bool kAligned>
-__global__ void __launch_bounds__(kNormThreads, fitted_blocks(NormPass::kForward, kVecs))
+// Unless an image may be any, loads are one step ahead, and the first come before the tables.
+template <class T, class Tile, NormAccess kAccess>
+__global__ void __launch_bounds__(kNormThreads, fitted_blocks(NormPass::kForward, Tile::kVectors))
     layer_norm_pool_fwd_kernel(const __grid_constant__ PoolFwdArgs args) {
     begin_kernel();
-    using Tile = RowTile<kVecs>;
+    constexpr int kVecs = Tile::kVectors;
+    constexpr bool kAhead = kAccess != NormAccess::kAny;
     enum { kWeight, kBias, kAdded };  // kAdded: to sum, or to x
     __shared__ SlotRows<3, Tile::kWidth> table;
     __shared__ alignas(16) float sums[kNormWarps][Tile::kWidth];
@@ -43,15 +43,15 @@ __global__ void __launch_bounds__(kNormThreads, fitted_blocks(NormPass::kForward
     const Strip strip(s, args.plan);
     Tile tile(s, args.plan);
     const bool add = args.sum.ptr != nullptr, biased = kVecs <= kRowVecs && args.x_bias.ptr != nullptr;
-    PixelCursor<const T, kVecs, kAligned> x_in(args.x, s, strip, tile, x_offsets);
-    GroupCursor<T, kVecs, kAligned> xn_out(args.xn, s, strip, tile, xn_offsets);
-    PixelCursor<T, kVecs, kAligned> sum_out(args.sum, s, strip, tile, sum_offsets);
+    PixelCursor<const T, Tile, kAccess> x_in(args.x, s, strip, tile, x_offsets);
+    GroupCursor<T, Tile, kAccess> xn_out(args.xn, s, strip, tile, xn_offsets);
+    PixelCursor<T, Tile, kAccess> sum_out(args.sum, s, strip, tile, sum_offsets);
     typename decltype(x_in)::Stored stored;
     const auto load = [&](int left) {
         x_in.load(tile, left, stored);
         x_in.advance();
     };
-    if (kAligned) load(strip.end - strip.first);
+    if (kAhead) load(strip.end - strip.first);
     table.fill_at_once(s, args.plan, [&](int c, float(&row)[3]) {
         row[kWeight] = load_param<T>(args.weight, c);
         row[kBias] = load_param<T>(args.bias, c);
@@ -66,10 +66,10 @@ __global__ void __launch_bounds__(kNormThreads, fitted_blocks(NormPass::kForward
     for (int left = strip.end - strip.first; left > 0; left -= args.plan.step) {
         typename Tile::Values x;
         tile.step(left);
-        if (!kAligned) load(left);
+        if (!kAhead) load(left);
 #pragma unroll
         for (int v = 0; v < kVecs; ++v) x_in.widen(tile, v, stored, x[v]);
-        if (kAligned) load(left - args.plan.step);
+        if (kAhead) load(left - args.plan.step);
         if (biased) {
 #pragma unroll
             for (int v = 0; v < kVecs; ++v) {
@@ -109,14 +109,14 @@ __global__ void __launch_bounds__(kNormThreads, fitted_blocks(NormPass::kForward
 }
 
 // kBiased: there is x_bias, and so neither xn nor dx_more. (As a branch at run time it would spill.)
-template <class T, int kVecs, bool kAligned, bool kBiased>
-__global__ void __launch_bounds__(kNormThreads, fitted_blocks(NormPass::kBackward, kVecs))
+template <class T, class Tile, NormAccess kAccess, bool kBiased>
+__global__ void __launch_bounds__(kNormThreads, fitted_blocks(NormPass::kBackward, Tile::kVectors))
     layer_norm_pool_bwd_kernel(const __grid_constant__ PoolBwdArgs args) {
     begin_kernel();
-    using Tile = RowTile<kVecs>;
+    constexpr int kVecs = Tile::kVectors;
     enum { kWeight, kBias, kPooled };
-    constexpr bool kAhead =
-        kAligned && sizeof(T) == 2;  // with float, the data of a step would take the registers of the sums
+    constexpr bool kAhead = kAccess != NormAccess::kAny &&
+                            sizeof(T) == 2;  // with float, the data of a step would take the registers of the sums
     __shared__ SlotRows<3, Tile::kWidth> table;
     __shared__ alignas(16) float sums[kNormWarps][Tile::kWidth];
     __shared__ VectorOffsets<kVecs> x_offsets, dxn_offsets, more_offsets, dx_offsets, dx_more_offsets;
@@ -124,11 +124,11 @@ __global__ void __launch_bounds__(kNormThreads, fitted_blocks(NormPass::kBackwar
     const Strip strip(s, args.plan);
     Tile tile(s, args.plan);
     const float inverse_tokens = 1.f / s.tokens;
-    PixelCursor<const T, kVecs, kAligned> x_in(args.x, s, strip, tile, x_offsets),
+    PixelCursor<const T, Tile, kAccess> x_in(args.x, s, strip, tile, x_offsets),
         dx_more_in(args.dx_more, s, strip, tile, dx_more_offsets);
-    GroupCursor<const T, kVecs, kAligned> dxn_in(args.dxn, s, strip, tile, dxn_offsets),
+    GroupCursor<const T, Tile, kAccess> dxn_in(args.dxn, s, strip, tile, dxn_offsets),
         more_in(args.dxn_more, s, strip, tile, more_offsets);
-    PixelCursor<T, kVecs, kAligned> dx_out(args.dx, s, strip, tile, dx_offsets);
+    PixelCursor<T, Tile, kAccess> dx_out(args.dx, s, strip, tile, dx_offsets);
     const bool more = args.dxn_more.ptr != nullptr, dx_more = !kBiased && args.dx_more.ptr != nullptr;
     typename decltype(x_in)::Stored x_stored, dx_more_stored = {};
     typename decltype(dxn_in)::Stored dxn_stored, more_stored = {};
@@ -170,11 +170,13 @@ __global__ void __launch_bounds__(kNormThreads, fitted_blocks(NormPass::kBackwar
                 for (int j = 0; j < kVec; ++j) normed[v][j] += added[j];
             }
         }
+        constexpr bool kAtOnce = kAccess == NormAccess::kAligned && kVecs < kRowVecs;  // where registers allow it
+        if (kAhead && kAtOnce) load(left - args.plan.step);
         const float inverse_std = tile.normalise(s.eps, normed);
-        if (kAhead) load(left - args.plan.step);
+        if (kAhead && !kAtOnce) load(left - args.plan.step);
         if (!kBiased && writes_xn(kVecs) && args.xn != nullptr) {  // dxn_in is one or two steps ahead
             const int64_t ahead = (kAhead ? 2 : 1) * dxn_in.step;
-            const GroupCursor<T, kVecs, kAligned> xn_out(
+            const GroupCursor<T, Tile, kAccess> xn_out(
                 dxn_in, static_cast<T*>(args.xn) - static_cast<const T*>(args.dxn.ptr) - ahead);
             xn_out.store(tile, [&](int v, float(&xn)[kVec]) {
                 float weight[kVec], bias[kVec];
@@ -314,11 +316,12 @@ cudaError_t launch_layer_norm_pool_fwd(const PoolFwdArgs& args, DType dtype, cud
     return dispatch_dtype(dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
         const NormShape& s = args.shape;
-        const bool direct =
-            is_direct<T>(s, args.x, true) && is_direct<T>(s, args.xn) && is_direct<T>(s, args.sum, true);
-        return dispatch_rows<T>(args.plan, s, direct, [&](auto vecs, auto aligned) {
+        const NormAccess access =
+            std::min({access_of<T>(s, args.x, true), access_of<T>(s, args.xn), access_of<T>(s, args.sum, true)});
+        return dispatch_rows<T, true>(args.plan, s, access, [&](auto tag, auto access) {
+            using Tile = typename decltype(tag)::type;
             auto* kernel = layer_norm_pool_fwd_wide_kernel<T>;
-            if constexpr (vecs.value > 0) kernel = layer_norm_pool_fwd_kernel<T, vecs.value, aligned.value>;
+            if constexpr (!std::is_void_v<Tile>) kernel = layer_norm_pool_fwd_kernel<T, Tile, access.value>;
             return launch_kernel(kernel, blocks, kNormThreads, 0, stream, args);
         });
     });
@@ -329,14 +332,17 @@ cudaError_t launch_layer_norm_pool_bwd(const PoolBwdArgs& args, DType dtype, cud
     return dispatch_dtype(dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
         const NormShape& s = args.shape;
-        const bool direct = is_direct<T>(s, args.x, true) && is_direct<T>(s, args.dxn) &&
-                            is_direct<T>(s, args.dxn_more) && is_direct<T>(s, args.dx, true) &&
-                            is_direct<T>(s, args.dx_more, true);
-        return dispatch_rows<T>(args.plan, s, direct, [&](auto vecs, auto aligned) {
+        const NormAccess access =
+            std::min({access_of<T>(s, args.x, true), access_of<T>(s, args.dxn), access_of<T>(s, args.dxn_more),
+                      access_of<T>(s, args.dx, true), access_of<T>(s, args.dx_more, true)});
+        return dispatch_rows<T, true>(args.plan, s, access, [&](auto tag, auto access) {
+            using Tile = typename decltype(tag)::type;
             auto* kernel = layer_norm_pool_bwd_wide_kernel<T>;
-            if constexpr (vecs.value > 0) kernel = layer_norm_pool_bwd_kernel<T, vecs.value, aligned.value, false>;
-            if constexpr (vecs.value > 0 && sums_dx_more(vecs.value))
-                if (args.x_bias.ptr != nullptr) kernel = layer_norm_pool_bwd_kernel<T, vecs.value, aligned.value, true>;
+            if constexpr (!std::is_void_v<Tile>) {
+                kernel = layer_norm_pool_bwd_kernel<T, Tile, access.value, false>;
+                if constexpr (sums_dx_more(Tile::kVectors))
+                    if (args.x_bias.ptr != nullptr) kernel = layer_norm_pool_bwd_kernel<T, Tile, access.value, true>;
+            }
             return launch_kernel(kernel, blocks, kNormThreads, 0, stream, args);
         });
     });

@@ -7,6 +7,7 @@
 
 #include <climits>
 
+#include "cuda/common/dispatch.h"
 #include "cuda/common/packed.cuh"
 #include "cuda/layer_norm/args.h"
 #include "cuda/layer_norm/plan.h"
@@ -38,14 +39,16 @@ struct Strip {
     }
 };
 
-// A thread's token and channels: `lanes` neighbouring threads share a token, kVecs vectors of 4 slots each.
-template <int kVecs>
+// A thread's token and channels: `lanes` neighbouring threads share a token, kVecs vectors of 4 slots each. kLanes:
+// their number where the kernel knows it, else 0. A kernel that does has fewer addresses to compute, and sums over the
+// lanes without a loop.
+template <int kVecs, int kLanes>
 struct RowTile {
-    static constexpr int kVectors = kVecs;
+    static constexpr int kVectors = kVecs, kLaneCount = kLanes;
     static constexpr int kWidth = kVecs * 32 * kVec;  // at least the slots of a token
     using Values = float[kVecs][kVec];
 
-    int slots, lanes, lane, row, rows, group_dim, group_width;
+    int slots, plan_lanes, lane, row, rows, group_dim, group_width;
     float inverse_dim;
     int group[kVecs];     // the group of a vector; 0 where there is none
     int channels[kVecs];  // channels of its group from the vector on; 0 or less where there are none or no vector
@@ -53,9 +56,9 @@ struct RowTile {
 
     __device__ RowTile(const NormShape& s, const NormPlan& plan)
         : slots(s.groups * s.group_width),
-          lanes(plan.lanes),
-          lane(threadIdx.x & (lanes - 1)),
-          row(threadIdx.x / lanes),
+          plan_lanes(plan.lanes),
+          lane(threadIdx.x & (lanes() - 1)),
+          row(threadIdx.x / lanes()),
           rows(plan.step),
           group_dim(s.group_dim),
           group_width(s.group_width),
@@ -66,7 +69,8 @@ struct RowTile {
             channels[v] = slot(v) < slots ? group_dim - slot(v) % group_width : INT_MIN / 2;
         }
     }
-    __device__ __forceinline__ int slot(int v) const { return (v * lanes + lane) * kVec; }
+    __device__ __forceinline__ int lanes() const { return kLanes > 0 ? kLanes : plan_lanes; }
+    __device__ __forceinline__ int slot(int v) const { return (v * lanes() + lane) * kVec; }
     __device__ __forceinline__ bool is_channel(int v, int j) const { return channels[v] > j; }
 
     // `left` tokens of the strip are still to come.
@@ -75,7 +79,8 @@ struct RowTile {
     // Sums over the lanes that share a token; all of them get the sums.
     template <int kCount>
     __device__ __forceinline__ void lane_sums(float (&x)[kCount]) const {
-        for (int d = lanes >> 1; d > 0; d >>= 1)
+#pragma unroll(kLanes > 0 ? 5 : 1)
+        for (int d = lanes() >> 1; d > 0; d >>= 1)
 #pragma unroll
             for (int i = 0; i < kCount; ++i) x[i] += __shfl_xor_sync(kFullWarp, x[i], d);
     }
@@ -131,13 +136,13 @@ struct RowTile {
     // Sums of one value for each channel over the block's tokens: `store(channel, slot, sum)`.
     template <class Store>
     __device__ void block_sums(Values& sums, float (*shared)[kWidth], const Store& store) const {
-        for (int d = lanes; d < 32; d <<= 1)
+        for (int d = lanes(); d < 32; d <<= 1)
 #pragma unroll
             for (int v = 0; v < kVecs; ++v)
 #pragma unroll
                 for (int j = 0; j < kVec; ++j) sums[v][j] += __shfl_xor_sync(kFullWarp, sums[v][j], d);
         __syncthreads();
-        if ((threadIdx.x & 31) < lanes)
+        if ((threadIdx.x & 31) < lanes())
 #pragma unroll
             for (int v = 0; v < kVecs; ++v)
                 *reinterpret_cast<float4*>(&shared[threadIdx.x >> 5][slot(v)]) =
@@ -285,19 +290,37 @@ struct WideImage {
     }
 };
 
-// From the plan at run time to template arguments: f(std::integral_constant<int, vecs>, std::bool_constant<aligned>),
-// vecs 0 for wide rows. Only the row widths of most models have kernels for aligned images. Among these, rows that
-// fill at most three of a thread's four vectors (96, 192 or 348 channels) have kernels of three vectors, with a
-// quarter fewer instructions.
-template <class T, int kMaxVecs = kMaxRowVecs, class F>
-cudaError_t dispatch_rows(const NormPlan& plan, const NormShape& s, bool aligned, const F& f) {
-    if (plan.vecs == 0) return f(std::integral_constant<int, 0>{}, std::false_type{});
+// What the images of a launch allow (image.cuh).
+enum class NormAccess {
+    kAny,      // accesses of single elements too
+    kWords,    // vectors; where an image is a residual stream with groups that start within a word, words
+    kAligned,  // vectors alone
+};
+
+// From the plan at run time to template arguments: f(type tag of the tile, integral constant of the access); void for
+// wide rows. Only the row widths of most models have kernels for other images than any. Among these, rows that fill at
+// most three of a thread's four vectors (96, 192 or 348 channels) have kernels of three vectors, with a quarter fewer
+// instructions, and those of a whole warp (348 channels), which instructions limit, have kernels that know this.
+template <class T, bool kPixels = false, int kMaxVecs = kMaxRowVecs, class F>
+cudaError_t dispatch_rows(const NormPlan& plan, const NormShape& s, NormAccess access, const F& f) {
+    using Any = std::integral_constant<NormAccess, NormAccess::kAny>;
+    using Words = std::integral_constant<NormAccess, NormAccess::kWords>;
+    using Aligned = std::integral_constant<NormAccess, NormAccess::kAligned>;
+    if (plan.vecs == 0) return f(TypeTag<void>{}, Any{});
     if constexpr (kMaxVecs > kRowVecs)
-        if (plan.vecs > kRowVecs) return f(std::integral_constant<int, kMaxVecs>{}, std::false_type{});
-    if constexpr (sizeof(T) == 2)
-        if (aligned && plan.narrow(s.slots())) return f(std::integral_constant<int, kRowVecs - 1>{}, std::true_type{});
-    return aligned ? f(std::integral_constant<int, kRowVecs>{}, std::true_type{})
-                   : f(std::integral_constant<int, kRowVecs>{}, std::false_type{});
+        if (plan.vecs > kRowVecs) return f(TypeTag<RowTile<kMaxVecs, 0>>{}, Any{});
+    if (access == NormAccess::kAny) return f(TypeTag<RowTile<kRowVecs, 0>>{}, Any{});
+    if constexpr (sizeof(T) == 2) {
+        const bool narrow = plan.narrow(s.slots()), warp = narrow && plan.lanes == 32;
+        if (warp && access == NormAccess::kAligned) return f(TypeTag<RowTile<kRowVecs - 1, 32>>{}, Aligned{});
+        // Rows that memory limits have one kernel for both.
+        using Usual = std::conditional_t<kPixels, Words, Aligned>;
+        if (warp) return f(TypeTag<RowTile<kRowVecs - 1, 32>>{}, Usual{});
+        if (narrow) return f(TypeTag<RowTile<kRowVecs - 1, 0>>{}, Usual{});
+        return f(TypeTag<RowTile<kRowVecs, 0>>{}, Usual{});
+    } else {
+        return f(TypeTag<RowTile<kRowVecs, 0>>{}, Aligned{});
+    }
 }
 
 }  // namespace gm

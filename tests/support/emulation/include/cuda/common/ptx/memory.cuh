@@ -22,4 +22,6 @@ inline void store_words(void* to, const uint32_t (&w)[4]) { std::memcpy(to, w, s
 
 inline void touch(const void* p) { (void)*static_cast<const volatile unsigned char*>(p); }
 
+inline int64_t multiply_wide(int a, int b) { return static_cast<int64_t>(a) * b; }
+
 }  // namespace gm
