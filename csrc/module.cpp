@@ -131,7 +131,7 @@ std::pair<int64_t, int64_t> layer_saved(int64_t batch, int64_t height, int64_t w
 
 int64_t feed_forward_saved(int64_t tokens, int64_t channels, int64_t hidden, bool narrow) {
     gm::WorkspaceLayout workspace;
-    if (gm::keeps_hidden(channels, narrow)) gm::reserve_hidden(tokens, hidden, workspace);
+    if (gm::keeps_hidden(channels, narrow)) gm::reserve_feed_forward(tokens, channels, hidden, workspace);
     return workspace.image_elements();
 }
 

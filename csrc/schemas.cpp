@@ -112,8 +112,9 @@ STABLE_TORCH_LIBRARY(groupmamba, m) {
     //   features (G, T, Fp): dt, B, C                        y (batch, H, W, G, Ep): group-major with out_proj_weight
     //   o (batch, H, W, G, Dp) group-major                   mixed (batch, H, W, G, Dp)
     // For the backward saved holds, each at a multiple of 128 elements, features, xn, y, u, o and uz, without
-    // out_proj_weight features, u, uz, xn and y, in the dtype of x; saved_float gate, pooled, hidden and states. The
-    // first op is for where there is no backward, and keeps nothing.
+    // out_proj_weight features, u, uz, xn and y, and the weights of products as these read them, in the dtype of x;
+    // saved_float gate, pooled, hidden, states, and the other parameters where they had to be computed or padded
+    // (csrc/ops/layer/layout.h). The first op is for where there is no backward, and keeps nothing.
     m.def(
         "grouped_mamba_layer(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor? fc1_weight, Tensor? fc1_bias, "
         "Tensor? fc2_weight, Tensor? fc2_bias, Tensor in_proj_weight, Tensor conv_weight, Tensor conv_bias, "
@@ -142,8 +143,9 @@ STABLE_TORCH_LIBRARY(groupmamba, m) {
         "Tensor dproj_weight, Tensor dproj_bias)");
 
     // The feed-forward network on CUDA: [x +] fc2(gelu(conv3x3(fc1(LayerNorm(x))))); x, out, dx and
-    // drop_path_mask as above, H hidden channels, Hp rounded up. saved: what the convolution reads, (T, Hp), up to a
-    // multiple of 128 elements; nothing in 16 bits with up to 192 channels.
+    // drop_path_mask as above, H hidden channels, Hp rounded up. saved: what the convolution reads, (T, Hp), and
+    // weights and biases of fc1 and fc2, each up to a multiple of 128 elements; nothing in 16 bits with up to 192
+    // channels.
     m.def(
         "feed_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor fc1_bias, "
         "Tensor conv_weight, Tensor conv_bias, Tensor fc2_weight, Tensor fc2_bias, float eps, bool residual, "

@@ -197,19 +197,26 @@ class LayerSizes(NamedTuple):
 
 
 def layer_saved_images(s: LayerSizes) -> int:
-    """Elements of what the layer's forward saves in the dtype of the images."""
-    inner, dim = padded(s.inner), padded(s.channels // s.groups)
-    widths = [padded_features(s.rank + 2 * s.states, inner), dim, inner, inner, 2 * inner]
+    """Elements of what the layer's forward saves in the dtype of the images: images, and weights of products."""
+    inner, dim, channels = padded(s.inner), padded(s.channels // s.groups), padded(s.channels)
+    features = padded_features(s.rank + 2 * s.states, inner)
+    widths = [features, dim, inner, inner, 2 * inner]
+    mixed = dim if s.merges else inner
+    weights = [2 * s.groups * inner * dim, s.groups * features * inner, channels * s.groups * mixed, channels]
     if s.merges:
         widths.append(dim)
-    return workspace_elements(s.batch * s.height * s.width * s.groups * n for n in widths)
+        weights.append(s.groups * dim * inner)
+    return workspace_elements([*(s.batch * s.height * s.width * s.groups * n for n in widths), *weights])
 
 
 def layer_saved_floats(s: LayerSizes, chunk: int) -> int:
-    """Elements of what the layer's forward saves in float32: the gate with what it came from, and the states."""
+    """Elements of what the layer's forward saves in float32: the gate with what it came from, the states, and
+    parameters of convolution, scan and norm: A, and where channels are padded the others."""
     inner = padded(s.inner)
     planes = s.batch * s.groups
     pieces = [planes * saved_states(s.height, s.width, inner, "cuda", chunk) * s.states * inner]
+    rows = [s.states] if s.inner == inner else [s.states, 9, 1, s.rank, 1, 1, 1, 1]
+    pieces += [s.groups * inner * row for row in rows]
     if s.hidden:
         gate = s.channels // s.groups if s.merges else inner
         pieces += [planes * gate, s.batch * s.channels, s.batch * s.hidden]
@@ -220,4 +227,5 @@ def feed_forward_saved(tokens: int, channels: int, hidden: int, dtype: torch.dty
     """Elements of what the feed-forward network's forward saves: none where it may be one kernel."""
     if dtype.itemsize == 2 and channels <= FEED_FORWARD_CHANNELS:
         return 0
-    return workspace_elements([tokens * padded(hidden)])
+    weight = padded(hidden) * padded(channels)
+    return workspace_elements([tokens * padded(hidden), weight, padded(hidden), weight, padded(channels)])

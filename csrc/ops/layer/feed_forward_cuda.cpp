@@ -47,8 +47,8 @@ FeedForwardSizes feed_forward_sizes(const Tensor& x, const FeedForwardParameters
 // The one kernel reads the taps of a channel as three rows of four in the dtype of the images, and vectors that are
 // whole blocks of channels long.
 ParameterPack feed_forward_pack(const FeedForwardParameters& p, const FeedForwardSizes& s, ScalarType dtype,
-                                Workspace& workspace, bool one_kernel = false) {
-    ParameterPack pack(dtype, workspace);
+                                Workspace& workspace, bool one_kernel = false, KeptParameters kept = {}) {
+    ParameterPack pack(dtype, workspace, std::move(kept));
     const bool pads = s.hidden != s.hidden_pad;
     const auto per_channel = [&](const Tensor& t, int64_t row) {
         pack.add(t, {1, s.hidden, row}, s.hidden_pad, row, pads ? ScalarType::Float : t.scalar_type());
@@ -65,6 +65,11 @@ ParameterPack feed_forward_pack(const FeedForwardParameters& p, const FeedForwar
     pack.add(p.fc2_weight, {1, s.channels, s.hidden}, s.channels_pad, s.hidden_pad, dtype);
     pack.add(p.fc2_bias, {1, 1, s.channels}, 1, s.channels_pad, dtype);
     return pack;
+}
+
+// Of what feed_forward_pack adds. Taps and biases of the convolution are used as they are, unless they are padded.
+KeptParameters kept_parameters(const FeedForwardPlaces& p, const Workspace& workspace, bool written) {
+    return {&workspace, {p.fc1_weight, p.fc1_bias, std::nullopt, std::nullopt, p.fc2_weight, p.fc2_bias}, written};
 }
 
 struct FeedForward {
@@ -195,9 +200,12 @@ FeedForward feed_forward_forward(const Tensor& x, const Tensor& norm_weight, con
     Workspace scratch(type), saved(type);
     const bool keeps = save && keeps_hidden(s.channels, type != ScalarType::Float);
     Workspace& held = keeps ? saved : scratch;
-    ParameterPack pack = feed_forward_pack(p, s, type, scratch);
+    FeedForwardPlaces kept;
+    if (keeps) kept = reserve_feed_forward(tokens, s.channels, s.hidden, saved);
+    ParameterPack pack =
+        feed_forward_pack(p, s, type, scratch, false, keeps ? kept_parameters(kept, saved, false) : KeptParameters{});
     // Nothing reads xn any more when the convolution runs.
-    const Workspace::Piece hidden_place = reserve_hidden(tokens, s.hidden, held);
+    const Workspace::Piece hidden_place = keeps ? kept.hidden : scratch.reserve_image(tokens * s.hidden_pad);
     const Workspace::Piece place = scratch.reserve_image(tokens * std::max(s.channels_pad, s.hidden_pad));
     scratch.allocate(x), saved.allocate(x);
     const Tensor out = empty_padded_image(s.batch, s.height, s.width, s.channels, x);
@@ -251,6 +259,7 @@ FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight,
     const FeedForwardParameters parameters{fc1_weight, fc1_bias, conv_weight, conv_bias, fc2_weight, fc2_bias};
     const FeedForwardSizes s = feed_forward_sizes(x, parameters);
     check_image(dout, "dout", shape_of(x), x);
+    dout = canonical_image(dout);  // it is read twice
     const DType dtype = dtype_of(x);
     const ScalarType type = x.scalar_type();
     const CudaContext context(x);
@@ -258,10 +267,11 @@ FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight,
     const DropPathArg drop_path = drop_path_arg(drop_path_mask, drop_path_scale, residual, s.batch, x);
     Workspace held(type), scratch(type);
     const bool kept = keeps_hidden(s.channels, type != ScalarType::Float);
-    Workspace::Piece hidden_place;
-    if (kept) hidden_place = reserve_hidden(tokens, s.hidden, held);
+    FeedForwardPlaces places;
+    if (kept) places = reserve_feed_forward(tokens, s.channels, s.hidden, held);
     held.adopt_images(saved, x);
-    ParameterPack pack = feed_forward_pack(parameters, s, type, scratch);
+    ParameterPack pack = feed_forward_pack(parameters, s, type, scratch, false,
+                                           kept ? kept_parameters(places, held, true) : KeptParameters{});
     scratch.allocate(x);
     pack.prepare();
     pack.launch(dtype, context.stream());
@@ -298,7 +308,7 @@ FeedForwardGradients feed_forward_bwd(Tensor dout, Tensor x, Tensor norm_weight,
     } else {
         Tensor hidden;
         if (kept) {
-            hidden = held.get(hidden_place, {tokens, s.hidden_pad});
+            hidden = held.get(places.hidden, {tokens, s.hidden_pad});
         } else {
             hidden = empty({tokens, s.hidden_pad}, type, x);
             matmul_bias_out(hidden, pack.get(kFc1Bias, {s.hidden_pad}), xn,

@@ -49,10 +49,11 @@ LayerSizes layer_sizes(const Tensor& x, const LayerParameters& p, int64_t chunk)
     return s;
 }
 
-ParameterPack layer_pack(const LayerParameters& p, const LayerSizes& s, ScalarType dtype, Workspace& workspace) {
+ParameterPack layer_pack(const LayerParameters& p, const LayerSizes& s, ScalarType dtype, Workspace& workspace,
+                         KeptParameters kept) {
     const ScalarType full = ScalarType::Float;
     const int64_t g = s.groups, e = s.inner, e_pad = s.inner_pad;
-    ParameterPack pack(dtype, workspace);
+    ParameterPack pack(dtype, workspace, std::move(kept));
     pack.add(p.in_proj_weight, {2 * g, e, s.dim}, e_pad, s.dim_pad, dtype);
     // Padded copies are float32; parameters that need no padding are used as they are.
     const auto padded = [&](const Tensor& t, int64_t row, bool negative_exp = false) {

@@ -31,23 +31,8 @@ struct LayerScalars {
 
 LayerSizes layer_sizes(const Tensor& x, const LayerParameters& p, int64_t chunk);
 
-// Order of the parameters in the pack.
-enum PackedLayer {
-    kInProj,
-    kConvWeight,
-    kConvBias,
-    kXProj,
-    kDtWeight,
-    kDtBias,
-    kA,
-    kSkip,
-    kNormWeight,
-    kNormBias,
-    kProj,
-    kProjBias,
-    kOutProj
-};
-ParameterPack layer_pack(const LayerParameters& p, const LayerSizes& s, ScalarType dtype, Workspace& workspace);
+ParameterPack layer_pack(const LayerParameters& p, const LayerSizes& s, ScalarType dtype, Workspace& workspace,
+                         KeptParameters kept = {});
 
 // What the layer computes, with the layouts of csrc/schemas.cpp; null where it has no such image.
 struct LayerImages {

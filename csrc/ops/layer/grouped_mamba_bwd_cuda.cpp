@@ -14,10 +14,11 @@ using LayerGradients =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerParameters& p,
-                              const LayerScalars& scalars, const Tensor& saved_images, const Tensor& saved_floats) {
+LayerGradients layer_backward(Tensor dout, const Tensor& x, const LayerParameters& p, const LayerScalars& scalars,
+                              const Tensor& saved_images, const Tensor& saved_floats) {
     const LayerSizes s = layer_sizes(x, p, scalars.chunk);
     check_image(dout, "dout", shape_of(x), x);
+    dout = canonical_image(dout);  // it is read twice
     const DType dtype = dtype_of(x);
     const ScalarType type = x.scalar_type();
     const CudaContext context(x);
@@ -28,7 +29,8 @@ LayerGradients layer_backward(const Tensor& dout, const Tensor& x, const LayerPa
     const LayerPlaces places = reserve_layer(s, true, saved);
     saved.adopt_images(saved_images, x), saved.adopt_floats(saved_floats, x);
     const LayerImages images = layer_images(s, places, true, saved);
-    ParameterPack pack = layer_pack(p, s, type, scratch);
+    ParameterPack pack =
+        layer_pack(p, s, type, scratch, {&saved, {places.parameters.begin(), places.parameters.end()}, true});
     scratch.allocate(x);
     pack.prepare();
     pack.launch(dtype, context.stream());

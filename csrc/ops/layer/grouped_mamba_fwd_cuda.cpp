@@ -26,8 +26,10 @@ LayerForward layer_forward(const Tensor& x, const LayerParameters& p, const Laye
 
     Workspace scratch(type), saved(type);
     Workspace& held = save ? saved : scratch;
-    ParameterPack pack = layer_pack(p, s, type, scratch);
     const LayerPlaces places = reserve_layer(s, save, held);
+    KeptParameters kept;
+    if (save) kept = {&saved, {places.parameters.begin(), places.parameters.end()}, false};
+    ParameterPack pack = layer_pack(p, s, type, scratch, std::move(kept));
     const int64_t strips = norm_strips(s.batch, s.height * s.width, s.groups, s.dim_pad);
     Workspace::Piece sums, mixed;
     if (save && s.merges) mixed = scratch.reserve_image(tokens * s.mixed);

@@ -6,7 +6,9 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
+#include <optional>
 
 #include "cuda/feed_forward/plan.h"
 #include "cuda/scan/plan.h"
@@ -50,8 +52,27 @@ inline LayerSizes layer_sizes_of(int64_t batch, int64_t height, int64_t width, i
     return s;
 }
 
-// All images have a row for each token of each group. Of what a training forward keeps, images lie in one buffer of
-// the dtype of x (`saved`) and the last four in one of float32 (`saved_float`).
+// Parameters as the kernels read them, in the order of layer_pack.
+enum PackedLayer {
+    kInProj,
+    kConvWeight,
+    kConvBias,
+    kXProj,
+    kDtWeight,
+    kDtBias,
+    kA,
+    kSkip,
+    kNormWeight,
+    kNormBias,
+    kProj,
+    kProjBias,
+    kOutProj,
+    kPackedLayer
+};
+
+// All images have a row for each token of each group. Of what a training forward keeps, images and weights of products
+// lie in one buffer of the dtype of x (`saved`), the last four of these images and other parameters in one of float32
+// (`saved_float`).
 struct LayerPlaces {
     WorkspaceLayout::Piece xn;        // the normed image
     WorkspaceLayout::Piece uz;        // in_proj's result: what is convolved and scanned, and the z gate
@@ -64,6 +85,7 @@ struct LayerPlaces {
     WorkspaceLayout::Piece pooled;    // the mean of xn over each image
     WorkspaceLayout::Piece hidden;    // of the affinity, between its two linear layers
     WorkspaceLayout::Piece states;    // of the scan, at the borders of its tiles
+    std::array<std::optional<WorkspaceLayout::Piece>, kPackedLayer> parameters;  // with `save` those that are kept
 };
 
 // The order of the reservations is the layout of what the forward returns for its backward. The backward computes
@@ -93,7 +115,21 @@ inline LayerPlaces reserve_layer(const LayerSizes& s, bool save, WorkspaceLayout
         p.pooled = workspace.reserve_float(s.batch * s.channels);
         p.hidden = workspace.reserve_float(s.batch * s.hidden);
     }
-    if (save) p.states = workspace.reserve_float(s.batch * s.groups * s.saved_states * s.states * s.inner_pad);
+    if (!save) return p;
+    p.states = workspace.reserve_float(s.batch * s.groups * s.saved_states * s.states * s.inner_pad);
+    const int64_t channels = s.groups * s.inner_pad;
+    const auto keep = [&](PackedLayer i, int64_t elements) { p.parameters[i] = workspace.reserve_image(elements); };
+    keep(kInProj, 2 * channels * s.dim_pad), keep(kXProj, s.groups * s.features_pad * s.inner_pad);
+    keep(kProj, s.channels_pad * s.mixed), keep(kProjBias, s.channels_pad);
+    if (s.merges) keep(kOutProj, s.groups * s.dim_pad * s.inner_pad);
+    const auto keep_float = [&](PackedLayer i, int64_t row) {
+        p.parameters[i] = workspace.reserve_float(channels * row);
+    };
+    keep_float(kA, s.states);
+    if (s.inner == s.inner_pad) return p;  // the others are used as they are
+    keep_float(kConvWeight, 9), keep_float(kConvBias, 1);
+    keep_float(kDtWeight, s.rank), keep_float(kDtBias, 1), keep_float(kSkip, 1);
+    keep_float(kNormWeight, 1), keep_float(kNormBias, 1);
     return p;
 }
 
@@ -102,8 +138,21 @@ inline LayerPlaces reserve_layer(const LayerSizes& s, bool save, WorkspaceLayout
 // write it here. `narrow`: images are of 16 bits.
 inline bool keeps_hidden(int64_t channels, bool narrow) { return !narrow || channels > kFeedForwardChannels; }
 
-inline WorkspaceLayout::Piece reserve_hidden(int64_t tokens, int64_t hidden, WorkspaceLayout& workspace) {
-    return workspace.reserve_image(tokens * round_up(hidden, kPixelUnit));
+// What is kept then, all of it in the dtype of x.
+struct FeedForwardPlaces {
+    WorkspaceLayout::Piece hidden;                                      // what the convolution reads
+    WorkspaceLayout::Piece fc1_weight, fc1_bias, fc2_weight, fc2_bias;  // as the products read them
+};
+
+inline FeedForwardPlaces reserve_feed_forward(int64_t tokens, int64_t channels, int64_t hidden,
+                                              WorkspaceLayout& workspace) {
+    const int64_t channels_pad = round_up(channels, kPixelUnit), hidden_pad = round_up(hidden, kPixelUnit);
+    FeedForwardPlaces p;
+    p.hidden = workspace.reserve_image(tokens * hidden_pad);
+    p.fc1_weight = workspace.reserve_image(hidden_pad * channels_pad), p.fc1_bias = workspace.reserve_image(hidden_pad);
+    p.fc2_weight = workspace.reserve_image(channels_pad * hidden_pad),
+    p.fc2_bias = workspace.reserve_image(channels_pad);
+    return p;
 }
 
 }  // namespace gm

@@ -16,21 +16,32 @@ inline bool is_vector_aligned(const void* p, const Tensor& t) {
     return reinterpret_cast<uintptr_t>(p) % (kVec * static_cast<size_t>(t.element_size())) == 0;
 }
 
+// Packed parameters that a forward keeps for its backward, which then has nothing to pack. A place for each in the
+// order of add(), none for one that is not kept.
+struct KeptParameters {
+    const Workspace* workspace;
+    std::vector<std::optional<Workspace::Piece>> places;
+    bool written;  // by the forward
+};
+
 // Parameters in the order of add(). One that needs no change is used as it is; the others, and those that are not
-// contiguous, get places in a workspace. Once the workspace is allocated, prepare() finds their addresses and launch()
-// writes them, on any stream ordered after the current one.
+// contiguous, get places in a workspace; kept ones are all written to theirs. Once the workspace is allocated,
+// prepare() finds their addresses and launch() writes them, on any stream ordered after the current one.
 class ParameterPack {
 public:
-    ParameterPack(ScalarType image_dtype, Workspace& workspace) : image_dtype_(image_dtype), workspace_(workspace) {
+    ParameterPack(ScalarType image_dtype, Workspace& workspace, KeptParameters kept = {})
+        : image_dtype_(image_dtype), workspace_(workspace), kept_(std::move(kept)) {
         entries_.reserve(kMaxPackItems);
     }
 
     // `t`, seen as (n0, n1, n2), as (n0, w1, w2) in `dtype`: the images' dtype or float32.
     void add(const Tensor& t, const std::array<int64_t, 3>& sizes, int64_t w1, int64_t w2, ScalarType dtype,
              bool negative_exp = false) {
-        Entry e{t, sizes, w1, w2, negative_exp, std::nullopt};
+        Entry e{t, sizes, w1, w2, negative_exp, std::nullopt, false};
+        if (entries_.size() < kept_.places.size()) e.place = kept_.places[entries_.size()];
+        e.kept = e.place.has_value();
         const bool same = !negative_exp && w1 == sizes[1] && w2 == sizes[2] && t.scalar_type() == dtype;
-        if (!same || !t.is_contiguous()) {
+        if (!e.kept && (!same || !t.is_contiguous())) {
             const int64_t count = sizes[0] * w1 * w2;
             e.place = dtype == image_dtype_ ? workspace_.reserve_image(count) : workspace_.reserve_float(count);
         }
@@ -39,7 +50,7 @@ public:
 
     void prepare() {
         for (const Entry& e : entries_) {
-            if (!e.place) continue;
+            if (!e.place || (e.kept && kept_.written)) continue;
             GM_CHECK(args_.count < kMaxPackItems, "too many parameters for one launch");
             const auto& [n0, n1, n2] = e.sizes;
             PackItem& item = args_.items[args_.count++];
@@ -52,7 +63,7 @@ public:
                 item.from = param_(e.tensor);
                 item.strides[0] = n1 * n2, item.strides[1] = n2, item.strides[2] = 1;
             }
-            item.to = {workspace_.address(*e.place), e.place->is_float};
+            item.to = {workspace_of(e).address(*e.place), e.place->is_float};
             item.n1 = static_cast<int>(n1), item.n2 = static_cast<int>(n2);
             item.w1 = static_cast<int>(e.w1), item.w2 = static_cast<int>(e.w2);
             item.negative_exp = e.negative_exp;
@@ -65,6 +76,7 @@ public:
     }
 
     void launch(DType dtype, cudaStream_t stream) const {
+        if (args_.count == 0) return;
         check_cuda(launch_pack_parameters(args_, dtype, stream), "parameters");
     }
 
@@ -86,14 +98,17 @@ private:
         int64_t w1, w2;
         bool negative_exp;
         std::optional<Workspace::Piece> place;  // none where the parameter itself is used
+        bool kept;
     };
+    const Workspace& workspace_of(const Entry& e) const { return e.kept ? *kept_.workspace : workspace_; }
     Tensor get(int i, const Shape& shape, const Shape& strides) const {
         const Entry& e = entries_[static_cast<size_t>(i)];
-        return e.place ? workspace_.get(*e.place, shape, strides) : alias(e.tensor, shape, strides);
+        return e.place ? workspace_of(e).get(*e.place, shape, strides) : alias(e.tensor, shape, strides);
     }
 
     ScalarType image_dtype_;
     Workspace& workspace_;
+    KeptParameters kept_;
     std::vector<Entry> entries_;
     PackArgs args_;
     ParamHolder param_;  // copies of parameters whose strides the kernel does not take
