@@ -7,6 +7,7 @@ and then ``pytest`` from the repository root), the installed ones are used, prov
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.machinery
 import importlib.util
@@ -75,6 +76,13 @@ def _check_torch() -> None:
         )
 
 
+@ctypes.CFUNCTYPE(ctypes.c_int)
+def _wants_choice_by_time() -> int:
+    """Asked when a product of new sizes comes; torch asks the same of cuDNN's convolutions."""
+    fixed = torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+    return int(torch.backends.cudnn.benchmark and not fixed)
+
+
 def load_ops() -> None:
     """Load ``libgroupmamba.so``, after which ``torch.ops.groupmamba`` has the ops; later calls do nothing.
 
@@ -91,6 +99,8 @@ def load_ops() -> None:
         torch.ops.load_library(str(path))
     except OSError as error:
         raise RuntimeError(f"{path} cannot be loaded ({error}). To cure it, {CURE}.") from error
+    if build_info()["cuda"]:
+        ctypes.CDLL(str(path)).groupmamba_choose_by_time(_wants_choice_by_time)
     _built_for_sm90a = any(entry.startswith("9.0") for entry in build_info()["cuda_archs"])
     _loaded = True
 

@@ -4,6 +4,9 @@
 // With a workspace, as torch calls it, cuBLAS hands out tiles by a counter that a memset clears first. Between kernels
 // that follow one another without a pause the memset and its two gaps take some 7 us, a fifth of the products of a
 // small stage. Without a workspace tiles are assigned beforehand, by kernels that take the same time.
+//
+// Of the algorithms that cuBLASLt offers for a product the first is taken, or, where Python says so, the fastest: each
+// is timed when a product of new sizes comes, unless it is being captured.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -18,3 +21,6 @@ bool matmul_without_workspace(const Tensor& out, const Tensor& a, const Tensor& 
                               bool add, cudaStream_t stream);
 
 }  // namespace gm
+
+// For Python, by ctypes: what says whether algorithms are to be timed. It may be called from any thread.
+extern "C" __attribute__((visibility("default"))) void groupmamba_choose_by_time(int (*wanted)());

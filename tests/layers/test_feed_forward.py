@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The feed-forward network of a block and the norm of tokens, as ops on CUDA: against the composed ones and float64."""
 
+import copy
 import functools
 
 import pytest
@@ -113,6 +114,32 @@ def test_large_products_take_no_workspace(dtype):
         "product (21280, 264) by (264, 200): cuBLASLt without a workspace (2 times)",
     ]
     assert not any("without a workspace" in note for note in ext.explain(run, 8).notes)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_products_chosen_by_time(captured, monkeypatch):
+    """With torch.backends.cudnn.benchmark; sizes that no other test has, since a choice stays. Times of a product that
+    is added to its result must not add to it. What is captured is not timed."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    side = 18 if captured else 17
+    modules = feed_forward(208, 264).to("cuda", torch.bfloat16)
+    exact = copy.deepcopy(modules).double().cpu()
+    x, dy = (torch.randn(96, side, side, 208, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+
+    def results(modules, x, dy):
+        x = x.requires_grad_()
+        y = modules["mlp"](x, modules["norm"], residual=True)
+        return y, *torch.autograd.grad(y, [x, *modules.parameters()], dy)
+
+    if captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = results(modules, x, dy)
+        graph.replay()
+    else:
+        found = results(modules, x, dy)
+    for actual, expected in zip(found, results(exact, x.double().cpu(), dy.double().cpu()), strict=True):
+        assert relative_error(actual, expected) <= 4 * FLOOR[torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
