@@ -294,6 +294,9 @@ def test_compile_and_trace():
 @pytest.mark.parametrize("make, shape", [
     (lambda: blocks.Downsample(64, 128), (2, 9, 14, 64)),
     (lambda: blocks.Downsample(24, 520), (2, 5, 4, 24)),  # more channels than the norm adds a bias to itself
+    (lambda: blocks.Downsample(44, 52), (2, 9, 14, 44)),  # in 16 bits a convolution of 48 and 56 channels
+    (lambda: blocks.Downsample(44, 64), (2, 9, 14, 44)),
+    (lambda: blocks.Downsample(64, 348), (2, 9, 14, 64)),
     (lambda: blocks.Stem(3, 32, 64, paper=False), (2, 3, 36, 52)),
 ])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -329,6 +332,21 @@ def test_norm_adds_the_bias_of_the_convolution(monkeypatch, dtype, make, shape):
     for name, a, b in zip(names, fused, composed, strict=True):
         error = relative_error(a, b.double())
         assert error < (2e-5 if dtype == torch.float32 else 2e-2), f"{name}: {error:.2e}"
+
+
+@pytest.mark.parametrize("channels, out", [(44, 52), (44, 48), (48, 44), (1, 7)])
+def test_a_convolution_of_padded_channels(channels, out):
+    torch.manual_seed(0)
+    x = torch.randn(2, channels, 7, 9, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(out, channels, 3, 3, dtype=torch.float64)
+    inputs = [x.requires_grad_(), weight.requires_grad_()]
+    padded = blocks._padded_conv(x, weight, (2, 2), (1, 1))
+    plain = torch.nn.functional.conv2d(x, weight, None, 2, 1).permute(0, 2, 3, 1)
+    torch.testing.assert_close(padded, plain)
+    assert padded.stride(2) % 8 == 0, "its pixels are where the norm's kernels read vectors"
+    dy = torch.randn_like(plain)
+    for a, b in zip(torch.autograd.grad(padded, inputs, dy), torch.autograd.grad(plain, inputs, dy), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -22,11 +22,11 @@ from groupmamba.layers.tracing import Leaf, fx_call, keepable
 from groupmamba.layers.variants import VARIANTS
 from groupmamba.models.entry_conv import conv_on_blocks, pixel_blocks, taps_to_channels
 from groupmamba_ext.backend import takes_image
-from groupmamba_ext.layouts import BIASED_CHANNELS
+from groupmamba_ext.layouts import BIASED_CHANNELS, PIXEL_UNIT
 from groupmamba_ext.ops.batch_norm_fold import batch_norm_fold, takes_batch_norm_fold
 from groupmamba_ext.ops.batch_norm_relu import batch_norm_relu, takes_batch_norm
 from groupmamba_ext.ops.narrow_conv import narrow_conv, narrow_conv_relu, takes_narrow_conv
-from groupmamba_ext.transforms import watched
+from groupmamba_ext.transforms import jit_traces, watched
 
 BLOCK_EPS = 1e-6  # block, class-block and stage norms
 CONV_EPS = 1e-5  # norms behind the stem and downsampling convolutions
@@ -54,9 +54,32 @@ def _conv_norm(x: Tensor, conv: nn.Module, norm: nn.Module, plain: bool) -> Tens
     On CUDA the norm of up to 512 channels adds the convolution's bias where both are plain; cuDNN would take a pass
     over the image for it, and another in the backward.
     """
-    if plain and conv.out_channels <= BIASED_CHANNELS and takes_image(x):
-        return norm(_tokens(conv._conv_forward(x, conv.weight, None)), conv.bias)
-    return norm(_tokens(conv(x)))
+    if not (plain and conv.out_channels <= BIASED_CHANNELS and takes_image(x)):
+        return norm(_tokens(conv(x)))
+    weight, casts = conv.weight, torch.is_autocast_enabled("cuda")
+    dtype = torch.get_autocast_dtype("cuda") if casts else x.dtype
+    whole = all(channels % PIXEL_UNIT == 0 for channels in weight.shape[:2])
+    if whole or dtype.itemsize != 2 or torch.compiler.is_exporting() or jit_traces():
+        return norm(_tokens(conv._conv_forward(x, weight, None)), conv.bias)
+    if casts:
+        x, weight = x.to(dtype), weight.to(dtype)
+    return norm(_padded_conv(x, weight, conv.stride, conv.padding), conv.bias)
+
+
+def _padded_conv(x: Tensor, weight: Tensor, stride: Any, padding: Any) -> Tensor:
+    """Tokens of ``conv2d(x, weight, None, stride, padding)``, by a convolution whose channels are multiples of 8.
+
+    In 16 bits cuDNN pads channels itself, by a copy before and behind each of three products: 12 of them around the 348
+    channels of a GroupMamba-T, and one gradient not by its fastest kernel. Here the padded image is what the backward
+    reads again, and the result is not copied.
+    """
+    outside, inside = (-channels % PIXEL_UNIT for channels in weight.shape[:2])
+    if inside:
+        tokens = x.permute(0, 2, 3, 1)
+        x = torch.cat([tokens, tokens.new_zeros(*tokens.shape[:3], inside)], dim=3).permute(0, 3, 1, 2)
+    weight = nn.functional.pad(weight, (0, 0, 0, 0, 0, inside, 0, outside))
+    y = nn.functional.conv2d(x, weight, None, stride, padding)
+    return y.permute(0, 2, 3, 1)[..., : y.shape[1] - outside]
 
 
 def _conv_norm_relu(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, relu: nn.ReLU) -> Tensor:

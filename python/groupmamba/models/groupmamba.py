@@ -329,7 +329,7 @@ class GroupMamba(
         """Mean over the map, class block, norm, heads; ``pre_logits`` stops before the heads."""
         if self.global_pool == "":
             return x
-        t = self.head_drop(self.norm(self.class_block(x.mean((2, 3)))))
+        t = self.head_drop(self.norm(self.class_block(x.permute(0, 2, 3, 1).mean((1, 2)))))
         if pre_logits:
             return t
         if self.dist_head is None:
