@@ -19,9 +19,9 @@ inline bool is_vector_aligned(const void* p, const Tensor& t) {
 // Packed parameters that a forward keeps for its backward, which then has nothing to pack. A place for each in the
 // order of add(), none for one that is not kept.
 struct KeptParameters {
-    const Workspace* workspace;
+    const Workspace* workspace = nullptr;
     std::vector<std::optional<Workspace::Piece>> places;
-    bool written;  // by the forward
+    bool written = false;  // by the forward
 };
 
 // Parameters in the order of add(). One that needs no change is used as it is; the others, and those that are not

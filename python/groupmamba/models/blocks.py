@@ -56,6 +56,7 @@ def _conv_norm(x: Tensor, conv: nn.Module, norm: nn.Module, plain: bool) -> Tens
     """
     if not (plain and conv.out_channels <= BIASED_CHANNELS and takes_image(x)):
         return norm(_tokens(conv(x)))
+    assert isinstance(conv, nn.Conv2d)  # it is plain
     weight, casts = conv.weight, torch.is_autocast_enabled("cuda")
     dtype = torch.get_autocast_dtype("cuda") if casts else x.dtype
     whole = all(channels % PIXEL_UNIT == 0 for channels in weight.shape[:2])
