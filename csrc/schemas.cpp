@@ -112,8 +112,8 @@ STABLE_TORCH_LIBRARY(groupmamba, m) {
     //   features (G, T, Fp): dt, B, C                        y (batch, H, W, G, Ep): group-major with out_proj_weight
     //   o (batch, H, W, G, Dp) group-major                   mixed (batch, H, W, G, Dp)
     // For the backward saved holds, each at a multiple of 128 elements, features, xn, y, u, o and uz, without
-    // out_proj_weight features, u, uz, xn and y, and the weights of products as these read them, in the dtype of x;
-    // saved_float gate, pooled, hidden, states, and the other parameters where they had to be computed or padded
+    // out_proj_weight features, u, uz, xn and y, and weights and biases of products as these read them, in the dtype of
+    // x; saved_float gate, pooled, hidden, states, and the other parameters where they had to be computed or padded
     // (csrc/ops/layer/layout.h). The first op is for where there is no backward, and keeps nothing.
     m.def(
         "grouped_mamba_layer(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor? fc1_weight, Tensor? fc1_bias, "

@@ -42,7 +42,7 @@ def _library() -> ctypes.CDLL | None:
     """libgroupmamba, which takes notes of its own; None where it is not installed."""
     if not _load.native_available():
         return None
-    library = ctypes.CDLL(str(_load.library_path()))
+    library = _load.c_library()
     library.groupmamba_explained.restype = ctypes.c_char_p
     return library
 

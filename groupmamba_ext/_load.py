@@ -76,9 +76,16 @@ def _check_torch() -> None:
         )
 
 
+@functools.cache
+def c_library() -> ctypes.CDLL:
+    """The op library, for what it exports to ctypes."""
+    return ctypes.CDLL(str(library_path()))
+
+
 @ctypes.CFUNCTYPE(ctypes.c_int)
 def _wants_choice_by_time() -> int:
-    """Asked when a product of new sizes comes; torch asks the same of cuDNN's convolutions."""
+    """Asked when a product of new sizes comes: what torch asks for cuDNN's convolutions, and whether results are to be
+    those of another process too."""
     fixed = torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
     return int(torch.backends.cudnn.benchmark and not fixed)
 
@@ -97,10 +104,10 @@ def load_ops() -> None:
     path = library_path()
     try:
         torch.ops.load_library(str(path))
-    except OSError as error:
+        if build_info()["cuda"]:
+            c_library().groupmamba_choose_by_time(_wants_choice_by_time)
+    except (OSError, AttributeError) as error:
         raise RuntimeError(f"{path} cannot be loaded ({error}). To cure it, {CURE}.") from error
-    if build_info()["cuda"]:
-        ctypes.CDLL(str(path)).groupmamba_choose_by_time(_wants_choice_by_time)
     _built_for_sm90a = any(entry.startswith("9.0") for entry in build_info()["cuda_archs"])
     _loaded = True
 

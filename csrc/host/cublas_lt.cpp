@@ -6,6 +6,7 @@
 #include <limits>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <vector>
 
@@ -88,39 +89,63 @@ struct Product {
     }
 };
 
+void check_timing(cudaError_t error) { check_cuda(error, "timing a product"); }
+
+class Event {
+public:
+    Event() { check_timing(cudaEventCreate(&event_)); }
+    ~Event() { cudaEventDestroy(event_); }
+    Event(const Event&) = delete;
+    Event& operator=(const Event&) = delete;
+    void record(cudaStream_t stream) const { check_timing(cudaEventRecord(event_, stream)); }
+    // Milliseconds since `start`, once both have happened.
+    float since(const Event& start) const {
+        float time = 0.f;
+        check_timing(cudaEventSynchronize(event_));
+        check_timing(cudaEventElapsedTime(&time, start.event_, event_));
+        return time;
+    }
+
+private:
+    cudaEvent_t event_ = nullptr;
+};
+
 // Milliseconds of a few launches; infinite for what does not run.
-float time_of(const Product& product, const Algo& algo, void* to, cudaEvent_t start, cudaEvent_t end) {
+float time_of(const Product& product, const Algo& algo, void* to, const Event& start, const Event& end) {
     constexpr int kLaunches = 4;
     constexpr float kNever = std::numeric_limits<float>::infinity();
     if (product.launch(algo, to) != 0) return kNever;
     float best = kNever;
     for (int round = 0; round < 2; ++round) {
-        check_cuda(cudaEventRecord(start, product.stream), "timing a product");
+        start.record(product.stream);
         for (int i = 0; i < kLaunches; ++i) check(product.launch(algo, to));
-        check_cuda(cudaEventRecord(end, product.stream), "timing a product");
-        check_cuda(cudaEventSynchronize(end), "timing a product");
-        float time = 0.f;
-        check_cuda(cudaEventElapsedTime(&time, start, end), "timing a product");
-        best = std::min(best, time);
+        end.record(product.stream);
+        best = std::min(best, end.since(start));
     }
     return best;
 }
 
-// The first of `found`, or another that takes at least 2% less time. The results go where nobody reads them.
+// The first of `found`, or another that takes at least 2% less time. What runs beside them, or is queued before, may
+// make the times wrong, but no result: that of a product is written anew, and one that is added to `out` is timed with
+// other memory for its result, if there is any.
 const Algo& fastest(const Product& product, const std::vector<HeuristicResult>& found, const Tensor& out) {
-    const int64_t last = out.dim() - 1;
-    const int64_t rows = out.size(last - 1) * out.stride(last - 1), batches = last == 2 ? out.size(0) - 1 : 0;
-    const Tensor scratch = empty({rows + batches * (last == 2 ? out.stride(0) : 0)}, out.scalar_type(), out);
-    cudaEvent_t events[2] = {};
-    for (cudaEvent_t& event : events) check_cuda(cudaEventCreate(&event), "timing a product");
-    // Nothing else may run meanwhile: neither what is queued nor a branch beside it.
-    check_cuda(cudaDeviceSynchronize(), "timing a product");
+    Tensor scratch = out;
+    if (product.of_result != 0.f) {
+        const int64_t last = out.dim() - 1, matrix = out.size(last - 1) * out.stride(last - 1);
+        try {
+            scratch = empty({last == 2 ? (out.size(0) - 1) * out.stride(0) + matrix : matrix}, out.scalar_type(), out);
+        } catch (const std::exception&) {
+            return found[0].algo;
+        }
+    }
+    const Event start, end;
     std::vector<float> times;
     for (const HeuristicResult& result : found)
-        times.push_back(time_of(product, result.algo, scratch.data_ptr(), events[0], events[1]));
-    for (cudaEvent_t event : events) check_cuda(cudaEventDestroy(event), "timing a product");
-    const size_t best = static_cast<size_t>(std::min_element(times.begin(), times.end()) - times.begin());
-    return found[times[best] < 0.98f * times[0] ? best : 0].algo;
+        times.push_back(time_of(product, result.algo, scratch.data_ptr(), start, end));
+    const size_t least = static_cast<size_t>(std::min_element(times.begin(), times.end()) - times.begin());
+    const size_t taken = times[least] < 0.98f * times[0] ? least : 0;
+    note("product of ", show(shape_of(out)), " results: algorithm ", taken + 1, " of ", found.size(), " by time");
+    return found[taken].algo;
 }
 
 bool is_captured(cudaStream_t stream) {
@@ -129,8 +154,9 @@ bool is_captured(cudaStream_t stream) {
     return status != cudaStreamCaptureStatusNone;
 }
 
-// An algorithm without a workspace and without sums in parts, or none. `alignments` as the layouts.
-std::optional<Algo> choose(const Product& product, const uint32_t (&alignments)[3], const Tensor& out) {
+// At most so many algorithms without a workspace and without sums in parts, by cuBLASLt's estimate the fastest first.
+// `alignments` as the layouts.
+std::vector<HeuristicResult> candidates(const Product& product, const uint32_t (&alignments)[3], size_t most) {
     const Library& lt = library();
     Preference* made = nullptr;
     check(lt.preference_create(&made));
@@ -141,19 +167,38 @@ std::optional<Algo> choose(const Product& product, const uint32_t (&alignments)[
     prefer(kMaxWorkspace, uint64_t{0}), prefer(kReductionSchemes, uint32_t{0});
     prefer(kAlignA, alignments[0]), prefer(kAlignB, alignments[1]);
     prefer(kAlignC, alignments[2]), prefer(kAlignD, alignments[2]);
-    int (*const wanted)() = wants_choice_by_time.load(std::memory_order_relaxed);
-    const bool by_time = wanted != nullptr && !is_captured(product.stream) && wanted() != 0;
-    std::vector<HeuristicResult> found(by_time ? 8 : 1);
+    std::vector<HeuristicResult> found(most);
     int count = 0;
     const int status =
         lt.heuristic(product.handle, product.desc, product.layouts[0], product.layouts[1], product.layouts[2],
-                     product.layouts[2], preference.get(), static_cast<int>(found.size()), found.data(), &count);
+                     product.layouts[2], preference.get(), static_cast<int>(most), found.data(), &count);
     found.resize(status == 0 ? static_cast<size_t>(count) : 0);
-    found.erase(std::remove_if(found.begin(), found.end(),
-                               [](const HeuristicResult& r) { return r.state != 0 || r.workspace_size != 0; }),
-                found.end());
-    if (found.empty()) return std::nullopt;
-    return found.size() > 1 ? fastest(product, found, out) : found.front().algo;
+    const auto unusable = [](const HeuristicResult& r) { return r.state != 0 || r.workspace_size != 0; };
+    found.erase(std::remove_if(found.begin(), found.end(), unusable), found.end());
+    return found;
+}
+
+// Of sizes that a thread, or all that time algorithms, have met. Bounded, for those whose sizes never come again.
+constexpr size_t kMostKeys = 1024;
+
+// An algorithm, or none where cuBLASLt offers none. Those chosen by time are the process's: another thread takes them.
+std::optional<Algo> choose(const Key& key, const Product& product, const uint32_t (&alignments)[3], const Tensor& out) {
+    int (*const wanted)() = wants_choice_by_time.load(std::memory_order_relaxed);
+    if (wanted == nullptr || is_captured(product.stream) || wanted() == 0) {
+        const std::vector<HeuristicResult> found = candidates(product, alignments, 1);
+        return found.empty() ? std::nullopt : std::optional(found[0].algo);
+    }
+    static std::mutex mutex;
+    static std::map<Key, std::optional<Algo>> timed;
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto met = timed.find(key);
+    if (met != timed.end()) return met->second;
+    const std::vector<HeuristicResult> found = candidates(product, alignments, 8);
+    std::optional<Algo> algo;
+    if (!found.empty())
+        algo = found.size() > 1 && timed.size() < kMostKeys ? fastest(product, found, out) : found[0].algo;
+    if (timed.size() < kMostKeys) timed.emplace(key, algo);
+    return algo;
 }
 
 }  // namespace
@@ -202,13 +247,11 @@ bool matmul_without_workspace(const Tensor& out, const Tensor& a, const Tensor& 
     uint32_t alignments[3];
     for (int i = 0; i < 3; ++i) key[used++] = alignments[i] = alignment_of(product.data[i]);
     static_assert(5 + 3 * 4 + 3 == std::tuple_size_v<Key>);
-    // What this thread has met. Bounded, for those whose sizes never come again.
-    constexpr size_t kMostKeys = 1024;
     thread_local std::map<Key, std::optional<Algo>> met;
     auto found = met.find(key);
     if (found == met.end()) {
         if (met.size() >= kMostKeys) met.clear();
-        found = met.emplace(key, choose(product, alignments, out)).first;
+        found = met.emplace(key, choose(key, product, alignments, out)).first;
     }
     if (!found->second) return false;
     const int status = product.launch(*found->second, product.data[2]);

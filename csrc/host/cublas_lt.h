@@ -6,7 +6,7 @@
 // small stage. Without a workspace tiles are assigned beforehand, by kernels that take the same time.
 //
 // Of the algorithms that cuBLASLt offers for a product the first is taken, or, where Python says so, the fastest: each
-// is timed when a product of new sizes comes, unless it is being captured.
+// is timed when a product of new sizes comes, unless it is being captured. A choice stays.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -22,5 +22,6 @@ bool matmul_without_workspace(const Tensor& out, const Tensor& a, const Tensor& 
 
 }  // namespace gm
 
-// For Python, by ctypes: what says whether algorithms are to be timed. It may be called from any thread.
+// For Python, by ctypes: what says whether algorithms are to be timed. It is called by any thread, within an op, and
+// may take the interpreter's lock, which torch lets go of while an op runs.
 extern "C" __attribute__((visibility("default"))) void groupmamba_choose_by_time(int (*wanted)());

@@ -9,6 +9,9 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
+
+from groupmamba_ext import _load
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -92,3 +95,13 @@ def test_declarations_are_the_headers(tmp_path):
     assert done.returncode == 0, done.stderr
     wrong = compiles(CHECKS + "EQUAL(kTransA, CUBLASLT_MATMUL_DESC_TRANSB);")
     assert wrong.returncode != 0 and "CUBLASLT_MATMUL_DESC_TRANSB" in wrong.stderr
+
+
+@pytest.mark.parametrize("benchmark, deterministic, everywhere, times", [
+    (False, False, False, 0), (True, False, False, 1), (True, True, False, 0), (True, False, True, 0),
+])  # fmt: skip
+def test_when_algorithms_are_timed(monkeypatch, benchmark, deterministic, everywhere, times):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", benchmark)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", deterministic)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: everywhere)
+    assert _load._wants_choice_by_time() == times

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The models against the authors' released code in float64, and what timm's users expect of them."""
 
+import copy
 import re
 
 import numpy as np
@@ -332,6 +333,39 @@ def test_norm_adds_the_bias_of_the_convolution(monkeypatch, dtype, make, shape):
     for name, a, b in zip(names, fused, composed, strict=True):
         error = relative_error(a, b.double())
         assert error < (2e-5 if dtype == torch.float32 else 2e-2), f"{name}: {error:.2e}"
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels, out", [(44, 52), (64, 44)])
+def test_downsampling_of_a_16_bit_model(dtype, channels, out):
+    torch.manual_seed(0)
+    exact = blocks.Downsample(channels, out).double()
+    module = copy.deepcopy(exact).to("cuda", dtype)
+    exact.load_state_dict({name: t.double() for name, t in module.state_dict().items()})
+    x = torch.randn(2, 9, 14, channels, device="cuda", dtype=dtype, requires_grad=True)
+    y = module(x)
+    image = x.detach().double().cpu().requires_grad_()
+    expected, dy = exact(image), torch.randn(y.shape, dtype=torch.float64)
+    found = torch.autograd.grad(y, [x, *module.parameters()], dy.to(y))
+    truth = torch.autograd.grad(expected, [image, *exact.parameters()], dy)
+    for a, b in zip((y, *found), (expected, *truth), strict=True):
+        assert relative_error(a, b) < (2e-2 if dtype == torch.bfloat16 else 4e-3)
+    with pytest.raises(RuntimeError, match=f"to have {channels} channels, but got {channels + 1}"):
+        module(torch.randn(2, 9, 14, channels + 1, device="cuda", dtype=dtype))
+    with pytest.raises(RuntimeError, match="type"):
+        module(x.float())
+
+
+def test_the_gradient_of_pooling_lies_as_the_image():
+    """Else the last block's backward copies it."""
+    model = small()
+    image = torch.randn(2, 2, 3, model.num_features).requires_grad_()
+    tokens = image * 1.0
+    seen = []
+    tokens.register_hook(lambda gradient: seen.append(gradient.is_contiguous()))
+    model.forward_head(tokens.permute(0, 3, 1, 2)).sum().backward()
+    assert seen == [True]
 
 
 @pytest.mark.parametrize("channels, out", [(44, 52), (44, 48), (48, 44), (1, 7)])

@@ -23,7 +23,7 @@ SIZES = [
     (1, 3, 1, 600, 600), (1, 18, 2, 550, 552), (1, 4, 3, 1, 4), (3, 5, 2, 33, 36),
 ]  # fmt: skip
 if emulation.SANITIZED in os.environ:  # every access is looked at, twenty times as slow
-    SIZES = SIZES[1::4]
+    SIZES = [*SIZES[1::4], (2, 5, 1, 348, 352)]  # the last: rows of a whole warp, whose number of lanes is known
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROUNDING = {torch.float32: 2.0**-20, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 EPS = 1e-5
@@ -98,6 +98,36 @@ def test_pool_forward(library, dtype, size, group_major):
     close(xn.result(dim), expected, dtype)
     close(total.result(all_channels), value + mask.double().view(-1, 1, 1) * sum_bias.double(), dtype)
     close(sums_of(partials, batch), expected.sum(1), torch.float32, slack=64.0)
+
+
+@pytest.mark.parametrize("size", [size for size in SIZES if size[2] == 1 and size[4] <= 512])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_an_image_with_a_bias(library, dtype, size):
+    """As behind a convolution, whose bias the norm adds."""
+    torch.manual_seed(0)
+    batch, tokens, _, dim, width = size
+    lib = emulated_norm.load(library)
+    x, dxn = source((batch, tokens, 1, dim), dim, dtype), source((batch, tokens, 1, width), dim, dtype)
+    xn, dx = Image((batch, tokens, 1, width), dtype, AROUND), Image((batch, tokens, 1, dim), dtype, AROUND)
+    weight, bias, x_bias = torch.randn(3, dim).unbind()
+    case = case_of(x.view, dim, EPS, xn.view)
+    forward = [norm_image(x.view), norm_image(xn.view), norm_image(None)]
+    call(lib.emulated_pool_fwd, case, forward, [weight, bias, None, x_bias], pointer(None), pointer(None))
+    partials = partials_of(lib, case, 3 * dim, backward=True, modulated=False)
+    none = norm_image(None)
+    call(
+        lib.emulated_pool_bwd, case, [norm_image(dxn.view), none, norm_image(x.view), norm_image(dx.view), none],
+        [weight, None, x_bias], pointer(None), pointer(None), pointer(None), False, pointer(partials),
+    )  # fmt: skip
+
+    leaves = [channels(x, dim), *(t.double() for t in (x_bias, weight, bias))]
+    value, xb, w, b = (t.requires_grad_() for t in leaves)
+    y = F.layer_norm(value + xb, (dim,), w, b, EPS)
+    dvalue, dxb, dw, db = torch.autograd.grad(y, (value, xb, w, b), channels(dxn, dim))
+    close(xn.result(dim), y.detach(), dtype)
+    close(dx.result(dim), dvalue, dtype)
+    for actual, of in zip(sums_of(partials, batch).sum(0).split(dim), (dw, db, dxb), strict=True):
+        close(actual, of, torch.float32, slack=64.0)
 
 
 def grouped(view, groups, dim):

@@ -141,8 +141,8 @@ struct AlignedCursor {
         constexpr unsigned kBytes = kVec * sizeof(T);
         using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
         const int group = anew(tile.group[v]);
-        // The compiler multiplies by five instructions; the one takes a register more, which wider rows do not have.
-        const int64_t gaps = Tile::kLaneCount > 0 ? multiply_wide(group, gap) : static_cast<int64_t>(group) * gap;
+        // The compiler multiplies by five instructions; the one takes a register more, which rows of four vectors lack.
+        const int64_t gaps = Tile::kKnowsLanes ? multiply_wide(group, gap) : static_cast<int64_t>(group) * gap;
         auto* const first = reinterpret_cast<Byte*>(p) + gaps;
         return reinterpret_cast<T*>(first + static_cast<unsigned>(v * tile.lanes()) * kBytes);
     }

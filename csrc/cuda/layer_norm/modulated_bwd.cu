@@ -211,10 +211,10 @@ cudaError_t launch_modulated_layer_norm_bwd(const ModulatedBwdArgs& args, DType 
         const NormShape& s = args.shape;
         const NormAccess access = std::min({access_of<T>(s, args.o), access_of<T>(s, args.x), access_of<T>(s, args.dy),
                                             access_of<T>(s, args.d_o), access_of<T>(s, args.dx)});
-        return dispatch_rows<T, false, kRowVecs>(args.plan, s, access, [&](auto tag, auto access) {
-            using Tile = typename decltype(tag)::type;
+        return dispatch_rows<T, false, kRowVecs>(args.plan, s, access, [&](auto tile, auto chosen) {
+            using Tile = typename decltype(tile)::type;
             auto* kernel = modulated_layer_norm_bwd_wide_kernel<T>;
-            if constexpr (!std::is_void_v<Tile>) kernel = modulated_layer_norm_bwd_kernel<T, Tile, access.value>;
+            if constexpr (!std::is_void_v<Tile>) kernel = modulated_layer_norm_bwd_kernel<T, Tile, chosen.value>;
             return launch_kernel(kernel, blocks, kNormThreads, 0, stream, args);
         });
     });

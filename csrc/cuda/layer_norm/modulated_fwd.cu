@@ -107,10 +107,10 @@ cudaError_t launch_modulated_layer_norm_fwd(const ModulatedFwdArgs& args, DType 
         using T = typename decltype(tag)::type;
         const NormShape& s = args.shape;
         const NormAccess access = std::min({access_of<T>(s, args.o), access_of<T>(s, args.x), access_of<T>(s, args.y)});
-        return dispatch_rows<T>(args.plan, s, access, [&](auto tag, auto access) {
-            using Tile = typename decltype(tag)::type;
+        return dispatch_rows<T>(args.plan, s, access, [&](auto tile, auto chosen) {
+            using Tile = typename decltype(tile)::type;
             auto* kernel = modulated_layer_norm_fwd_wide_kernel<T>;
-            if constexpr (!std::is_void_v<Tile>) kernel = modulated_layer_norm_fwd_kernel<T, Tile, access.value>;
+            if constexpr (!std::is_void_v<Tile>) kernel = modulated_layer_norm_fwd_kernel<T, Tile, chosen.value>;
             return launch_kernel(kernel, blocks, kNormThreads, 0, stream, args);
         });
     });

@@ -318,10 +318,10 @@ cudaError_t launch_layer_norm_pool_fwd(const PoolFwdArgs& args, DType dtype, cud
         const NormShape& s = args.shape;
         const NormAccess access =
             std::min({access_of<T>(s, args.x, true), access_of<T>(s, args.xn), access_of<T>(s, args.sum, true)});
-        return dispatch_rows<T, true>(args.plan, s, access, [&](auto tag, auto access) {
-            using Tile = typename decltype(tag)::type;
+        return dispatch_rows<T, true>(args.plan, s, access, [&](auto tile, auto chosen) {
+            using Tile = typename decltype(tile)::type;
             auto* kernel = layer_norm_pool_fwd_wide_kernel<T>;
-            if constexpr (!std::is_void_v<Tile>) kernel = layer_norm_pool_fwd_kernel<T, Tile, access.value>;
+            if constexpr (!std::is_void_v<Tile>) kernel = layer_norm_pool_fwd_kernel<T, Tile, chosen.value>;
             return launch_kernel(kernel, blocks, kNormThreads, 0, stream, args);
         });
     });
@@ -335,13 +335,13 @@ cudaError_t launch_layer_norm_pool_bwd(const PoolBwdArgs& args, DType dtype, cud
         const NormAccess access =
             std::min({access_of<T>(s, args.x, true), access_of<T>(s, args.dxn), access_of<T>(s, args.dxn_more),
                       access_of<T>(s, args.dx, true), access_of<T>(s, args.dx_more, true)});
-        return dispatch_rows<T, true>(args.plan, s, access, [&](auto tag, auto access) {
-            using Tile = typename decltype(tag)::type;
+        return dispatch_rows<T, true>(args.plan, s, access, [&](auto tile, auto chosen) {
+            using Tile = typename decltype(tile)::type;
             auto* kernel = layer_norm_pool_bwd_wide_kernel<T>;
             if constexpr (!std::is_void_v<Tile>) {
-                kernel = layer_norm_pool_bwd_kernel<T, Tile, access.value, false>;
+                kernel = layer_norm_pool_bwd_kernel<T, Tile, chosen.value, false>;
                 if constexpr (sums_dx_more(Tile::kVectors))
-                    if (args.x_bias.ptr != nullptr) kernel = layer_norm_pool_bwd_kernel<T, Tile, access.value, true>;
+                    if (args.x_bias.ptr != nullptr) kernel = layer_norm_pool_bwd_kernel<T, Tile, chosen.value, true>;
             }
             return launch_kernel(kernel, blocks, kNormThreads, 0, stream, args);
         });

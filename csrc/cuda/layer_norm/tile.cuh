@@ -44,11 +44,12 @@ struct Strip {
 // lanes without a loop.
 template <int kVecs, int kLanes>
 struct RowTile {
-    static constexpr int kVectors = kVecs, kLaneCount = kLanes;
+    static constexpr int kVectors = kVecs;
+    static constexpr bool kKnowsLanes = kLanes > 0;
     static constexpr int kWidth = kVecs * 32 * kVec;  // at least the slots of a token
     using Values = float[kVecs][kVec];
 
-    int slots, plan_lanes, lane, row, rows, group_dim, group_width;
+    int slots, lanes_of_plan, lane, row, rows, group_dim, group_width;
     float inverse_dim;
     int group[kVecs];     // the group of a vector; 0 where there is none
     int channels[kVecs];  // channels of its group from the vector on; 0 or less where there are none or no vector
@@ -56,7 +57,7 @@ struct RowTile {
 
     __device__ RowTile(const NormShape& s, const NormPlan& plan)
         : slots(s.groups * s.group_width),
-          plan_lanes(plan.lanes),
+          lanes_of_plan(plan.lanes),
           lane(threadIdx.x & (lanes() - 1)),
           row(threadIdx.x / lanes()),
           rows(plan.step),
@@ -69,7 +70,7 @@ struct RowTile {
             channels[v] = slot(v) < slots ? group_dim - slot(v) % group_width : INT_MIN / 2;
         }
     }
-    __device__ __forceinline__ int lanes() const { return kLanes > 0 ? kLanes : plan_lanes; }
+    __device__ __forceinline__ int lanes() const { return kLanes > 0 ? kLanes : lanes_of_plan; }
     __device__ __forceinline__ int slot(int v) const { return (v * lanes() + lane) * kVec; }
     __device__ __forceinline__ bool is_channel(int v, int j) const { return channels[v] > j; }
 
@@ -290,7 +291,7 @@ struct WideImage {
     }
 };
 
-// What the images of a launch allow (image.cuh).
+// What the images of a launch allow, the least of what each does (image.cuh).
 enum class NormAccess {
     kAny,      // accesses of single elements too
     kWords,    // vectors; where an image is a residual stream with groups that start within a word, words
@@ -309,11 +310,12 @@ cudaError_t dispatch_rows(const NormPlan& plan, const NormShape& s, NormAccess a
     if (plan.vecs == 0) return f(TypeTag<void>{}, Any{});
     if constexpr (kMaxVecs > kRowVecs)
         if (plan.vecs > kRowVecs) return f(TypeTag<RowTile<kMaxVecs, 0>>{}, Any{});
-    if (access == NormAccess::kAny) return f(TypeTag<RowTile<kRowVecs, 0>>{}, Any{});
+    if (access == NormAccess::kAny || (!kPixels && access == NormAccess::kWords))
+        return f(TypeTag<RowTile<kRowVecs, 0>>{}, Any{});
     if constexpr (sizeof(T) == 2) {
         const bool narrow = plan.narrow(s.slots()), warp = narrow && plan.lanes == 32;
         if (warp && access == NormAccess::kAligned) return f(TypeTag<RowTile<kRowVecs - 1, 32>>{}, Aligned{});
-        // Rows that memory limits have one kernel for both.
+        // Rows that memory limits have one kernel for words and vectors.
         using Usual = std::conditional_t<kPixels, Words, Aligned>;
         if (warp) return f(TypeTag<RowTile<kRowVecs - 1, 32>>{}, Usual{});
         if (narrow) return f(TypeTag<RowTile<kRowVecs - 1, 0>>{}, Usual{});

@@ -200,12 +200,12 @@ FeedForward feed_forward_forward(const Tensor& x, const Tensor& norm_weight, con
     Workspace scratch(type), saved(type);
     const bool keeps = save && keeps_hidden(s.channels, type != ScalarType::Float);
     Workspace& held = keeps ? saved : scratch;
-    FeedForwardPlaces kept;
-    if (keeps) kept = reserve_feed_forward(tokens, s.channels, s.hidden, saved);
+    FeedForwardPlaces places;
+    if (keeps) places = reserve_feed_forward(tokens, s.channels, s.hidden, saved);
     ParameterPack pack =
-        feed_forward_pack(p, s, type, scratch, false, keeps ? kept_parameters(kept, saved, false) : KeptParameters{});
+        feed_forward_pack(p, s, type, scratch, false, keeps ? kept_parameters(places, saved, false) : KeptParameters{});
     // Nothing reads xn any more when the convolution runs.
-    const Workspace::Piece hidden_place = keeps ? kept.hidden : scratch.reserve_image(tokens * s.hidden_pad);
+    const Workspace::Piece hidden_place = keeps ? places.hidden : scratch.reserve_image(tokens * s.hidden_pad);
     const Workspace::Piece place = scratch.reserve_image(tokens * std::max(s.channels_pad, s.hidden_pad));
     scratch.allocate(x), saved.allocate(x);
     const Tensor out = empty_padded_image(s.batch, s.height, s.width, s.channels, x);

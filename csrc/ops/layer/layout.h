@@ -70,9 +70,9 @@ enum PackedLayer {
     kPackedLayer
 };
 
-// All images have a row for each token of each group. Of what a training forward keeps, images and weights of products
-// lie in one buffer of the dtype of x (`saved`), the last four of these images and other parameters in one of float32
-// (`saved_float`).
+// All images have a row for each token of each group. Of what a training forward keeps, images, weights and biases of
+// products lie in one buffer of the dtype of x (`saved`); gate, pooled, hidden, states and other parameters in one of
+// float32 (`saved_float`).
 struct LayerPlaces {
     WorkspaceLayout::Piece xn;        // the normed image
     WorkspaceLayout::Piece uz;        // in_proj's result: what is convolved and scanned, and the z gate

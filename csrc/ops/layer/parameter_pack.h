@@ -16,8 +16,9 @@ inline bool is_vector_aligned(const void* p, const Tensor& t) {
     return reinterpret_cast<uintptr_t>(p) % (kVec * static_cast<size_t>(t.element_size())) == 0;
 }
 
-// Packed parameters that a forward keeps for its backward, which then has nothing to pack. A place for each in the
-// order of add(), none for one that is not kept.
+// Packed parameters that a forward keeps for its backward, which then seldom has any to pack. A place for each in the
+// order of add(), none for one that is not kept. They live as long as what else is kept: in 16 bits 2 bytes for each
+// element of a product's weight.
 struct KeptParameters {
     const Workspace* workspace = nullptr;
     std::vector<std::optional<Workspace::Piece>> places;

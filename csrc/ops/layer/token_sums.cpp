@@ -10,12 +10,11 @@ namespace gm {
 WeightPartials weight_partials(const Tensor& dy, const Tensor& x, const CudaContext& context, double alpha) {
     const int64_t groups = dy.size(0), tokens = dy.size(1), n = dy.size(2), k = x.size(2);
     constexpr int64_t kMinTerms = 256, kMaxParts = 64;
-    // Of sides that long tensor cores are the limit, which tiles of 128 x 128 keep busier than those of 64 x 128 that
-    // cuBLAS takes to fill the GPU with fewer parts: 1,392 x 352 of 25,088 tokens takes 40 us in 4 parts, 51 in 2.
-    const bool large = std::min(n, k) >= 256;
-    const int64_t tile = large ? 128 : 64, blocks = large ? tuning::kMultiprocessors : tuning::kWeightProducts;
+    const bool are_long = std::min(n, k) >= tuning::kLongSide;
+    const int64_t tile = are_long ? tuning::kLongTile : tuning::kWeightTile;
+    const int64_t most_tiles = are_long ? tuning::kLongTiles : tuning::kWeightTiles;
     const int64_t tiles = groups * ((n + tile - 1) / tile) * ((k + tile - 1) / tile);
-    const int64_t wanted = std::min(std::max<int64_t>((blocks + tiles - 1) / tiles, 1), kMaxParts);
+    const int64_t wanted = std::min(std::max<int64_t>((most_tiles + tiles - 1) / tiles, 1), kMaxParts);
     const int64_t most = std::max<int64_t>(std::min(wanted, tokens / kMinTerms), 1);
     int64_t parts = most;
     while (tokens % parts != 0) --parts;
@@ -74,7 +73,7 @@ PaddedRows::PaddedRows(const Tensor& image, const CudaContext& context) {
         return;
     }
     rows_ = empty({tokens, step}, image.scalar_type(), image);
-    // Most gradients have one stride for all pixels; those of contiguous (batch, C, H, W) are transposed first.
+    // Most gradients have one stride for all pixels; a slice of a batch may not.
     const std::optional<Shape> strides = view_strides(image, {tokens, channels});
     const bool walks = strides && (channels == 1 || (*strides)[1] == 1);
     const Tensor dense = walks ? image : contiguous_copy(image);

@@ -60,7 +60,8 @@ def _conv_norm(x: Tensor, conv: nn.Module, norm: nn.Module, plain: bool) -> Tens
     weight, casts = conv.weight, torch.is_autocast_enabled("cuda")
     dtype = torch.get_autocast_dtype("cuda") if casts else x.dtype
     whole = all(channels % PIXEL_UNIT == 0 for channels in weight.shape[:2])
-    if whole or dtype.itemsize != 2 or torch.compiler.is_exporting() or jit_traces():
+    fits = x.dim() == 4 and x.shape[1] == weight.shape[1]  # else torch says what is wrong
+    if whole or not fits or dtype.itemsize != 2 or torch.compiler.is_exporting() or jit_traces():
         return norm(_tokens(conv._conv_forward(x, weight, None)), conv.bias)
     if casts:
         x, weight = x.to(dtype), weight.to(dtype)
@@ -71,8 +72,8 @@ def _padded_conv(x: Tensor, weight: Tensor, stride: Any, padding: Any) -> Tensor
     """Tokens of ``conv2d(x, weight, None, stride, padding)``, by a convolution whose channels are multiples of 8.
 
     In 16 bits cuDNN pads channels itself, by a copy before and behind each of three products: 12 of them around the 348
-    channels of a GroupMamba-T, and one gradient not by its fastest kernel. Here the padded image is what the backward
-    reads again, and the result is not copied.
+    channels of a GroupMamba-T. Here the padded image is what the backward reads again, and neither the result nor the
+    image's gradient is copied.
     """
     outside, inside = (-channels % PIXEL_UNIT for channels in weight.shape[:2])
     if inside:

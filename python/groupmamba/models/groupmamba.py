@@ -329,7 +329,8 @@ class GroupMamba(
         """Mean over the map, class block, norm, heads; ``pre_logits`` stops before the heads."""
         if self.global_pool == "":
             return x
-        t = self.head_drop(self.norm(self.class_block(x.permute(0, 2, 3, 1).mean((1, 2)))))
+        tokens = x.permute(0, 2, 3, 1)  # as they lie in memory, and so will their gradient, which would be copied else
+        t = self.head_drop(self.norm(self.class_block(tokens.mean((1, 2)))))
         if pre_logits:
             return t
         if self.dist_head is None:

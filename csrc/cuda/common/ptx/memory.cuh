@@ -35,8 +35,8 @@ __device__ __forceinline__ void touch(const void* p) {
     asm volatile("{ .reg .u16 value; ld.global.ca.u8 value, [%0]; }" ::"l"(p));
 }
 
-// a * b in 64 bits, by one instruction, which adds it to an address too. The compiler may extend a factor where it
-// first knows it, and then takes five.
+// a * b in 64 bits, by one instruction, with which an addition to an address becomes one. The compiler may extend a
+// factor where it first knows it, and then takes five.
 __device__ __forceinline__ int64_t multiply_wide(int a, int b) {
     int64_t product;
     asm("mul.wide.s32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
