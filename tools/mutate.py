@@ -116,7 +116,7 @@ EVERY = (
     "test_entry_conv.py", "test_narrow_conv.py",
     "test_plain.py", "test_explain.py", "test_backend.py", "test_bitwise.py", "test_hard_use.py",
     "test_forward_mode.py", "test_onednn_linear.py", "test_tools.py", "test_tracing.py", "test_transforms.py",
-    "test_models.py",
+    "test_blocks.py", "test_models.py",
 )  # fmt: skip
 LIBRARY, UNCHANGED = "groupmamba_ext/libgroupmamba.so", "unchanged"  # a folder for the libraries of the tree as it is
 SECONDS = 1200  # of processor time for the tests of one mutant; the unchanged tree takes a third
